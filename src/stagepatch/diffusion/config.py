@@ -1,0 +1,29 @@
+"""The choices of an objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ObjectiveConfig:
+    """Noise schedule and prediction target.
+
+    Args:
+        num_train_timesteps: T (DDPM, arXiv 2006.11239: 1000).
+        beta_schedule: diffusers' name of the noise schedule; DMP (arXiv 2405.17825): cosine
+            ('squaredcos_cap_v2') for FFHQ and COCO, 'linear' for ImageNet, 'scaled_linear' for Stable Diffusion.
+        beta_start: first beta of the linear schedules (DDPM: 0.0001).
+        beta_end: last beta of the linear schedules (DDPM: 0.02).
+        prediction_type: what the model predicts, in diffusers' spelling; 'flow_prediction' is rectified flow
+            (arXiv 2209.03003): noise − x_start.
+        clip_sample: let samplers clip their estimate of x_start to [−1, 1]; for pixels, not for latents.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
+    clip_sample: bool = False

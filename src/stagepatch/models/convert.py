@@ -1,0 +1,172 @@
+"""Others' DiT checkpoints, read into ours."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stagepatch.errors import UserError
+from stagepatch.files import read_tensors
+from stagepatch.models.dit import DIT_SIZES, DiT
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+
+def load_original_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of a checkpoint file or mapping, taken from under `ema` or `model` where it is there.
+
+    Raises:
+        UserError: no such file, or not a checkpoint.
+    """
+    if isinstance(checkpoint, (str, Path)):
+        checkpoint = _read_checkpoint(Path(checkpoint))
+    for key in ("ema", "model"):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+            break
+    return {name.removeprefix("module."): value for name, value in checkpoint.items()}
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    if not path.is_file():
+        raise UserError(f"No such checkpoint: '{path}'.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(
+            f"Cannot read '{path}' as tensors alone: {str(error).splitlines()[0]}. It may be truncated, or hold "
+            f"Python objects (such as argparse's Namespace), which are not loaded because they can run code; "
+            f"save its state dict by itself."
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise UserError(f"'{path}' holds {type(checkpoint).__name__}, not a state dict.")
+    return checkpoint
+
+
+def from_original(
+    checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None
+) -> DiT:
+    """See `DiT.from_original`."""
+    state = load_original_state_dict(checkpoint)
+    state_heads = _infer_config(state, num_attention_heads)
+    model = DiT(**state_heads)
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise UserError(f"Not a whole DiT checkpoint: {len(missing)} keys are missing, first '{missing[0]}'.")
+    model.load_state_dict({name: state[name] for name in expected})
+    return model.eval()
+
+
+def _infer_config(state: Mapping[str, Tensor], num_attention_heads: int | None) -> dict[str, Any]:
+    try:
+        embedder = state["x_embedder.proj.weight"]
+        out_features = state["final_layer.linear.weight"].shape[0]
+        mlp_size = state["blocks.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(
+            f"Not a DiT checkpoint: no key {error}. Expected the names of facebookresearch/DiT, "
+            f"found {sorted(state)[:3]}…"
+        ) from error
+    hidden_size, in_channels, patch_size, _ = embedder.shape
+    num_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    if num_attention_heads is None:
+        num_attention_heads = _named_heads(hidden_size, num_layers)
+    config: dict[str, Any] = {
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "mlp_ratio": mlp_size / hidden_size,
+        "learn_sigma": out_features == 2 * in_channels * patch_size**2,
+        "conditioning": "none",
+    }
+    if "pos_embed" in state:
+        config["sample_size"] = round(state["pos_embed"].shape[-2] ** 0.5) * patch_size
+    if "y_embedder.embedding_table.weight" in state:
+        # The last row is the null label: the authors' models are trained with label dropout.
+        rows = state["y_embedder.embedding_table.weight"].shape[0]
+        config |= {"conditioning": "class", "num_classes": rows - 1}
+    elif "y_embedder.proj.weight" in state:
+        config |= {"conditioning": "text", "pooled_projection_dim": state["y_embedder.proj.weight"].shape[1]}
+    return config
+
+
+def _named_heads(hidden_size: int, num_layers: int) -> int:
+    for size in DIT_SIZES.values():
+        if (size["hidden_size"], size["num_layers"]) == (hidden_size, num_layers):
+            return size["num_attention_heads"]
+    raise UserError(
+        f"A DiT of width {hidden_size} and {num_layers} layers is none of the named sizes, and a checkpoint does "
+        f"not tell the number of attention heads: pass num_attention_heads."
+    )
+
+
+def from_diffusers(model: DiTTransformer2DModel) -> DiT:
+    """See `DiT.from_diffusers`."""
+    config = model.config
+    unsupported = {
+        "activation_fn": "gelu-approximate",
+        "norm_elementwise_affine": False,
+        "attention_bias": True,
+        "norm_type": "ada_norm_zero",
+    }
+    for name, expected in unsupported.items():
+        if config[name] != expected:
+            raise UserError(f"Cannot convert a DiT with {name}={config[name]!r}: expected {expected!r}.")
+    out_channels = config.out_channels or config.in_channels
+    converted = DiT(
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        hidden_size=config.num_attention_heads * config.attention_head_dim,
+        num_layers=config.num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_classes=config.num_embeds_ada_norm,
+        learn_sigma=out_channels == 2 * config.in_channels,
+        downscale_freq_shift=1.0,
+        norm_eps=config.norm_eps,
+    )
+    converted.load_state_dict(_rename_diffusers(model.state_dict(), config.num_layers))
+    return converted.eval()
+
+
+def _rename_diffusers(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    def copy(target: str, source: str) -> None:
+        for kind in ("weight", "bias"):
+            renamed[f"{target}.{kind}"] = state[f"{source}.{kind}"]
+
+    renamed: dict[str, Tensor] = {}
+    embedder = "transformer_blocks.0.norm1.emb"
+    for name in (name for name in state if name.startswith(embedder)):
+        for index in range(1, num_layers):
+            if not torch.equal(state[name], state[name.replace(".0.", f".{index}.", 1)]):
+                raise UserError(
+                    f"Cannot convert: block {index} has an embedder of its own ('{name}' differs from block 0's). "
+                    f"A DiT has one for all blocks."
+                )
+    copy("x_embedder.proj", "pos_embed.proj")
+    copy("t_embedder.mlp.0", f"{embedder}.timestep_embedder.linear_1")
+    copy("t_embedder.mlp.2", f"{embedder}.timestep_embedder.linear_2")
+    renamed["y_embedder.embedding_table.weight"] = state[f"{embedder}.class_embedder.embedding_table.weight"]
+    for index in range(num_layers):
+        ours, theirs = f"blocks.{index}", f"transformer_blocks.{index}"
+        for kind in ("weight", "bias"):
+            parts = [state[f"{theirs}.attn1.to_{letter}.{kind}"] for letter in "qkv"]
+            renamed[f"{ours}.attn.qkv.{kind}"] = torch.cat(parts)
+        copy(f"{ours}.attn.proj", f"{theirs}.attn1.to_out.0")
+        copy(f"{ours}.mlp.fc1", f"{theirs}.ff.net.0.proj")
+        copy(f"{ours}.mlp.fc2", f"{theirs}.ff.net.2")
+        copy(f"{ours}.adaLN_modulation.1", f"{theirs}.norm1.linear")
+    copy("final_layer.adaLN_modulation.1", "proj_out_1")
+    copy("final_layer.linear", "proj_out_2")
+    return renamed

@@ -1,0 +1,313 @@
+"""DiT, the diffusion transformer of Peebles & Xie (arXiv 2212.09748), with adaLN-Zero blocks.
+
+Parameter names are those of the authors' checkpoints, so these load without a table of renames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stagepatch.errors import UserError
+from stagepatch.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, sincos_positions
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+# hidden size, layers, heads (arXiv 2212.09748, Table 1)
+_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+DIT_SIZES = {
+    f"DiT-{name}/{patch_size}": {
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "patch_size": patch_size,
+    }
+    for name, (hidden_size, num_layers, num_attention_heads) in _SIZES.items()
+    for patch_size in (2, 4, 8)
+}
+
+
+@dataclass
+class DiTOutput(BaseOutput):  # type: ignore[misc, unused-ignore]
+    """`sample`: [B, C, H, W], or [B, 2C, H, W] where the variance is learned."""
+
+    sample: Tensor
+
+
+class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
+    """A diffusion transformer for images or latents of any height and width.
+
+    Args:
+        sample_size: height and width [pixels] of the inputs it is trained on.
+        patch_size: side [pixels] of the square that makes one token.
+        in_channels: channels C of the input.
+        hidden_size: channels D of a token.
+        num_layers: blocks L.
+        num_attention_heads: must divide `hidden_size`.
+        mlp_ratio: hidden channels of a block's MLP over D.
+        conditioning: 'none', 'class' (labels [B]) or 'text' (pooled text embedding [B, E]).
+        num_classes: labels run from 0 to num_classes − 1; num_classes is the null label.
+        class_dropout_prob: share of labels (or texts) dropped in train mode, one draw per forward.
+        pooled_projection_dim: E.
+        learn_sigma: predict the variance's interpolation too (2C output channels).
+        downscale_freq_shift: 0 as in the authors' code, 1 as in diffusers' DiT.
+        norm_eps: of the norm before each MLP: 1e-6 as in the authors' code, 1e-5 in diffusers' DiT.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("DiTBlock",)
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        conditioning: Literal["none", "class", "text"] = "class",
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        pooled_projection_dim: int = 768,
+        learn_sigma: bool = True,
+        downscale_freq_shift: float = 0.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_attention_heads or hidden_size % 4:
+            raise UserError(
+                f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads} "
+                f"and of 4 (positions)."
+            )
+        if sample_size % patch_size:
+            raise UserError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}.")
+        if conditioning not in ("none", "class", "text"):
+            raise UserError(f"conditioning='{conditioning}' is none of 'none', 'class', 'text'.")
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.hidden_size = hidden_size
+        self.gradient_checkpointing = False
+
+        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, downscale_freq_shift=downscale_freq_shift)
+        self.y_embedder: nn.Module | None = None
+        if conditioning == "class":
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        elif conditioning == "text":
+            self.y_embedder = TextEmbedder(pooled_projection_dim, hidden_size, class_dropout_prob)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, norm_eps) for _ in range(num_layers)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._base_grid = (sample_size // patch_size, sample_size // patch_size)
+        self.register_buffer("positions", sincos_positions(hidden_size, *self._base_grid), persistent=False)
+        self._initialize()
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> DiT:
+        """One of the named sizes, 'DiT-S/2' to 'DiT-XL/8'; further arguments as in `DiT`.
+
+        Raises:
+            UserError: unknown name.
+        """
+        if name not in DIT_SIZES:
+            raise UserError(f"No DiT is named '{name}'. Choose one of: {', '.join(DIT_SIZES)}.")
+        return cls(**{**DIT_SIZES[name], **overrides})
+
+    @classmethod
+    def from_original(
+        cls, checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None
+    ) -> DiT:
+        """Read a checkpoint with the key names of facebookresearch/DiT, also under `ema` or `model`.
+
+        Args:
+            checkpoint: a `.pt` or `.safetensors` file, or a state dict.
+            num_attention_heads: needed where width and depth are none of the named sizes.
+
+        Raises:
+            UserError: no such file, missing keys, or a head count that cannot be inferred.
+        """
+        from stagepatch.models.convert import from_original
+
+        return from_original(checkpoint, num_attention_heads)
+
+    @classmethod
+    def from_diffusers(cls, model: DiTTransformer2DModel) -> DiT:
+        """Convert diffusers' `DiTTransformer2DModel`; outputs agree to 1e-5 in float32.
+
+        Raises:
+            UserError: a configuration that this DiT cannot express.
+        """
+        from stagepatch.models.convert import from_diffusers
+
+        return from_diffusers(model)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+        pooled_projections: Tensor | None = None,
+    ) -> DiTOutput | tuple[Tensor]:
+        """Predict noise (and the variance's interpolation) of a noisy sample.
+
+        Args:
+            sample: [B, C, H, W], H and W multiples of `patch_size`.
+            timestep: [B], or one number for the whole batch.
+            class_labels: [B], for conditioning 'class'.
+            return_dict: return a `DiTOutput` rather than a tuple.
+            pooled_projections: [B, E], for conditioning 'text'; a row of NaN stands for no text.
+
+        Raises:
+            UserError: a shape or condition that the model does not take.
+        """
+        batch, _, height, width = sample.shape
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(f"Input of {height}×{width} is not a multiple of patch_size={self.patch_size}.")
+        grid = (height // self.patch_size, width // self.patch_size)
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch)
+
+        hidden_states = self.x_embedder(sample) + self._positions(grid).to(sample.dtype)
+        conditioning = self.t_embedder(timesteps)
+        if self.y_embedder is not None:
+            conditioning = conditioning + self.y_embedder(self._condition(class_labels, pooled_projections))
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
+            else:
+                hidden_states = block(hidden_states, conditioning)
+        hidden_states = self.final_layer(hidden_states, conditioning)
+        output = self._unpatchify(hidden_states, grid)
+        return DiTOutput(sample=output) if return_dict else (output,)
+
+    def _condition(self, class_labels: Tensor | None, pooled_projections: Tensor | None) -> Tensor:
+        name = "class_labels" if self.config.conditioning == "class" else "pooled_projections"
+        condition = class_labels if self.config.conditioning == "class" else pooled_projections
+        if condition is None:
+            raise UserError(f"This DiT is conditioned on {self.config.conditioning}: pass `{name}`.")
+        return condition
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self._base_grid:
+            return self.positions  # type: ignore[no-any-return]
+        return sincos_positions(self.hidden_size, *grid, device=self.positions.device)
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, h·w, p·p·C] -> [B, C, h·p, w·p]"""
+        p = self.patch_size
+        tokens = tokens.reshape(-1, *grid, p, p, self.out_channels)
+        return tokens.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, grid[0] * p, grid[1] * p)
+
+    def _initialize(self) -> None:
+        """As in arXiv 2212.09748: Xavier for linear layers, zero for what must start as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.hidden_size, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        if isinstance(self.y_embedder, LabelEmbedder):
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for index in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
+        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
+        for linear in [*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+
+class PatchEmbedder(nn.Module):
+    """[B, C, H, W] -> [B, N, D]"""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.proj(sample).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each scaled, shifted and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(
+        self, hidden_size: int, num_attention_heads: int, mlp_ratio: float, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_attention_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
+        self.mlp = FeedForward(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(conditioning).unsqueeze(1).chunk(6, dim=2)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        normed = _modulate(self.norm1(hidden_states), shift_attn, scale_attn)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(normed))
+        normed = _modulate(self.norm2(hidden_states), shift_mlp, scale_mlp)
+        return torch.addcmul(hidden_states, gate_mlp, self.mlp(normed))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens: [B, N, D] -> [B, N, D]"""
+
+    def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        batch, tokens, channels = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_attention_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(attended.transpose(1, 2).reshape(batch, tokens, channels))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), linear."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class FinalLayer(nn.Module):
+    """[B, N, D] -> [B, N, p·p·C_out]"""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(conditioning).unsqueeze(1).chunk(2, dim=2)
+        return self.linear(_modulate(self.norm_final(hidden_states), shift, scale))  # type: ignore[no-any-return]
+
+
+def _modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, hidden_states, 1 + scale)

@@ -1,0 +1,3 @@
+from .attachment import Attachment as Attachment
+from .config import PatchConfig as PatchConfig
+from .patch import Patch as Patch

@@ -1,0 +1,59 @@
+"""From logits to weights, and from weights to hidden states."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def soft_weights(logits: Tensor) -> Tensor:
+    """Softmax over the choices: [L, B, M] -> [L, B, M] (Eq. 3)."""
+    return torch.softmax(logits, dim=-1)
+
+
+def hard_weights(logits: Tensor, k: int, weight: Literal["one", "renormalized"]) -> Tensor:
+    """Weights of the top k choices, zero for the others: [L, B, M] -> [L, B, M].
+
+    With 'one' each chosen prompt has weight 1 (Table 4b). That has no gradient, so the softmax's stands in for it
+    (straight-through). With 'renormalized' the softmax runs over the chosen alone.
+    """
+    chosen = logits.topk(k, dim=-1).indices
+    mask = torch.zeros_like(logits).scatter(-1, chosen, 1.0)
+    if weight == "renormalized":
+        return torch.softmax(logits.masked_fill(mask == 0, -torch.inf), dim=-1)
+    soft = torch.softmax(logits, dim=-1)
+    return mask + (soft - soft.detach())
+
+
+def mix(prompts: Tensor, weights: Tensor | None) -> Tensor:
+    """The weighed prompts of one site.
+
+    Args:
+        prompts: [N, D], or [K, N, D] for K sets.
+        weights: [B, N] over prompts, [B, K] over sets, or None for weight 1 each.
+
+    Returns:
+        [B, N, D], or [1, N, D] without weights.
+    """
+    if weights is None:
+        return prompts.unsqueeze(0)
+    if prompts.ndim == 2:
+        return weights.unsqueeze(-1) * prompts
+    return (weights @ prompts.flatten(1)).unflatten(1, prompts.shape[1:])
+
+
+def add_mixture(hidden_states: Tensor, prompts: Tensor, weights: Tensor | None, scale: float) -> Tensor:
+    """hidden_states + scale · mixture in one fused operation: [B, N, D] (Eq. 3).
+
+    Args as in `mix`; hidden states of [B, N, D] keep their dtype.
+    """
+    prompts = prompts.to(hidden_states.dtype)
+    if weights is None:
+        return torch.add(hidden_states, prompts, alpha=scale)
+    weights = weights.to(hidden_states.dtype)
+    if prompts.ndim == 2:
+        return torch.addcmul(hidden_states, weights.unsqueeze(-1), prompts, value=scale)
+    flat = torch.addmm(hidden_states.flatten(1), weights, prompts.flatten(1), alpha=scale)
+    return flat.view_as(hidden_states)

@@ -1,0 +1,231 @@
+"""Patch: the module that owns what is learned, and nothing of the model it is attached to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagepatch.backbones import Backbone, describe, find_denoiser
+from stagepatch.errors import UserError
+from stagepatch.patch import balance, mixture
+from stagepatch.patch.attachment import Attachment
+from stagepatch.patch.config import PatchConfig
+from stagepatch.patch.gate import AttentionGate, LinearGate
+from stagepatch.patch.sites import check_same_sites, select_sites
+
+
+@dataclass
+class Mixture:
+    """The gate's answer in the last forward, each tensor [L, B, M] for M choices."""
+
+    logits: Tensor
+    noisy_logits: Tensor
+    noise_std: Tensor | None
+    weights: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # A copy of a model starts without a forward behind it; tensors of a graph cannot be copied.
+        return None
+
+
+class Patch(nn.Module):
+    """Prompts and gate for a frozen denoiser (DMP, arXiv 2405.17825, Eq. 3).
+
+    Made by `Patch.create(model, config)` or `Patch.from_pretrained(directory)`, put on by `attach`.
+
+    Args:
+        config: choices of the method.
+        backbone: description of the model it is for; only the sites that `config` selects are kept.
+
+    Attributes:
+        scale: factor on the prompts, 1 as trained. With position 'add', 0 is the base model.
+        enabled: False leaves the model as if the patch were detached.
+    """
+
+    def __init__(self, config: PatchConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = select_sites(backbone, config)
+        self.scale = 1.0
+        self.enabled = True
+        self.last: Mixture | None = None
+        self._attached_to: list[int] = []
+        sites = self.backbone.sites
+        tokens = [config.num_prompts if config.position == "prepend" else site.num_tokens for site in sites]
+        sets = () if config.num_experts == 1 else (config.num_experts,)
+        self.num_choices = config.num_experts if sets else tokens[0]
+        self.prompts = nn.ParameterList(
+            _initial_prompts(config, (*sets, count, site.channels))
+            for site, count in zip(sites, tokens, strict=True)
+        )
+        self.gate = None if config.gate == "none" else self._make_gate()
+
+    def _make_gate(self) -> LinearGate:
+        config = self.config
+        gate_class = AttentionGate if config.gate == "attention" else LinearGate
+        return gate_class(
+            self.backbone.condition_channels,
+            self.num_choices,
+            [site.index for site in self.backbone.sites],
+            config.block_index,
+            bool(config.gate_noise),
+            config.gate_initialization or "zero",
+        )
+
+    @classmethod
+    def create(cls, model: Any, config: PatchConfig | None = None) -> Patch:
+        """A fresh patch for a model or pipeline, on the model's device. The model is not touched.
+
+        Raises:
+            UserError: an unknown model class, or a choice that the model cannot take.
+        """
+        denoiser = find_denoiser(model)
+        patch = cls(config or PatchConfig(), describe(denoiser))
+        return patch.to(_device_of(denoiser))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Patch:
+        """A patch that `save_pretrained` wrote.
+
+        Raises:
+            UserError: missing, truncated or foreign files.
+        """
+        from stagepatch.patch.storage import load_patch
+
+        return load_patch(directory)
+
+    @classmethod
+    def from_released(cls, checkpoint: Any) -> Patch:
+        """A patch out of a checkpoint of the authors' released code, which also holds the DiT.
+
+        Args:
+            checkpoint: a file, or a state dict with `prompt_embeddings` [L, N, D], `gate.weight`, `gate.bias` and
+                optionally `w_noise`.
+
+        Raises:
+            UserError: no such file or keys.
+        """
+        from stagepatch.patch.storage import load_released
+
+        return load_released(checkpoint)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, each whole or not at all."""
+        from stagepatch.patch.storage import save_patch
+
+        save_patch(self, directory)
+
+    def attach(self, target: Any) -> Attachment:
+        """Put the patch on a model, or on the denoiser of a diffusers pipeline, and move it to its device.
+
+        Returns:
+            A handle with `detach()`; as a context manager it detaches at the end.
+
+        Raises:
+            UserError: the patch is for another model, or is on this one already.
+        """
+        model = find_denoiser(target)
+        check_same_sites(self.backbone, select_sites(describe(model), self.config))
+        if id(model) in self._attached_to:
+            raise UserError("This patch is attached to that model already: detach it first.")
+        self.to(_device_of(model))
+        return Attachment(self, model)
+
+    def observe(self, condition: Tensor) -> None:
+        """Compute the weights of all sites for a condition embedding [B, C], once per forward."""
+        if self.gate is None:
+            return
+        with torch.autocast(condition.device.type, enabled=False):
+            condition = condition.to(self.prompts[0].dtype)
+            logits = self.gate(condition)
+            noisy_logits, noise_std = logits, None
+            if self.training and self.config.gate_noise:
+                noise_std = self.gate.noise_std(condition)
+                noisy_logits = logits + torch.randn_like(logits) * noise_std
+            self.last = Mixture(logits, noisy_logits, noise_std, self._weigh(noisy_logits))
+
+    def _weigh(self, logits: Tensor) -> Tensor:
+        if self.config.selection == "soft":
+            return mixture.soft_weights(logits)
+        return mixture.hard_weights(logits, self.top_k, self.config.hard_weight or "one")
+
+    @property
+    def top_k(self) -> int:
+        """Choices that hard selection takes."""
+        top_k = self.config.top_k
+        return min(self.num_choices, int(top_k) if top_k >= 1 else max(1, round(top_k * self.num_choices)))
+
+    def apply(self, position: int, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Hidden states [B, N, D] with the mixture of the position-th site added, or prepended."""
+        prompts = self.prompts[position]
+        weights = None if self.last is None else self.last.weights[position]
+        if self.config.position == "add":
+            if hidden_states.shape[-2:] != prompts.shape[-2:]:
+                raise UserError(
+                    f"Site '{self.backbone.sites[position].name}' got {tuple(hidden_states.shape[-2:])} tokens and "
+                    f"channels, the patch has prompts for {tuple(prompts.shape[-2:])}."
+                )
+            return mixture.add_mixture(hidden_states, prompts, weights, self.scale)
+        mixed = mixture.mix(prompts, weights) * self.scale
+        mixed = mixed.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
+        return torch.cat([mixed, hidden_states], dim=1)
+
+    def balance_terms(self) -> dict[str, Tensor]:
+        """The balance losses of the last forward, unweighted: `importance` and `load`, scalars.
+
+        Raises:
+            UserError: no forward has run since the patch was attached.
+        """
+        if self.gate is None:
+            return {}
+        if self.last is None:
+            raise UserError("Balance losses need a forward of the patched model first.")
+        last, config = self.last, self.config
+        if config.importance_variance == "unbiased":
+            importance = balance.importance_loss_unbiased(last.weights)
+        else:
+            importance = balance.importance_loss(last.weights)
+        return {"importance": importance, "load": self._load(last)}
+
+    def _load(self, last: Mixture) -> Tensor:
+        kind = self.config.load_loss
+        if kind == "indicator":
+            return balance.load_indicator(last.noisy_logits)
+        if kind == "surrogate":
+            return balance.load_surrogate(last.noisy_logits)
+        if kind == "smooth" and last.noise_std is not None and self.top_k < self.num_choices:
+            return balance.load_smooth(last.logits, last.noisy_logits, last.noise_std, self.top_k)
+        return last.logits.new_zeros(())
+
+    def balance_loss(self) -> Tensor:
+        """importance_weight · importance + load_weight · load of the last forward, a scalar (Eq. 11–13)."""
+        terms = self.balance_terms()
+        if not terms:
+            return self.prompts[0].new_zeros(())
+        return self.config.importance_weight * terms["importance"] + self.config.load_weight * terms["load"]
+
+    def gate_entropy(self) -> Tensor:
+        """Mean entropy [nats] of the last forward's weights; log M where all choices weigh the same."""
+        if self.last is None:
+            return self.prompts[0].new_zeros(())
+        weights = self.last.weights.detach()
+        shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+        return torch.special.entr(shares).sum(dim=-1).mean()
+
+    def num_parameters(self) -> int:
+        """Learned numbers in all."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _initial_prompts(config: PatchConfig, shape: tuple[int, ...]) -> nn.Parameter:
+    if config.initialization == "zero":
+        return nn.Parameter(torch.zeros(shape))
+    return nn.Parameter(torch.randn(shape) * config.initialization_std)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,111 @@
+"""A patch as a directory: `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import stagepatch
+from stagepatch.backbones import Backbone, Site
+from stagepatch.errors import UserError
+from stagepatch.files import read_json, read_tensors, write_json, write_tensors
+from stagepatch.models.convert import load_original_state_dict
+from stagepatch.patch.config import PatchConfig
+from stagepatch.patch.patch import Patch
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def patch_tensors(patch: Patch) -> dict[str, Tensor]:
+    """The learned tensors by their names in the file: `prompts.{site}`, `gate.weight`, `gate.bias`, …"""
+    sites = patch.backbone.sites
+    tensors = {f"prompts.{site.name}": prompt for site, prompt in zip(sites, patch.prompts, strict=True)}
+    if patch.gate is not None:
+        tensors |= {f"gate.{name}": parameter for name, parameter in patch.gate.named_parameters()}
+    return tensors
+
+
+def save_patch(patch: Patch, directory: str | Path) -> None:
+    """See `Patch.save_pretrained`."""
+    directory = Path(directory)
+    config = {
+        "stagepatch_version": stagepatch.__version__,
+        "patch": asdict(patch.config),
+        "backbone": asdict(patch.backbone),
+    }
+    write_tensors(directory / WEIGHTS_NAME, patch_tensors(patch))
+    write_json(directory / CONFIG_NAME, config)
+
+
+def load_patch(directory: str | Path) -> Patch:
+    """See `Patch.from_pretrained`."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"No patch at '{directory}': no such directory.")
+    config = read_json(directory / CONFIG_NAME)
+    if not isinstance(config.get("patch"), dict) or not isinstance(config.get("backbone"), dict):
+        raise UserError(f"'{directory / CONFIG_NAME}' is not a patch's config: no 'patch' and 'backbone' in it.")
+    patch = Patch(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
+    tensors, _ = read_tensors(directory / WEIGHTS_NAME)
+    fill_patch(patch, tensors, str(directory / WEIGHTS_NAME))
+    return patch.eval()
+
+
+def fill_patch(patch: Patch, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors into a patch.
+
+    Raises:
+        UserError: names or shapes other than the patch's.
+    """
+    own = patch_tensors(patch)
+    if set(own) != set(tensors):
+        odd = sorted(set(own) ^ set(tensors))
+        raise UserError(f"'{source}' does not hold this patch: {', '.join(odd[:4])} missing or not expected.")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            given, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+            raise UserError(f"'{source}' does not hold this patch: {name} is {given}, expected {expected}.")
+        parameter.data.copy_(tensors[name])
+
+
+def _backbone_from_dict(values: dict[str, Any]) -> Backbone:
+    try:
+        sites = tuple(Site(**{**site, "grid": tuple(site["grid"])}) for site in values["sites"])
+        taps = tuple(values["condition_taps"])
+        return Backbone(**{**values, "sites": sites, "condition_taps": taps})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"A patch's config describes its backbone in a form not known here: {error}.") from error
+
+
+def load_released(checkpoint: str | Path | Mapping[str, Any]) -> Patch:
+    """See `Patch.from_released`."""
+    state = load_original_state_dict(checkpoint)
+    missing = [name for name in ("prompt_embeddings", "gate.weight", "gate.bias") if name not in state]
+    if missing:
+        raise UserError(f"Not a checkpoint of DMP's released code: no {', '.join(missing)} in it.")
+    prompts = state["prompt_embeddings"]
+    num_sites, num_tokens, channels = prompts.shape
+    side = round(num_tokens**0.5)
+    names = [f"blocks.{index}" for index in range(num_sites)]
+    sites = tuple(Site(name, name, index, channels, (side, side)) for index, name in enumerate(names))
+    taps = ("y_embedder",) if any(name.startswith("y_embedder.") for name in state) else ()
+    config = PatchConfig(
+        preset="released",
+        sites=num_sites,
+        block_index=state["gate.weight"].shape[1] == channels + 1,
+        gate_noise="w_noise" in state,
+    )
+    patch = Patch(config, Backbone("DiT", sites, "t_embedder", taps, channels))
+    tensors = {f"prompts.{name}": prompts[index] for index, name in enumerate(names)}
+    tensors |= {"gate.weight": state["gate.weight"], "gate.bias": state["gate.bias"]}
+    if "w_noise" in state:
+        noise = state["w_noise"]
+        transposed = noise.shape != state["gate.weight"].shape
+        tensors["gate.noise_weight"] = noise.T if transposed else noise
+    fill_patch(patch, tensors, "the released checkpoint")
+    return patch.eval()
