@@ -1,0 +1,5 @@
+"""`python -m stagepatch`"""
+
+from stagepatch.cli import main
+
+raise SystemExit(main())

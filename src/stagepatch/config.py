@@ -1,0 +1,166 @@
+"""What each command takes. Importing this file does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stagepatch.data.config import DataConfig
+from stagepatch.diffusion.config import ObjectiveConfig
+from stagepatch.patch.config import PatchConfig
+from stagepatch.sampling.config import SamplingConfig
+from stagepatch.training.config import TrainingConfig
+
+
+@dataclass
+class ModelConfig:
+    """Size and conditioning of a DiT (arXiv 2212.09748).
+
+    Args:
+        name: 'DiT-S/2' to 'DiT-XL/8', which sets patch_size, hidden_size, num_layers and num_attention_heads; empty
+            to give these yourself.
+        sample_size: height and width [pixels] of the inputs.
+        patch_size: side [pixels] of a token.
+        in_channels: channels of the input (latents: 4).
+        hidden_size: channels D of a token.
+        num_layers: blocks L.
+        num_attention_heads: must divide hidden_size.
+        conditioning: 'none', 'class' or 'text' (a pooled embedding).
+        num_classes: classes, without the null label.
+        learn_sigma: also predict the variance (improved DDPM, arXiv 2102.09672; DiT: on).
+    """
+
+    name: str = ""
+    sample_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 384
+    num_layers: int = 12
+    num_attention_heads: int = 6
+    conditioning: Literal["none", "class", "text"] = "class"
+    num_classes: int = 1000
+    learn_sigma: bool = True
+
+
+@dataclass
+class PretrainConfig:
+    """Train a DiT from scratch, all weights.
+
+    Args:
+        output_dir: directory of the run; the same command again goes on where it stopped.
+        model: size and conditioning.
+        objective: noise schedule and prediction target.
+        data: training images.
+        training: optimizer and bookkeeping.
+    """
+
+    output_dir: str = "runs/pretrain"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class TrainConfig:
+    """Train a patch (or all weights) on top of a converged model.
+
+    Args:
+        output_dir: directory of the run; the same command again goes on where it stopped.
+        model: a model directory ('transformer/' and 'scheduler/'), or 'digits', the bundled model.
+        method: 'dmp', a patch on the frozen model (arXiv 2405.17825), or 'finetune', all weights.
+        patch: what a patch learns.
+        data: training images: the ones that the model was trained on.
+        training: optimizer and bookkeeping.
+    """
+
+    output_dir: str = "runs/train"
+    model: str = "digits"
+    method: Literal["dmp", "finetune"] = "dmp"
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class SampleConfig:
+    """Generate images with a model, patched or not.
+
+    Args:
+        output_dir: takes samples.safetensors, grid.png and the resolved config.
+        model: a model directory, or 'digits'.
+        patch: directory of a patch; empty for the base model.
+        patch_scale: factor on the patch's prompts; 1 as trained.
+        sampling: sampler, guidance, count and seed.
+    """
+
+    output_dir: str = "runs/sample"
+    model: str = "digits"
+    patch: str = ""
+    patch_scale: float = 1.0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a model against its training images, and for digits against the held-out third.
+
+    Args:
+        output_dir: takes metrics.json and the resolved config.
+        model: a model directory, or 'digits'.
+        patch: directory of a patch; with one, base and patched model are compared from the same noise.
+        patch_scale: factor on the patch's prompts; 1 as trained.
+        extractor: features for FID, KID, precision and recall: 'digits' (the bundled classifier's) or 'inception'
+            (needs torch-fidelity).
+        seeds: sampling seeds; the spread and the paired difference are over these.
+        data: reference images.
+        sampling: sampler and count; its seed is replaced by each of `seeds`.
+    """
+
+    output_dir: str = "runs/evaluate"
+    model: str = "digits"
+    patch: str = ""
+    patch_scale: float = 1.0
+    extractor: str = "digits"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=3000))
+
+
+@dataclass
+class ParamsConfig:
+    """Count parameters of named models and of a patch for them, without allocating weights.
+
+    Args:
+        models: names of DiT sizes.
+        sample_size: height and width of the latents (256×256 images: 32).
+        patch: what the patch would learn.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["DiT-B/2", "DiT-L/2", "DiT-XL/2"])
+    sample_size: int = 32
+    patch: PatchConfig = field(default_factory=PatchConfig)
+
+
+@dataclass
+class DemoConfig:
+    """Patch the bundled digits model, compare it with the base, and write a report.
+
+    Args:
+        output_dir: takes the patch, the samples and report.html.
+        quick: a run of under a minute: fewer steps and samples, labelled as such.
+    """
+
+    output_dir: str = "runs/demo"
+    quick: bool = False
+
+
+@dataclass
+class InspectConfig:
+    """Say what a file or directory of stagepatch holds.
+
+    Args:
+        path: a patch, a model directory, a run, or a checkpoint.
+    """
+
+    path: str = "runs/demo"

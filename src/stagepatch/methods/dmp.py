@@ -1,0 +1,44 @@
+"""DMP (arXiv 2405.17825): a patch on a frozen model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stagepatch.patch import Patch, PatchConfig
+
+
+class DMP:
+    """Trains a patch; with gate 'none' this is prompt tuning (Eq. 2)."""
+
+    name = "dmp"
+
+    def __init__(self, config: PatchConfig) -> None:
+        self.config = config
+        self.patch: Patch
+
+    def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
+        model.requires_grad_(False).eval()
+        self.patch = Patch.create(model, self.config).train()
+        self.patch.attach(model)
+        groups: list[dict[str, Any]] = [{"params": list(self.patch.prompts), "factor": 1.0}]
+        if self.patch.gate is not None:
+            factor = self.config.gate_learning_rate_factor
+            groups.append({"params": list(self.patch.gate.parameters()), "factor": factor})
+        return groups
+
+    def extra_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
+        terms = self.patch.balance_terms()
+        if not terms:
+            return None, {}
+        logged = {name: term.detach() for name, term in terms.items()}
+        return self.patch.balance_loss(), {**logged, "gate_entropy": self.patch.gate_entropy()}
+
+    def save(self, directory: Path) -> None:
+        self.patch.save_pretrained(directory)
+
+    def load(self, model: nn.Module, directory: Path) -> None:
+        self.patch = Patch.from_pretrained(directory)
+        self.patch.attach(model)

@@ -1,0 +1,29 @@
+"""The choices of sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SamplingConfig:
+    """Sampler, steps, guidance and count.
+
+    Args:
+        scheduler: 'ddpm' (with the learned variance where the model has one), 'ddim', 'pndm', 'dpmsolver++', or the
+            class name of any diffusers scheduler.
+        num_inference_steps: denoising steps (DMP: 250 of DDPM; digits: 20 of DDIM).
+        guidance_scale: classifier-free guidance; 1 is none (DMP: 1.5 for ImageNet and COCO).
+        guidance_channels: channels that guidance acts on, 0 for all; the authors' DiT code guides the first 3.
+        num_images: images in all.
+        batch_size: images denoised at a time; it does not change them.
+        seed: image i depends on (seed, i) alone.
+    """
+
+    scheduler: str = "ddim"
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.0
+    guidance_channels: int = 0
+    num_images: int = 64
+    batch_size: int = 256
+    seed: int = 0

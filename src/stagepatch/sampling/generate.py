@@ -1,0 +1,113 @@
+"""Batched generation with any diffusers scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Generator, Tensor, nn
+
+from stagepatch.backbones import is_class_conditional, learns_sigma, null_label, predict, sample_shape
+from stagepatch.errors import UserError
+from stagepatch.sampling.config import SamplingConfig
+from stagepatch.sampling.scheduler import make_sampler
+
+
+def balanced_labels(model: nn.Module, num_images: int) -> Tensor:
+    """Labels 0, 1, …, num_classes − 1, 0, …: [num_images]; zeros for an unconditional model."""
+    if not is_class_conditional(model):
+        return torch.zeros(num_images, dtype=torch.long)
+    return torch.arange(num_images) % null_label(model)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    scheduler: Any,
+    config: SamplingConfig,
+    labels: Tensor | None = None,
+    shape: tuple[int, int, int] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Images [B, C, H, W] on the CPU, in the range the model was trained on.
+
+    Under `accelerate launch` the processes share the images; each returns all of them.
+
+    Args:
+        model: a denoiser, patched or not, on any device. It is put in eval mode.
+        scheduler: the one the model was trained with.
+        labels: classes [num_images]; by default all classes in turn.
+        shape: C, H, W of an image, by default the model's own.
+        on_batch: called with the number of images done after each batch.
+
+    Raises:
+        UserError: an unknown scheduler, guidance on an unconditional model, or other than num_images labels.
+    """
+    if config.guidance_scale != 1.0 and not is_class_conditional(model):
+        raise UserError(f"guidance_scale={config.guidance_scale} needs a model conditioned on classes; use 1.")
+    labels = balanced_labels(model, config.num_images) if labels is None else labels
+    if len(labels) != config.num_images:
+        raise UserError(f"{len(labels)} labels for num_images={config.num_images}.")
+    shape = shape or sample_shape(model)
+    model.eval()
+    state = PartialState()
+    own = np.array_split(np.arange(config.num_images), state.num_processes)[state.process_index].tolist()
+    batches = []
+    for first in range(0, len(own), config.batch_size):
+        indices = own[first : first + config.batch_size]
+        batches.append(_denoise(model, scheduler, config, indices, labels[indices], shape).cpu())
+        if on_batch is not None:
+            on_batch(len(indices))
+    images = torch.cat(batches) if batches else torch.empty(0, *shape)
+    return torch.cat(gather_object([images])) if state.num_processes > 1 else images
+
+
+def _denoise(
+    model: nn.Module,
+    trained_with: Any,
+    config: SamplingConfig,
+    indices: list[int],
+    labels: Tensor,
+    shape: tuple[int, int, int],
+) -> Tensor:
+    device = next(model.parameters()).device
+    generators = [_image_generator(config.seed, index) for index in indices]
+    sampler = make_sampler(config.scheduler, trained_with)
+    sampler.set_timesteps(config.num_inference_steps)
+    sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    sample = (sample * sampler.init_noise_sigma if hasattr(sampler, "init_noise_sigma") else sample).to(device)
+    labels = labels.to(device)
+    keeps_variance = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
+    takes_generator = "generator" in inspect.signature(sampler.step).parameters
+    options = {"generator": generators} if takes_generator else {}
+    for timestep in sampler.timesteps:
+        scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
+        output = _guided(model, scaled, timestep.to(device), labels, config)
+        if learns_sigma(model) and not keeps_variance:
+            output = output.chunk(2, dim=1)[0]
+        sample = sampler.step(output, timestep, sample, return_dict=False, **options)[0]
+    return sample
+
+
+def _guided(
+    model: nn.Module, sample: Tensor, timestep: Tensor, labels: Tensor, config: SamplingConfig
+) -> Tensor:
+    """The model's output, moved away from the unconditional one by the guidance scale (arXiv 2207.12598)."""
+    if config.guidance_scale == 1.0:
+        return predict(model, sample, timestep.expand(len(sample)), labels)
+    both = torch.cat([sample, sample])
+    both_labels = torch.cat([labels, torch.full_like(labels, null_label(model))])
+    conditional, unconditional = predict(model, both, timestep.expand(len(both)), both_labels).chunk(2)
+    channels = config.guidance_channels or sample.shape[1]
+    guided = unconditional + config.guidance_scale * (conditional - unconditional)
+    return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
+
+
+def _image_generator(seed: int, index: int) -> Generator:
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
+    return Generator().manual_seed(int(state >> np.uint64(1)))

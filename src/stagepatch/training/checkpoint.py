@@ -1,0 +1,108 @@
+"""The whole state of a run in one safetensors file, replaced in one rename."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagepatch.errors import UserError
+from stagepatch.files import read_tensors, write_tensors
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+
+
+def save_checkpoint(
+    directory: Path,
+    iteration: int,
+    identity: dict[str, Any],
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: Any | None,
+    scaler: Any | None,
+) -> None:
+    """Write parameters, optimizer state, average and iteration.
+
+    Args:
+        identity: the settings that a resumed run must share; JSON.
+    """
+    tensors: dict[str, Tensor] = {f"trained.{index}": value for index, value in enumerate(parameters)}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    if ema is not None:
+        tensors |= {f"ema.{index}": value for index, value in enumerate(ema.shadow_params)}
+    metadata = {
+        "iteration": str(iteration),
+        "identity": json.dumps(identity, sort_keys=True),
+        "ema_step": str(ema.optimization_step if ema is not None else 0),
+        "scaler": json.dumps(scaler.state_dict() if scaler is not None else {}),
+    }
+    write_tensors(directory / CHECKPOINT_NAME, tensors, metadata)
+
+
+def load_checkpoint(
+    directory: Path,
+    identity: dict[str, Any],
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    ema: Any | None,
+    scaler: Any | None,
+) -> int:
+    """Restore what `save_checkpoint` wrote.
+
+    Returns:
+        The iteration to go on from; 0 where there is no checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of a run with other settings, or not a whole file.
+    """
+    path = directory / CHECKPOINT_NAME
+    if not path.exists():
+        return 0
+    tensors, metadata = read_tensors(path)
+    if "iteration" not in metadata or "identity" not in metadata:
+        raise UserError(f"'{path}' is not a checkpoint of stagepatch: move it away, or choose another output_dir.")
+    _check_identity(path, json.loads(metadata["identity"]), json.loads(json.dumps(identity)))
+    for index, parameter in enumerate(parameters):
+        parameter.data.copy_(tensors[f"trained.{index}"])
+    _restore_optimizer(optimizer, tensors)
+    if ema is not None:
+        ema.optimization_step = int(metadata["ema_step"])
+        for index, shadow in enumerate(ema.shadow_params):
+            shadow.copy_(tensors[f"ema.{index}"])
+    if scaler is not None:
+        scaler.load_state_dict(json.loads(metadata["scaler"]))
+    return int(metadata["iteration"])
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    saved_flat, current_flat = _flatten(saved), _flatten(current)
+    odd = [key for key in sorted({*saved_flat, *current_flat}) if saved_flat.get(key) != current_flat.get(key)]
+    if odd:
+        changes = ", ".join(f"{key} was {saved_flat.get(key)}, is {current_flat.get(key)}" for key in odd[:4])
+        raise UserError(
+            f"'{path}' is the checkpoint of a run with other settings ({changes}). Go on with the former settings, "
+            f"or choose another output_dir."
+        )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

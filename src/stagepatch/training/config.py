@@ -1,0 +1,53 @@
+"""The choices of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class TrainingConfig:
+    """Optimizer, schedule, precision and bookkeeping. Defaults are DMP's (arXiv 2405.17825) where it says.
+
+    Args:
+        steps: optimizer steps in all.
+        batch_size: images a step, over all processes (DMP: 128).
+        gradient_accumulation_steps: parts in which each process computes its share of a batch.
+        learning_rate: AdamW's rate (DMP: 1e-4).
+        lr_scheduler: diffusers' name: 'constant' (DMP), 'linear' or 'cosine', the latter two decaying to zero.
+        warmup_steps: steps over which the rate rises from zero.
+        weight_decay: AdamW's decay (DMP: 0).
+        adam_beta1: AdamW's first beta.
+        adam_beta2: AdamW's second beta.
+        max_grad_norm: clip the gradient's norm to this; 0 does not clip (DMP).
+        ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
+        label_dropout: share of class labels replaced by the null label (DiT: 0.1).
+        mixed_precision: accelerate's precision.
+        compile: run the denoiser through torch.compile.
+        seed: of data order, noise, timesteps and initialisation.
+        log_every: steps between log records.
+        checkpoint_every: steps between checkpoints to resume from.
+        snapshot_every: steps between copies of the (averaged) result under 'snapshots/'; 0 keeps none.
+        tensorboard: write TensorBoard events beside log.jsonl.
+    """
+
+    steps: int = 50_000
+    batch_size: int = 128
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+    label_dropout: float = 0.1
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 500
+    snapshot_every: int = 0
+    tensorboard: bool = True

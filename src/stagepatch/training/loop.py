@@ -1,0 +1,298 @@
+"""The training loop. It knows a model, a method, an objective and data; it never asks which."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from stagepatch.backbones import is_class_conditional, null_label, predict
+from stagepatch.diffusion import Objective
+from stagepatch.errors import UserError
+from stagepatch.methods import Method
+from stagepatch.training.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
+from stagepatch.training.config import TrainingConfig
+from stagepatch.training.log import RunLog
+from stagepatch.training.randomness import GLOBAL, NOISE, BatchOrder, generator_for, seed_for
+from stagepatch.training.signals import Interrupted, StopSignals
+
+# Settings that may change when a run goes on: they decide nothing of its result.
+_BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")
+
+
+class DenoisingLoss(nn.Module):
+    """Model, method and objective as one module, so that processes share the gradients of all that trains."""
+
+    def __init__(self, model: nn.Module, method: Method, objective: Objective, trained: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.trained = trained
+        self.method = method
+        self.objective = objective
+
+    def forward(
+        self, x_start: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and scalars to log."""
+        x_t = self.objective.add_noise(x_start, noise, timesteps)
+        output = predict(self.model, x_t, self.objective.model_timesteps(timesteps), labels)
+        loss = self.objective.loss(output, x_start, noise, timesteps).mean()
+        extra, logged = self.method.extra_loss()
+        return loss if extra is None else loss + extra, {"loss": loss.detach(), **logged}
+
+
+def train(
+    model: nn.Module,
+    method: Method,
+    objective: Objective,
+    dataset: Dataset[dict[str, Any]],
+    config: TrainingConfig,
+    directory: Path,
+    identity: dict[str, Any] | None = None,
+    horizontal_flip: bool = False,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> None:
+    """Train, and write the method's result to `directory`. A run that was stopped goes on where it was.
+
+    Args:
+        model: the denoiser; on return the method's result is on it.
+        dataset: items {"image": [C, H, W], "label": int}.
+        identity: further settings that a resumed run must share.
+        horizontal_flip: mirror each image with probability ½.
+
+    Raises:
+        UserError: sizes that do not divide, a loss that is not finite, or a checkpoint of other settings.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint is written.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    _check_sizes(config, accelerator.num_processes)
+    torch.manual_seed(seed_for(GLOBAL, config.seed))
+    model.to(accelerator.device)
+    groups = method.prepare(model)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(
+        [{"params": group["params"], "lr": config.learning_rate * group["factor"]} for group in groups],
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    rate_factor = _rate_factor(config, optimizer)
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+    identity = {**(identity or {}), "training": _settings(config)}
+    state = (identity, parameters, optimizer, ema, accelerator.scaler)
+    start = load_checkpoint(directory, *state)
+    if config.compile:
+        model.compile()
+    step = accelerator.prepare(DenoisingLoss(model, method, objective, nn.ParameterList(parameters)))
+    loader = _loader(dataset, config, start, accelerator, num_workers)
+    is_main = accelerator.is_main_process
+    totals: dict[str, Tensor] = {}
+    since = time.perf_counter()
+
+    with (
+        StopSignals() as signals,
+        RunLog(directory, start, config.steps, config.tensorboard, is_main, progress) as log,
+    ):
+        for iteration, batch in enumerate(loader, start):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * rate_factor(iteration)
+            draws = _draw(batch, config, objective, model, iteration, horizontal_flip, accelerator)
+            logged = _backward(step, draws, config.gradient_accumulation_steps, accelerator)
+            logged["grad_norm"] = _clip(parameters, config.max_grad_norm, optimizer, accelerator)
+            _optimizer_step(optimizer, accelerator)
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.step(parameters)
+            totals = {name: totals.get(name, 0.0) + value for name, value in logged.items()}
+            done = iteration + 1
+            log.advance()
+
+            if done % config.log_every == 0 or done == config.steps:
+                count = done - max(start, (done - 1) // config.log_every * config.log_every)
+                means = _means(totals, count, accelerator)
+                _check_finite(means, done, directory)
+                elapsed = time.perf_counter() - since
+                rate_now = optimizer.param_groups[0]["lr"]
+                speed = {"images_per_second": count * config.batch_size / elapsed, "lr": rate_now}
+                log.write({"iteration": done, **means, **speed})
+                totals, since = {}, time.perf_counter()
+            stop = _stop_requested(signals, done, config, accelerator)
+            if done % config.checkpoint_every == 0 or done == config.steps or stop:
+                _check_finite({name: float(value) for name, value in totals.items()}, done, directory)
+                if is_main:
+                    save_checkpoint(directory, done, *state)
+                accelerator.wait_for_everyone()
+            if config.snapshot_every and done % config.snapshot_every == 0 and is_main:
+                _save_result(method, parameters, ema, directory / "snapshots" / f"{done:07d}")
+            if stop and done < config.steps:
+                raise Interrupted(
+                    stop,
+                    f"Stopped at iteration {done} of {config.steps}; the checkpoint is "
+                    f"'{directory / CHECKPOINT_NAME}'. Give the same command again to go on from there.",
+                )
+
+    if ema is not None:
+        ema.copy_to(parameters)
+    if is_main:
+        method.save(directory)
+    accelerator.wait_for_everyone()
+
+
+def _check_sizes(config: TrainingConfig, num_processes: int) -> None:
+    parts = num_processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide by {num_processes} processes × "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
+        )
+    for name in ("steps", "log_every", "checkpoint_every", "batch_size", "gradient_accumulation_steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 1.")
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name not in _BOOKKEEPING}
+
+
+def _rate_factor(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> Any:
+    name = config.lr_scheduler
+    if name == "constant" and config.warmup_steps:
+        name = "constant_with_warmup"
+    # The schedule's function alone: the rate follows from the iteration, so nothing of it is saved.
+    return get_scheduler(name, optimizer, None, config.warmup_steps, config.steps).lr_lambdas[0]
+
+
+def _loader(
+    dataset: Dataset[dict[str, Any]],
+    config: TrainingConfig,
+    start: int,
+    accelerator: Accelerator,
+    num_workers: int,
+) -> DataLoader[dict[str, Any]]:
+    order = BatchOrder(
+        len(dataset),  # type: ignore[arg-type]
+        config.batch_size,
+        start,
+        config.steps,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    return DataLoader(dataset, batch_sampler=order, num_workers=num_workers)
+
+
+def _draw(
+    batch: dict[str, Tensor],
+    config: TrainingConfig,
+    objective: Objective,
+    model: nn.Module,
+    iteration: int,
+    horizontal_flip: bool,
+    accelerator: Accelerator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This process's x_start, noise, timesteps and labels.
+
+    Drawn for the whole batch, of which a process takes its rows: the number of processes changes nothing.
+    """
+    device = accelerator.device
+    torch.manual_seed(seed_for(GLOBAL, config.seed, accelerator.process_index, iteration))
+    generator = generator_for(device, NOISE, config.seed, iteration)
+    images, labels = batch["image"].to(device), batch["label"].to(device)
+    share = len(images)
+    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    size = config.batch_size
+    timesteps = objective.draw_timesteps(size, generator)[own]
+    noise = torch.randn(size, *images.shape[1:], generator=generator, device=device)[own]
+    if horizontal_flip:
+        flipped = torch.rand(size, generator=generator, device=device)[own] < 0.5
+        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+    if is_class_conditional(model):
+        dropped = torch.rand(size, generator=generator, device=device)[own] < config.label_dropout
+        labels = torch.where(dropped, null_label(model), labels)
+    return images, noise, timesteps, labels
+
+
+def _backward(
+    step: nn.Module, draws: tuple[Tensor, ...], parts: int, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Gradients of the mean loss over `parts` pieces of the batch; the scalars to log, averaged over them."""
+    totals: dict[str, Tensor] = {}
+    pieces = zip(*(draw.chunk(parts) for draw in draws), strict=True)
+    for index, piece in enumerate(pieces):
+        last = index == parts - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(step):
+            loss, logged = step(*piece)
+            accelerator.backward(loss / parts)
+        for name, value in logged.items():
+            totals[name] = totals.get(name, 0.0) + value / parts
+    return totals
+
+
+def _clip(
+    parameters: list[nn.Parameter],
+    max_grad_norm: float,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> Tensor:
+    if accelerator.scaler is not None:
+        accelerator.scaler.unscale_(optimizer)
+    return nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+
+
+def _optimizer_step(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    if accelerator.scaler is None:
+        optimizer.step()
+    else:
+        accelerator.scaler.step(optimizer)
+        accelerator.scaler.update()
+
+
+def _means(totals: dict[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
+    stacked = accelerator.reduce(torch.stack([value.float() for value in totals.values()]), "mean")
+    return dict(zip(totals, (stacked / count).tolist(), strict=True))
+
+
+def _check_finite(values: dict[str, float], iteration: int, directory: Path) -> None:
+    if math.isfinite(values.get("loss", 0.0)):
+        return
+    kept = f"the last good checkpoint is '{directory / CHECKPOINT_NAME}'"
+    if not (directory / CHECKPOINT_NAME).exists():
+        kept = "no checkpoint was due before it"
+    raise UserError(
+        f"The loss is {values['loss']} near iteration {iteration}; {kept}. Try a lower learning_rate, a max_grad_norm "
+        f"of 1, or mixed_precision 'no', in a new output_dir; and look for broken images."
+    )
+
+
+def _stop_requested(
+    signals: StopSignals, done: int, config: TrainingConfig, accelerator: Accelerator
+) -> int:
+    """The signal to stop for, 0 for none; all processes agree, at every log_every-th iteration."""
+    if accelerator.num_processes == 1:
+        return signals.received
+    if done % config.log_every:
+        return 0
+    received = torch.tensor(float(signals.received), device=accelerator.device)
+    return int(accelerator.gather(received.view(1)).max())
+
+
+def _save_result(method: Method, parameters: list[nn.Parameter], ema: Any | None, directory: Path) -> None:
+    """Save the method's result, averaged where there is an average, and train on from where it was."""
+    if ema is None:
+        method.save(directory)
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    method.save(directory)
+    ema.restore(parameters)
