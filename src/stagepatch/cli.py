@@ -55,6 +55,8 @@ def _run(command: str, arguments: list[str]) -> int:
 
     if command == "inspect" and arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
+    if command == "demo":
+        arguments = ["--quick=true" if argument == "--quick" else argument for argument in arguments]
     try:
         config, resolved = _parse(command, arguments)
         from stagepatch import commands

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from stagepatch import config as configs
 from stagepatch.backbones import learns_sigma, load_denoiser
+from stagepatch.compare import comparison_table, load_references
 from stagepatch.data import load_dataset
 from stagepatch.diffusion import Objective, make_scheduler
-from stagepatch.files import write_text
+from stagepatch.evaluation import Measured, load_extractor, measure
+from stagepatch.files import write_atomically, write_json, write_tensors, write_text
+from stagepatch.inspection import describe_path
 from stagepatch.methods import DMP, Finetune, Method
 from stagepatch.models import DIT_SIZES, DiT
+from stagepatch.patch import Patch
+from stagepatch.report import image_grid, print_table
+from stagepatch.sampling import generate
+from stagepatch.training import progress_bar
 from stagepatch.training import train as run_training
+from stagepatch.training.randomness import GLOBAL, seed_for
 
 RUN_CONFIG = "run.yaml"
 
 
 def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     """Train a DiT from scratch and save it as a model directory."""
-    import torch
-
-    from stagepatch.training.randomness import GLOBAL, seed_for
-
     directory = Path(config.output_dir)
     dataset = load_dataset(config.data)
     write_text(directory / RUN_CONFIG, resolved)
@@ -49,8 +57,10 @@ def _make_model(config: configs.ModelConfig, label_dropout: float) -> DiT:
     sizes = {name: value for name, value in asdict(config).items() if name != "name"}
     if config.name:
         sizes = {name: value for name, value in sizes.items() if name not in next(iter(DIT_SIZES.values()))}
-        return DiT.from_name(config.name, class_dropout_prob=label_dropout, **sizes)
-    return DiT(class_dropout_prob=label_dropout, **sizes)
+        model = DiT.from_name(config.name, class_dropout_prob=label_dropout, **sizes)
+    else:
+        model = DiT(class_dropout_prob=label_dropout, **sizes)
+    return model
 
 
 def train(config: configs.TrainConfig, resolved: str) -> None:
@@ -78,3 +88,90 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
         config.data.num_workers,
     )
     print(f"The result is in '{directory}'.")
+
+
+def sample(config: configs.SampleConfig, resolved: str) -> None:
+    """Generate images, and write them as tensors and as a grid."""
+    model, scheduler = load_denoiser(config.model)
+    if config.patch:
+        _attach(config.patch, config.patch_scale, model)
+    directory = Path(config.output_dir)
+    with progress_bar() as progress:
+        task = progress.add_task("sampling", total=config.sampling.num_images, status="")
+        images = generate(
+            model, scheduler, config.sampling, on_batch=lambda count: progress.advance(task, count)
+        )
+    write_text(directory / RUN_CONFIG, resolved)
+    write_tensors(directory / "samples.safetensors", {"images": images})
+    grid = image_grid(images[:100], columns=10)
+    write_atomically(directory / "grid.png", lambda path: grid.save(path, format="PNG"))
+    print(f"{len(images)} images are in '{directory / 'samples.safetensors'}', a grid in '{directory / 'grid.png'}'.")
+
+
+def _attach(directory: str, scale: float, model: nn.Module) -> Patch:
+    patch = Patch.from_pretrained(directory)
+    patch.scale = scale
+    patch.attach(model)
+    return patch
+
+
+def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
+    """Measure a model; with a patch, base and patched from the same noise."""
+    model, scheduler = load_denoiser(config.model)
+    patch = _attach(config.patch, config.patch_scale, model) if config.patch else None
+    references = load_references(config.data)
+    extractor = load_extractor(config.extractor)
+    total = config.sampling.num_images * len(config.seeds) * (1 if patch is None else 2)
+    with progress_bar() as progress:
+        task = progress.add_task("sampling", total=total, status="")
+
+        def measured() -> Measured:
+            return measure(
+                model,
+                scheduler,
+                config.sampling,
+                config.seeds,
+                references,
+                extractor,
+                lambda count: progress.advance(task, count),
+            )
+
+        if patch is not None:
+            patch.enabled = False
+        base = measured()
+        patched = None
+        if patch is not None:
+            patch.enabled = True
+            patched = measured()
+    directory = Path(config.output_dir)
+    write_text(directory / RUN_CONFIG, resolved)
+    results = {"base": base.metrics} | ({} if patched is None else {"patched": patched.metrics})
+    write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
+    columns, rows = comparison_table(base, patched, extractor.name)
+    print_table(columns, rows, f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds")
+    print(f"Metrics of every seed are in '{directory / 'metrics.json'}'.")
+
+
+def params(config: configs.ParamsConfig, resolved: str) -> None:
+    """Count base and added parameters on the meta device."""
+    rows = []
+    for name in config.models:
+        with torch.device("meta"):
+            model = DiT.from_name(name, sample_size=config.sample_size)
+            patch = Patch.create(model, config.patch)
+        base, added = sum(value.numel() for value in model.parameters()), patch.num_parameters()
+        # Cut to two decimals, not rounded: so Table 1 of arXiv 2405.17825 has 1.2674% as 1.26%.
+        rows.append([name, f"{base:,}", f"{added:,}", f"+{math.floor(added / base * 1e4) / 1e2:.2f}%"])
+    print_table(["model", "base", "added", "share (cut)"], rows, "Parameters")
+
+
+def inspect(config: configs.InspectConfig, resolved: str) -> None:
+    """Say what a path holds."""
+    print_table(["what", "value"], describe_path(Path(config.path)), str(config.path))
+
+
+def demo(config: configs.DemoConfig, resolved: str) -> None:
+    """Run the demo."""
+    from stagepatch.demo import run_demo
+
+    run_demo(Path(config.output_dir), config.quick)

@@ -78,7 +78,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         UserError: no such file, or it does not hold a JSON object.
     """
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"No such file: '{path}'.") from error
     except (OSError, ValueError) as error:

@@ -39,9 +39,10 @@ def load_dataset(config: DataConfig, split: Literal["train", "held_out"] = "trai
     return ImageFolder(Path(config.source), config.image_size, config.channels)
 
 
-def all_images(dataset: Dataset[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Every image [B, C, H, W] and label [B] of a dataset."""
+def in_memory(dataset: Dataset[dict[str, Any]]) -> ImageDataset:
+    """Every image and label of a dataset, as tensors."""
     if isinstance(dataset, ImageDataset):
-        return dataset.images, dataset.labels
+        return dataset
     items = [dataset[index] for index in range(len(dataset))]  # type: ignore[arg-type]
-    return torch.stack([item["image"] for item in items]), torch.tensor([int(item["label"]) for item in items])
+    images = torch.stack([item["image"] for item in items])
+    return ImageDataset(images, torch.tensor([int(item["label"]) for item in items]))

@@ -18,13 +18,15 @@ class Objective:
     """What a scheduler's config asks of a denoiser.
 
     Args:
-        scheduler: a diffusers scheduler; its config decides betas (or sigmas) and prediction type.
+        scheduler: a diffusers scheduler; its config decides betas (or sigmas) and prediction type. Whether it
+            is made for training or for sampling does not matter, nor whether it has sampled.
         learn_sigma: the model's output holds the variance's interpolation behind its prediction (2C channels),
             trained by the bound of improved DDPM with the mean detached.
         weighting: weight of each sample's squared error.
 
     Raises:
-        UserError: a prediction type that is none of epsilon, v_prediction, sample, flow.
+        UserError: a prediction type that is none of epsilon, v_prediction, sample, flow, or a scheduler that
+            has no training schedule for it.
     """
 
     def __init__(self, scheduler: Any, learn_sigma: bool = False, weighting: Weighting = constant) -> None:
@@ -33,12 +35,30 @@ class Objective:
         self.prediction_type = "flow_prediction" if self.is_flow else scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
             raise UserError(f"prediction_type='{self.prediction_type}' is none of {', '.join(PREDICTION_TYPES)}.")
+        if not self.is_flow and (
+            self.prediction_type == "flow_prediction" or not hasattr(scheduler, "alphas_cumprod")
+        ):
+            raise UserError(
+                f"Cannot train with {type(scheduler).__name__} and prediction_type='{self.prediction_type}': "
+                f"expected a scheduler with alphas_cumprod, such as DDPMScheduler, or for a flow "
+                f"FlowMatchEulerDiscreteScheduler."
+            )
         if learn_sigma and self.is_flow:
             raise UserError("A flow has no posterior variance to learn: set learn_sigma to false.")
         self.learn_sigma = learn_sigma
         self.weighting = weighting
         self.num_train_timesteps: int = scheduler.config.num_train_timesteps
         self._posterior = Posterior(scheduler.betas) if learn_sigma else None
+        # x_t = signal·x_start + sigma·noise. In float64: in half precision, the first timesteps' 1 − ᾱ vanishes.
+        if self.is_flow:
+            # A scheduler that has sampled holds the sigmas of its steps, and any holds them from high to low.
+            sigmas = type(scheduler).from_config(scheduler.config).sigmas[: self.num_train_timesteps]
+            self._sigmas = sigmas.double().flip(0)
+            self._signals = 1.0 - self._sigmas
+        else:
+            alphas_cumprod = scheduler.alphas_cumprod.double()
+            self._sigmas = (1.0 - alphas_cumprod).sqrt()
+            self._signals = alphas_cumprod.sqrt()
 
     def draw_timesteps(self, batch: int, generator: Generator) -> Tensor:
         """Uniform timesteps [B], from 0 to T − 1, on the generator's device."""
@@ -48,10 +68,7 @@ class Objective:
 
     def add_noise(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [B, C, H, W] of x_start and noise of that shape, at timesteps [B]."""
-        if self.is_flow:
-            sigma = self._sigma(timesteps, x_start)
-            return (1.0 - sigma) * x_start + sigma * noise
-        return self.scheduler.add_noise(x_start, noise, timesteps)  # type: ignore[no-any-return]
+        return self._signal(timesteps, x_start) * x_start + self._sigma(timesteps, x_start) * noise
 
     def model_timesteps(self, timesteps: Tensor) -> Tensor:
         """The timesteps as the model is told them: [B]."""
@@ -67,7 +84,7 @@ class Objective:
             return x_start
         if self.prediction_type == "flow_prediction":
             return noise - x_start
-        return self.scheduler.get_velocity(x_start, noise, timesteps)  # type: ignore[no-any-return]
+        return self._signal(timesteps, x_start) * noise - self._sigma(timesteps, x_start) * x_start
 
     def loss(self, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The loss of each sample, mean over its dimensions: [B].
@@ -91,27 +108,27 @@ class Objective:
         """x_start as the model's prediction implies it: [B, C, H, W]."""
         if self.prediction_type == "sample":
             return prediction
+        signal, sigma = self._signal(timesteps, x_t), self._sigma(timesteps, x_t)
         if self.prediction_type == "flow_prediction":
-            return x_t - self._sigma(timesteps, x_t) * prediction
-        alpha_cumprod = self._alphas_cumprod(timesteps, x_t)
-        signal, sigma = alpha_cumprod.sqrt(), (1.0 - alpha_cumprod).sqrt()
+            return x_t - sigma * prediction
         if self.prediction_type == "epsilon":
             return (x_t - sigma * prediction) / signal
         return signal * x_t - sigma * prediction
 
     def _snr(self, timesteps: Tensor) -> Tensor:
         """Signal-to-noise ratio [B]: α²/σ² of x_t = α·x_start + σ·noise."""
-        if self.is_flow:
-            sigma = self._sigma(timesteps, timesteps.float())
-            return ((1.0 - sigma) / sigma) ** 2
-        alpha_cumprod = self._alphas_cumprod(timesteps, timesteps.float())
-        return alpha_cumprod / (1.0 - alpha_cumprod)
+        like = timesteps.float()
+        return (self._signal(timesteps, like) / self._sigma(timesteps, like)) ** 2
+
+    def _signal(self, timesteps: Tensor, like: Tensor) -> Tensor:
+        return _at(self._signals, timesteps, like)
 
     def _sigma(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        # A scheduler's sigmas run from high noise to low.
-        sigmas = self.scheduler.sigmas[: self.num_train_timesteps].flip(0)
-        return sigmas.to(like.device, like.dtype)[timesteps].view(-1, *[1] * (like.ndim - 1))
+        return _at(self._sigmas, timesteps, like)
 
-    def _alphas_cumprod(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        picked = self.scheduler.alphas_cumprod.to(like.device, like.dtype)[timesteps]
-        return picked.view(-1, *[1] * (like.ndim - 1))
+
+def _at(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+    """The values at timesteps [B], in the type of `like` and shaped to be multiplied with it."""
+    # Cast before it moves: some accelerators have no float64.
+    picked = values.to(like.dtype).to(like.device)[timesteps]
+    return picked.view(-1, *[1] * (like.ndim - 1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +39,10 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise UserError(f"No such checkpoint: '{path}'.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what a broken pickle raises depends on where it breaks
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"Cannot read '{path}' as tensors alone: {str(error).splitlines()[0]}. It may be truncated, or hold "
+            f"Cannot read '{path}' as tensors alone: {reason}. It may be truncated, or hold "
             f"Python objects (such as argparse's Namespace), which are not loaded because they can run code; "
             f"save its state dict by itself."
         ) from error
@@ -56,14 +56,21 @@ def from_original(
 ) -> DiT:
     """See `DiT.from_original`."""
     state = load_original_state_dict(checkpoint)
-    state_heads = _infer_config(state, num_attention_heads)
-    model = DiT(**state_heads)
+    config = _infer_config(state, num_attention_heads)
+    model: DiT = DiT(**config)
     expected = model.state_dict()
     missing = sorted(set(expected) - set(state))
     if missing:
         raise UserError(f"Not a whole DiT checkpoint: {len(missing)} keys are missing, first '{missing[0]}'.")
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise UserError(
+                f"Not a DiT checkpoint of this shape: '{name}' is {list(state[name].shape)}, expected "
+                f"{list(tensor.shape)}."
+            )
     model.load_state_dict({name: state[name] for name in expected})
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _infer_config(state: Mapping[str, Tensor], num_attention_heads: int | None) -> dict[str, Any]:
@@ -124,7 +131,12 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiT:
         if config[name] != expected:
             raise UserError(f"Cannot convert a DiT with {name}={config[name]!r}: expected {expected!r}.")
     out_channels = config.out_channels or config.in_channels
-    converted = DiT(
+    if out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise UserError(
+            f"Cannot convert a DiT with out_channels={out_channels} for in_channels={config.in_channels}: "
+            f"expected as many, or twice as many (learned variance)."
+        )
+    converted: DiT = DiT(
         sample_size=config.sample_size,
         patch_size=config.patch_size,
         in_channels=config.in_channels,
@@ -137,7 +149,8 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiT:
         norm_eps=config.norm_eps,
     )
     converted.load_state_dict(_rename_diffusers(model.state_dict(), config.num_layers))
-    return converted.eval()
+    converted.eval()
+    return converted
 
 
 def _rename_diffusers(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:

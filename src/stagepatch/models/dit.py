@@ -70,7 +70,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
     _supports_gradient_checkpointing = True
     _no_split_modules = ("DiTBlock",)
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         sample_size: int = 32,
@@ -128,7 +128,8 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         """
         if name not in DIT_SIZES:
             raise UserError(f"No DiT is named '{name}'. Choose one of: {', '.join(DIT_SIZES)}.")
-        return cls(**{**DIT_SIZES[name], **overrides})
+        model: DiT = cls(**{**DIT_SIZES[name], **overrides})
+        return model
 
     @classmethod
     def from_original(
@@ -178,16 +179,22 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         Raises:
             UserError: a shape or condition that the model does not take.
         """
+        if sample.ndim != 4 or sample.shape[1] != self.in_channels:
+            raise UserError(f"Input of shape {list(sample.shape)}: expected [B, {self.in_channels}, H, W].")
         batch, _, height, width = sample.shape
         if height % self.patch_size or width % self.patch_size:
             raise UserError(f"Input of {height}×{width} is not a multiple of patch_size={self.patch_size}.")
         grid = (height // self.patch_size, width // self.patch_size)
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(batch)
+        timesteps = torch.as_tensor(timestep, device=sample.device)
+        if timesteps.ndim > 1 or timesteps.numel() not in (1, batch):
+            raise UserError(f"Timesteps of shape {list(timesteps.shape)}: expected one number, or [{batch}].")
+        timesteps = timesteps.expand(batch)
 
         hidden_states = self.x_embedder(sample) + self._positions(grid).to(sample.dtype)
         conditioning = self.t_embedder(timesteps)
         if self.y_embedder is not None:
-            conditioning = conditioning + self.y_embedder(self._condition(class_labels, pooled_projections))
+            condition = self._condition(batch, class_labels, pooled_projections)
+            conditioning = conditioning + self.y_embedder(condition)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
@@ -197,11 +204,16 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         output = self._unpatchify(hidden_states, grid)
         return DiTOutput(sample=output) if return_dict else (output,)
 
-    def _condition(self, class_labels: Tensor | None, pooled_projections: Tensor | None) -> Tensor:
+    def _condition(
+        self, batch: int, class_labels: Tensor | None, pooled_projections: Tensor | None
+    ) -> Tensor:
         name = "class_labels" if self.config.conditioning == "class" else "pooled_projections"
         condition = class_labels if self.config.conditioning == "class" else pooled_projections
         if condition is None:
             raise UserError(f"This DiT is conditioned on {self.config.conditioning}: pass `{name}`.")
+        width = [] if self.config.conditioning == "class" else [self.config.pooled_projection_dim]
+        if condition.ndim == 0 or condition.shape[0] not in (1, batch) or list(condition.shape[1:]) != width:
+            raise UserError(f"`{name}` of shape {list(condition.shape)}: expected {[batch, *width]}.")
         return condition
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
@@ -222,15 +234,14 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.hidden_size, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
         if isinstance(self.y_embedder, LabelEmbedder):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for index in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
-        for linear in [*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for name, parameter in self.named_parameters():
+            if name.startswith("t_embedder.mlp") and name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
+            elif "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
 
 
 class PatchEmbedder(nn.Module):
@@ -254,7 +265,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_attention_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
-        self.mlp = FeedForward(hidden_size, int(hidden_size * mlp_ratio))
+        self.mlp = FeedForward(hidden_size, round(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:

@@ -118,7 +118,9 @@ class PatchConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise UserError(f"Unknown key in a patch's config: {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+            raise UserError(
+                f"Unknown key in a patch's config: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
+            )
         return cls(**values)
 
 

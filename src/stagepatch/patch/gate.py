@@ -21,6 +21,8 @@ class LinearGate(nn.Module):
     `noise_weight` has the shape of `weight`.
     """
 
+    indices: Tensor
+
     def __init__(
         self,
         channels: int,

@@ -41,7 +41,8 @@ def mix(prompts: Tensor, weights: Tensor | None) -> Tensor:
         return prompts.unsqueeze(0)
     if prompts.ndim == 2:
         return weights.unsqueeze(-1) * prompts
-    return (weights @ prompts.flatten(1)).unflatten(1, prompts.shape[1:])
+    mixed: Tensor = (weights @ prompts.flatten(1)).unflatten(1, prompts.shape[1:])
+    return mixed
 
 
 def add_mixture(hidden_states: Tensor, prompts: Tensor, weights: Tensor | None, scale: float) -> Tensor:

@@ -145,6 +145,7 @@ class Patch(nn.Module):
             noisy_logits, noise_std = logits, None
             if self.training and self.config.gate_noise:
                 noise_std = self.gate.noise_std(condition)
+            if noise_std is not None:
                 noisy_logits = logits + torch.randn_like(logits) * noise_std
             self.last = Mixture(logits, noisy_logits, noise_std, self._weigh(noisy_logits))
 
@@ -205,16 +206,17 @@ class Patch(nn.Module):
         """importance_weight · importance + load_weight · load of the last forward, a scalar (Eq. 11–13)."""
         terms = self.balance_terms()
         if not terms:
-            return self.prompts[0].new_zeros(())
+            return torch.zeros((), device=self.prompts[0].device)
         return self.config.importance_weight * terms["importance"] + self.config.load_weight * terms["load"]
 
     def gate_entropy(self) -> Tensor:
         """Mean entropy [nats] of the last forward's weights; log M where all choices weigh the same."""
         if self.last is None:
-            return self.prompts[0].new_zeros(())
+            return torch.zeros((), device=self.prompts[0].device)
         weights = self.last.weights.detach()
         shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-        return torch.special.entr(shares).sum(dim=-1).mean()
+        entropy: Tensor = torch.special.entr(shares)
+        return entropy.sum(dim=-1).mean()
 
     def num_parameters(self) -> int:
         """Learned numbers in all."""

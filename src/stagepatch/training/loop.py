@@ -166,7 +166,7 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _rate_factor(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> Any:
-    name = config.lr_scheduler
+    name: str = config.lr_scheduler
     if name == "constant" and config.warmup_steps:
         name = "constant_with_warmup"
     # The schedule's function alone: the rate follows from the iteration, so nothing of it is saved.

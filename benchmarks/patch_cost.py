@@ -1,0 +1,144 @@
+"""What a patch costs: forward, training step and peak memory, as ratios against the plain model.
+
+    python benchmarks/patch_cost.py [--models DiT-S/2 DiT-B/2] [--rounds 7] [--device cpu]
+
+A and B alternate in one process; each ratio is of medians. Peak memory is of one process per method (its resident
+set on a CPU, less what the imports take; the allocator's peak on an accelerator).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from stagepatch import DiT, Patch
+from stagepatch.backbones import predict
+from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
+
+
+def build(name: str, device: str) -> DiT:
+    torch.manual_seed(0)
+    model = DiT.from_name(name)
+    for block in model.blocks:  # adaLN-Zero starts as the identity: give every branch something to do
+        nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
+    return model.to(device).eval()
+
+
+def inputs(batch: int, device: str) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch, 4, 32, 32, generator=generator)
+    noise = torch.randn(batch, 4, 32, 32, generator=generator)
+    timesteps = torch.randint(0, 1000, (batch,), generator=generator)
+    labels = torch.randint(0, 1000, (batch,), generator=generator)
+    return tuple(value.to(device) for value in (sample, noise, timesteps, labels))
+
+
+def make_step(name: str, method: str, batch: int, device: str) -> Callable[[], None]:
+    """One training step, optimizer included, of 'dmp' or 'finetune'."""
+    model = build(name, device)
+    objective = Objective(make_scheduler(ObjectiveConfig(), True), True)
+    if method == "dmp":
+        model.requires_grad_(False)
+        patch = Patch.create(model).train()
+        patch.attach(model)
+        parameters = list(patch.parameters())
+    else:
+        patch = None
+        parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    sample, noise, timesteps, labels = inputs(batch, device)
+
+    def step() -> None:
+        x_t = objective.add_noise(sample, noise, timesteps)
+        loss = objective.loss(predict(model, x_t, timesteps, labels), sample, noise, timesteps).mean()
+        if patch is not None:
+            loss = loss + patch.balance_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def alternate(first: Callable[[], None], second: Callable[[], None], rounds: int, device: str) -> float:
+    """Median time of `second` over that of `first`, after one warm-up of each."""
+    times: list[list[float]] = [[], []]
+    for round_ in range(rounds + 1):
+        for index in (0, 1) if round_ % 2 else (1, 0):
+            start = time.perf_counter()
+            (first, second)[index]()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if round_:
+                times[index].append(time.perf_counter() - start)
+    return statistics.median(times[1]) / statistics.median(times[0])
+
+
+def forward_ratio(name: str, batch: int, rounds: int, device: str) -> float:
+    model = build(name, device).requires_grad_(False)
+    patch = Patch.create(model).eval()
+    for parameter in patch.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    sample, _, timesteps, labels = inputs(batch, device)
+    patch.attach(model)
+
+    def run(enabled: bool) -> None:
+        patch.enabled = enabled
+        with torch.no_grad():
+            predict(model, sample, timesteps, labels)
+
+    return alternate(lambda: run(False), lambda: run(True), rounds, device)
+
+
+def peak_memory(name: str, method: str, batch: int, device: str) -> int:
+    """Peak bytes of two steps in a process of their own."""
+    command = [sys.executable, __file__, "--peak", method, "--models", name, "--batch", str(batch), "--device", device]
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def print_peak(name: str, method: str, batch: int, device: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step = make_step(name, method, batch, device)
+    step()
+    step()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(after - before if device == "cpu" else torch.cuda.max_memory_allocated())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", nargs="+", default=["DiT-S/2", "DiT-B/2"])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak", choices=["dmp", "finetune"])
+    arguments = parser.parse_args()
+    batch, rounds, device = arguments.batch, arguments.rounds, arguments.device
+    if arguments.peak:
+        print_peak(arguments.models[0], arguments.peak, batch, device)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}, batch {batch}")
+    for name in arguments.models:
+        print(f"{name}: patched / plain forward      {forward_ratio(name, batch, rounds, device):.3f}", flush=True)
+        steps = [make_step(name, method, batch, device) for method in ("finetune", "dmp")]
+        print(f"{name}: DMP / fine-tuning step       {alternate(*steps, rounds, device):.3f}", flush=True)
+        del steps
+        peaks = [peak_memory(name, method, batch, device) for method in ("dmp", "finetune")]
+        print(
+            f"{name}: DMP / fine-tuning peak memory {peaks[0] / peaks[1]:.3f} "
+            f"({peaks[0] / 2**20:.0f} / {peaks[1] / 2**20:.0f} MiB)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

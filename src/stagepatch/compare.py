@@ -1,0 +1,39 @@
+"""Base against patched model: what they are measured against, and the table of their differences."""
+
+from __future__ import annotations
+
+import statistics
+
+from stagepatch.data import DataConfig, in_memory, load_dataset
+from stagepatch.evaluation import Measured, References, metric_names, paired_difference
+from stagepatch.report import format_mean
+
+
+def load_references(config: DataConfig) -> References:
+    """The training images of a data config, and for digits the held-out third."""
+    train = in_memory(load_dataset(config))
+    held_out = in_memory(load_dataset(config, "held_out")) if config.source == "digits" else None
+    return References(train, held_out)
+
+
+def comparison_table(base: Measured, patched: Measured | None, features: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: each metric as mean ± standard deviation over seeds, and the paired difference ± its
+    standard error, also in percent of the base."""
+    columns = ["metric", "base"] + ([] if patched is None else ["patched", "difference, paired", "in percent"])
+    rows = []
+    for key, label in metric_names(features).items():
+        if key not in base.metrics[0]:
+            continue
+        row = [label, _spread(base.values(key))]
+        if patched is not None:
+            mean, error = paired_difference(base.values(key), patched.values(key))
+            scale = 100.0 / abs(statistics.fmean(base.values(key)) or 1.0)
+            difference = f"{mean:+.3f} ± {error:.3f}"
+            row += [_spread(patched.values(key)), difference, f"{mean * scale:+.1f} ± {error * scale:.1f} %"]
+        rows.append(row)
+    return columns, rows
+
+
+def _spread(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return format_mean(statistics.fmean(values), spread, 3)
