@@ -54,12 +54,14 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
 
 
 def _make_model(config: configs.ModelConfig, label_dropout: float) -> DiT:
-    sizes = {name: value for name, value in asdict(config).items() if name != "name"}
-    if config.name:
-        sizes = {name: value for name, value in sizes.items() if name not in next(iter(DIT_SIZES.values()))}
-        model = DiT.from_name(config.name, class_dropout_prob=label_dropout, **sizes)
+    options = asdict(config)
+    name = options.pop("name")
+    if name:
+        # A named size sets these itself.
+        options = {key: value for key, value in options.items() if key not in DIT_SIZES["DiT-S/2"]}
+        model: DiT = DiT.from_name(name, class_dropout_prob=label_dropout, **options)
     else:
-        model = DiT(class_dropout_prob=label_dropout, **sizes)
+        model = DiT(class_dropout_prob=label_dropout, **options)
     return model
 
 

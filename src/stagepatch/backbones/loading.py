@@ -46,13 +46,12 @@ def save_denoiser(model: Any, scheduler: Any, directory: str | Path) -> None:
     scheduler.save_pretrained(directory / "scheduler")
 
 
-
-
 def _load_model(directory: Path) -> nn.Module:
     config = read_json(directory / "config.json")
     name = str(config.get("_class_name"))
-    model_class = getattr(models, name, None) or getattr(diffusers, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin)):
+    model_class: Any = getattr(models, name, None) or getattr(diffusers, name, None)
+    is_model = isinstance(model_class, type) and issubclass(model_class, ModelMixin)
+    if not is_model:
         raise UserError(f"'{directory / 'config.json'}' names the class '{name}', which is no model known here.")
     tensors, _ = read_tensors(directory / _WEIGHTS)
     model: nn.Module = model_class.from_config(config)
@@ -71,7 +70,8 @@ def _load_model(directory: Path) -> nn.Module:
 
 def _load_scheduler(directory: Path) -> Any:
     config = read_json(directory / "scheduler_config.json")
-    scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
-    if scheduler_class is None:
+    scheduler_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
+    if not is_scheduler:
         raise UserError(f"'{directory}' names the scheduler '{config.get('_class_name')}', which diffusers lacks.")
     return scheduler_class.from_config(config)

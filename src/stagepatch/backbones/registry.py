@@ -40,15 +40,21 @@ def describe(model: nn.Module) -> Backbone:
 
 
 def find_denoiser(target: Any) -> nn.Module:
-    """The denoiser of a diffusers pipeline (`transformer` or `unet`), or the model itself.
+    """The denoiser of a diffusers pipeline (`transformer` or `unet`), or the model itself; compiled or not.
 
     Raises:
         UserError: `target` is neither a model nor a pipeline with a denoiser.
     """
     if isinstance(target, nn.Module):
-        return target
+        return _uncompiled(target)
     for name in ("transformer", "unet"):
         component = getattr(target, name, None)
         if isinstance(component, nn.Module):
-            return component
+            return _uncompiled(component)
     raise UserError(f"{type(target).__name__} is neither a model nor a pipeline with a transformer or unet.")
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile(model)` wraps."""
+    original = getattr(model, "_orig_mod", model)
+    return original if isinstance(original, nn.Module) else model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,31 +25,32 @@ class Attachment:
 
     def __init__(self, patch: Patch, model: nn.Module) -> None:
         self.patch = patch
-        self._model_id = id(model)
         self._handles: list[RemovableHandle] = []
         modules = dict(model.named_modules())
         backbone = patch.backbone
         taps = [backbone.time_tap]
         if patch.config.condition == "t+c":
             taps += backbone.condition_taps
+        # Every module is found before the first hook is put on: an error leaves the model as it was.
+        tapped = [_module(modules, name) for name in taps]
+        entered = [_module(modules, site.module) for site in backbone.sites]
         condition = _Condition(patch, len(taps))
-        for name in taps:
-            self._handles.append(_module(modules, name).register_forward_hook(_Tap(condition)))
-        for position, site in enumerate(backbone.sites):
-            module = _module(modules, site.module)
+        for position, module in enumerate(tapped):
+            self._handles.append(module.register_forward_hook(_Tap(condition, position)))
+        for position, (site, module) in enumerate(zip(backbone.sites, entered, strict=True)):
             hook = _Site(patch, position, site.argument)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if patch.config.position == "prepend":
                 self._handles.append(module.register_forward_hook(_Strip(patch, position)))
-        patch._attached_to.append(self._model_id)
+        _forget_compiled()
 
     def detach(self) -> None:
         """Take the patch off; further calls do nothing."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            _forget_compiled()
         self._handles.clear()
-        if self._model_id in self.patch._attached_to:
-            self.patch._attached_to.remove(self._model_id)
 
     def __enter__(self) -> Attachment:
         return self
@@ -56,31 +59,42 @@ class Attachment:
         self.detach()
 
 
+def is_attached(patch: Patch, model: nn.Module) -> bool:
+    """Whether the patch's hooks are on the model."""
+    return any(
+        isinstance(hook, _Site) and hook.patch is patch
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+    )
+
+
 # Hooks are objects rather than closures, so that copy.deepcopy(model) copies the patch with it.
 class _Condition:
-    """Sums the outputs of the taps, and shows the patch the sum when all have come."""
+    """Sums the outputs of the taps, and shows the patch the sum when all have come.
+
+    Each tap has its own place, so that a forward that broke off between two taps leaves nothing to the next.
+    """
 
     def __init__(self, patch: Patch, taps: int) -> None:
         self.patch = patch
-        self.taps = taps
-        self.seen = 0
-        self.total: Tensor | None = None
+        self.outputs: list[Tensor | None] = [None] * taps
 
-    def add(self, output: Tensor) -> None:
-        self.total = output if self.seen == 0 or self.total is None else self.total + output
-        self.seen += 1
-        if self.seen == self.taps:
-            total, self.total, self.seen = self.total, None, 0
-            self.patch.observe(total)
+    def put(self, tap: int, output: Tensor) -> None:
+        self.outputs[tap] = output
+        outputs = [output for output in self.outputs if output is not None]
+        if len(outputs) == len(self.outputs):
+            self.outputs = [None] * len(outputs)
+            self.patch.observe(sum(outputs[1:], start=outputs[0]))
 
 
 class _Tap:
-    def __init__(self, condition: _Condition) -> None:
+    def __init__(self, condition: _Condition, tap: int) -> None:
         self.condition = condition
+        self.tap = tap
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if self.condition.patch.enabled:
-            self.condition.add(output)
+            self.condition.put(self.tap, output)
 
 
 class _Site:
@@ -93,8 +107,8 @@ class _Site:
         if not self.patch.enabled:
             return None
         if args:
-            return (self.patch.apply(self.position, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, self.argument: self.patch.apply(self.position, kwargs[self.argument])}
+            return (self.patch.enter(self.position, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, self.argument: self.patch.enter(self.position, kwargs[self.argument])}
 
 
 class _Strip:
@@ -108,6 +122,12 @@ class _Strip:
         if not self.patch.enabled:
             return None
         return output[:, self.patch.prompts[self.position].shape[-2] :]
+
+
+def _forget_compiled() -> None:
+    """Compiled code does not look for hooks that came since (Dynamo's `skip_nnmodule_hook_guards`)."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _module(modules: dict[str, nn.Module], name: str) -> nn.Module:

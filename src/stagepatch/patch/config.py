@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -87,20 +88,18 @@ class PatchConfig:
     load_loss: Literal["surrogate", "indicator", "smooth", "none"] | None = None
 
     def __post_init__(self) -> None:
-        if self.preset not in _PRESETS:
-            raise UserError(f"preset='{self.preset}' is none of {', '.join(_PRESETS)}.")
+        if self.preset not in tuple(_PRESETS):
+            raise UserError(f"preset={self.preset!r} is none of {', '.join(_PRESETS)}.")
         for name, value in _PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        _check_types(self)
         if self.gate_initialization is None:
             self.gate_initialization = "zero" if self.num_experts == 1 else "normal"
         self._check()
 
     def _check(self) -> None:
         _check_choices(self)
-        for name in ("num_prompts", "num_experts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_experts > 1 and self.gate == "none":
             raise UserError(f"num_experts={self.num_experts} needs a gate to mix them: set gate to 'linear'.")
         if self.top_k <= 0 or (self.top_k >= 1 and self.top_k != int(self.top_k)):
@@ -141,3 +140,32 @@ def _check_choices(config: PatchConfig) -> None:
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise UserError(f"{name}={getattr(config, name)!r} is none of {', '.join(choices)}.")
+
+
+_COUNTS = ("num_prompts", "num_experts")
+_AMOUNTS = ("initialization_std", "top_k", "gate_learning_rate_factor", "importance_weight", "load_weight")
+_FLAGS = ("block_index", "gate_noise")
+
+
+def _check_types(config: PatchConfig) -> None:
+    for name in _COUNTS:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{name}={value!r} must be a whole number of at least 1.")
+    for name in _AMOUNTS:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise UserError(f"{name}={value!r} must be a finite number of at least 0.")
+    for name in _FLAGS:
+        if not isinstance(getattr(config, name), bool):
+            raise UserError(f"{name}={getattr(config, name)!r} is neither true nor false.")
+    if not _is_choice_of_sites(config.sites):
+        raise UserError(
+            f"sites={config.sites!r} is none of all, first, half, a number of at least 1, or a list of names."
+        )
+
+
+def _is_choice_of_sites(sites: Any) -> bool:
+    if isinstance(sites, list):
+        return bool(sites) and all(isinstance(name, str) for name in sites)
+    return sites in ("all", "first", "half") or (type(sites) is int and sites >= 1)

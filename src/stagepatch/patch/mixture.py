@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Off with autocast on the tensor's device: what is learned is computed in the dtype that it has."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def soft_weights(logits: Tensor) -> Tensor:
@@ -56,5 +63,6 @@ def add_mixture(hidden_states: Tensor, prompts: Tensor, weights: Tensor | None, 
     weights = weights.to(hidden_states.dtype)
     if prompts.ndim == 2:
         return torch.addcmul(hidden_states, weights.unsqueeze(-1), prompts, value=scale)
-    flat = torch.addmm(hidden_states.flatten(1), weights, prompts.flatten(1), alpha=scale)
+    with no_autocast(hidden_states):
+        flat = torch.addmm(hidden_states.flatten(1), weights, prompts.flatten(1), alpha=scale)
     return flat.view_as(hidden_states)

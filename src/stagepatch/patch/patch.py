@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stagepatch.backbones import Backbone, describe, find_denoiser
 from stagepatch.errors import UserError
 from stagepatch.patch import balance, mixture
-from stagepatch.patch.attachment import Attachment
+from stagepatch.patch.attachment import Attachment, is_attached
 from stagepatch.patch.config import PatchConfig
 from stagepatch.patch.gate import AttentionGate, LinearGate
 from stagepatch.patch.sites import check_same_sites, select_sites
@@ -39,7 +39,7 @@ class Patch(nn.Module):
 
     Args:
         config: choices of the method.
-        backbone: description of the model it is for; only the sites that `config` selects are kept.
+        backbone: description of the model it is for, with the sites that the patch takes and no others.
 
     Attributes:
         scale: factor on the prompts, 1 as trained. With position 'add', 0 is the base model.
@@ -49,18 +49,16 @@ class Patch(nn.Module):
     def __init__(self, config: PatchConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.backbone = select_sites(backbone, config)
+        self.backbone = backbone
         self.scale = 1.0
         self.enabled = True
         self.last: Mixture | None = None
-        self._attached_to: list[int] = []
         sites = self.backbone.sites
         tokens = [config.num_prompts if config.position == "prepend" else site.num_tokens for site in sites]
         sets = () if config.num_experts == 1 else (config.num_experts,)
         self.num_choices = config.num_experts if sets else tokens[0]
         self.prompts = nn.ParameterList(
-            _initial_prompts(config, (*sets, count, site.channels))
-            for site, count in zip(sites, tokens, strict=True)
+            _initial_prompts(config, (*sets, count, site.channels)) for site, count in zip(sites, tokens, strict=True)
         )
         self.gate = None if config.gate == "none" else self._make_gate()
 
@@ -84,7 +82,8 @@ class Patch(nn.Module):
             UserError: an unknown model class, or a choice that the model cannot take.
         """
         denoiser = find_denoiser(model)
-        patch = cls(config or PatchConfig(), describe(denoiser))
+        config = config or PatchConfig()
+        patch = cls(config, select_sites(describe(denoiser), config))
         return patch.to(_device_of(denoiser))
 
     @classmethod
@@ -122,6 +121,8 @@ class Patch(nn.Module):
     def attach(self, target: Any) -> Attachment:
         """Put the patch on a model, or on the denoiser of a diffusers pipeline, and move it to its device.
 
+        Attaching and detaching make a compiled model compile again; to compare with and without, set `enabled`.
+
         Returns:
             A handle with `detach()`; as a context manager it detaches at the end.
 
@@ -130,7 +131,7 @@ class Patch(nn.Module):
         """
         model = find_denoiser(target)
         check_same_sites(self.backbone, select_sites(describe(model), self.config))
-        if id(model) in self._attached_to:
+        if is_attached(self, model):
             raise UserError("This patch is attached to that model already: detach it first.")
         self.to(_device_of(model))
         return Attachment(self, model)
@@ -139,7 +140,7 @@ class Patch(nn.Module):
         """Compute the weights of all sites for a condition embedding [B, C], once per forward."""
         if self.gate is None:
             return
-        with torch.autocast(condition.device.type, enabled=False):
+        with mixture.no_autocast(condition):
             condition = condition.to(self.prompts[0].dtype)
             logits = self.gate(condition)
             noisy_logits, noise_std = logits, None
@@ -160,7 +161,7 @@ class Patch(nn.Module):
         top_k = self.config.top_k
         return min(self.num_choices, int(top_k) if top_k >= 1 else max(1, round(top_k * self.num_choices)))
 
-    def apply(self, position: int, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+    def enter(self, position: int, hidden_states: Tensor) -> Tensor:
         """Hidden states [B, N, D] with the mixture of the position-th site added, or prepended."""
         prompts = self.prompts[position]
         weights = None if self.last is None else self.last.weights[position]
@@ -171,7 +172,8 @@ class Patch(nn.Module):
                     f"channels, the patch has prompts for {tuple(prompts.shape[-2:])}."
                 )
             return mixture.add_mixture(hidden_states, prompts, weights, self.scale)
-        mixed = mixture.mix(prompts, weights) * self.scale
+        with mixture.no_autocast(hidden_states):
+            mixed = mixture.mix(prompts, weights) * self.scale
         mixed = mixed.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
         return torch.cat([mixed, hidden_states], dim=1)
 

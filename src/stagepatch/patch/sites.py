@@ -33,21 +33,13 @@ def _choose(backbone: Backbone, choice: str | int | list[str] | None) -> tuple[S
     if isinstance(choice, list):
         by_name = {site.name: site for site in sites}
         unknown = [name for name in choice if name not in by_name]
-        if unknown or not choice:
-            raise UserError(
-                f"sites={choice} names none of this model's sites: {', '.join(by_name)}."
-                if not choice
-                else f"No site is named {', '.join(unknown)}. Sites of this model: {', '.join(by_name)}."
-            )
+        if unknown:
+            raise UserError(f"No site is named {', '.join(unknown)}. Sites of this model: {', '.join(by_name)}.")
         return tuple(site for site in sites if site.name in choice)
     if isinstance(choice, int):
-        if choice < 1:
-            raise UserError(f"sites={choice} must be at least 1.")
         return sites[:choice]
     counts = {"all": len(sites), "half": (len(sites) + 1) // 2, "first": 1}
-    if choice not in counts:
-        raise UserError(f"sites={choice!r} is none of all, half, first, a number, or a list of names.")
-    return sites[: counts[choice]]
+    return sites[: counts[choice or "all"]]
 
 
 def check_same_sites(patch: Backbone, model: Backbone) -> None:

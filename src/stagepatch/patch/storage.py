@@ -77,6 +77,8 @@ def _backbone_from_dict(values: dict[str, Any]) -> Backbone:
     try:
         sites = tuple(Site(**{**site, "grid": tuple(site["grid"])}) for site in values["sites"])
         taps = tuple(values["condition_taps"])
+        if not sites:
+            raise KeyError("sites")
         return Backbone(**{**values, "sites": sites, "condition_taps": taps})
     except (KeyError, TypeError) as error:
         raise UserError(f"A patch's config describes its backbone in a form not known here: {error}.") from error
@@ -89,6 +91,11 @@ def load_released(checkpoint: str | Path | Mapping[str, Any]) -> Patch:
     if missing:
         raise UserError(f"Not a checkpoint of DMP's released code: no {', '.join(missing)} in it.")
     prompts = state["prompt_embeddings"]
+    if prompts.ndim != 3 or state["gate.weight"].ndim != 2:
+        raise UserError(
+            f"Not a checkpoint of DMP's released code: prompt_embeddings is {list(prompts.shape)}, expected "
+            f"[L, N, D], and gate.weight {list(state['gate.weight'].shape)}, expected [N, D+1]."
+        )
     num_sites, num_tokens, channels = prompts.shape
     side = round(num_tokens**0.5)
     names = [f"blocks.{index}" for index in range(num_sites)]

@@ -1,0 +1,116 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from stagepatch.backbones import Backbone, Site, describe, find_denoiser, register, registry
+from stagepatch.errors import UserError
+from stagepatch.models import DiT
+from stagepatch.patch import Patch, PatchConfig
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_DESCRIPTIONS", dict(registry._DESCRIPTIONS))
+
+
+class Child(DiT):
+    pass
+
+
+class Grandchild(Child):
+    pass
+
+
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time_embedding = nn.Linear(4, 4)
+        self.down = nn.Identity()
+
+
+def describe_unet(model):
+    site = Site("down", "down", 0, 8, (4, 4), layout="map")
+    return Backbone("UNet", (site,), "time_embedding", (), 4)
+
+
+def test_dit_has_a_site_before_every_block(tiny_dit):
+    backbone = describe(tiny_dit())
+    assert backbone.model_class == "DiT"
+    assert [site.name for site in backbone.sites] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [site.index for site in backbone.sites] == [0, 1, 2]
+    for site in backbone.sites:
+        assert (site.channels, site.grid, site.num_tokens, site.layout) == (32, (4, 4), 16, "tokens")
+        assert site.module == site.name
+    assert (backbone.time_tap, backbone.condition_taps) == ("t_embedder", ("y_embedder",))
+    assert backbone.condition_channels == 32
+
+
+def test_site_counts_the_tokens_of_its_grid():
+    assert Site("a", "a", 0, 8, (4, 6)).num_tokens == 24
+
+
+def test_unconditional_dit_has_no_condition_to_tap(tiny_dit):
+    assert describe(tiny_dit(conditioning="none")).condition_taps == ()
+
+
+def test_text_dit_is_tapped_like_any_other(tiny_dit):
+    assert describe(tiny_dit(conditioning="text", pooled_projection_dim=6)).condition_taps == ("y_embedder",)
+
+
+def test_description_of_a_model_without_weights():
+    with torch.device("meta"):
+        backbone = describe(DiT.from_name("DiT-XL/2"))
+    assert len(backbone.sites) == 28
+    assert backbone.sites[27].num_tokens == 256
+
+
+def test_unknown_class_is_refused_with_the_known_ones_and_the_way_out():
+    with pytest.raises(UserError) as caught:
+        describe(nn.Linear(2, 2))
+    message = str(caught.value)
+    assert "No description of Linear is known" in message
+    assert "Known: DiT." in message
+    assert "stagepatch.backbones.register('Linear', function)" in message
+    with pytest.raises(UserError, match="No description of Linear"):
+        Patch.create(nn.Linear(2, 2))
+
+
+def test_subclass_is_described_as_its_parent_unless_it_has_a_description_of_its_own():
+    model = Grandchild(sample_size=8, hidden_size=32, num_layers=2, num_attention_heads=2)
+    assert describe(model).model_class == "DiT"
+    assert len(Patch.create(model).prompts) == 2
+    register("Child", lambda model: "the child's")
+    assert describe(model) == "the child's"
+    register("Grandchild", lambda model: "the grandchild's")
+    assert describe(model) == "the grandchild's"
+
+
+@pytest.mark.parametrize("position", ["add", "prepend"])
+def test_registered_class_of_feature_maps_is_refused_by_its_sites(position):
+    register("UNet", describe_unet)
+    assert describe(UNet()).sites[0].layout == "map"
+    with pytest.raises(UserError, match=f"position='{position}' needs sites of tokens; UNet has feature maps at down"):
+        Patch.create(UNet(), PatchConfig(position=position))
+
+
+def test_denoiser_of_a_pipeline_and_of_a_model():
+    model, unet = nn.Linear(2, 2), nn.Linear(3, 3)
+    assert find_denoiser(model) is model
+    assert find_denoiser(SimpleNamespace(transformer=model)) is model
+    assert find_denoiser(SimpleNamespace(unet=unet, transformer=None)) is unet
+    assert find_denoiser(SimpleNamespace(unet=unet, transformer=model)) is model
+
+
+def test_denoiser_under_torch_compile():
+    model = nn.Linear(2, 2)
+    compiled = torch.compile(model)
+    assert find_denoiser(compiled) is model
+    assert find_denoiser(SimpleNamespace(unet=compiled)) is model
+
+
+@pytest.mark.parametrize("target", [None, "model", SimpleNamespace(vae=nn.Identity())], ids=str)
+def test_what_has_no_denoiser_is_refused(target):
+    with pytest.raises(UserError, match=f"{type(target).__name__} is neither a model nor a pipeline"):
+        find_denoiser(target)

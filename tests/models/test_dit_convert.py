@@ -1,0 +1,316 @@
+import argparse
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from stagepatch.errors import UserError
+from stagepatch.models import DIT_SIZES, DiT
+from stagepatch.models.embeddings import sincos_positions
+
+TOLERANCE = 1e-5
+
+
+def diffusers_dit(seed=0, share=True, **overrides):
+    """diffusers' DiT, small, all weights drawn from a normal distribution, one embedder in all blocks."""
+    arguments = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "sample_size": 8,
+        "num_embeds_ada_norm": 10,
+    }
+    model = DiTTransformer2DModel(**{**arguments, **overrides}).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    if share:
+        first = model.transformer_blocks[0].norm1.emb.state_dict()
+        for block in model.transformer_blocks:
+            block.norm1.emb.load_state_dict(first)
+    return model
+
+
+def draw_inputs(seed, batch=4):
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randn(batch, 4, 8, 8, generator=generator)
+    timesteps = torch.randint(0, 1000, (batch,), generator=generator)
+    labels = torch.randint(0, 11, (batch,), generator=generator)
+    labels[0] = 10  # the null label
+    return sample, timesteps, labels
+
+
+# from_diffusers
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_prediction_equals_diffusers(seed):
+    reference = diffusers_dit(seed)
+    sample, timesteps, labels = draw_inputs(seed)
+    expected = reference(sample, timesteps, labels).sample
+    output = DiT.from_diffusers(reference)(sample, timesteps, labels).sample
+    assert expected.std() > 0.1
+    assert (output - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"out_channels": None},
+        {"out_channels": 4},
+        {"patch_size": 4},
+        {"num_layers": 1},
+        {"norm_eps": 1e-2},
+    ],
+)
+@torch.no_grad()
+def test_prediction_equals_diffusers_in_other_shapes(overrides):
+    reference = diffusers_dit(**overrides)
+    sample, timesteps, labels = draw_inputs(0)
+    expected = reference(sample, timesteps, labels).sample
+    output = DiT.from_diffusers(reference)(sample, timesteps, labels).sample
+    assert output.shape == expected.shape
+    assert (output - expected).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_authors_settings_equal_diffusers_with_these_settings():
+    # diffusers' DiT differs from the authors' in two constants: the frequency shift and the norms' epsilon.
+    reference = diffusers_dit(norm_eps=1e-6)
+    for block in reference.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    sample, timesteps, labels = draw_inputs(1)
+    expected = reference(sample, timesteps, labels).sample
+    weights = DiT.from_diffusers(reference).state_dict()
+    weights["pos_embed"] = sincos_positions(32, 4, 4)
+    output = DiT.from_original(weights, num_attention_heads=4)(sample, timesteps, labels).sample
+    assert (output - expected).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_non_square_prediction_equals_the_blocks_of_diffusers():
+    # diffusers' own forward puts a square together, so its parts are joined here.
+    reference = diffusers_dit()
+    _, timesteps, labels = draw_inputs(2)
+    sample = torch.randn(4, 4, 4, 12)
+    tokens = reference.pos_embed.proj(sample).flatten(2).mT + sincos_positions(32, 2, 6)
+    for block in reference.transformer_blocks:
+        tokens = block(tokens, timestep=timesteps, class_labels=labels)
+    embedding = reference.transformer_blocks[0].norm1.emb(timesteps, labels, hidden_dtype=tokens.dtype)
+    shift, scale = reference.proj_out_1(F.silu(embedding))[:, None].chunk(2, dim=2)
+    tokens = reference.proj_out_2(reference.norm_out(tokens) * (1 + scale) + shift)
+    patches = tokens.view(4, 2, 6, 4, 8).permute(0, 4, 3, 1, 2)  # [B, C, p·p, h, w]
+    expected = F.pixel_shuffle(patches.reshape(4, 32, 2, 6), 2)
+    output = DiT.from_diffusers(reference)(sample, timesteps, labels).sample
+    assert (output - expected).abs().max() < TOLERANCE
+
+
+def test_from_diffusers_is_ready_for_inference_and_owns_its_weights():
+    reference = diffusers_dit()
+    model = DiT.from_diffusers(reference)
+    assert not model.training
+    with torch.no_grad():
+        model.x_embedder.proj.weight.zero_()
+    assert reference.pos_embed.proj.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("part", ["timestep_embedder.linear_1.weight", "class_embedder.embedding_table.weight"])
+def test_refuses_embedders_that_differ_between_blocks(part):
+    reference = diffusers_dit()
+    with torch.no_grad():
+        reference.transformer_blocks[2].norm1.emb.get_parameter(part)[0, 0] += 1.0
+    with pytest.raises(UserError, match=r"block 2 has an embedder of its own"):
+        DiT.from_diffusers(reference)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"activation_fn": "geglu"}, "activation_fn='geglu'"),
+        ({"norm_elementwise_affine": True}, "norm_elementwise_affine=True"),
+        ({"attention_bias": False}, "attention_bias=False"),
+        ({"out_channels": 3}, "out_channels=3"),
+    ],
+)
+def test_refuses_a_configuration_it_cannot_express(overrides, message):
+    with pytest.raises(UserError, match=message):
+        DiT.from_diffusers(diffusers_dit(**overrides))
+
+
+# from_original
+
+
+@pytest.fixture
+def model(make_dit):
+    return make_dit()
+
+
+@pytest.fixture
+def state(model):
+    """As the authors save it: with the fixed positions."""
+    return {**model.state_dict(), "pos_embed": model.positions.clone()}
+
+
+def assert_same(loaded, model):
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    same = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_layers", "num_attention_heads")
+    same += ("mlp_ratio", "conditioning", "learn_sigma", "downscale_freq_shift", "norm_eps")
+    assert {name: loaded.config[name] for name in same} == {name: model.config[name] for name in same}
+
+
+def test_reads_a_state_dict(model, state):
+    loaded = DiT.from_original(state, num_attention_heads=4)
+    assert_same(loaded, model)
+    assert loaded.config.num_classes == 10
+    assert torch.equal(loaded.positions, model.positions)
+
+
+@pytest.mark.parametrize("nest", [lambda s: s, lambda s: {"ema": s}, lambda s: {"model": s}])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_reads_a_pt_file(model, state, tmp_path, nest, as_text):
+    path = tmp_path / "dit.pt"
+    torch.save(nest(state), path)
+    assert_same(DiT.from_original(str(path) if as_text else path, num_attention_heads=4), model)
+
+
+def test_prefers_ema_to_model(model, state, make_dit):
+    other = make_dit(seed=1).state_dict()
+    assert_same(DiT.from_original({"model": other, "ema": state}, num_attention_heads=4), model)
+
+
+def test_reads_names_as_distributed_training_saves_them(model, state):
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    assert_same(DiT.from_original({"model": wrapped}, num_attention_heads=4), model)
+
+
+def test_reads_a_safetensors_file(model, state, tmp_path):
+    path = tmp_path / "dit.safetensors"
+    save_file(state, path)
+    assert_same(DiT.from_original(path, num_attention_heads=4), model)
+
+
+def test_reads_the_sample_size_from_the_positions(make_dit):
+    model = make_dit(sample_size=12)
+    state = model.state_dict() | {"pos_embed": model.positions}
+    assert DiT.from_original(state, num_attention_heads=4).config.sample_size == 12
+
+
+def test_without_positions_the_sample_size_is_that_of_256_pixels(model):
+    loaded = DiT.from_original(model.state_dict(), num_attention_heads=4)
+    assert loaded.config.sample_size == 32
+    sample = torch.randn(2, 3, 8, 8)
+    labels = torch.tensor([1, 10])
+    assert torch.equal(loaded(sample, 5, labels).sample, model(sample, 5, labels).sample)
+
+
+@pytest.mark.parametrize("conditioning", ["none", "class", "text"])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_infers_conditioning_and_learned_sigma(make_dit, conditioning, learn_sigma):
+    model = make_dit(conditioning=conditioning, learn_sigma=learn_sigma, sample_size=32)
+    loaded = DiT.from_original(model.state_dict(), num_attention_heads=4)
+    assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("mlp_size", [61, 32, 200])
+def test_infers_any_width_of_the_mlp(make_dit, mlp_size):
+    # 28·(61/28) is 60.999…: it must not be cut off.
+    model = make_dit(hidden_size=28, mlp_ratio=mlp_size / 28, sample_size=32)
+    assert model.blocks[0].mlp.fc1.out_features == mlp_size
+    assert_same(DiT.from_original(model.state_dict(), num_attention_heads=4), model)
+
+
+@pytest.mark.parametrize(("name", "heads"), [("DiT-S/8", 6), ("DiT-B/4", 12), ("DiT-L/2", 16), ("DiT-XL/2", 16)])
+def test_infers_the_heads_of_a_named_size(name, heads):
+    with torch.device("meta"):
+        model = DiT.from_name(name)
+        # On the meta device nothing is copied, and nothing needs to be: the sizes are the test.
+        loaded = DiT.from_original(model.state_dict())
+    assert loaded.config.num_attention_heads == heads
+    assert {key: loaded.config[key] for key in DIT_SIZES[name]} == DIT_SIZES[name]
+
+
+def test_asks_for_the_heads_of_an_unnamed_size(state):
+    with pytest.raises(UserError, match=r"width 32 and 2 layers.*pass num_attention_heads"):
+        DiT.from_original(state)
+
+
+def test_names_the_first_missing_key(state):
+    del state["blocks.1.attn.proj.bias"], state["final_layer.linear.bias"]
+    with pytest.raises(UserError, match=r"2 keys are missing, first 'blocks.1.attn.proj.bias'"):
+        DiT.from_original(state, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("state", [{}, {"epoch": 3}, {"down_blocks.0.weight": torch.zeros(1)}])
+def test_refuses_what_is_no_dit(state):
+    with pytest.raises(UserError, match="Not a DiT checkpoint"):
+        DiT.from_original(state)
+
+
+def test_names_a_weight_of_another_shape(state):
+    state["blocks.1.mlp.fc1.weight"] = torch.zeros(5, 5)
+    with pytest.raises(UserError, match=r"'blocks.1.mlp.fc1.weight' is \[5, 5\], expected \[128, 32\]"):
+        DiT.from_original(state, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("name", ["absent.pt", "absent.safetensors"])
+def test_names_a_file_that_is_not_there(tmp_path, name):
+    with pytest.raises(UserError, match=f"No such .*{name}"):
+        DiT.from_original(tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_refuses_a_truncated_file_wherever_it_ends(state, tmp_path, zipped):
+    path = tmp_path / "dit.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in [*range(0, 200, 9), *range(200, len(whole) - 1, len(whole) // 40)]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"dit.pt.*truncated"):
+            DiT.from_original(path, num_attention_heads=4)
+
+
+def test_refuses_a_truncated_safetensors_file(state, tmp_path):
+    path = tmp_path / "dit.safetensors"
+    save_file(state, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        DiT.from_original(path, num_attention_heads=4)
+
+
+def test_refuses_a_web_page_saved_as_a_checkpoint(tmp_path):
+    path = tmp_path / "dit.pt"
+    path.write_text("<!DOCTYPE html><html><body>404</body></html>")
+    with pytest.raises(UserError, match="Cannot read"):
+        DiT.from_original(path)
+
+
+class Trap:
+    """Runs code when an unpickler builds it."""
+
+    sprung = False
+
+    def __reduce__(self):
+        return (setattr, (Trap, "sprung", True))
+
+
+@pytest.mark.parametrize("foreign", [argparse.Namespace(lr=1e-4), Trap()])
+def test_refuses_python_objects_and_runs_none(state, tmp_path, foreign):
+    path = tmp_path / "dit.pt"
+    torch.save({"ema": state, "args": foreign}, path)
+    with pytest.raises(UserError, match=r"Python objects.*save its state dict by itself"):
+        DiT.from_original(path, num_attention_heads=4)
+    assert not Trap.sprung
+
+
+def test_refuses_a_file_that_holds_no_mapping(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds list, not a state dict"):
+        DiT.from_original(tmp_path / "list.pt")

@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from stagepatch.patch import Patch, PatchConfig
+
+
+@pytest.fixture
+def make_patch():
+    """A factory of patches in eval mode whose every weight is drawn, so that nothing is zero by chance."""
+
+    def make(model, seed=1, **choices):
+        patch = Patch.create(model, PatchConfig(**choices)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in patch.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        return patch
+
+    return make

@@ -1,0 +1,339 @@
+import copy
+import gc
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from stagepatch.backbones import predict
+from stagepatch.errors import UserError
+from stagepatch.patch import Patch, PatchConfig
+
+ADD_CHOICES = [
+    {"preset": preset, "gate": gate, "num_experts": experts, **selection}
+    for preset, gate, experts, selection in itertools.product(
+        ("paper", "released"),
+        ("linear", "attention", "none"),
+        (1, 3),
+        (
+            {"selection": "soft"},
+            {"selection": "hard", "hard_weight": "one"},
+            {"selection": "hard", "hard_weight": "renormalized", "top_k": 2},
+        ),
+    )
+    if not (gate == "none" and experts > 1)
+]
+OTHER_ADD_CHOICES = [
+    {"condition": "t+c"},
+    {"block_index": False},
+    {"sites": "first"},
+    {"sites": ["blocks.1"]},
+    {"gate_initialization": "normal"},
+]
+
+
+def hooks_on(model):
+    return [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+
+
+# A fresh patch
+
+
+@pytest.mark.parametrize("choices", ADD_CHOICES + OTHER_ADD_CHOICES, ids=str)
+def test_fresh_patch_changes_no_bit_of_the_output(tiny_dit, batch, choices):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    Patch.create(model, PatchConfig(**choices)).eval().attach(model)
+    assert torch.equal(predict(model, *batch), base)
+
+
+def test_fresh_patch_in_training_with_noise_changes_no_bit_of_the_output(tiny_dit, batch):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    Patch.create(model, PatchConfig(preset="released")).train().attach(model)
+    assert torch.equal(predict(model, *batch), base)
+
+
+def test_creating_a_patch_does_not_touch_the_model(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    make_patch(model)
+    assert hooks_on(model) == []
+    assert torch.equal(predict(model, *batch), base)
+
+
+# Off again
+
+
+@pytest.mark.parametrize("position", ["add", "prepend"])
+def test_detached_model_is_bit_for_bit_what_it_was(tiny_dit, batch, make_patch, position):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    handle = make_patch(model, position=position, condition="t+c").attach(model)
+    assert not torch.allclose(predict(model, *batch), base)
+    handle.detach()
+    assert torch.equal(predict(model, *batch), base)
+    assert hooks_on(model) == []
+
+
+def test_context_manager_detaches_at_the_end_and_after_an_error(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    patch = make_patch(model)
+    with patch.attach(model) as handle:
+        assert handle.patch is patch
+        assert not torch.equal(predict(model, *batch), base)
+    assert torch.equal(predict(model, *batch), base)
+    with pytest.raises(RuntimeError, match="the user's"), patch.attach(model):
+        raise RuntimeError("the user's own")
+    assert torch.equal(predict(model, *batch), base)
+
+
+def test_detaching_twice_does_nothing_more(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    patch = make_patch(model)
+    first = patch.attach(model)
+    first.detach()
+    second = patch.attach(model)
+    first.detach()
+    patched = predict(model, *batch)
+    second.detach()
+    second.detach()
+    assert not torch.equal(patched, predict(model, *batch))
+    assert hooks_on(model) == []
+
+
+@pytest.mark.parametrize("position", ["add", "prepend"])
+def test_disabled_patch_is_as_good_as_detached(tiny_dit, batch, make_patch, position):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    patch = make_patch(model, position=position)
+    patch.attach(model)
+    patched = predict(model, *batch)
+    patch.enabled = False
+    assert torch.equal(predict(model, *batch), base)
+    patch.enabled = True
+    assert torch.equal(predict(model, *batch), patched)
+
+
+@pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"gate": "none"}], ids=str)
+def test_scale_zero_is_the_base_model(tiny_dit, batch, make_patch, choices):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    patch = make_patch(model, **choices)
+    patch.attach(model)
+    patch.scale = 0.0
+    assert torch.equal(predict(model, *batch), base)
+
+
+def test_patch_stays_on_when_its_handle_is_thrown_away(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    make_patch(model).attach(model)
+    gc.collect()
+    assert not torch.equal(predict(model, *batch), base)
+
+
+# The model's own weights
+
+
+@pytest.mark.parametrize("choices", [{}, {"position": "prepend"}, {"preset": "released"}], ids=str)
+def test_backbone_keeps_its_names_and_values_throughout(tiny_dit, batch, make_patch, choices):
+    model = tiny_dit()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    modules = [name for name, _ in model.named_modules()]
+    patch = make_patch(model, **choices).train()
+    handle = patch.attach(model)
+
+    def check():
+        state = model.state_dict()
+        assert list(state) == list(before)
+        assert all(torch.equal(state[name], before[name]) for name in before)
+        assert [name for name, _ in model.named_parameters()] == names
+        assert [name for name, _ in model.named_modules()] == modules
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    check()
+    output = predict(model, *batch)
+    check()
+    (output.square().mean() + patch.balance_loss()).backward()
+    assert all(parameter.grad is not None for parameter in patch.prompts)
+    check()
+    torch.optim.AdamW(patch.parameters(), lr=0.1).step()
+    check()
+    handle.detach()
+    check()
+
+
+# Where it can go
+
+
+def test_attaching_twice_is_refused_until_detached(tiny_dit, make_patch):
+    model = tiny_dit()
+    patch = make_patch(model)
+    handle = patch.attach(model)
+    with pytest.raises(UserError, match="attached to that model already"):
+        patch.attach(model)
+    handle.detach()
+    patch.attach(model).detach()
+
+
+def test_one_patch_serves_two_models(tiny_dit, batch, make_patch):
+    first, second = tiny_dit(seed=0), tiny_dit(seed=1)
+    bases = [predict(model, *batch) for model in (first, second)]
+    patch = make_patch(first)
+    patch.attach(first)
+    handle = patch.attach(second)
+    assert not torch.equal(predict(first, *batch), bases[0])
+    assert not torch.equal(predict(second, *batch), bases[1])
+    handle.detach()
+    assert not torch.equal(predict(first, *batch), bases[0])
+    assert torch.equal(predict(second, *batch), bases[1])
+
+
+def test_new_model_at_a_freed_models_address_is_not_taken_for_it(tiny_dit, make_patch):
+    patch = make_patch(tiny_dit())
+    for _ in range(20):
+        patch.attach(tiny_dit())
+        gc.collect()
+
+
+def test_two_patches_at_once_add_up(tiny_dit, batch, make_patch):
+    model = tiny_dit().double()
+    sample, *rest = batch
+    inputs = (sample.double(), *rest)
+    one, other, both = (make_patch(model, seed=seed, gate="none").double() for seed in (1, 2, 3))
+    for summed, a, b in zip(both.prompts, one.prompts, other.prompts, strict=True):
+        summed.data = a.data + b.data
+    with both.attach(model):
+        expected = predict(model, *inputs)
+    first, second = one.attach(model), other.attach(model)
+    torch.testing.assert_close(predict(model, *inputs), expected, rtol=1e-12, atol=1e-12)
+    first.detach()
+    left = predict(model, *inputs)
+    second.detach()
+    with other.attach(model):
+        assert torch.equal(predict(model, *inputs), left)
+
+
+def test_two_gated_patches_each_keep_their_own_mixture(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    one, other = make_patch(model, seed=1), make_patch(model, seed=2, condition="t+c", position="prepend")
+    weights = []
+    for patch in (one, other):
+        with patch.attach(model):
+            predict(model, *batch)
+        weights.append(patch.last.weights)
+    one.attach(model)
+    other.attach(model)
+    predict(model, *batch)
+    assert torch.equal(one.last.weights, weights[0])
+    assert torch.equal(other.last.weights, weights[1])
+
+
+@pytest.mark.parametrize("name", ["transformer", "unet"])
+def test_pipeline_is_patched_at_its_denoiser(tiny_dit, batch, make_patch, name):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    pipeline = SimpleNamespace(vae=torch.nn.Identity(), **{name: model})
+    patch = make_patch(pipeline)
+    with patch.attach(pipeline):
+        assert not torch.equal(predict(model, *batch), base)
+    assert torch.equal(predict(model, *batch), base)
+
+
+@pytest.mark.parametrize("target", ["a path", None, SimpleNamespace(transformer="no module"), 3], ids=str)
+def test_what_is_neither_model_nor_pipeline_is_refused(tiny_dit, make_patch, target):
+    patch = make_patch(tiny_dit())
+    with pytest.raises(UserError, match=f"{type(target).__name__} is neither a model nor a pipeline"):
+        patch.attach(target)
+    with pytest.raises(UserError, match="neither a model nor a pipeline"):
+        Patch.create(target)
+
+
+def test_input_of_another_size_is_refused_by_an_added_patch_and_taken_by_a_prepended_one(tiny_dit, make_patch):
+    model = tiny_dit()
+    wide = torch.randn(4, 1, 8, 12), torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 2, 3])
+    with (
+        make_patch(model).attach(model),
+        pytest.raises(UserError, match=r"'blocks.0' got \(24, 32\) .* prompts for \(16, 32\)"),
+    ):
+        predict(model, *wide)
+    with make_patch(model, position="prepend").attach(model):
+        assert predict(model, *wide).shape == (4, 2, 8, 12)
+
+
+def test_forward_that_broke_off_leaves_nothing_to_the_next(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    make_patch(model, condition="t+c").attach(model)
+    expected = predict(model, *batch)
+    sample, timesteps, _ = batch
+    with pytest.raises(UserError, match="class_labels"):
+        model(sample, timesteps)  # after the timestep's tap, before the label's
+    assert torch.equal(predict(model, *batch), expected)
+
+
+# Copies
+
+
+def test_copied_model_has_an_attached_patch_of_its_own(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    patch = make_patch(model, condition="t+c")
+    patch.attach(model)
+    patched = predict(model, *batch)  # with a graph behind patch.last
+    copied, copied_patch = copy.deepcopy((model, patch))
+    assert copied_patch is not patch
+    assert copied_patch.last is None
+    assert torch.equal(predict(copied, *batch), patched)
+
+    with torch.no_grad():
+        for parameter in patch.parameters():
+            parameter.zero_()
+    assert torch.equal(predict(model, *batch), base)
+    assert torch.equal(predict(copied, *batch), patched)
+    copied_patch.enabled = False
+    assert torch.equal(predict(copied, *batch), base)
+    with pytest.raises(UserError, match="attached to that model already"):
+        copied_patch.attach(copied)
+
+
+def test_copied_model_alone_keeps_working_after_a_backward(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    patch = make_patch(model).train()
+    patch.attach(model)
+    patched = predict(model, *batch)
+    patched.mean().backward()
+    copied = copy.deepcopy(model)
+    assert torch.equal(predict(copied, *batch), patched)
+    assert [name for name, _ in copied.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
+def test_copied_patch_is_attached_to_nothing(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    patch = make_patch(model)
+    with patch.attach(model):
+        patched = predict(model, *batch)
+        copied = copy.deepcopy(patch)
+    assert copied.config == patch.config
+    assert copied.config is not patch.config
+    assert torch.equal(predict(model, *batch), base)
+    with torch.no_grad():
+        patch.prompts[0].zero_()
+    with copied.attach(model):
+        assert torch.equal(predict(model, *batch), patched)
+
+
+def test_patch_can_be_part_of_a_module_to_which_a_function_is_applied(tiny_dit, make_patch):
+    patch = make_patch(tiny_dit())
+    seen = []
+    torch.nn.ModuleList([patch]).apply(seen.append)
+    assert patch in seen
+    assert patch.gate in seen

@@ -1,0 +1,161 @@
+"""Balance losses (arXiv 2405.17825, Eq. 11–13) against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from stagepatch.backbones import predict
+from stagepatch.errors import UserError
+from stagepatch.patch import balance
+from stagepatch.patch.patch import Mixture
+
+# Two blocks, two samples, two prompts.
+WEIGHTS = torch.tensor([[[0.8, 0.2], [0.5, 0.5]], [[0.6, 0.4], [0.5, 0.5]]], dtype=torch.float64)
+LOGITS = torch.tensor([[[-1.0, 2.0, -0.5]], [[1.0, 1.0, -3.0]]], dtype=torch.float64)
+
+
+def test_importance_of_numbers_written_out():
+    # Sums over the blocks: (1.4, 0.6), mean 1, variance 0.16; and (1, 1), variance 0. Mean of the two samples.
+    expected = (0.16 / (1 + 1e-5) + 0) / 2
+    assert balance.importance_loss(WEIGHTS).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_unbiased_importance_of_numbers_written_out():
+    # A block's four weights together, n − 1 = 3: 0.18/3 and 0.02/3, each over mean² = 0.25; sum over the blocks.
+    expected = (0.18 / 3 + 0.02 / 3) / (0.25 + 1e-5)
+    assert balance.importance_loss_unbiased(WEIGHTS).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_weights_have_no_importance_loss():
+    equal = torch.full((3, 2, 4), 0.25)
+    assert balance.importance_loss(equal) == 0
+    assert balance.importance_loss_unbiased(equal) == 0
+
+
+def test_load_indicator_counts_what_is_switched_off():
+    # Two of the first block's logits are below zero, one of the second's: (2 + 1) / 2.
+    assert balance.load_indicator(LOGITS).item() == 1.5
+
+
+def test_load_surrogate_sums_how_far_below_zero():
+    # (1 + 0.5 + 3) / 2
+    assert balance.load_surrogate(LOGITS).item() == 2.25
+
+
+def test_load_terms_are_means_over_the_batch():
+    doubled = torch.cat([LOGITS, -LOGITS], dim=1)
+    assert balance.load_indicator(doubled).item() == (1.5 + 1.5) / 2
+    assert balance.load_surrogate(doubled).item() == (2.25 + 2.0) / 2
+
+
+def test_surrogate_is_zero_exactly_where_the_indicator_is():
+    generator = torch.Generator().manual_seed(0)
+    for shift in (-3.0, 0.0, 3.0):
+        logits = torch.rand(2, 3, 4, generator=generator) + shift
+        assert (balance.load_surrogate(logits) == 0) == (balance.load_indicator(logits) == 0)
+
+
+def test_smooth_load_is_the_chance_to_be_selected_under_fresh_noise():
+    generator = torch.Generator().manual_seed(0)
+    blocks, samples, choices, k = 1, 2, 5, 2
+    logits = torch.randn(blocks, samples, choices, generator=generator, dtype=torch.float64)
+    noise_std = 0.3 + torch.rand(blocks, samples, choices, generator=generator, dtype=torch.float64)
+    noisy = logits + noise_std * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
+
+    draws = 20_000
+    load = torch.zeros(choices, dtype=torch.float64)
+    for sample in range(samples):
+        for choice in range(choices):
+            trials = noisy[0, sample].repeat(draws, 1)
+            fresh = torch.randn(draws, generator=generator, dtype=torch.float64)
+            trials[:, choice] = logits[0, sample, choice] + noise_std[0, sample, choice] * fresh
+            load[choice] += (trials.topk(k).indices == choice).any(dim=1).double().mean()
+    expected = load.var(correction=0) / load.mean() ** 2
+
+    assert expected > 0.01
+    given = balance.load_smooth(logits, noisy, noise_std, k)
+    assert given.item() == pytest.approx(expected.item(), rel=0.03)
+
+
+def test_smooth_load_is_a_mean_over_the_blocks_and_has_a_gradient():
+    generator = torch.Generator().manual_seed(1)
+    logits, noise = (torch.randn(3, 2, 6, generator=generator) for _ in range(2))
+    logits.requires_grad_()
+    std = torch.ones_like(noise)
+    whole = balance.load_smooth(logits, logits + noise, std, 2)
+    parts = [balance.load_smooth(*(x[[i]] for x in (logits, logits + noise, std)), 2) for i in range(3)]
+    assert whole.item() == pytest.approx(sum(parts).item() / 3, rel=1e-5)
+    whole.backward()
+    assert logits.grad.abs().max() > 0
+
+
+# As a patch's loss
+
+
+def show(patch, logits=LOGITS, weights=WEIGHTS):
+    patch.last = Mixture(logits, logits, None, weights)
+
+
+@pytest.mark.parametrize(("importance", "load"), [(1.0, 1.0), (2.0, 0.5), (0.0, 3.0), (3.0, 0.0)])
+def test_balance_loss_weighs_its_terms(tiny_dit, make_patch, importance, load):
+    patch = make_patch(tiny_dit(), importance_weight=importance, load_weight=load)
+    show(patch)
+    assert patch.balance_terms()["importance"].item() == pytest.approx(0.08 / (1 + 1e-5))
+    assert patch.balance_terms()["load"].item() == 2.25
+    assert patch.balance_loss().item() == pytest.approx(importance * 0.08 / (1 + 1e-5) + load * 2.25)
+
+
+def test_balance_terms_are_those_of_the_last_forward(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    patch = make_patch(model)
+    with patch.attach(model):
+        predict(model, *batch)
+        t = model.t_embedder(batch[1])
+    logits = torch.stack([t @ patch.gate.weight[:, :-1].T + i * patch.gate.weight[:, -1] for i in range(3)])
+    logits = logits + patch.gate.bias
+    terms = patch.balance_terms()
+    assert terms["load"].item() == pytest.approx(balance.load_surrogate(logits).item(), rel=1e-5)
+    summed = logits.softmax(-1).sum(0)
+    expected = sum(row.var(correction=0) / (row.mean() ** 2 + 1e-5) for row in summed) / len(summed)
+    assert terms["importance"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_indicator_has_no_gradient_and_importance_and_surrogate_have(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    for load_loss in ("indicator", "surrogate"):
+        patch = make_patch(model, load_loss=load_loss)
+        with patch.attach(model):
+            predict(model, *batch)
+        terms = patch.balance_terms()
+        assert terms["load"] > 0
+        assert terms["load"].requires_grad == (load_loss == "surrogate")
+        (gradient,) = torch.autograd.grad(terms["importance"], patch.gate.weight, retain_graph=True)
+        assert gradient.abs().max() > 0
+        patch.balance_loss().backward()
+        assert patch.gate.weight.grad.abs().max() > 0
+
+
+def test_balance_losses_before_any_forward_are_refused(tiny_dit, make_patch):
+    patch = make_patch(tiny_dit())
+    with pytest.raises(UserError, match="forward"):
+        patch.balance_loss()
+    with pytest.raises(UserError, match="forward"):
+        patch.balance_terms()
+
+
+def test_patch_without_a_gate_has_no_balance_loss(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    patch = make_patch(model, gate="none")
+    with patch.attach(model):
+        predict(model, *batch)
+    assert patch.balance_terms() == {}
+    assert patch.balance_loss().item() == 0
+    assert patch.gate_entropy().item() == 0
+
+
+def test_gate_entropy_of_numbers_written_out(tiny_dit, make_patch):
+    patch = make_patch(tiny_dit())
+    assert patch.gate_entropy().item() == 0
+    show(patch, weights=torch.tensor([[[0.5, 0.5, 0.0]], [[1.0, 1.0, 1.0]]]))  # the second: hard, weight 1 each
+    assert patch.gate_entropy().item() == pytest.approx((math.log(2) + math.log(3)) / 2)

@@ -1,0 +1,464 @@
+"""Every field of `PatchConfig` has a test below that fails when the option is ignored."""
+
+import math
+from dataclasses import asdict, fields, replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stagepatch.backbones import predict
+from stagepatch.errors import UserError
+from stagepatch.methods import DMP
+from stagepatch.patch import Patch, PatchConfig, balance
+
+COVERED = set()
+
+
+def covers(*names):
+    COVERED.update(names)
+    return lambda test: test
+
+
+def test_every_field_is_covered():
+    assert {field.name for field in fields(PatchConfig)} == COVERED
+
+
+def forward(model, patch, batch):
+    """The patched output; the gate's answer stays in `patch.last`."""
+    with patch.attach(model):
+        return predict(model, *batch)
+
+
+# Presets
+
+PAPER = {
+    "condition": "t",
+    "sites": "all",
+    "hard_weight": "one",
+    "gate_noise": False,
+    "gate_learning_rate_factor": 1.0,
+    "importance_variance": "population",
+    "load_loss": "surrogate",
+}
+RELEASED = {
+    "condition": "t+c",
+    "sites": 12,
+    "hard_weight": "renormalized",
+    "gate_noise": True,
+    "gate_learning_rate_factor": 10.0,
+    "importance_variance": "unbiased",
+    "load_loss": "none",
+}
+# What paper and released code share.
+SHARED = {
+    "position": "add",
+    "num_prompts": 50,
+    "num_experts": 1,
+    "initialization": "zero",
+    "gate": "linear",
+    "block_index": True,
+    "selection": "soft",
+    "top_k": 0.75,
+    "gate_initialization": "zero",
+    "importance_weight": 1.0,
+    "load_weight": 1.0,
+}
+
+
+@covers("preset")
+@pytest.mark.parametrize(("preset", "values"), [("paper", PAPER), ("released", RELEASED)])
+def test_preset_gives_its_values(preset, values):
+    resolved = asdict(PatchConfig(preset=preset))
+    assert resolved == {"preset": preset, "initialization_std": 0.02, **SHARED, **values}
+
+
+def test_default_is_the_paper():
+    assert PatchConfig() == PatchConfig(preset="paper")
+
+
+@pytest.mark.parametrize(("preset", "values"), [("released", PAPER), ("paper", RELEASED)])
+@pytest.mark.parametrize("name", list(PAPER))
+def test_explicit_value_survives_the_preset_even_where_it_is_the_other_presets(preset, values, name):
+    choices = {name: values[name]}
+    config = PatchConfig(preset=preset, **choices)
+    others = RELEASED if preset == "released" else PAPER
+    assert getattr(config, name) == values[name]
+    assert {key: getattr(config, key) for key in PAPER if key != name} == {
+        key: value for key, value in others.items() if key != name
+    }
+
+
+def test_saved_config_keeps_resolved_values(tiny_dit, tmp_path):
+    config = PatchConfig(preset="released", condition="t", sites=2, top_k=3, num_experts=2)
+    Patch.create(tiny_dit(), config).save_pretrained(tmp_path)
+    loaded = Patch.from_pretrained(tmp_path).config
+    assert loaded == config
+    assert (loaded.condition, loaded.sites, loaded.gate_noise, loaded.top_k) == ("t", 2, True, 3)
+    assert loaded.gate_initialization == "normal"
+    assert PatchConfig.from_dict(asdict(config)) == config
+
+
+# Prompts
+
+
+@covers("position", "num_prompts")
+def test_prepended_prompts_are_tokens_of_their_own(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    seen = []
+    model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    for choices, tokens in [({}, 16), ({"position": "prepend", "num_prompts": 7}, 16 + 7)]:
+        patch = make_patch(model, **choices)
+        # The patch's hook comes after this one, so look at the attention's input instead.
+        handle = model.blocks[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+        forward(model, patch, batch)
+        handle.remove()
+        assert seen == [(4, 16, 32), (4, tokens, 32)]
+        seen.clear()
+    assert [tuple(prompt.shape) for prompt in patch.prompts] == [(7, 32)] * 3
+    assert patch.gate.bias.shape == (7,)
+
+
+@covers("num_experts")
+def test_experts_are_whole_sets_with_a_weight_each(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    patch = make_patch(model, num_experts=4)
+    forward(model, patch, batch)
+    assert [tuple(prompt.shape) for prompt in patch.prompts] == [(4, 16, 32)] * 3
+    assert patch.gate.weight.shape == (4, 33)
+    assert patch.last.weights.shape == (3, 4, 4)
+    torch.testing.assert_close(patch.last.weights.sum(-1), torch.ones(3, 4))
+
+
+@covers("initialization", "initialization_std")
+def test_initialization_of_the_prompts(tiny_dit):
+    model = tiny_dit()
+    zero = Patch.create(model, PatchConfig())
+    assert all((prompt == 0).all() for prompt in zero.prompts)
+    for std in (0.02, 3.0):
+        normal = Patch.create(model, PatchConfig(initialization="normal", initialization_std=std))
+        values = torch.cat([prompt.flatten() for prompt in normal.prompts])
+        assert values.std().item() == pytest.approx(std, rel=0.1)
+        assert values.mean().abs() < 0.1 * std
+
+
+@covers("sites")
+@pytest.mark.parametrize(
+    ("sites", "layers", "expected"),
+    [
+        ("all", 4, [0, 1, 2, 3]),
+        ("first", 4, [0]),
+        ("half", 4, [0, 1]),
+        ("half", 3, [0, 1]),
+        (3, 4, [0, 1, 2]),
+        (12, 4, [0, 1, 2, 3]),
+        (["blocks.3", "blocks.1"], 4, [1, 3]),
+    ],
+    ids=str,
+)
+def test_sites_name_the_blocks_that_are_patched(tiny_dit, batch, make_patch, tmp_path, sites, layers, expected):
+    model = tiny_dit(num_layers=layers)
+    patch = make_patch(model, sites=sites)
+    assert [site.index for site in patch.backbone.sites] == expected
+    assert len(patch.prompts) == len(expected)
+    with patch.attach(model):
+        hooked = [index for index, block in enumerate(model.blocks) if block._forward_pre_hooks]
+        output = predict(model, *batch)
+    assert hooked == expected
+    assert patch.last.weights.shape[0] == len(expected)
+    patch.save_pretrained(tmp_path)
+    assert torch.equal(forward(model, Patch.from_pretrained(tmp_path), batch), output)
+
+
+# Gate
+
+
+@covers("gate")
+def test_gate_is_linear_attention_or_none(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    names = {}
+    for gate in ("linear", "attention", "none"):
+        patch = make_patch(model, gate=gate)
+        forward(model, patch, batch)
+        names[gate] = {name for name, _ in patch.named_parameters() if name.startswith("gate.")}
+    assert names == {
+        "linear": {"gate.weight", "gate.bias"},
+        "attention": {"gate.query_weight", "gate.keys"},
+        "none": set(),
+    }
+    assert patch.last is None
+
+
+@covers("block_index")
+def test_block_index_makes_the_blocks_mixtures_distinct(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    for gate, weight in (("linear", "weight"), ("attention", "query_weight")):
+        with_index = make_patch(model, gate=gate)
+        forward(model, with_index, batch)
+        assert not torch.equal(with_index.last.logits[0], with_index.last.logits[2])
+        without = make_patch(model, gate=gate, block_index=False)
+        forward(model, without, batch)
+        assert torch.equal(without.last.logits[0], without.last.logits[2])
+        assert getattr(with_index.gate, weight).shape[1] == 33
+        assert getattr(without.gate, weight).shape[1] == 32
+
+
+@covers("condition")
+def test_condition_t_ignores_the_class_and_t_plus_c_sees_it(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    sample, timesteps, labels = batch
+    for condition, same in (("t", True), ("t+c", False)):
+        patch = make_patch(model, condition=condition)
+        forward(model, patch, (sample, timesteps, labels))
+        logits = patch.last.logits
+        forward(model, patch, (sample, timesteps, labels.flip(0)))
+        assert torch.equal(patch.last.logits, logits) == same
+        forward(model, patch, (sample, timesteps.flip(0), labels))
+        assert not torch.allclose(patch.last.logits, logits)
+
+
+def test_condition_t_plus_c_of_an_unconditional_model_is_t(tiny_dit, batch, make_patch):
+    model = tiny_dit(conditioning="none")
+    logits = []
+    for condition in ("t", "t+c"):
+        patch = make_patch(model, condition=condition)
+        forward(model, patch, batch)
+        logits.append(patch.last.logits)
+    assert torch.equal(*logits)
+
+
+@covers("selection", "top_k")
+@pytest.mark.parametrize(
+    ("top_k", "chosen"), [(0.75, 12), (0.5, 8), (0.01, 1), (1, 1), (1.0, 1), (3, 3), (16, 16), (99, 16)]
+)
+def test_hard_selection_takes_the_top_k(tiny_dit, batch, make_patch, top_k, chosen):
+    model = tiny_dit()
+    patch = make_patch(model, selection="hard", top_k=top_k)
+    forward(model, patch, batch)
+    weights, logits = patch.last.weights, patch.last.logits
+    assert patch.top_k == chosen
+    assert ((weights > 0).sum(-1) == chosen).all()
+    threshold = logits.topk(chosen).values[..., -1:]
+    assert torch.equal(weights > 0, logits >= threshold)
+
+
+def test_soft_selection_weighs_every_prompt_whatever_top_k(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    patch = make_patch(model, top_k=3)
+    forward(model, patch, batch)
+    torch.testing.assert_close(patch.last.weights, patch.last.logits.softmax(-1))
+
+
+@covers("hard_weight")
+@pytest.mark.parametrize(("hard_weight", "total"), [("one", 3.0), ("renormalized", 1.0)])
+def test_hard_weight_is_one_each_or_one_in_all(tiny_dit, batch, make_patch, hard_weight, total):
+    model = tiny_dit()
+    patch = make_patch(model, selection="hard", top_k=3, hard_weight=hard_weight)
+    forward(model, patch, batch)
+    torch.testing.assert_close(patch.last.weights.sum(-1), torch.full((3, 4), total))
+
+
+@covers("gate_noise")
+@pytest.mark.parametrize("gate", ["linear", "attention"])
+def test_gate_noise_is_drawn_in_training_alone(tiny_dit, batch, make_patch, gate):
+    model = tiny_dit()
+    patch = make_patch(model, gate=gate, gate_noise=True)
+    assert torch.equal(forward(model, patch, batch), forward(model, patch, batch))
+    assert torch.equal(patch.last.noisy_logits, patch.last.logits)
+    patch.train()
+    torch.manual_seed(0)
+    first = forward(model, patch, batch)
+    last = patch.last
+    assert not torch.equal(first, forward(model, patch, batch))
+
+    torch.manual_seed(0)
+    noise = torch.randn(3, 4, 16)
+    t = model.t_embedder(batch[1])
+    features = torch.stack([torch.cat([t, torch.full((4, 1), float(index))], dim=1) for index in range(3)])
+    std = F.softplus(features @ patch.gate.noise_weight.T) + 0.01
+    torch.testing.assert_close(last.noise_std, std)
+    torch.testing.assert_close(last.noisy_logits, last.logits + noise * std)
+    torch.testing.assert_close(last.weights, last.noisy_logits.softmax(-1))
+
+    quiet = make_patch(model, gate=gate, gate_noise=False).train()
+    assert quiet.gate.noise_weight is None
+    assert quiet.gate.noise_std(t) is None
+    assert torch.equal(forward(model, quiet, batch), forward(model, quiet, batch))
+
+
+def test_noise_starts_from_a_zero_weight(tiny_dit):
+    assert (Patch.create(tiny_dit(), PatchConfig(gate_noise=True)).gate.noise_weight == 0).all()
+
+
+@covers("gate_initialization")
+@pytest.mark.parametrize(("gate", "name"), [("linear", "weight"), ("attention", "query_weight")])
+@pytest.mark.parametrize(
+    ("experts", "given", "resolved"),
+    [(1, None, "zero"), (2, None, "normal"), (1, "normal", "normal"), (2, "zero", "zero")],
+)
+def test_gate_initialization(tiny_dit, batch, gate, name, experts, given, resolved):
+    model = tiny_dit()
+    patch = Patch.create(model, PatchConfig(gate=gate, num_experts=experts, gate_initialization=given))
+    assert patch.config.gate_initialization == resolved
+    assert (getattr(patch.gate, name) == 0).all() == (resolved == "zero")
+    forward(model, patch, batch)
+    equal = torch.full_like(patch.last.weights, 1 / patch.num_choices)
+    assert torch.allclose(patch.last.weights, equal) == (resolved == "zero")
+    if resolved == "zero":
+        assert patch.gate_entropy().item() == pytest.approx(math.log(patch.num_choices))
+
+
+def test_normal_gate_lets_equal_sets_part(tiny_dit, batch):
+    model = tiny_dit()
+    patch = Patch.create(model, PatchConfig(num_experts=2))
+    forward(model, patch, batch).square().mean().backward()
+    first, second = patch.prompts[0].grad
+    assert not torch.allclose(first, second)
+
+
+@covers("gate_learning_rate_factor")
+def test_gate_learning_rate_factor_reaches_the_gates_group(tiny_dit):
+    for choices, factor in [({}, 1.0), ({"preset": "released"}, 10.0), ({"gate_learning_rate_factor": 3.0}, 3.0)]:
+        method = DMP(PatchConfig(**choices))
+        groups = method.prepare(tiny_dit())
+        assert [group["factor"] for group in groups] == [1.0, factor]
+        assert {id(tensor) for tensor in groups[1]["params"]} == {id(p) for p in method.patch.gate.parameters()}
+
+
+# Balance losses
+
+
+@covers("importance_weight", "load_weight")
+def test_balance_weights_scale_their_terms(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    for importance, load in [(1.0, 1.0), (2.0, 0.0), (0.0, 3.0)]:
+        patch = make_patch(model, importance_weight=importance, load_weight=load)
+        forward(model, patch, batch)
+        terms = patch.balance_terms()
+        expected = importance * terms["importance"] + load * terms["load"]
+        assert patch.balance_loss().item() == pytest.approx(expected.item())
+        assert terms["importance"] > 0
+        assert terms["load"] > 0
+
+
+@covers("importance_variance")
+def test_importance_variance_chooses_the_formula(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    formulas = {"population": balance.importance_loss, "unbiased": balance.importance_loss_unbiased}
+    values = []
+    for kind, formula in formulas.items():
+        patch = make_patch(model, importance_variance=kind)
+        forward(model, patch, batch)
+        values.append(patch.balance_terms()["importance"])
+        assert torch.equal(values[-1], formula(patch.last.weights))
+    assert not torch.allclose(*values)
+
+
+@covers("load_loss")
+def test_load_loss_chooses_the_formula(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    for kind in ("surrogate", "indicator", "smooth", "none"):
+        patch = make_patch(model, load_loss=kind, selection="hard", top_k=4, gate_noise=True).train()
+        forward(model, patch, batch)
+        last = patch.last
+        expected = {
+            "surrogate": balance.load_surrogate(last.noisy_logits),
+            "indicator": balance.load_indicator(last.noisy_logits),
+            "smooth": balance.load_smooth(last.logits, last.noisy_logits, last.noise_std, 4),
+            "none": torch.zeros(()),
+        }
+        values = [value.item() for value in expected.values()]
+        assert len(set(values)) == 4
+        assert torch.equal(patch.balance_terms()["load"], expected[kind])
+
+
+def test_smooth_load_is_zero_where_it_is_not_defined(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    everything = make_patch(model, load_loss="smooth", selection="hard", top_k=16, gate_noise=True).train()
+    forward(model, everything, batch)
+    assert everything.balance_terms()["load"] == 0
+    without_noise = make_patch(model, load_loss="smooth", selection="hard", top_k=4, gate_noise=True)
+    forward(model, without_noise, batch)
+    assert without_noise.balance_terms()["load"] == 0
+
+
+# Bad values
+
+BAD = [
+    ("preset", "papers"),
+    ("preset", ["paper"]),
+    ("position", "append"),
+    ("position", None),
+    ("num_prompts", 0),
+    ("num_prompts", "50"),
+    ("num_prompts", 2.5),
+    ("num_experts", 0),
+    ("num_experts", True),
+    ("sites", "last"),
+    ("sites", 0),
+    ("sites", -1),
+    ("sites", 1.5),
+    ("sites", True),
+    ("sites", []),
+    ("sites", [0, 1]),
+    ("initialization", "ones"),
+    ("initialization_std", -0.1),
+    ("initialization_std", math.inf),
+    ("initialization_std", "0.02"),
+    ("gate", "mlp"),
+    ("block_index", "no"),
+    ("block_index", None),
+    ("condition", "c"),
+    ("selection", "top"),
+    ("top_k", 0),
+    ("top_k", -3),
+    ("top_k", 1.5),
+    ("top_k", math.nan),
+    ("top_k", "half"),
+    ("hard_weight", "two"),
+    ("gate_noise", 1),
+    ("gate_initialization", "ones"),
+    ("gate_learning_rate_factor", -1.0),
+    ("gate_learning_rate_factor", math.nan),
+    ("importance_weight", -1.0),
+    ("importance_weight", None),
+    ("importance_variance", "sample"),
+    ("load_weight", math.inf),
+    ("load_weight", "1"),
+    ("load_loss", "hinge"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=str)
+def test_bad_value_is_refused_by_name(name, value):
+    with pytest.raises(UserError, match=f"^{name}=") as caught:
+        PatchConfig(**{name: value})
+    assert str(value) in str(caught.value)
+
+
+def test_bad_values_are_tried_for_every_field():
+    assert {name for name, _ in BAD} == {field.name for field in fields(PatchConfig)}
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"gate": "none", "num_experts": 2}, "num_experts=2 needs a gate"),
+        ({"load_loss": "smooth"}, "load_loss='smooth'"),
+        ({"load_loss": "smooth", "selection": "hard"}, "load_loss='smooth'"),
+        ({"load_loss": "smooth", "gate_noise": True}, "load_loss='smooth'"),
+    ],
+    ids=str,
+)
+def test_choices_that_exclude_each_other_are_refused(choices, message):
+    with pytest.raises(UserError, match=message):
+        PatchConfig(**choices)
+
+
+def test_unknown_key_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"Unknown key.*: depth, promtps\. Known: block_index, condition"):
+        PatchConfig.from_dict({"promtps": 3, "depth": 12})
+
+
+def test_replace_keeps_what_the_preset_resolved():
+    assert replace(PatchConfig(preset="released"), num_prompts=3).sites == 12

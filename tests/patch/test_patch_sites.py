@@ -1,0 +1,80 @@
+"""Sites of other shapes than a DiT's, on a model made for the purpose."""
+
+import pytest
+import torch
+from torch import nn
+
+from stagepatch.backbones import Backbone, Site, registry
+from stagepatch.errors import UserError
+from stagepatch.patch import Patch, PatchConfig
+
+
+class Keywords(nn.Module):
+    """A model whose blocks take their hidden states by keyword."""
+
+    def __init__(self, grids=((2, 2), (2, 2)), layout="tokens", missing=False):
+        super().__init__()
+        self.time = nn.Linear(1, 4)
+        self.blocks = nn.ModuleList(KeywordBlock() for _ in grids)
+        self.grids, self.layout, self.missing = grids, layout, missing
+
+    def forward(self, tokens, timesteps):
+        self.time(timesteps)
+        for block in self.blocks:
+            tokens = block(tokens=tokens)
+        return tokens
+
+
+class KeywordBlock(nn.Module):
+    def forward(self, tokens):
+        return tokens
+
+
+def describe(model):
+    sites = tuple(
+        Site(f"b{i}", f"blocks.{i + model.missing}", i, 4, grid, model.layout, argument="tokens")
+        for i, grid in enumerate(model.grids)
+    )
+    return Backbone("Keywords", sites, "time", (), 4)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setattr(registry, "_DESCRIPTIONS", {})
+    registry.register("Keywords", describe)
+
+
+def test_hidden_states_given_by_keyword_get_the_mixture():
+    model = Keywords()
+    patch = Patch.create(model, PatchConfig(gate="none", initialization="normal"))
+    tokens, timesteps = torch.randn(3, 4, 4), torch.ones(3, 1)
+    with patch.attach(model):
+        output = model(tokens, timesteps)
+    torch.testing.assert_close(output, tokens + patch.prompts[0] + patch.prompts[1])
+
+
+@pytest.mark.parametrize("position", ["add", "prepend"])
+def test_feature_maps_are_refused_by_name(position):
+    with pytest.raises(UserError, match=f"position='{position}' needs sites of tokens; Keywords .* b0, b1"):
+        Patch.create(Keywords(layout="map"), PatchConfig(position=position))
+
+
+def test_one_gate_for_sites_of_different_sizes_is_refused_for_add_alone():
+    model = Keywords(grids=((4, 4), (2, 2)))
+    with pytest.raises(UserError, match=r"different sizes, \[4, 16\] tokens"):
+        Patch.create(model, PatchConfig())
+    assert len(Patch.create(model, PatchConfig(position="prepend", num_prompts=3)).prompts) == 2
+    assert Patch.create(model, PatchConfig(sites=["b1"])).prompts[0].shape == (4, 4)
+
+
+def test_unknown_site_is_refused_with_the_models_own():
+    with pytest.raises(UserError, match=r"No site is named b7\. Sites of this model: b0, b1"):
+        Patch.create(Keywords(), PatchConfig(sites=["b0", "b7"]))
+
+
+def test_description_of_a_module_that_is_not_there_leaves_the_model_as_it_was():
+    model = Keywords(missing=True)
+    patch = Patch.create(model)
+    with pytest.raises(UserError, match=r"no module 'blocks.2'"):
+        patch.attach(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -1,0 +1,258 @@
+"""Living with torch: compile, gradient checkpointing, autocast, half precision."""
+
+import shutil
+
+import pytest
+import torch
+
+from stagepatch.backbones import predict
+from stagepatch.patch import Patch, PatchConfig
+
+# Without a C++ compiler the graph is still traced, and run as it is.
+BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+
+
+@pytest.fixture
+def compiled():
+    """torch.compile with fullgraph=True, forgetting what other tests compiled."""
+    torch.compiler.reset()
+    yield lambda model, backend: torch.compile(model, fullgraph=True, backend=backend)
+    torch.compiler.reset()
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, {"num_experts": 2}, {"preset": "released"}], ids=["paper", "experts", "released"]
+)
+def test_compiled_model_with_a_patch_equals_eager(tiny_dit, batch, make_patch, compiled, choices):
+    model = tiny_dit(num_layers=2)
+    base = predict(model, *batch)
+    patch = make_patch(model, **choices)
+    patch.attach(model)
+    fast = compiled(model, BACKEND)
+    with torch.no_grad():
+        assert (predict(model, *batch) - base).abs().max() > 0.1
+        for _ in range(2):
+            torch.testing.assert_close(predict(fast, *batch), predict(model, *batch), rtol=1e-4, atol=1e-4)
+            for parameter in patch.parameters():
+                parameter.mul_(-0.5)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"preset": "released"},
+        {"num_experts": 2, "condition": "t+c"},
+        {"position": "prepend", "num_prompts": 3},
+        {"gate": "attention", "selection": "hard"},
+        {"gate": "none"},
+    ],
+    ids=str,
+)
+def test_compiled_training_step_has_the_gradients_of_eager(tiny_dit, batch, make_patch, compiled, choices):
+    model = tiny_dit(num_layers=2)
+    patch = make_patch(model, **choices).train()
+    patch.attach(model)
+    gradients = []
+    for each in (model, compiled(model, "aot_eager")):
+        torch.manual_seed(0)
+        patch.zero_grad()
+        (predict(each, *batch).square().mean() + patch.balance_loss()).backward()
+        gradients.append([parameter.grad.clone() for parameter in patch.parameters()])
+    for eager, fast in zip(*gradients, strict=True):
+        assert eager.abs().max() > 0
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_model_follows_every_change_of_the_patch(tiny_dit, batch, make_patch, compiled):
+    model = tiny_dit(num_layers=2)
+    fast = compiled(model, "aot_eager")
+    patch, second = make_patch(model), make_patch(model, seed=2, condition="t+c")
+    seen = []
+
+    def check():
+        torch.testing.assert_close(predict(fast, *batch), predict(model, *batch))
+        seen.append(predict(fast, *batch))
+
+    with torch.no_grad():
+        check()  # compiled before any patch
+        handle = patch.attach(model)
+        check()
+        patch.prompts[0].mul_(2)
+        check()
+        patch.gate.weight.neg_()
+        check()
+        patch.scale = 0.5
+        check()
+        other = second.attach(model)
+        check()
+        handle.detach()
+        check()
+        other.detach()
+        check()
+        handle = patch.attach(model)
+        check()
+        patch.enabled = False
+        check()
+    base, again = seen[0], [seen[7], seen[9]]
+    assert all(torch.equal(output, base) for output in again)
+    assert torch.equal(seen[8], seen[4])
+    distinct = seen[:7]
+    assert not any(torch.allclose(a, b) for i, a in enumerate(distinct) for b in distinct[:i])
+
+
+def test_compiled_pipeline_can_be_patched(tiny_dit, batch, make_patch, compiled):
+    model = tiny_dit(num_layers=2)
+    fast = compiled(model, "aot_eager")
+    patch = make_patch(fast)
+    with torch.no_grad():
+        base = predict(fast, *batch)
+        with patch.attach(fast):
+            patched = predict(fast, *batch)
+            assert torch.equal(patched, predict(model, *batch))
+        assert not torch.equal(patched, base)
+        assert torch.equal(predict(fast, *batch), base)
+
+
+# Gradient checkpointing
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"preset": "released"},
+        {"num_experts": 2, "condition": "t+c"},
+        {"position": "prepend", "num_prompts": 3},
+        {"gate": "attention", "selection": "hard", "hard_weight": "renormalized"},
+        {"gate": "none"},
+    ],
+    ids=str,
+)
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_dit, batch, make_patch, monkeypatch, choices):
+    model = tiny_dit()
+    patch = make_patch(model, **choices).train()
+    patch.attach(model)
+    calls = {"enter": 0, "observe": 0}
+    for name in calls:
+        method = getattr(patch, name)
+
+        def counted(*args, name=name, method=method):
+            calls[name] += 1
+            return method(*args)
+
+        monkeypatch.setattr(patch, name, counted)
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(patch.parameters()), allow_unused=True)
+
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        torch.manual_seed(0)
+        calls.update(enter=0, observe=0)
+        total = predict(model, *batch).square().mean() + patch.balance_loss()
+        results.append([total.detach(), *gradients(total)])
+        # The blocks are run again in the backward, the gate is not.
+        assert calls == {"enter": 6 if checkpointing else 3, "observe": 1}
+        torch.manual_seed(0)
+        predict(model, *batch)
+        if patch.gate is not None:
+            results[-1] += gradients(patch.balance_loss())
+    for plain, again in zip(*results, strict=True):
+        if plain is None:
+            assert again is None
+        else:
+            assert torch.equal(plain, again)
+
+
+# Lower precision
+
+
+@pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"position": "prepend"}, {"gate": "none"}], ids=str)
+def test_autocast_is_close_to_float32_and_keeps_the_gate_in_float32(tiny_dit, batch, make_patch, choices):
+    model = tiny_dit()
+    patch = make_patch(model, condition="t+c", **choices)
+    patch.attach(model)
+    with torch.no_grad():
+        expected = predict(model, *batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = predict(model, *batch)
+            seen = model.t_embedder(batch[1]) + model.y_embedder(batch[2])
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - expected).norm() < 0.03 * expected.norm()
+    if patch.gate is not None:
+        last = patch.last
+        assert last.logits.dtype == last.weights.dtype == torch.float32
+        assert torch.equal(last.logits, patch.gate(seen.float()))
+        assert torch.equal(last.weights, last.logits.softmax(-1))
+
+
+@pytest.mark.parametrize("choices", [{}, {"num_experts": 3}, {"gate": "none"}, {"preset": "released"}], ids=str)
+def test_fresh_patch_changes_no_bit_under_autocast(tiny_dit, batch, choices):
+    model = tiny_dit()
+    patch = Patch.create(model, PatchConfig(**choices))
+    with torch.autocast("cpu", torch.bfloat16):
+        base = predict(model, *batch)
+        patch.attach(model)
+        assert torch.equal(predict(model, *batch), base)
+
+
+@pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"position": "prepend", "num_experts": 2}], ids=str)
+def test_mixture_under_autocast_is_computed_in_the_patchs_own_precision(tiny_dit, batch, make_patch, choices):
+    model = tiny_dit()
+    patch = make_patch(model, **choices)
+    with patch.attach(model):
+        predict(model, *batch)
+    hidden_states = torch.randn(4, 16, 32)
+    expected = patch.enter(0, hidden_states)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = patch.enter(0, hidden_states)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, expected)
+
+
+def test_autocast_training_step_gives_float32_gradients(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    patch = make_patch(model, preset="released", load_loss="surrogate").train()
+    patch.attach(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = predict(model, *batch).float().square().mean() + patch.balance_loss()
+    loss.backward()
+    for parameter in patch.parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"position": "prepend"}, {"gate": "none"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_model_takes_a_float32_patch(tiny_dit, batch, make_patch, dtype, choices):
+    sample, *rest = batch
+    model = tiny_dit()
+    patch = make_patch(model, **choices)
+    with torch.no_grad():
+        with patch.attach(model):
+            expected = predict(model, *batch)
+        model.to(dtype)
+        base = predict(model, sample.to(dtype), *rest)
+        with patch.attach(model):
+            output = predict(model, sample.to(dtype), *rest)
+    assert output.dtype == dtype
+    assert all(parameter.dtype == torch.float32 for parameter in patch.parameters())
+    assert patch.last is None or patch.last.weights.dtype == torch.float32
+    assert (output.float() - expected).norm() < 0.03 * expected.norm()
+    assert (output - base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("experts", [1, 2])
+def test_fresh_patch_changes_no_bit_of_a_half_precision_model(tiny_dit, batch, dtype, experts):
+    sample, *rest = batch
+    model = tiny_dit().to(dtype)
+    base = predict(model, sample.to(dtype), *rest)
+    Patch.create(model, PatchConfig(num_experts=experts)).attach(model)
+    assert torch.equal(predict(model, sample.to(dtype), *rest), base)
