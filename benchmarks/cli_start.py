@@ -1,6 +1,6 @@
 """How long `stagepatch --help` takes, beside `python -c pass`: medians of alternated runs.
 
-    python benchmarks/cli_start.py
+python benchmarks/cli_start.py
 """
 
 import statistics

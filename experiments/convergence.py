@@ -78,7 +78,14 @@ def main() -> None:
             numbers = [f"{statistics.fmean(values[name]):.2f}" for name in [*METRICS, "nearest_train"]]
             rows.append([f"fine-tuned at {rate:g}", str(seed), *numbers, f"{mean:+.2f} ± {error:.2f}"])
             print(rows[-1], flush=True)
-    columns = ["model", "training seed", "FID, training", "FID, held-out", "nearest training image", "change, held-out"]
+    columns = [
+        "model",
+        "training seed",
+        "FID, training",
+        "FID, held-out",
+        "nearest training image",
+        "change, held-out",
+    ]
     write_text(arguments.output.with_suffix(".md.part"), markdown_table(columns, rows))
     figure = metric_curves(series, "FID (digits features)")
     write_atomically(arguments.output.with_suffix(".png"), lambda path: figure.savefig(path, format="png", dpi=150))

@@ -30,7 +30,10 @@ SEEDS = [0, 1, 2]
 BALANCE_OFF = {"importance_weight": 0.0, "load_weight": 0.0}
 # name: patch's config, training's changes from the demo's
 ENTRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "paper's recipe: 1e-4, constant, no average": ({}, {"learning_rate": 1e-4, "lr_scheduler": "constant", "ema_decay": 0.0}),
+    "paper's recipe: 1e-4, constant, no average": (
+        {},
+        {"learning_rate": 1e-4, "lr_scheduler": "constant", "ema_decay": 0.0},
+    ),
     "1e-3": ({}, {"learning_rate": 1e-3}),
     "1e-2": ({}, {"learning_rate": 1e-2}),
     "3e-2": ({}, {"learning_rate": 3e-2}),

@@ -100,9 +100,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     directory = Path(config.output_dir)
     with progress_bar() as progress:
         task = progress.add_task("sampling", total=config.sampling.num_images, status="")
-        images = generate(
-            model, scheduler, config.sampling, on_batch=lambda count: progress.advance(task, count)
-        )
+        images = generate(model, scheduler, config.sampling, on_batch=lambda count: progress.advance(task, count))
     write_text(directory / RUN_CONFIG, resolved)
     write_tensors(directory / "samples.safetensors", {"images": images})
     grid = image_grid(images[:100], columns=10)

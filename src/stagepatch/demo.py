@@ -177,5 +177,3 @@ def _commands(directory: Path, quick: bool) -> str:
     demo = "stagepatch demo" + (" --quick" if quick else "") + f" --output_dir {directory}"
     evaluate = f"stagepatch evaluate --model digits --patch {directory} --seeds '{SEEDS}'"
     return f"{demo}\n{evaluate}\nstagepatch inspect {directory}\n"
-
-

@@ -135,5 +135,5 @@ def test_file_that_is_not_there_or_broken(tmp_path):
 
 
 def test_original_dit_checkpoint_without_a_patch_is_refused(tiny_dit):
-    with pytest.raises(UserError, match="no prompt_embeddings, gate.weight, gate.bias in it"):
+    with pytest.raises(UserError, match=r"no prompt_embeddings, gate.weight, gate.bias in it"):
         Patch.from_released(tiny_dit().state_dict())

@@ -142,7 +142,10 @@ def test_file_of_another_format(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.clear() or tensors.update(other=torch.ones(3)), "does not hold this patch: gate.bias"),
+        (
+            lambda tensors: tensors.clear() or tensors.update(other=torch.ones(3)),
+            "does not hold this patch: gate.bias",
+        ),
         (lambda tensors: tensors.pop("prompts.blocks.1"), "prompts.blocks.1 missing or not expected"),
         (lambda tensors: tensors.update(extra=torch.ones(3)), "extra missing or not expected"),
         (
@@ -214,7 +217,7 @@ def test_model_that_the_patch_was_not_made_for_is_refused_by_what_differs(
 
 def test_patch_of_named_sites_that_the_model_lacks_is_refused(tiny_dit, make_patch):
     patch = make_patch(tiny_dit(), sites=["blocks.2"])
-    with pytest.raises(UserError, match="No site is named blocks.2"):
+    with pytest.raises(UserError, match=r"No site is named blocks\.2"):
         patch.attach(tiny_dit(num_layers=2))
 
 

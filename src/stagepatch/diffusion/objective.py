@@ -62,9 +62,7 @@ class Objective:
 
     def draw_timesteps(self, batch: int, generator: Generator) -> Tensor:
         """Uniform timesteps [B], from 0 to T − 1, on the generator's device."""
-        return torch.randint(
-            0, self.num_train_timesteps, (batch,), generator=generator, device=generator.device
-        )
+        return torch.randint(0, self.num_train_timesteps, (batch,), generator=generator, device=generator.device)
 
     def add_noise(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [B, C, H, W] of x_start and noise of that shape, at timesteps [B]."""

@@ -65,7 +65,10 @@ class InceptionFeatures:
         return features
 
 
-_EXTRACTORS = {"digits": DigitsFeatures, "inception": InceptionFeatures}
+_EXTRACTORS: dict[str, type[DigitsFeatures] | type[InceptionFeatures]] = {
+    "digits": DigitsFeatures,
+    "inception": InceptionFeatures,
+}
 
 
 def load_extractor(name: str) -> FeatureExtractor:

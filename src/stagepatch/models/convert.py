@@ -23,13 +23,10 @@ def load_original_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict
     Raises:
         UserError: no such file, or not a checkpoint.
     """
-    if isinstance(checkpoint, (str, Path)):
-        checkpoint = _read_checkpoint(Path(checkpoint))
-    for key in ("ema", "model"):
-        if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    return {name.removeprefix("module."): value for name, value in checkpoint.items()}
+    content = _read_checkpoint(Path(checkpoint)) if isinstance(checkpoint, (str, Path)) else checkpoint
+    nested = (content[key] for key in ("ema", "model") if isinstance(content.get(key), Mapping))
+    state: Mapping[str, Any] = next(nested, content)
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -51,9 +48,7 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
     return checkpoint
 
 
-def from_original(
-    checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None
-) -> DiT:
+def from_original(checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None) -> DiT:
     """See `DiT.from_original`."""
     state = load_original_state_dict(checkpoint)
     config = _infer_config(state, num_attention_heads)

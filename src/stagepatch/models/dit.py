@@ -132,9 +132,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         return model
 
     @classmethod
-    def from_original(
-        cls, checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None
-    ) -> DiT:
+    def from_original(cls, checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None) -> DiT:
         """Read a checkpoint with the key names of facebookresearch/DiT, also under `ema` or `model`.
 
         Args:
@@ -204,9 +202,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         output = self._unpatchify(hidden_states, grid)
         return DiTOutput(sample=output) if return_dict else (output,)
 
-    def _condition(
-        self, batch: int, class_labels: Tensor | None, pooled_projections: Tensor | None
-    ) -> Tensor:
+    def _condition(self, batch: int, class_labels: Tensor | None, pooled_projections: Tensor | None) -> Tensor:
         name = "class_labels" if self.config.conditioning == "class" else "pooled_projections"
         condition = class_labels if self.config.conditioning == "class" else pooled_projections
         if condition is None:
@@ -258,9 +254,7 @@ class PatchEmbedder(nn.Module):
 class DiTBlock(nn.Module):
     """Attention and MLP, each scaled, shifted and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(
-        self, hidden_size: int, num_attention_heads: int, mlp_ratio: float, norm_eps: float
-    ) -> None:
+    def __init__(self, hidden_size: int, num_attention_heads: int, mlp_ratio: float, norm_eps: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_attention_heads)

@@ -60,9 +60,7 @@ class TextEmbedder(nn.Module):
         return self.proj(torch.where(dropped[:, None], self.null, pooled_projections))  # type: ignore[no-any-return]
 
 
-def sincos_positions(
-    hidden_size: int, height: int, width: int, device: torch.device | str | None = None
-) -> Tensor:
+def sincos_positions(hidden_size: int, height: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """Fixed sine-cosine positions of a height × width grid, one unit a token: [1, height·width, D].
 
     The first half of the channels encodes the column, the second half the row, as in the DiT checkpoints.

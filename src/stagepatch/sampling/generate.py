@@ -94,9 +94,7 @@ def _denoise(
     return sample
 
 
-def _guided(
-    model: nn.Module, sample: Tensor, timestep: Tensor, labels: Tensor, config: SamplingConfig
-) -> Tensor:
+def _guided(model: nn.Module, sample: Tensor, timestep: Tensor, labels: Tensor, config: SamplingConfig) -> Tensor:
     """The model's output, moved away from the unconditional one by the guidance scale (arXiv 2207.12598)."""
     if config.guidance_scale == 1.0:
         return predict(model, sample, timestep.expand(len(sample)), labels)

@@ -223,9 +223,7 @@ def _draw(
     return images, noise, timesteps, labels
 
 
-def _backward(
-    step: nn.Module, draws: tuple[Tensor, ...], parts: int, accelerator: Accelerator
-) -> dict[str, Tensor]:
+def _backward(step: nn.Module, draws: tuple[Tensor, ...], parts: int, accelerator: Accelerator) -> dict[str, Tensor]:
     """Gradients of the mean loss over `parts` pieces of the batch; the scalars to log, averaged over them."""
     totals: dict[str, Tensor] = {}
     pieces = zip(*(draw.chunk(parts) for draw in draws), strict=True)
@@ -275,9 +273,7 @@ def _check_finite(values: dict[str, float], iteration: int, directory: Path) -> 
     )
 
 
-def _stop_requested(
-    signals: StopSignals, done: int, config: TrainingConfig, accelerator: Accelerator
-) -> int:
+def _stop_requested(signals: StopSignals, done: int, config: TrainingConfig, accelerator: Accelerator) -> int:
     """The signal to stop for, 0 for none; all processes agree, at every log_every-th iteration."""
     if accelerator.num_processes == 1:
         return signals.received

@@ -1,0 +1,66 @@
+"""One HTML page with everything in it: no script, no font, no picture comes from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from stagepatch.files import write_text
+
+
+@dataclass
+class Table:
+    """Columns and rows of text, with a note below."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass
+class Picture:
+    """A picture as a data URI; the caption is also its text for those who cannot see it."""
+
+    title: str
+    data_uri: str
+    caption: str
+
+
+@dataclass
+class Code:
+    """Preformatted text."""
+
+    title: str
+    text: str
+
+
+@dataclass
+class Prose:
+    """A paragraph."""
+
+    title: str
+    text: str
+
+
+@dataclass
+class KeyValues:
+    """Names and values."""
+
+    title: str
+    mapping: Mapping[str, str]
+
+
+Section = Table | Picture | Code | Prose | KeyValues
+
+
+def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section]) -> None:
+    """Write the page, whole or not at all."""
+    templates = Environment(
+        loader=PackageLoader("stagepatch.report", "."), autoescape=select_autoescape(), trim_blocks=True
+    )
+    kinds = [(type(section).__name__, section) for section in sections]
+    write_text(path, templates.get_template("page.html").render(title=title, lead=lead, sections=kinds))
