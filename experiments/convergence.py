@@ -67,16 +67,16 @@ def main() -> None:
         values = measured(snapshot, plan, references, extractor)
         for name, label in METRICS.items():
             series[label].append((int(snapshot.name), statistics.fmean(values[name])))
-        print(snapshot.name, {name: round(statistics.fmean(value), 2) for name, value in values.items()}, flush=True)
+        print(snapshot.name, {name: round(statistics.fmean(value), 4) for name, value in values.items()}, flush=True)
 
     base = measured(arguments.run, plan, references, extractor)
-    rows = [["base", "", *(f"{statistics.fmean(base[name]):.2f}" for name in [*METRICS, "nearest_train"]), ""]]
+    rows = [["base", "", *(f"{statistics.fmean(base[name]):.4f}" for name in [*METRICS, "nearest_train"]), ""]]
     for rate in RATES:
         for seed in TRAINING_SEEDS:
             values = measured(finetuned(arguments.run, rate, seed, plan, references), plan, references, extractor)
             mean, error = paired_difference(base["fid_held_out"], values["fid_held_out"])
-            numbers = [f"{statistics.fmean(values[name]):.2f}" for name in [*METRICS, "nearest_train"]]
-            rows.append([f"fine-tuned at {rate:g}", str(seed), *numbers, f"{mean:+.2f} ± {error:.2f}"])
+            numbers = [f"{statistics.fmean(values[name]):.4f}" for name in [*METRICS, "nearest_train"]]
+            rows.append([f"fine-tuned at {rate:g}", str(seed), *numbers, f"{mean:+.4f} ± {error:.4f}"])
             print(rows[-1], flush=True)
     columns = [
         "model",

@@ -73,13 +73,13 @@ def main() -> None:
         return json.loads(kept.read_text())
 
     base = metrics_of("base")
-    rows = [["base", *(f"{statistics.fmean(base[key]):.2f}" for key in ("fid_train", "fid_held_out")), "", ""]]
+    rows = [["base", *(f"{statistics.fmean(base[key]):.4f}" for key in ("fid_train", "fid_held_out")), "", ""]]
     for name in arguments.only:
         values = metrics_of(name)
-        row = [name, *(f"{statistics.fmean(values[key]):.2f}" for key in ("fid_train", "fid_held_out"))]
+        row = [name, *(f"{statistics.fmean(values[key]):.4f}" for key in ("fid_train", "fid_held_out"))]
         for key in ("fid_train", "fid_held_out"):
             mean, error = paired_difference(base[key], values[key])
-            row.append(f"{mean:+.2f} ± {error:.2f}")
+            row.append(f"{mean:+.4f} ± {error:.4f}")
         rows.append(row)
         print(row, flush=True)
     columns = ["patch", "FID, training", "FID, held-out", "change, training", "change, held-out"]

@@ -28,7 +28,7 @@ def comparison_table(base: Measured, patched: Measured | None, features: str) ->
         if patched is not None:
             mean, error = paired_difference(base.values(key), patched.values(key))
             scale = 100.0 / abs(statistics.fmean(base.values(key)) or 1.0)
-            difference = f"{mean:+.3f} ± {error:.3f}"
+            difference = f"{mean:+.4f} ± {error:.4f}"
             row += [_spread(patched.values(key)), difference, f"{mean * scale:+.1f} ± {error * scale:.1f} %"]
         rows.append(row)
     return columns, rows
@@ -36,4 +36,4 @@ def comparison_table(base: Measured, patched: Measured | None, features: str) ->
 
 def _spread(values: list[float]) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return format_mean(statistics.fmean(values), spread, 3)
+    return format_mean(statistics.fmean(values), spread, 4)

@@ -163,7 +163,7 @@ def verdict(base: Measured, patched: Measured, quick: bool) -> str:
 
     before = sum(base.values("fid_held_out")) / len(base.metrics)
     mean, error = paired_difference(base.values("fid_held_out"), patched.values("fid_held_out"))
-    change = f"{mean:+.2f} ± {error:.2f} ({100 * mean / before:+.1f} %)"
+    change = f"{mean:+.4f} ± {error:.4f} ({100 * mean / before:+.1f} %)"
     if abs(mean) <= 2 * error:
         result = f"No gain to be told from noise: FID (digits features) against held-out digits changes by {change}."
     elif mean < 0:

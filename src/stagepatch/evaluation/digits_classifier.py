@@ -38,14 +38,19 @@ class DigitsClassifier(nn.Module):
             nn.GELU(),
         )
         self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES)
+        self.feature_scale: Tensor
+        self.register_buffer("feature_scale", torch.ones(()))
 
     def features(self, images: Tensor) -> Tensor:
-        """Activations before the last layer, [B, 48]; images are clamped to [−1, 1]."""
+        """Activations before the last layer, [B, 48], scaled to a root mean square of 1 over the training digits."""
+        return self._activations(images) * self.feature_scale
+
+    def _activations(self, images: Tensor) -> Tensor:
         activations: Tensor = self.body(images.clamp(-1.0, 1.0))
         return activations
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(images))
+        logits: Tensor = self.head(self._activations(images))
         return logits
 
 
@@ -69,7 +74,10 @@ def train_digits_classifier(seed: int = 0, steps: int = STEPS) -> DigitsClassifi
             optimizer.step()
             schedule.step()
             progress.advance(task)
-    return model.eval()
+    model.eval()
+    with torch.no_grad():
+        model.feature_scale.copy_(model.features(images).square().mean().rsqrt())
+    return model
 
 
 @torch.no_grad()

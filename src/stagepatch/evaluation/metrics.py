@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +35,8 @@ def fid(features: Tensor, reference: Tensor) -> float:
 def kid(features: Tensor, reference: Tensor, subsets: int = 50) -> float:
     """Kernel distance (arXiv 1801.01401): unbiased, cubic kernel, mean over random subsets, always the same."""
     size = min(len(features), len(reference), 500)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features, which is so for any KID
         torch.manual_seed(0)
         metric = KernelInceptionDistance(feature=_Given(features.shape[1]), subsets=subsets, subset_size=size)
         metric.update(reference.double(), real=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stagepatch.patch import Patch, PatchConfig
+from stagepatch.patch import Attachment, Patch, PatchConfig
 
 
 class DMP:
@@ -18,11 +18,11 @@ class DMP:
     def __init__(self, config: PatchConfig) -> None:
         self.config = config
         self.patch: Patch
+        self._attachment: Attachment | None = None
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         model.requires_grad_(False).eval()
-        self.patch = Patch.create(model, self.config).train()
-        self.patch.attach(model)
+        self._attach(Patch.create(model, self.config).train(), model)
         groups: list[dict[str, Any]] = [{"params": list(self.patch.prompts), "factor": 1.0}]
         if self.patch.gate is not None:
             factor = self.config.gate_learning_rate_factor
@@ -40,5 +40,11 @@ class DMP:
         self.patch.save_pretrained(directory)
 
     def load(self, model: nn.Module, directory: Path) -> None:
-        self.patch = Patch.from_pretrained(directory)
-        self.patch.attach(model)
+        self._attach(Patch.from_pretrained(directory), model)
+
+    def _attach(self, patch: Patch, model: nn.Module) -> None:
+        """Put a patch on in place of this method's former one, as when a stopped run goes on in one process."""
+        if self._attachment is not None:
+            self._attachment.detach()
+        self.patch = patch
+        self._attachment = patch.attach(model)

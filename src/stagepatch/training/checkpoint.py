@@ -29,6 +29,8 @@ def save_checkpoint(
     Args:
         identity: the settings that a resumed run must share; JSON.
     """
+    for unfinished in directory.glob(f".{CHECKPOINT_NAME}.*"):
+        unfinished.unlink(missing_ok=True)  # A run was killed while it wrote this.
     tensors: dict[str, Tensor] = {f"trained.{index}": value for index, value in enumerate(parameters)}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
@@ -57,7 +59,7 @@ def load_checkpoint(
         The iteration to go on from; 0 where there is no checkpoint.
 
     Raises:
-        UserError: the checkpoint is of a run with other settings, or not a whole file.
+        UserError: the checkpoint is of a run with other settings or of another model, or not a whole file.
     """
     path = directory / CHECKPOINT_NAME
     if not path.exists():
@@ -66,6 +68,7 @@ def load_checkpoint(
     if "iteration" not in metadata or "identity" not in metadata:
         raise UserError(f"'{path}' is not a checkpoint of stagepatch: move it away, or choose another output_dir.")
     _check_identity(path, json.loads(metadata["identity"]), json.loads(json.dumps(identity)))
+    _check_shapes(path, tensors, parameters, [] if ema is None else ema.shadow_params)
     for index, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"trained.{index}"])
     _restore_optimizer(optimizer, tensors)
@@ -95,6 +98,21 @@ def _check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) 
         raise UserError(
             f"'{path}' is the checkpoint of a run with other settings ({changes}). Go on with the former settings, "
             f"or choose another output_dir."
+        )
+
+
+def _check_shapes(
+    path: Path, tensors: dict[str, Tensor], parameters: list[nn.Parameter], averages: list[Tensor]
+) -> None:
+    values = {"trained": parameters, "ema": averages}
+    expected = {f"{kind}.{index}": value.shape for kind in values for index, value in enumerate(values[kind])}
+    found = {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+    odd = [name for name in sorted({*expected, *found}) if found.get(name) != expected.get(name)]
+    if odd:
+        given, wanted = (shapes.get(odd[0]) for shapes in (found, expected))
+        raise UserError(
+            f"'{path}' is the checkpoint of another model's run: {odd[0]} is "
+            f"{given and list(given)}, expected {wanted and list(wanted)}. Choose another output_dir."
         )
 
 

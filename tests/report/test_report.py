@@ -1,0 +1,122 @@
+"""Pictures by their pixels, plots by their panels, and a page that needs nothing from elsewhere."""
+
+import base64
+import io
+import math
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from stagepatch import report
+
+
+def decode(uri):
+    assert uri.startswith("data:image/png;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+
+
+def test_grid_puts_every_pixel_where_it_belongs():
+    images = torch.full((5, 1, 2, 2), -1.0)
+    images[3, 0, 0, 1] = 1.0
+    grid = report.image_grid(images, columns=3, scale=4)
+    assert grid.size == (3 * 8 + 2 * 2, 2 * 8 + 2)
+    assert grid.getpixel((4, 10)) == (255, 255, 255)  # image 3: second row, first column, upper right quarter
+    assert grid.getpixel((3, 10)) == (0, 0, 0)
+    assert grid.getpixel((8, 0)) == (255, 255, 255)  # the gap
+    assert grid.getpixel((27, 17)) == (255, 255, 255)  # no sixth image
+
+
+def test_grid_keeps_colour_and_shows_three_of_many_channels():
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    assert report.image_grid(red).getpixel((5, 5)) == (255, 0, 0)
+    latents = torch.stack([torch.full((32, 32), value) for value in (0.0, 5.0, 10.0, 99.0)]).unsqueeze(0)
+    assert report.image_grid(latents).getpixel((5, 5)) == (0, 128, 255)
+
+
+def test_small_images_are_enlarged():
+    assert report.image_grid(torch.zeros(1, 1, 8, 8)).size == (32 * 10 + 2 * 9, 32)
+
+
+def test_pairs_lie_at_equal_places_left_and_right():
+    base, patched = torch.full((4, 1, 32, 32), -1.0), torch.full((4, 1, 32, 32), -1.0)
+    patched[1] = 0.0
+    picture, single = report.paired_grid(base, patched, columns=2), report.image_grid(base, columns=2)
+    offset = picture.width - single.width
+    assert offset > single.width
+    assert picture.getpixel((40, 5)) == (0, 0, 0)
+    assert picture.getpixel((offset + 40, 5)) == (128, 128, 128)
+
+
+def test_training_curves_have_a_panel_for_each_logged_quantity():
+    records = [{"iteration": i, "loss": math.nan if i == 3 else 1.0 / (i + 1), "grad_norm": 1.0} for i in range(9)]
+    records[4]["lr"] = 0.1
+    figure = report.training_curves(records)
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "gradient norm", "learning rate"]
+    assert report.training_curves([]).axes == []
+
+
+def test_gate_activation_has_a_panel_per_block_on_one_scale():
+    weights = torch.rand(3, 5, 7)
+    figure = report.gate_activation(weights, torch.arange(0, 500, 100), ["a", "b", "c"])
+    panels = figure.axes[:3]
+    assert [axes.get_title() for axes in panels] == ["a", "b", "c"]
+    image = panels[1].images[0]
+    torch.testing.assert_close(torch.tensor(image.get_array().data), weights[1].T)
+    assert len({axes.images[0].get_clim() for axes in panels}) == 1
+
+
+def test_metric_curves_draw_the_points_given():
+    figure = report.metric_curves({"training": [(1, 2.0), (3, 1.0)]}, "FID")
+    (line,) = figure.axes[0].lines
+    assert list(line.get_xdata()) == [1, 3]
+    assert list(line.get_ydata()) == [2.0, 1.0]
+    assert decode(report.figure_to_data_uri(figure)).width > 300
+
+
+def test_tables():
+    assert report.format_mean(12.345, 0.4) == "12.35 ± 0.40"
+    assert report.format_mean(12.0, math.nan, 1) == "12.0"
+    assert report.markdown_table(["a", "b"], [["1", "x|y"]]) == "| a | b |\n| --- | --- |\n| 1 | x\\|y |\n"
+
+
+def test_print_table_shows_every_cell(capsys):
+    report.print_table(["metric", "base"], [["FID", "1.5"]], "a title")
+    text = capsys.readouterr().out
+    assert all(cell in text for cell in ("a title", "metric", "base", "FID", "1.5"))
+
+
+def test_environment_names_versions_and_no_person_or_place():
+    facts = report.environment()
+    assert facts["torch"] == torch.__version__
+    assert "stagepatch" in facts
+    assert not any("/" in value or "@" in value for value in facts.values())
+
+
+@pytest.fixture
+def page(tmp_path):
+    evil = "<script>alert('x')</script>"
+    picture = report.image_to_data_uri(report.image_grid(torch.zeros(1, 1, 8, 8)))
+    sections = [
+        report.Table(evil, [evil], [[evil]], evil),
+        report.Picture(evil, picture, evil),
+        report.Code(evil, evil),
+        report.Prose(evil, evil),
+        report.KeyValues(evil, {evil: evil}),
+    ]
+    report.write_page(tmp_path / "report.html", evil, evil, sections)
+    return (tmp_path / "report.html").read_text()
+
+
+def test_page_escapes_everything_it_is_given(page):
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 18
+
+
+def test_page_needs_nothing_from_elsewhere(page):
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", page)
+    assert "@import" not in page
+    assert "url(" not in page
+    (uri,) = re.findall(r'src="([^"]+)"', page)
+    assert decode(uri).size == (32 * 10 + 18, 32)

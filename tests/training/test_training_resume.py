@@ -1,0 +1,287 @@
+"""A run that was stopped, however it was stopped, ends as if it had not been."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_runs import (
+    EVERYTHING,
+    TRAINING,
+    Strike,
+    assert_same,
+    command_job,
+    log_of,
+    make_dataset,
+    make_model,
+    make_objective,
+    patch_of,
+    run,
+    train_job,
+)
+
+from stagepatch.backbones import save_denoiser
+from stagepatch.errors import UserError
+from stagepatch.files import read_tensors
+from stagepatch.methods import DMP
+from stagepatch.patch import PatchConfig
+from stagepatch.training import Interrupted, TrainingConfig, train
+from stagepatch.training.log import RunLog
+from stagepatch.training.signals import StopSignals
+
+RUN = {"patch": {"preset": "released"}, "flip": True, **EVERYTHING}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(processes, tmp_path_factory):
+    """A run with gate noise, EMA, warmup and decay, label dropout, flips, clipping and snapshots."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    processes.call(train_job, directory=directory, **RUN)
+    return directory
+
+
+def assert_ends_alike(directory, expected):
+    for name in ("model.safetensors", "checkpoint.safetensors", "snapshots/0000005/model.safetensors"):
+        assert_same(load_file(directory / name), load_file(expected / name))
+    assert (directory / "config.json").read_text() == (expected / "config.json").read_text()
+    assert [record["iteration"] for record in log_of(directory)] == [2, 4, 6, 8, 10, 12]
+    assert not list(directory.glob(".checkpoint*")), "an unfinished checkpoint is left"
+
+
+STRIKES = {
+    "before the first checkpoint": Strike("iteration", 2),
+    "between checkpoints": Strike("iteration", 5),
+    "first checkpoint half written": Strike("half", 1),
+    "second checkpoint half written": Strike("half", 2),
+    "checkpoint written and not renamed": Strike("written", 2),
+    "checkpoint just renamed": Strike("renamed", 3),
+    "patch of a snapshot half written": Strike("half", 1, "model.safetensors"),
+    "last checkpoint renamed, nothing saved": Strike("renamed", 4),
+    "patch half written": Strike("half", 3, "model.safetensors"),
+    "after the end": Strike("renamed", 3, "config.json"),
+}
+
+
+@pytest.mark.parametrize("strike", STRIKES.values(), ids=STRIKES)
+def test_killed_run_ends_as_the_uninterrupted_one(processes, uninterrupted, tmp_path, strike):
+    processes.call(train_job, -signal.SIGKILL, directory=tmp_path, strike=strike, **RUN)
+    processes.call(train_job, directory=tmp_path, **RUN)
+    assert_ends_alike(tmp_path, uninterrupted)
+
+
+def test_run_killed_again_and_again_ends_as_the_uninterrupted_one(processes, uninterrupted, tmp_path):
+    # At arbitrary moments, imports of the process included.
+    for delay in (0.05, 0.1, 0.15, 0.2, 0.3):
+        process = processes.start(train_job, directory=tmp_path, **RUN)
+        time.sleep(delay * random.uniform(0.5, 2.0))
+        process.kill()
+        process.join()
+    processes.call(train_job, directory=tmp_path, **RUN)
+    assert_ends_alike(tmp_path, uninterrupted)
+
+
+def test_record_cut_short_is_written_anew(processes, uninterrupted, tmp_path):
+    processes.call(train_job, -signal.SIGKILL, directory=tmp_path, strike=Strike("iteration", 10), **RUN)
+    # The checkpoint is of iteration 9; the records of 2, 4, 6 and 8 stay as they were.
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"iteration": 10, "lo')
+    before = log_of_lines(tmp_path)[:4]
+    processes.call(train_job, directory=tmp_path, **RUN)
+    assert log_of_lines(tmp_path)[:4] == before
+    assert_ends_alike(tmp_path, uninterrupted)
+
+
+def log_of_lines(directory):
+    return (directory / "log.jsonl").read_text().splitlines()
+
+
+def test_logged_values_are_those_of_the_uninterrupted_run(processes, uninterrupted, tmp_path):
+    processes.call(train_job, -signal.SIGKILL, directory=tmp_path, strike=Strike("iteration", 8), **RUN)
+    processes.call(train_job, directory=tmp_path, **RUN)
+    for record, expected in zip(log_of(tmp_path), log_of(uninterrupted), strict=True):
+        del record["images_per_second"], expected["images_per_second"]
+        assert record == expected
+
+
+def test_finetuning_killed_ends_as_the_uninterrupted_one(processes, tmp_path):
+    choices = {**EVERYTHING, "method": "finetune"}
+    for name, strike in (("a", None), ("b", Strike("half", 3))):
+        expected = 0 if strike is None else -signal.SIGKILL
+        processes.call(train_job, expected, directory=tmp_path / name, strike=strike, **choices)
+    processes.call(train_job, directory=tmp_path / "b", **choices)
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert_same(load_file(tmp_path / "b" / weights), load_file(tmp_path / "a" / weights))
+
+
+# Signals
+
+
+@pytest.mark.parametrize("same_objects", [True, False])
+def test_interrupted_here_and_trained_on_here(tmp_path, monkeypatch, same_objects):
+    # As in a notebook: Ctrl-C, and the cell once more.
+    choices = {"patch": {"preset": "released"}, "checkpoint_every": 4, "steps": 9}
+    run(tmp_path / "whole", **choices)
+    model, method, objective = make_model(), DMP(PatchConfig(preset="released")), make_objective()
+    config = TrainingConfig(**{**TRAINING, "checkpoint_every": 4, "steps": 9})
+    with monkeypatch.context() as patched:
+        advance, count = RunLog.advance, iter(range(1, 100))
+
+        def interrupt(log):
+            advance(log)
+            if next(count) == 5:
+                signal.raise_signal(signal.SIGINT)
+
+        patched.setattr(RunLog, "advance", interrupt)
+        with pytest.raises(Interrupted, match="iteration 5 of 9") as stopped:
+            train(model, method, objective, make_dataset(), config, tmp_path / "cut", progress=False)
+    assert stopped.value.signum == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not same_objects:
+        model, method = make_model(), DMP(PatchConfig(preset="released"))
+    train(model, method, objective, make_dataset(), config, tmp_path / "cut", progress=False)
+    assert_same(patch_of(tmp_path / "cut"), patch_of(tmp_path / "whole"))
+    assert [record["iteration"] for record in log_of(tmp_path / "cut")] == list(range(1, 10))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """`stagepatch train` on a tiny model and the digits, without the output_dir."""
+    directory = tmp_path_factory.mktemp("model")
+    save_denoiser(make_model(), make_objective().scheduler, directory)
+    training = {**TRAINING, "steps": 200, "log_every": 5, "tensorboard": "false"}
+    return ["train", f"--model={directory}", *(f"--training.{key}={value}" for key, value in training.items())]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_command(processes, command, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    processes.call(command_job, arguments=[*command, f"--output_dir={directory}"])
+    return directory
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_writes_a_checkpoint_and_says_how_to_go_on(
+    processes, command, uninterrupted_command, tmp_path, signum, code
+):
+    arguments = [*command, f"--output_dir={tmp_path}"]
+    text = processes.call(command_job, code, arguments=arguments, strike=Strike("iteration", 17, signum=signum))
+    assert "Stopped at iteration 17 of 200" in text
+    assert str(tmp_path / "checkpoint.safetensors") in text
+    assert "Give the same command again" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "model.safetensors").exists()
+    assert read_tensors(tmp_path / "checkpoint.safetensors")[1]["iteration"] == "17"
+    processes.call(command_job, arguments=arguments)
+    assert_same(patch_of(tmp_path), patch_of(uninterrupted_command))
+    assert [record["iteration"] for record in log_of(tmp_path)] == list(range(5, 201, 5))
+
+
+def test_ctrl_c_from_outside(processes, command, uninterrupted_command, tmp_path):
+    arguments = [*command, f"--output_dir={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stagepatch", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "Give the same command again" in text
+    assert "Traceback" not in text
+    processes.call(command_job, arguments=arguments)
+    assert_same(patch_of(tmp_path), patch_of(uninterrupted_command))
+
+
+def test_signal_in_the_last_iteration_changes_nothing(processes, command, uninterrupted_command, tmp_path):
+    strike = Strike("iteration", 200, signum=signal.SIGTERM)
+    processes.call(command_job, arguments=[*command, f"--output_dir={tmp_path}"], strike=strike)
+    assert_same(patch_of(tmp_path), patch_of(uninterrupted_command))
+
+
+def test_second_signal_acts_as_usual():
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_signals_outside_the_main_thread_are_left_alone():
+    former = signal.getsignal(signal.SIGTERM)
+
+    def enter():
+        with StopSignals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    seen = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [former]
+
+
+# What does not fit
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """The directory of a run that is done, from which a longer one cannot go on."""
+    run(tmp_path, identity={"patch": {"gate": "linear"}}, steps=2)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"steps": 3}, "training.steps was 2, is 3"),
+        ({"seed": 4}, "training.seed was 0, is 4"),
+        ({"ema_decay": 0.9}, "training.ema_decay was 0.0, is 0.9"),
+        ({"batch_size": 4}, "training.batch_size was 8, is 4"),
+        ({"identity": {"patch": {"gate": "none"}}}, "patch.gate was linear, is none"),
+        ({"identity": {}}, "patch.gate was linear, is None"),
+    ],
+)
+def test_other_settings_are_refused_by_name(stopped, choices, message):
+    before = patch_of(stopped)
+    with pytest.raises(UserError, match=message):
+        run(stopped, **{"identity": {"patch": {"gate": "linear"}}, "steps": 2, **choices})
+    assert_same(patch_of(stopped), before)
+
+
+def test_bookkeeping_may_change(processes, uninterrupted, tmp_path):
+    processes.call(train_job, -signal.SIGKILL, directory=tmp_path, strike=Strike("iteration", 7), **RUN)
+    other = {"log_every": 3, "checkpoint_every": 2, "snapshot_every": 0, "tensorboard": True}
+    processes.call(train_job, directory=tmp_path, **{**RUN, **other})
+    assert_same(patch_of(tmp_path), patch_of(uninterrupted))
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_truncated_checkpoint(stopped):
+    path = stopped / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors' is not a whole safetensors file"):
+        run(stopped, identity={"patch": {"gate": "linear"}}, steps=2)
+
+
+def test_foreign_checkpoint(tmp_path):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "checkpoint.safetensors")
+    with pytest.raises(UserError, match="not a checkpoint of stagepatch"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("other", [{"num_layers": 3}, {"num_layers": 1}, {"hidden_size": 32}, {"sample_size": 16}])
+def test_checkpoint_of_another_model(stopped, other):
+    # The settings agree; it is the model that was exchanged.
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors' .* trained\."):
+        run(stopped, model=make_model(**other), identity={"patch": {"gate": "linear"}}, steps=2)
