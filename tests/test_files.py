@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from stagepatch.errors import UserError
-from stagepatch.files import read_json, read_tensors, write_atomically, write_json, write_tensors, write_text
+from stagepatch.files import (
+    append_text,
+    read_json,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 OLD = "what was there before\n"
 
@@ -231,3 +239,11 @@ def test_file_of_another_format_is_named(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="of another format"):
         read_tensors(tmp_path / "model.safetensors")
+
+
+def test_append_adds_lines_and_tells_of_a_full_disk(tmp_path):
+    append_text(tmp_path / "log", "a\n")
+    append_text(tmp_path / "log", "b\n")
+    assert (tmp_path / "log").read_text() == "a\nb\n"
+    with pytest.raises(UserError, match="Cannot write '/dev/full': No space left"):
+        append_text("/dev/full", "a")

@@ -110,11 +110,19 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
 
 
 def _check_config_files(arguments: list[str]) -> None:
+    """Name the file that is missing or not YAML: the parser's own messages do not."""
+    import yaml
+
     from stagepatch.errors import UserError
 
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
-        if name == "--config":
-            value = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
-            if value and not Path(value).is_file():
-                raise UserError(f"No such config file: '{value}'.")
+        if name != "--config":
+            continue
+        value = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
+        try:
+            yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"No such config file: '{value}'.") from error
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"Cannot read the config file '{value}': {error}") from error

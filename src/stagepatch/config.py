@@ -23,7 +23,7 @@ class ModelConfig:
         patch_size: side [pixels] of a token.
         in_channels: channels of the input (latents: 4).
         hidden_size: channels D of a token.
-        num_layers: blocks L.
+        num_layers: number L of transformer blocks.
         num_attention_heads: must divide hidden_size.
         conditioning: 'none', 'class' or 'text' (a pooled embedding).
         num_classes: classes, without the null label.

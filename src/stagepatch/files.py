@@ -49,6 +49,19 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda temporary: _write_bytes(temporary, text.encode()))
 
 
+def append_text(path: str | Path, text: str) -> None:
+    """Add to a file that grows line by line.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"Cannot write '{path}': {error.strerror or error}. Free space and start again.") from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """`write_atomically` for JSON, indented, with a final newline."""
     write_text(path, json.dumps(value, indent=2) + "\n")

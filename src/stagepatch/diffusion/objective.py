@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Generator, Tensor
 
 from stagepatch.diffusion.variational import Posterior
@@ -56,6 +57,8 @@ class Objective:
             self._sigmas = sigmas.double().flip(0)
             self._signals = 1.0 - self._sigmas
         else:
+            # Not every sampler has get_velocity; the one made for training has, and shares their config.
+            self._training_scheduler = DDPMScheduler.from_config(scheduler.config)
             alphas_cumprod = scheduler.alphas_cumprod.double()
             self._sigmas = (1.0 - alphas_cumprod).sqrt()
             self._signals = alphas_cumprod.sqrt()
@@ -66,7 +69,13 @@ class Objective:
 
     def add_noise(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [B, C, H, W] of x_start and noise of that shape, at timesteps [B]."""
-        return self._signal(timesteps, x_start) * x_start + self._sigma(timesteps, x_start) * noise
+        if self.is_flow:
+            sigma = self._sigma(timesteps, x_start)
+            return (1.0 - sigma) * x_start + sigma * noise
+        # In half precision, diffusers would lose the noise of the first timesteps: 1 − ᾱ vanishes.
+        dtype = torch.promote_types(x_start.dtype, torch.float32)
+        x_t: Tensor = self._training_scheduler.add_noise(x_start.to(dtype), noise.to(dtype), timesteps)
+        return x_t.to(x_start.dtype)
 
     def model_timesteps(self, timesteps: Tensor) -> Tensor:
         """The timesteps as the model is told them: [B]."""
@@ -82,7 +91,7 @@ class Objective:
             return x_start
         if self.prediction_type == "flow_prediction":
             return noise - x_start
-        return self._signal(timesteps, x_start) * noise - self._sigma(timesteps, x_start) * x_start
+        return self._training_scheduler.get_velocity(x_start, noise, timesteps)  # type: ignore[no-any-return]
 
     def loss(self, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The loss of each sample, mean over its dimensions: [B].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -34,8 +35,6 @@ def reference_features(images: Tensor, extractor: FeatureExtractor, cache: Path 
     except UserError:
         pass
     features = extract_features(extractor, images)
-    try:
+    with contextlib.suppress(UserError):
         write_tensors(path, {"features": features})
-    except UserError:
-        pass
     return features

@@ -52,7 +52,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         patch_size: side [pixels] of the square that makes one token.
         in_channels: channels C of the input.
         hidden_size: channels D of a token.
-        num_layers: blocks L.
+        num_layers: number L of transformer blocks.
         num_attention_heads: must divide `hidden_size`.
         mlp_ratio: hidden channels of a block's MLP over D.
         conditioning: 'none', 'class' (labels [B]) or 'text' (pooled text embedding [B, E]).

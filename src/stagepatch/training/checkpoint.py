@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) 
 def _check_shapes(
     path: Path, tensors: dict[str, Tensor], parameters: list[nn.Parameter], averages: list[Tensor]
 ) -> None:
-    values = {"trained": parameters, "ema": averages}
+    values: dict[str, Sequence[Tensor]] = {"trained": parameters, "ema": averages}
     expected = {f"{kind}.{index}": value.shape for kind in values for index, value in enumerate(values[kind])}
     found = {name: tensor.shape for name, tensor in tensors.items() if not name.startswith("optimizer.")}
     odd = [name for name in sorted({*expected, *found}) if found.get(name) != expected.get(name)]

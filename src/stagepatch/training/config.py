@@ -23,7 +23,7 @@ class TrainingConfig:
         max_grad_norm: clip the gradient's norm to this; 0 does not clip (DMP).
         ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
         label_dropout: share of class labels replaced by the null label (DiT: 0.1).
-        mixed_precision: accelerate's precision.
+        mixed_precision: precision of the forward and backward pass, by accelerate; what trains stays in float32.
         compile: run the denoiser through torch.compile.
         seed: of data order, noise, timesteps and initialisation.
         log_every: steps between log records.

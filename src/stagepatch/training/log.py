@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from stagepatch.files import write_text
+from stagepatch.files import append_text, write_text
 
 LOG_NAME = "log.jsonl"
 
@@ -97,8 +97,7 @@ class RunLog:
         self.progress.update(self.task, status=f"loss {record['loss']:.4f}")
         if not self.active:
             return
-        with open(self.directory / LOG_NAME, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_text(self.directory / LOG_NAME, json.dumps(record) + "\n")
         if self.writer is not None:
             for name, value in record.items():
                 if name != "iteration":

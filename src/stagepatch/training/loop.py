@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -28,6 +30,12 @@ from stagepatch.training.signals import Interrupted, StopSignals
 
 # Settings that may change when a run goes on: they decide nothing of its result.
 _BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")
+# Settings, the least and the most that they may be.
+_LIMITS = [
+    (("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1, math.inf),
+    (("learning_rate", "warmup_steps", "max_grad_norm", "seed", "snapshot_every"), 0, math.inf),
+    (("label_dropout", "ema_decay"), 0, 1),
+]
 
 
 class DenoisingLoss(nn.Module):
@@ -75,8 +83,8 @@ def train(
         UserError: sizes that do not divide, a loss that is not finite, or a checkpoint of other settings.
         Interrupted: SIGINT or SIGTERM came; a checkpoint is written.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    _check_sizes(config, accelerator.num_processes)
+    accelerator = _accelerator(config)
+    _check_settings(config, accelerator.num_processes)
     torch.manual_seed(seed_for(GLOBAL, config.seed))
     model.to(accelerator.device)
     groups = method.prepare(model)
@@ -97,6 +105,7 @@ def train(
     step = accelerator.prepare(DenoisingLoss(model, method, objective, nn.ParameterList(parameters)))
     loader = _loader(dataset, config, start, accelerator, num_workers)
     is_main = accelerator.is_main_process
+    checked = ["loss"] if accelerator.scaler is not None else ["loss", "grad_norm"]
     totals: dict[str, Tensor] = {}
     since = time.perf_counter()
 
@@ -121,7 +130,7 @@ def train(
             if done % config.log_every == 0 or done == config.steps:
                 count = done - max(start, (done - 1) // config.log_every * config.log_every)
                 means = _means(totals, count, accelerator)
-                _check_finite(means, done, directory)
+                _check_finite(means, checked, done, directory)
                 elapsed = time.perf_counter() - since
                 rate_now = optimizer.param_groups[0]["lr"]
                 speed = {"images_per_second": count * config.batch_size / elapsed, "lr": rate_now}
@@ -129,7 +138,7 @@ def train(
                 totals, since = {}, time.perf_counter()
             stop = _stop_requested(signals, done, config, accelerator)
             if done % config.checkpoint_every == 0 or done == config.steps or stop:
-                _check_finite({name: float(value) for name, value in totals.items()}, done, directory)
+                _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)
                 if is_main:
                     save_checkpoint(directory, done, *state)
                 accelerator.wait_for_everyone()
@@ -149,16 +158,29 @@ def train(
     accelerator.wait_for_everyone()
 
 
-def _check_sizes(config: TrainingConfig, num_processes: int) -> None:
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    state: dict[str, Any] = AcceleratorState._shared_state
+    if state and AcceleratorState().mixed_precision != config.mixed_precision:
+        # A process's first Accelerator would decide the precision of all later runs in it.
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(mixed_precision=config.mixed_precision)
+    except ValueError as error:
+        raise UserError(f"mixed_precision='{config.mixed_precision}' cannot be had here: {error}") from error
+
+
+def _check_settings(config: TrainingConfig, num_processes: int) -> None:
+    for names, lowest, highest in _LIMITS:
+        for name in names:
+            if not lowest <= getattr(config, name) <= highest:
+                limits = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+                raise UserError(f"{name}={getattr(config, name)} must be {limits}.")
     parts = num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UserError(
             f"batch_size={config.batch_size} does not divide by {num_processes} processes × "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
         )
-    for name in ("steps", "log_every", "checkpoint_every", "batch_size", "gradient_accumulation_steps"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1.")
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
@@ -218,6 +240,10 @@ def _draw(
         flipped = torch.rand(size, generator=generator, device=device)[own] < 0.5
         images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
     if is_class_conditional(model):
+        if int(batch["label"].max()) >= null_label(model):
+            raise UserError(
+                f"The data have label {int(batch['label'].max())}, but the model knows {null_label(model)} classes."
+            )
         dropped = torch.rand(size, generator=generator, device=device)[own] < config.label_dropout
         labels = torch.where(dropped, null_label(model), labels)
     return images, noise, timesteps, labels
@@ -261,15 +287,17 @@ def _means(totals: dict[str, Tensor], count: int, accelerator: Accelerator) -> d
     return dict(zip(totals, (stacked / count).tolist(), strict=True))
 
 
-def _check_finite(values: dict[str, float], iteration: int, directory: Path) -> None:
-    if math.isfinite(values.get("loss", 0.0)):
+def _check_finite(values: dict[str, float], checked: Sequence[str], iteration: int, directory: Path) -> None:
+    # Under fp16 the scaler skips steps of gradients that are not finite; elsewhere such a step ruins what trains.
+    odd = [name for name in checked if not math.isfinite(values.get(name, 0.0))]
+    if not odd:
         return
     kept = f"the last good checkpoint is '{directory / CHECKPOINT_NAME}'"
     if not (directory / CHECKPOINT_NAME).exists():
         kept = "no checkpoint was due before it"
     raise UserError(
-        f"The loss is {values['loss']} near iteration {iteration}; {kept}. Try a lower learning_rate, a max_grad_norm "
-        f"of 1, or mixed_precision 'no', in a new output_dir; and look for broken images."
+        f"The {odd[0]} is {values[odd[0]]} near iteration {iteration}; {kept}. Try a lower learning_rate, a "
+        f"max_grad_norm of 1, or mixed_precision 'no', in a new output_dir; and look for broken images."
     )
 
 

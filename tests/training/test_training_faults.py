@@ -1,0 +1,184 @@
+"""What goes wrong stops with a message, and what was saved before stays good."""
+
+import errno
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import TRAINING, assert_same, log_of, make_dataset, make_model, make_objective, patch_of, run
+
+from stagepatch import files
+from stagepatch.data import ImageDataset
+from stagepatch.errors import UserError
+from stagepatch.methods import DMP
+from stagepatch.patch import PatchConfig
+from stagepatch.training import TrainingConfig, train
+from stagepatch.training.log import read_log
+
+
+class BrokenFrom(ImageDataset):
+    """Images that hold a NaN once so many have been read."""
+
+    def __init__(self, good):
+        whole = make_dataset()
+        super().__init__(whole.images, whole.labels)
+        self.good = good
+
+    def __getitem__(self, index):
+        self.good -= 1
+        item = super().__getitem__(index)
+        return item if self.good >= 0 else {**item, "image": item["image"] * torch.nan}
+
+
+def assert_good(path):
+    tensors = load_file(path)
+    assert tensors
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("log_every", "checkpoint_every"), [(1, 2), (5, 2), (100, 2), (2, 1), (3, 4)], ids=lambda value: str(value)
+)
+def test_nan_in_the_data_stops_with_the_last_good_checkpoint(tmp_path, log_every, checkpoint_every):
+    # Iterations 0 to 4 are good.
+    every = {"log_every": log_every, "checkpoint_every": checkpoint_every}
+    with pytest.raises(UserError, match=r"loss is nan .*last good checkpoint is '.*checkpoint\.safetensors'"):
+        run(tmp_path, dataset=BrokenFrom(5 * 8), steps=20, ema_decay=0.5, **every)
+    path = tmp_path / "checkpoint.safetensors"
+    assert_good(path)
+    assert files.read_tensors(path)[1]["iteration"] == str(5 // checkpoint_every * checkpoint_every)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert all(record["loss"] == record["loss"] for record in log_of(tmp_path))
+    # With the data repaired, the run goes on to where a good one ends.
+    run(tmp_path, steps=20, ema_decay=0.5, **every)
+    run(tmp_path / "good", steps=20, ema_decay=0.5, **every)
+    assert_same(patch_of(tmp_path), patch_of(tmp_path / "good"))
+
+
+def test_nan_before_the_first_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="loss is nan near iteration 1; no checkpoint"):
+        run(tmp_path, dataset=BrokenFrom(0))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("rate", [1e30])
+def test_rate_that_is_far_too_high_saves_nothing_that_is_not_finite(tmp_path, rate):
+    with pytest.raises(UserError, match="learning_rate"):
+        run(tmp_path, learning_rate=rate, checkpoint_every=1, log_every=4)
+    for path in tmp_path.rglob("*.safetensors"):
+        assert_good(path)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "last"])
+def test_gradient_that_is_not_finite_under_a_finite_loss_is_not_saved(tmp_path, where):
+    # The loss of iteration 3 is finite; the step that it asks for is not.
+    iteration = 3 if where == "checkpoint" else TRAINING["steps"]
+    method, count = DMP(PatchConfig()), 0
+
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(context, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * torch.nan
+
+    extra = method.extra_loss
+
+    def extra_loss():
+        nonlocal count
+        count += 1
+        loss, logged = extra()
+        return (Poisoned.apply(loss) if count == iteration else loss), logged
+
+    method.extra_loss = extra_loss
+    config = TrainingConfig(**{**TRAINING, "checkpoint_every": 1})
+    with pytest.raises(UserError, match=f"iteration {iteration}"):
+        train(make_model(), method, make_objective(), make_dataset(), config, tmp_path, progress=False)
+    assert_good(tmp_path / "checkpoint.safetensors")
+    assert files.read_tensors(tmp_path / "checkpoint.safetensors")[1]["iteration"] == str(iteration - 1)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def full_disk(monkeypatch, after):
+    """No space is left after so many files."""
+    write_bytes = files._write_bytes
+
+    def write_or_fail(path, content):
+        nonlocal after
+        after -= 1
+        write_bytes(path, content if after >= 0 else content[: len(content) // 2])
+        if after < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "_write_bytes", write_or_fail)
+
+
+def test_full_disk_keeps_the_former_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        full_disk(patched, after=2)  # the log's first lines and one checkpoint
+        with pytest.raises(UserError, match=r"Cannot write '.*checkpoint\.safetensors': No space left on device"):
+            run(tmp_path, checkpoint_every=2, ema_decay=0.5)
+    assert files.read_tensors(tmp_path / "checkpoint.safetensors")[1]["iteration"] == "2"
+    assert not list(tmp_path.glob(".checkpoint*"))
+    run(tmp_path, checkpoint_every=2, ema_decay=0.5)
+    run(tmp_path / "good", checkpoint_every=2, ema_decay=0.5)
+    assert_same(patch_of(tmp_path), patch_of(tmp_path / "good"))
+
+
+def test_log_cut_short_is_read_to_its_last_whole_line(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n{"iteration": 2, "lo')
+    assert read_log(tmp_path) == [{"iteration": 1, "loss": 2.0}]
+    assert read_log(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"batch_size": 7, "gradient_accumulation_steps": 2}, "batch_size=7 does not divide by 1 processes × "),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
+        ({"log_every": 0}, "log_every=0 must be at least 1"),
+        ({"checkpoint_every": -1}, "checkpoint_every=-1 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"snapshot_every": -1}, "snapshot_every=-1 must be at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 must be at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be at least 0"),
+        ({"label_dropout": 1.5}, "label_dropout=1.5 must be from 0 to 1"),
+        ({"ema_decay": 1.5}, "ema_decay=1.5 must be from 0 to 1"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path, choices, message):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, **choices)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_precision_of_a_run_does_not_stick_to_the_next(tmp_path):
+    run(tmp_path / "before", steps=2)
+    run(tmp_path / "half", steps=2, mixed_precision="bf16")
+    run(tmp_path / "after", steps=2)
+    before, half, after = (patch_of(tmp_path / name) for name in ("before", "half", "after"))
+    assert_same(after, before)
+    assert any(not torch.equal(half[name], before[name]) for name in before)
+
+
+def test_labels_that_the_model_does_not_know(tmp_path):
+    with pytest.raises(UserError, match=r"label 9 .* 5 classes"):
+        run(tmp_path, model=make_model(num_classes=5), batch_size=30)
+
+
+def test_images_of_other_channels(tmp_path):
+    dataset = make_dataset()
+    colour = ImageDataset(dataset.images.expand(-1, 3, -1, -1), dataset.labels)
+    with pytest.raises(UserError, match=r"expected \[B, 1, H, W\]"):
+        run(tmp_path, dataset=colour)
+
+
+def test_images_of_another_size(tmp_path):
+    images = torch.zeros(8, 1, 16, 16)
+    with pytest.raises(UserError, match="64, 16"):
+        run(tmp_path, dataset=ImageDataset(images, torch.zeros(8, dtype=torch.long)))
