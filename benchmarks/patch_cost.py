@@ -2,14 +2,15 @@
 
     python benchmarks/patch_cost.py [--models DiT-S/2 DiT-B/2] [--rounds 7] [--device cpu]
 
-A and B alternate in one process; each ratio is of medians. Peak memory is of one process per method (its resident
-set on a CPU, less what the imports take; the allocator's peak on an accelerator).
+A and B alternate in one process; each ratio is of medians. Peak memory is of one process per method: on a CPU its
+resident set, less what the imports take, with malloc told to return what is freed (else its free lists count too);
+on an accelerator the allocator's peak.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def forward_ratio(name: str, batch: int, rounds: int, device: str) -> float:
 def peak_memory(name: str, method: str, batch: int, device: str) -> int:
     """Peak bytes of two steps in a process of their own."""
     command = [sys.executable, __file__, "--peak", method, "--models", name, "--batch", str(batch), "--device", device]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def print_peak(name: str, method: str, batch: int, device: str) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from rich.progress import Progress
 from torch import nn
 
 from stagepatch import config as configs
@@ -33,7 +36,7 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     """Train a DiT from scratch and save it as a model directory."""
     directory = Path(config.output_dir)
     dataset = load_dataset(config.data)
-    write_text(directory / RUN_CONFIG, resolved)
+    _keep_config(directory, resolved)
     torch.manual_seed(seed_for(GLOBAL, config.training.seed))
     model = _make_model(config.model, config.training.label_dropout)
     scheduler = make_scheduler(config.objective, config.model.learn_sigma)
@@ -50,7 +53,27 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
         config.data.horizontal_flip,
         config.data.num_workers,
     )
-    print(f"The model is in '{directory}'.")
+    _say(f"The model is in '{directory}'.")
+
+
+def _keep_config(directory: Path, resolved: str) -> None:
+    if PartialState().is_main_process:
+        write_text(directory / RUN_CONFIG, resolved)
+
+
+def _say(text: str) -> None:
+    if PartialState().is_main_process:
+        print(text)
+
+
+def _load(name: str) -> tuple[nn.Module, Any]:
+    """A denoiser on this process's device, and its scheduler."""
+    model, scheduler = load_denoiser(name)
+    return model.to(PartialState().device), scheduler
+
+
+def _sampling_bar() -> Progress:
+    return progress_bar(disable=not PartialState().is_main_process)
 
 
 def _make_model(config: configs.ModelConfig, label_dropout: float) -> DiT:
@@ -77,7 +100,7 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
         "patch": asdict(config.patch),
         "data": asdict(config.data),
     }
-    write_text(directory / RUN_CONFIG, resolved)
+    _keep_config(directory, resolved)
     run_training(
         model,
         method,
@@ -89,23 +112,30 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
         config.data.horizontal_flip,
         config.data.num_workers,
     )
-    print(f"The result is in '{directory}'.")
+    _say(f"The result is in '{directory}'.")
 
 
 def sample(config: configs.SampleConfig, resolved: str) -> None:
     """Generate images, and write them as tensors and as a grid."""
-    model, scheduler = load_denoiser(config.model)
+    model, scheduler = _load(config.model)
     if config.patch:
         _attach(config.patch, config.patch_scale, model)
     directory = Path(config.output_dir)
-    with progress_bar() as progress:
-        task = progress.add_task("sampling", total=config.sampling.num_images, status="")
+    with _sampling_bar() as progress:
+        task = progress.add_task("sampling", total=_share(config.sampling.num_images), status="")
         images = generate(model, scheduler, config.sampling, on_batch=lambda count: progress.advance(task, count))
+    if not PartialState().is_main_process:
+        return
     write_text(directory / RUN_CONFIG, resolved)
     write_tensors(directory / "samples.safetensors", {"images": images})
     grid = image_grid(images[:100], columns=10)
     write_atomically(directory / "grid.png", lambda path: grid.save(path, format="PNG"))
     print(f"{len(images)} images are in '{directory / 'samples.safetensors'}', a grid in '{directory / 'grid.png'}'.")
+
+
+def _share(num_images: int) -> int:
+    """Images that the main process makes, for its bar."""
+    return math.ceil(num_images / int(PartialState().num_processes))
 
 
 def _attach(directory: str, scale: float, model: nn.Module) -> Patch:
@@ -117,12 +147,12 @@ def _attach(directory: str, scale: float, model: nn.Module) -> Patch:
 
 def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     """Measure a model; with a patch, base and patched from the same noise."""
-    model, scheduler = load_denoiser(config.model)
+    model, scheduler = _load(config.model)
     patch = _attach(config.patch, config.patch_scale, model) if config.patch else None
     references = load_references(config.data)
     extractor = load_extractor(config.extractor)
-    total = config.sampling.num_images * len(config.seeds) * (1 if patch is None else 2)
-    with progress_bar() as progress:
+    total = _share(config.sampling.num_images) * len(config.seeds) * (1 if patch is None else 2)
+    with _sampling_bar() as progress:
         task = progress.add_task("sampling", total=total, status="")
 
         def measured() -> Measured:
@@ -143,6 +173,8 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
         if patch is not None:
             patch.enabled = True
             patched = measured()
+    if not PartialState().is_main_process:
+        return
     directory = Path(config.output_dir)
     write_text(directory / RUN_CONFIG, resolved)
     results = {"base": base.metrics} | ({} if patched is None else {"patched": patched.metrics})

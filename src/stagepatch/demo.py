@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from rich.console import Console
 
 from stagepatch.analysis import gate_activation
@@ -79,6 +80,7 @@ def run_demo(directory: Path, quick: bool) -> None:
     title = "stagepatch demo" + (" (quick: too short to judge by)" if quick else "")
     console = Console()
     model, scheduler = load_denoiser("digits")
+    model.to(PartialState().device)
     references = load_references(DataConfig())
     extractor = load_extractor("digits")
     method = DMP(PatchConfig())

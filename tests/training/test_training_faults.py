@@ -167,7 +167,7 @@ def test_precision_of_a_run_does_not_stick_to_the_next(tmp_path):
 
 
 def test_labels_that_the_model_does_not_know(tmp_path):
-    with pytest.raises(UserError, match=r"label 9 .* 5 classes"):
+    with pytest.raises(UserError, match=r"label 9, .* 5 classes"):
         run(tmp_path, model=make_model(num_classes=5), batch_size=30)
 
 

@@ -78,7 +78,12 @@ def _denoise(
     device = next(model.parameters()).device
     generators = [_image_generator(config.seed, index) for index in indices]
     sampler = make_sampler(config.scheduler, trained_with)
-    sampler.set_timesteps(config.num_inference_steps)
+    try:
+        sampler.set_timesteps(config.num_inference_steps)
+    except ValueError as error:
+        raise UserError(
+            f"'{config.scheduler}' cannot sample in {config.num_inference_steps} steps: {error}"
+        ) from error
     sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     sample = (sample * sampler.init_noise_sigma if hasattr(sampler, "init_noise_sigma") else sample).to(device)
     labels = labels.to(device)
