@@ -223,4 +223,6 @@ def test_a_config_that_a_run_cannot_take_is_refused_before_training(capsys, tiny
 
 def test_another_config_in_the_same_directory_is_refused(capsys, tiny_model, tiny_patch):
     given = [f"--output_dir={tiny_patch}", f"--model={tiny_model}", *TINY_TRAINING]
+    before = (tiny_patch / "run.yaml").read_text()
     fails(capsys, ["train", *given, "--training.seed=9"], "other settings", "training.seed was 0, is 9")
+    assert (tiny_patch / "run.yaml").read_text() == before

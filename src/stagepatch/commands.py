@@ -36,7 +36,6 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     """Train a DiT from scratch and save it as a model directory."""
     directory = Path(config.output_dir)
     dataset = load_dataset(config.data)
-    _keep_config(directory, resolved)
     torch.manual_seed(seed_for(GLOBAL, config.training.seed))
     model = _make_model(config.model, config.training.label_dropout)
     scheduler = make_scheduler(config.objective, config.model.learn_sigma)
@@ -52,13 +51,9 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
         identity,
         config.data.horizontal_flip,
         config.data.num_workers,
+        on_start=lambda: write_text(directory / RUN_CONFIG, resolved),
     )
     _say(f"The model is in '{directory}'.")
-
-
-def _keep_config(directory: Path, resolved: str) -> None:
-    if PartialState().is_main_process:
-        write_text(directory / RUN_CONFIG, resolved)
 
 
 def _say(text: str) -> None:
@@ -100,7 +95,6 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
         "patch": asdict(config.patch),
         "data": asdict(config.data),
     }
-    _keep_config(directory, resolved)
     run_training(
         model,
         method,
@@ -111,6 +105,7 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
         identity,
         config.data.horizontal_flip,
         config.data.num_workers,
+        on_start=lambda: write_text(directory / RUN_CONFIG, resolved),
     )
     _say(f"The result is in '{directory}'.")
 

@@ -86,11 +86,20 @@ def run_demo(directory: Path, quick: bool) -> None:
     method = DMP(PatchConfig())
     run = directory / ("training-quick" if quick else "training")
     config = TrainConfig(str(run), "digits", "dmp", method.config, DataConfig(), plan.training)
-    write_text(directory / "run.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+    resolved = yaml.safe_dump(asdict(config), sort_keys=False)
 
     console.print(f"[bold]1/3[/] Training a DMP patch on {len(references.train)} digits; the model is frozen.")
     objective = Objective(scheduler, learns_sigma(model))
-    train(model, method, objective, references.train, plan.training, run, {"patch": asdict(method.config)})
+    train(
+        model,
+        method,
+        objective,
+        references.train,
+        plan.training,
+        run,
+        {"patch": asdict(method.config)},
+        on_start=lambda: write_text(directory / "run.yaml", resolved),
+    )
     patch = method.patch.eval()
     patch.save_pretrained(directory)
 
@@ -139,7 +148,7 @@ def run_demo(directory: Path, quick: bool) -> None:
             "Weight of every prompt over timesteps, a panel a block (as in Fig. 5 of the paper).",
         ),
         KeyValues("In numbers", facts),
-        Code("Config", yaml.safe_dump(asdict(config), sort_keys=False)),
+        Code("Config", resolved),
         KeyValues("Environment", environment()),
         Code("Again", _commands(directory, quick)),
     ]

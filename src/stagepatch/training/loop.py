@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ def train(
     horizontal_flip: bool = False,
     num_workers: int = 0,
     progress: bool = True,
+    on_start: Callable[[], None] | None = None,
 ) -> None:
     """Train, and write the method's result to `directory`. A run that was stopped goes on where it was.
 
@@ -78,6 +79,7 @@ def train(
         dataset: items {"image": [C, H, W], "label": int}.
         identity: further settings that a resumed run must share.
         horizontal_flip: mirror each image with probability ½.
+        on_start: called by the main process when settings and checkpoint are accepted, before the first step.
 
     Raises:
         UserError: sizes that do not divide, a loss that is not finite, or a checkpoint of other settings.
@@ -105,6 +107,8 @@ def train(
     step = accelerator.prepare(DenoisingLoss(model, method, objective, nn.ParameterList(parameters)))
     loader = _loader(dataset, config, start, accelerator, num_workers)
     is_main = accelerator.is_main_process
+    if is_main and on_start is not None:
+        on_start()
     checked = ["loss"] if accelerator.scaler is not None else ["loss", "grad_norm"]
     totals: dict[str, Tensor] = {}
     since = time.perf_counter()
