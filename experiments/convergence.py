@@ -86,7 +86,7 @@ def main() -> None:
         "nearest training image",
         "change, held-out",
     ]
-    write_text(arguments.output.with_suffix(".md.part"), markdown_table(columns, rows))
+    write_text(arguments.run / "convergence.md", markdown_table(columns, rows))
     figure = metric_curves(series, "FID (digits features)")
     write_atomically(arguments.output.with_suffix(".png"), lambda path: figure.savefig(path, format="png", dpi=150))
 
