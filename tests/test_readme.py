@@ -1,0 +1,32 @@
+"""What the README says, done."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from stagepatch import Patch
+from stagepatch.backbones import load_denoiser
+
+ROOT = Path(__file__).parent.parent
+PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_python_on_the_first_screen_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_denoiser("digits")
+    Patch.create(model).save_pretrained("runs/demo")
+    names = {}
+    exec(PYTHON[0], names)
+    assert names["images"].shape == (16, 1, 8, 8)
+    assert torch.isfinite(names["images"]).all()
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    missing = [link for link in links if not link.startswith("http") and not ((ROOT / page).parent / link).exists()]
+    assert not missing
