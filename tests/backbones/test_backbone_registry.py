@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from stagepatch.backbones import Backbone, Site, describe, find_denoiser, register, registry
+from stagepatch.backbones import Site, describe, find_denoiser, register, registry
 from stagepatch.errors import UserError
 from stagepatch.models import DiT
-from stagepatch.patch import Patch, PatchConfig
+from stagepatch.patch import Patch
 
 
 @pytest.fixture(autouse=True)
@@ -21,18 +21,6 @@ class Child(DiT):
 
 class Grandchild(Child):
     pass
-
-
-class UNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.time_embedding = nn.Linear(4, 4)
-        self.down = nn.Identity()
-
-
-def describe_unet(model):
-    site = Site("down", "down", 0, 8, (4, 4), layout="map")
-    return Backbone("UNet", (site,), "time_embedding", (), 4)
 
 
 def test_dit_has_a_site_before_every_block(tiny_dit):
@@ -71,7 +59,7 @@ def test_unknown_class_is_refused_with_the_known_ones_and_the_way_out():
         describe(nn.Linear(2, 2))
     message = str(caught.value)
     assert "No description of Linear is known" in message
-    assert "Known: DiT." in message
+    assert "Known: AuraFlowTransformer2DModel, DiT, DiTTransformer2DModel, Flux" in message
     assert "stagepatch.backbones.register('Linear', function)" in message
     with pytest.raises(UserError, match="No description of Linear"):
         Patch.create(nn.Linear(2, 2))
@@ -81,18 +69,10 @@ def test_subclass_is_described_as_its_parent_unless_it_has_a_description_of_its_
     model = Grandchild(sample_size=8, hidden_size=32, num_layers=2, num_attention_heads=2)
     assert describe(model).model_class == "DiT"
     assert len(Patch.create(model).prompts) == 2
-    register("Child", lambda model: "the child's")
+    register("Child", lambda model, sample_size: "the child's")
     assert describe(model) == "the child's"
-    register("Grandchild", lambda model: "the grandchild's")
+    register("Grandchild", lambda model, sample_size: "the grandchild's")
     assert describe(model) == "the grandchild's"
-
-
-@pytest.mark.parametrize("position", ["add", "prepend"])
-def test_registered_class_of_feature_maps_is_refused_by_its_sites(position):
-    register("UNet", describe_unet)
-    assert describe(UNet()).sites[0].layout == "map"
-    with pytest.raises(UserError, match=f"position='{position}' needs sites of tokens; UNet has feature maps at down"):
-        Patch.create(UNet(), PatchConfig(position=position))
 
 
 def test_denoiser_of_a_pipeline_and_of_a_model():
@@ -100,7 +80,17 @@ def test_denoiser_of_a_pipeline_and_of_a_model():
     assert find_denoiser(model) is model
     assert find_denoiser(SimpleNamespace(transformer=model)) is model
     assert find_denoiser(SimpleNamespace(unet=unet, transformer=None)) is unet
-    assert find_denoiser(SimpleNamespace(unet=unet, transformer=model)) is model
+
+
+def test_one_of_several_denoisers_has_to_be_named():
+    one, other = nn.Linear(2, 2), nn.Linear(3, 3)
+    pipe = SimpleNamespace(transformer=one, transformer_2=other, vae=nn.Identity())
+    assert find_denoiser(pipe, "transformer_2") is other
+    assert find_denoiser(pipe, "transformer") is one
+    with pytest.raises(UserError, match="several denoisers, transformer, transformer_2: say which with component="):
+        find_denoiser(pipe)
+    with pytest.raises(UserError, match=r"no model 'transformer_3'\. Its denoisers: transformer, transformer_2"):
+        find_denoiser(pipe, "transformer_3")
 
 
 def test_denoiser_under_torch_compile():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stagepatch.backbones import predict
+from stagepatch.backbones import Extent, predict
 from stagepatch.errors import UserError
 from stagepatch.patch import Patch, PatchConfig
 
@@ -256,16 +256,13 @@ def test_what_is_neither_model_nor_pipeline_is_refused(tiny_dit, make_patch, tar
         Patch.create(target)
 
 
-def test_input_of_another_size_is_refused_by_an_added_patch_and_taken_by_a_prepended_one(tiny_dit, make_patch):
+def test_broken_description_is_named(tiny_dit, make_patch):
     model = tiny_dit()
-    wide = torch.randn(4, 1, 8, 12), torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 2, 3])
-    with (
-        make_patch(model).attach(model),
-        pytest.raises(UserError, match=r"'blocks.0' got \(24, 32\) .* prompts for \(16, 32\)"),
-    ):
-        predict(model, *wide)
-    with make_patch(model, position="prepend").attach(model):
-        assert predict(model, *wide).shape == (4, 2, 8, 12)
+    patch = make_patch(model)
+    patch.attach(model)
+    patch.extent = Extent((5, 5))
+    with pytest.raises(UserError, match=r"'blocks.0' got \(16, 32\) .* image of 5 × 5 tokens and 32 channels"):
+        patch.enter(0, torch.zeros(1, 16, 32))
 
 
 def test_forward_that_broke_off_leaves_nothing_to_the_next(tiny_dit, batch, make_patch):

@@ -54,6 +54,9 @@ RELEASED = {
 SHARED = {
     "position": "add",
     "num_prompts": 50,
+    "prepending": "gated",
+    "sample_size": None,
+    "grid": None,
     "num_experts": 1,
     "initialization": "zero",
     "gate": "linear",
@@ -102,12 +105,13 @@ def test_saved_config_keeps_resolved_values(tiny_dit, tmp_path):
 # Prompts
 
 
-@covers("position", "num_prompts")
-def test_prepended_prompts_are_tokens_of_their_own(tiny_dit, batch, make_patch):
+@covers("position", "num_prompts", "prepending")
+def test_plainly_prepended_prompts_are_tokens_of_their_own(tiny_dit, batch, make_patch):
     model = tiny_dit()
     seen = []
     model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-    for choices, tokens in [({}, 16), ({"position": "prepend", "num_prompts": 7}, 16 + 7)]:
+    plain = {"position": "prepend", "prepending": "plain", "num_prompts": 7}
+    for choices, tokens in [({}, 16), (plain, 16 + 7)]:
         patch = make_patch(model, **choices)
         # The patch's hook comes after this one, so look at the attention's input instead.
         handle = model.blocks[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
@@ -117,6 +121,26 @@ def test_prepended_prompts_are_tokens_of_their_own(tiny_dit, batch, make_patch):
         seen.clear()
     assert [tuple(prompt.shape) for prompt in patch.prompts] == [(7, 32)] * 3
     assert patch.gate.bias.shape == (7,)
+
+
+@covers("sample_size")
+def test_reference_size_sets_the_number_of_prompts(tiny_dit):
+    for size, tokens in [(None, 16), (16, 64), ([8, 12], 24)]:
+        patch = Patch.create(tiny_dit(), PatchConfig(sample_size=size))
+        assert patch.prompts[0].shape == (tokens, 32)
+        assert patch.gate.bias.shape == (tokens,)
+    with pytest.raises(UserError, match=r"sample_size=\[8\] must be one number, or height and width"):
+        Patch.create(tiny_dit(), PatchConfig(sample_size=[8]))
+
+
+@covers("grid")
+def test_grid_bounds_the_number_of_prompts(tiny_dit):
+    for grid, tokens in [([2, 2], 4), ([3, 2], 6), ([9, 9], 16)]:
+        patch = Patch.create(tiny_dit(), PatchConfig(grid=grid))
+        assert patch.prompts[0].shape == (tokens, 32)
+        assert patch.gate.bias.shape == (tokens,)
+    with pytest.raises(UserError, match=r"grid=\[4\] must have 2 numbers for DiT"):
+        Patch.create(tiny_dit(), PatchConfig(grid=[4]))
 
 
 @covers("num_experts")
@@ -392,6 +416,13 @@ BAD = [
     ("num_prompts", 0),
     ("num_prompts", "50"),
     ("num_prompts", 2.5),
+    ("prepending", "softly"),
+    ("sample_size", 0),
+    ("sample_size", [8, -1]),
+    ("sample_size", "8"),
+    ("grid", [0, 4]),
+    ("grid", [2.5, 4]),
+    ("grid", 4),
     ("num_experts", 0),
     ("num_experts", True),
     ("sites", "last"),

@@ -26,11 +26,11 @@ CHOICES = [
     {"gate": "attention"},
     {"gate": "attention", "block_index": False, "num_experts": 3, "condition": "t+c"},
     {"preset": "released"},
-    {"position": "prepend", "num_prompts": 5},
-    {"position": "prepend", "num_prompts": 5, "condition": "t+c", "scale": 0.5},
-    {"position": "prepend", "num_prompts": 5, "gate": "none"},
-    {"position": "prepend", "num_prompts": 5, "selection": "hard", "top_k": 2},
-    {"position": "prepend", "num_prompts": 5, "num_experts": 3, "gate": "attention"},
+    {"position": "prepend", "prepending": "plain", "num_prompts": 5},
+    {"position": "prepend", "prepending": "plain", "num_prompts": 5, "condition": "t+c", "scale": 0.5},
+    {"position": "prepend", "prepending": "plain", "num_prompts": 5, "gate": "none"},
+    {"position": "prepend", "prepending": "plain", "num_prompts": 5, "selection": "hard", "top_k": 2},
+    {"position": "prepend", "prepending": "plain", "num_prompts": 5, "num_experts": 3, "gate": "attention"},
 ]
 
 
@@ -122,6 +122,7 @@ def test_naive_forward_without_prompts_is_the_model(tiny_dit, batch, make_patch)
         {"gate": "none"},
         {"position": "prepend", "num_prompts": 3},
         {"position": "prepend", "num_prompts": 3, "num_experts": 2},
+        {"position": "prepend", "num_prompts": 3, "prepending": "plain"},
         {"selection": "hard", "top_k": 2, "hard_weight": "renormalized"},
     ],
     ids=str,

@@ -30,12 +30,12 @@ class KeywordBlock(nn.Module):
         return tokens
 
 
-def describe(model):
+def describe(model, sample_size):
     sites = tuple(
         Site(f"b{i}", f"blocks.{i + model.missing}", i, 4, grid, model.layout, argument="tokens")
         for i, grid in enumerate(model.grids)
     )
-    return Backbone("Keywords", sites, "time", (), 4)
+    return Backbone("Keywords", sites, "time", (), 4, model.grids[0])
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +53,23 @@ def test_hidden_states_given_by_keyword_get_the_mixture():
     torch.testing.assert_close(output, tokens + patch.prompts[0] + patch.prompts[1])
 
 
-@pytest.mark.parametrize("position", ["add", "prepend"])
-def test_feature_maps_are_refused_by_name(position):
-    with pytest.raises(UserError, match=f"position='{position}' needs sites of tokens; Keywords .* b0, b1"):
-        Patch.create(Keywords(layout="map"), PatchConfig(position=position))
-
-
-def test_one_gate_for_sites_of_different_sizes_is_refused_for_add_alone():
+def test_sites_of_different_sizes_share_the_gate():
     model = Keywords(grids=((4, 4), (2, 2)))
-    with pytest.raises(UserError, match=r"different sizes, \[4, 16\] tokens"):
-        Patch.create(model, PatchConfig())
-    assert len(Patch.create(model, PatchConfig(position="prepend", num_prompts=3)).prompts) == 2
-    assert Patch.create(model, PatchConfig(sites=["b1"])).prompts[0].shape == (4, 4)
+    patch = Patch.create(model, PatchConfig())
+    assert [tuple(prompt.shape) for prompt in patch.prompts] == [(16, 4), (4, 4)]
+    assert patch.gate.bias.shape == (16,)
+
+
+@pytest.mark.parametrize(("prepending", "needs"), [("plain", "image tokens alone"), ("gated", "attention is descr")])
+def test_prepending_is_refused_where_it_cannot_be_done(prepending, needs):
+    with pytest.raises(UserError, match=f"needs sites .*{needs}.*; Keywords has others: b0, b1"):
+        Patch.create(Keywords(layout="map"), PatchConfig(position="prepend", prepending=prepending))
+
+
+@pytest.mark.parametrize("kind", ["stages", "attention"])
+def test_sites_of_a_kind_that_the_model_lacks_are_refused(kind):
+    with pytest.raises(UserError, match=f"Keywords has no {kind}"):
+        Patch.create(Keywords(), PatchConfig(sites=kind))
 
 
 def test_unknown_site_is_refused_with_the_models_own():

@@ -34,9 +34,14 @@ def prompts(*shape):
             {**prompts(N, D), "gate.weight": (N, D + 1), "gate.bias": (N,), "gate.noise_weight": (N, D + 1)},
         ),
         (
-            {"position": "prepend", "num_prompts": 5, "sites": ["blocks.1"]},
+            {"position": "prepend", "prepending": "plain", "num_prompts": 5, "sites": ["blocks.1"]},
             {"prompts.blocks.1": (5, D), "gate.weight": (5, D + 1), "gate.bias": (5,)},
         ),
+        (
+            {"position": "prepend", "num_prompts": 5, "sites": ["blocks.1"], "gate": "none"},
+            {"prompts.blocks.1": (5, D), "head_gates.blocks.1": (2,)},
+        ),
+        ({"grid": [2, 3]}, {**prompts(6, D), "gate.weight": (6, D + 1), "gate.bias": (6,)}),
     ],
     ids=str,
 )
@@ -196,7 +201,6 @@ def test_config_that_is_no_json_object(saved, text):
     [
         ({"num_layers": 4}, r"3 sites \(blocks.0…\) against 4"),
         ({"num_layers": 2}, r"3 sites \(blocks.0…\) against 2"),
-        ({"sample_size": 16}, r"grid \(4, 4\) at blocks.0 against \(8, 8\)"),
         (
             {"hidden_size": 48},
             "condition_channels 32 against the model's 48; channels 32 at blocks.0 against 48",

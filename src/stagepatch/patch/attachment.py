@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stagepatch.backbones import Backbone
+from stagepatch.backbones.base import Begin
 from stagepatch.errors import UserError
+from stagepatch.patch.prepending import attend_to_prompts
 
 if TYPE_CHECKING:
     from stagepatch.patch.patch import Patch
@@ -18,16 +22,16 @@ if TYPE_CHECKING:
 class Attachment:
     """Handle of an attached patch; `detach()`, or the end of a `with` block, restores the model.
 
-    One tap per embedding module hands the condition to the gate, before any block runs; so the blocks may be
-    recomputed (gradient checkpointing, non-reentrant) with the same weights. One hook per site adds the mixture.
-    Between a forward with gradient checkpointing and its backward, run no other forward.
+    A hook on the model reads the image's grid off the arguments. One tap per embedding module hands the condition
+    to the gate, before any block runs; so the blocks may be recomputed (gradient checkpointing, non-reentrant) with
+    the same weights. One hook per site adds the mixture. Between a forward with gradient checkpointing and its
+    backward, run no other forward.
     """
 
-    def __init__(self, patch: Patch, model: nn.Module) -> None:
+    def __init__(self, patch: Patch, model: nn.Module, backbone: Backbone) -> None:
         self.patch = patch
         self._handles: list[RemovableHandle] = []
         modules = dict(model.named_modules())
-        backbone = patch.backbone
         taps = [backbone.time_tap]
         if patch.config.condition == "t+c":
             taps += backbone.condition_taps
@@ -35,9 +39,14 @@ class Attachment:
         tapped = [_module(modules, name) for name in taps]
         entered = [_module(modules, site.module) for site in backbone.sites]
         condition = _Condition(patch, len(taps))
+        begin = _Begin(patch, condition, backbone.begin, model)
+        self._handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
         for position, module in enumerate(tapped):
             self._handles.append(module.register_forward_hook(_Tap(condition, position)))
         for position, (site, module) in enumerate(zip(backbone.sites, entered, strict=True)):
+            if patch.is_gated_prepending:
+                self._handles += attend_to_prompts(patch, position, site.attention, modules)
+                continue
             hook = _Site(patch, position, site.argument)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             if patch.config.position == "prepend":
@@ -59,32 +68,50 @@ class Attachment:
         self.detach()
 
 
-def is_attached(patch: Patch, model: nn.Module) -> bool:
-    """Whether the patch's hooks are on the model."""
-    return any(
-        isinstance(hook, _Site) and hook.patch is patch
-        for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-    )
+def patches_on(model: nn.Module) -> list[Patch]:
+    """The patches attached to a model, in the order in which they were."""
+    return [hook.patch for hook in model._forward_pre_hooks.values() if isinstance(hook, _Begin)]
 
 
 # Hooks are objects rather than closures, so that copy.deepcopy(model) copies the patch with it.
 class _Condition:
-    """Sums the outputs of the taps, and shows the patch the sum when all have come.
-
-    Each tap has its own place, so that a forward that broke off between two taps leaves nothing to the next.
-    """
+    """Sums the outputs of the taps, and shows the patch the sum when all have come, once a forward."""
 
     def __init__(self, patch: Patch, taps: int) -> None:
         self.patch = patch
         self.outputs: list[Tensor | None] = [None] * taps
+        self.observed = False
+
+    def begin(self) -> None:
+        """Forget what came before: a forward that broke off between two taps leaves nothing to the next."""
+        self.outputs = [None] * len(self.outputs)
+        self.observed = False
 
     def put(self, tap: int, output: Tensor) -> None:
+        if self.observed:
+            return
         self.outputs[tap] = output
         outputs = [output for output in self.outputs if output is not None]
         if len(outputs) == len(self.outputs):
-            self.outputs = [None] * len(outputs)
+            self.observed = True
             self.patch.observe(sum(outputs[1:], start=outputs[0]))
+
+
+class _Begin:
+    def __init__(self, patch: Patch, condition: _Condition, begin: Begin | None, model: nn.Module) -> None:
+        self.patch = patch
+        self.condition = condition
+        self.begin = begin
+        self.names = list(inspect.signature(model.forward).parameters)
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.patch.enabled or self.begin is None:
+            return
+        self.condition.begin()
+        try:
+            self.patch.extent = self.begin(model, dict(zip(self.names, args, strict=False)) | kwargs)
+        except KeyError:
+            self.patch.extent = None  # the model will say itself which argument it misses
 
 
 class _Tap:

@@ -38,16 +38,24 @@ class PatchConfig:
     Args:
         preset: 'paper' (arXiv 2405.17825) or 'released' (the authors' code, which differs).
         position: 'add' prompts to the hidden states (Eq. 3) or 'prepend' them as tokens (Table 4d).
-        num_prompts: prompts per site for 'prepend' (Table 4d: 50); 'add' has one per token.
+        num_prompts: prompts per site for 'prepend' (Table 4d: 50); 'add' has one per token, or per cell of `grid`.
+        prepending: 'gated' attends to the prompts apart, behind a gate per head that starts at zero (as in
+            LLaMA-Adapter, arXiv 2303.16199), so the model starts unchanged; 'plain' puts them among the tokens
+            (Table 4d), which changes it from the start. paper, released: they add; Table 4d is plain.
+        sample_size: size of the model's input [latent pixels] at which its grids are counted: a side, [height,
+            width], or for video [frames, height, width]. By default the model's own. Other sizes work too.
+        grid: most prompts along [height, width] (for video [frames, height, width]) at each site; fewer than
+            tokens are spread over them. By default one prompt per token (paper).
         num_experts: prompt sets K per site; K > 1 mixes whole sets over time by a softmax over the K (paper: 1).
-        sites: 'all' blocks, 'first', the first 'half', the first n (a number), or a list of site names (Fig. 4).
-            paper: all; released: 12.
-        initialization: of the prompts: 'zero' (paper) or 'normal', which changes the model from the start.
+        sites: 'all' blocks, 'first', the first 'half', the first n (a number), or a list of site names (Fig. 4). A
+            U-Net has 'stages' (its 'all') and 'attention' sites. paper: all; released: 12.
+        initialization: of the prompts: 'zero' (paper) or 'normal', which changes the model from the start; by
+            default zero, but normal for gated prepending, whose gate at zero would keep zero prompts at zero.
         initialization_std: standard deviation of 'normal'.
         gate: 'linear' (Eq. 3), 'attention' (Table 4a) or 'none', which is plain prompt tuning (Eq. 2).
         block_index: append the block's index to the gate's input (Table 4c: on).
-        condition: the gate's input: the timestep embedding 't' or 't+c' with the class or text (Table 9).
-            paper: t; released: t+c.
+        condition: the gate's input: the timestep embedding 't', or 't+c' with that of the class or pooled text
+            (Table 9); t alone in models that embed neither. paper: t; released: t+c.
         selection: 'soft' weighs all prompts, 'hard' takes the top k (Table 4b: soft).
         top_k: for 'hard': a count, or a share below 1 (Table 4b: 192 of 256).
         hard_weight: weight of the prompts chosen by 'hard': 'one' each, or softmax 'renormalized' over them.
@@ -69,9 +77,12 @@ class PatchConfig:
     preset: Literal["paper", "released"] = "paper"
     position: Literal["add", "prepend"] = "add"
     num_prompts: int = 50
+    prepending: Literal["gated", "plain"] = "gated"
+    sample_size: int | list[int] | None = None
+    grid: list[int] | None = None
     num_experts: int = 1
-    sites: Literal["all", "first", "half"] | int | list[str] | None = None
-    initialization: Literal["zero", "normal"] = "zero"
+    sites: Literal["all", "first", "half", "stages", "attention"] | int | list[str] | None = None
+    initialization: Literal["zero", "normal"] | None = None
     initialization_std: float = 0.02
     gate: Literal["linear", "attention", "none"] = "linear"
     block_index: bool = True
@@ -96,12 +107,20 @@ class PatchConfig:
         _check_types(self)
         if self.gate_initialization is None:
             self.gate_initialization = "zero" if self.num_experts == 1 else "normal"
+        if self.initialization is None:
+            gated = self.position == "prepend" and self.prepending == "gated"
+            self.initialization = "normal" if gated else "zero"
         self._check()
 
     def _check(self) -> None:
         _check_choices(self)
         if self.num_experts > 1 and self.gate == "none":
             raise UserError(f"num_experts={self.num_experts} needs a gate to mix them: set gate to 'linear'.")
+        if self.grid is not None and not (isinstance(self.grid, list) and _are_counts(self.grid)):
+            raise UserError(f"grid={self.grid!r} must be a list of whole numbers of at least 1, such as [16, 16].")
+        size = self.sample_size if isinstance(self.sample_size, list) else [self.sample_size]
+        if size != [None] and not _are_counts(size):
+            raise UserError(f"sample_size={self.sample_size!r} must be whole numbers of at least 1.")
         if self.top_k <= 0 or (self.top_k >= 1 and self.top_k != int(self.top_k)):
             raise UserError(f"top_k={self.top_k} is neither a count (1, 2, …) nor a share between 0 and 1.")
         if self.load_loss == "smooth" and not (self.selection == "hard" and self.gate_noise):
@@ -125,6 +144,7 @@ class PatchConfig:
 
 _CHOICES = {
     "position": ("add", "prepend"),
+    "prepending": ("gated", "plain"),
     "initialization": ("zero", "normal"),
     "gate": ("linear", "attention", "none"),
     "condition": ("t", "t+c"),
@@ -147,6 +167,10 @@ _AMOUNTS = ("initialization_std", "top_k", "gate_learning_rate_factor", "importa
 _FLAGS = ("block_index", "gate_noise")
 
 
+def _are_counts(values: list[Any]) -> bool:
+    return all(type(value) is int and value >= 1 for value in values)
+
+
 def _check_types(config: PatchConfig) -> None:
     for name in _COUNTS:
         value = getattr(config, name)
@@ -161,11 +185,12 @@ def _check_types(config: PatchConfig) -> None:
             raise UserError(f"{name}={getattr(config, name)!r} is neither true nor false.")
     if not _is_choice_of_sites(config.sites):
         raise UserError(
-            f"sites={config.sites!r} is none of all, first, half, a number of at least 1, or a list of names."
+            f"sites={config.sites!r} is none of all, first, half, stages, attention, a number of at least 1, or a "
+            f"list of names."
         )
 
 
 def _is_choice_of_sites(sites: Any) -> bool:
     if isinstance(sites, list):
         return bool(sites) and all(isinstance(name, str) for name in sites)
-    return sites in ("all", "first", "half") or (type(sites) is int and sites >= 1)
+    return sites in ("all", "first", "half", "stages", "attention") or (type(sites) is int and sites >= 1)

@@ -53,16 +53,28 @@ def mix(prompts: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def add_mixture(hidden_states: Tensor, prompts: Tensor, weights: Tensor | None, scale: float) -> Tensor:
-    """hidden_states + scale · mixture in one fused operation: [B, N, D] (Eq. 3).
+    """hidden_states + scale · mixture in one fused operation (Eq. 3).
 
-    Args as in `mix`; hidden states of [B, N, D] keep their dtype.
+    Args:
+        hidden_states: [B, N, D], or a map [B, D, H, W]; their dtype is kept.
+        prompts: of that shape without B; for K sets with K in front.
+        weights: [B, N] over prompts (N = H · W), [B, K] over sets, or None for weight 1 each; B may be 1.
     """
     prompts = prompts.to(hidden_states.dtype)
     if weights is None:
         return torch.add(hidden_states, prompts, alpha=scale)
     weights = weights.to(hidden_states.dtype)
-    if prompts.ndim == 2:
-        return torch.addcmul(hidden_states, weights.unsqueeze(-1), prompts, value=scale)
+    if prompts.ndim < hidden_states.ndim:
+        by_position = weights.unsqueeze(-1) if prompts.ndim == 2 else weights.view(-1, 1, *prompts.shape[1:])
+        return torch.addcmul(hidden_states, by_position, prompts, value=scale)
+    weights = weights.expand(len(hidden_states), -1)
     with no_autocast(hidden_states):
         flat = torch.addmm(hidden_states.flatten(1), weights, prompts.flatten(1), alpha=scale)
     return flat.view_as(hidden_states)
+
+
+def add_after_text(hidden_states: Tensor, mixture: Tensor, text_lengths: Tensor) -> Tensor:
+    """hidden_states [B, S, D] + mixture [B, N, D], which in each sample starts behind its text, [B] tokens long."""
+    positions = text_lengths.unsqueeze(1) + torch.arange(mixture.shape[1], device=text_lengths.device)
+    positions = positions.unsqueeze(-1).expand_as(mixture)
+    return hidden_states.scatter_add(1, positions, mixture.to(hidden_states.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.backbones import Backbone, describe, find_denoiser
+from stagepatch.backbones import Backbone, Extent, Site, describe, find_denoiser
+from stagepatch.backbones.base import Grid
 from stagepatch.errors import UserError
 from stagepatch.patch import balance, mixture
-from stagepatch.patch.attachment import Attachment, is_attached
+from stagepatch.patch.attachment import Attachment, patches_on
 from stagepatch.patch.config import PatchConfig
 from stagepatch.patch.gate import AttentionGate, LinearGate
+from stagepatch.patch.resample import resample, resample_tokens
 from stagepatch.patch.sites import check_same_sites, select_sites
 
 
 @dataclass
 class Mixture:
-    """The gate's answer in the last forward, each tensor [L, B, M] for M choices."""
+    """The gate's answer in the last forward, each tensor [L, B, M] for M choices: on the gate's reference grid."""
 
     logits: Tensor
     noisy_logits: Tensor
@@ -53,13 +56,22 @@ class Patch(nn.Module):
         self.scale = 1.0
         self.enabled = True
         self.last: Mixture | None = None
+        self.extent: Extent | None = None
         sites = self.backbone.sites
-        tokens = [config.num_prompts if config.position == "prepend" else site.num_tokens for site in sites]
-        sets = () if config.num_experts == 1 else (config.num_experts,)
-        self.num_choices = config.num_experts if sets else tokens[0]
-        self.prompts = nn.ParameterList(
-            _initial_prompts(config, (*sets, count, site.channels)) for site, count in zip(sites, tokens, strict=True)
-        )
+        self.grids = [_at_most(site.grid, config.grid) for site in sites]
+        self.gate_grid = _at_most(backbone.grid, config.grid)
+        is_added = config.position == "add"
+        self.num_choices = math.prod(self.gate_grid) if is_added else config.num_prompts
+        if config.num_experts > 1:
+            self.num_choices = config.num_experts
+        shapes = [
+            _prompt_shape(config, site.channels, grid, site.layout)
+            for site, grid in zip(sites, self.grids, strict=True)
+        ]
+        self.prompts = nn.ParameterList(_initial_prompts(config, shape) for shape in shapes)
+        self.is_gated_prepending = not is_added and config.prepending == "gated"
+        heads = [site.attention.heads if site.attention else 0 for site in sites] if self.is_gated_prepending else []
+        self.head_gates = nn.ParameterList(nn.Parameter(torch.zeros(count)) for count in heads)
         self.gate = None if config.gate == "none" else self._make_gate()
 
     def _make_gate(self) -> LinearGate:
@@ -75,15 +87,18 @@ class Patch(nn.Module):
         )
 
     @classmethod
-    def create(cls, model: Any, config: PatchConfig | None = None) -> Patch:
+    def create(cls, model: Any, config: PatchConfig | None = None, component: str = "") -> Patch:
         """A fresh patch for a model or pipeline, on the model's device. The model is not touched.
+
+        Args:
+            component: the denoiser's name in a pipeline that has several.
 
         Raises:
             UserError: an unknown model class, or a choice that the model cannot take.
         """
-        denoiser = find_denoiser(model)
+        denoiser = find_denoiser(model, component)
         config = config or PatchConfig()
-        patch = cls(config, select_sites(describe(denoiser), config))
+        patch = cls(config, select_sites(describe(denoiser, config.sample_size), config))
         return patch.to(_device_of(denoiser))
 
     @classmethod
@@ -118,10 +133,14 @@ class Patch(nn.Module):
 
         save_patch(self, directory)
 
-    def attach(self, target: Any) -> Attachment:
-        """Put the patch on a model, or on the denoiser of a diffusers pipeline, and move it to its device.
+    def attach(self, target: Any, component: str = "") -> Attachment:
+        """Put the patch on a model, or on the denoiser of a diffusers pipeline; it follows to the model's device.
 
         Attaching and detaching make a compiled model compile again; to compare with and without, set `enabled`.
+        Several patches on one model add up, each with its own scale.
+
+        Args:
+            component: the denoiser's name in a pipeline that has several.
 
         Returns:
             A handle with `detach()`; as a context manager it detaches at the end.
@@ -129,15 +148,18 @@ class Patch(nn.Module):
         Raises:
             UserError: the patch is for another model, or is on this one already.
         """
-        model = find_denoiser(target)
-        check_same_sites(self.backbone, select_sites(describe(model), self.config))
-        if is_attached(self, model):
+        model = find_denoiser(target, component)
+        backbone = select_sites(describe(model, self.config.sample_size), self.config)
+        check_same_sites(self.backbone, backbone)
+        if any(patch is self for patch in patches_on(model)):
             raise UserError("This patch is attached to that model already: detach it first.")
         self.to(_device_of(model))
-        return Attachment(self, model)
+        return Attachment(self, model, backbone)
 
     def observe(self, condition: Tensor) -> None:
         """Compute the weights of all sites for a condition embedding [B, C], once per forward."""
+        if self.prompts[0].device != condition.device:
+            self.to(condition.device)  # the model was moved, or is offloaded and computes elsewhere
         if self.gate is None:
             return
         with mixture.no_autocast(condition):
@@ -153,7 +175,9 @@ class Patch(nn.Module):
     def _weigh(self, logits: Tensor) -> Tensor:
         if self.config.selection == "soft":
             return mixture.soft_weights(logits)
-        return mixture.hard_weights(logits, self.top_k, self.config.hard_weight or "one")
+        # On another grid than the gate's own, the same share is chosen.
+        k = max(1, round(self.top_k * logits.shape[-1] / self.num_choices))
+        return mixture.hard_weights(logits, k, self.config.hard_weight or "one")
 
     @property
     def top_k(self) -> int:
@@ -162,20 +186,74 @@ class Patch(nn.Module):
         return min(self.num_choices, int(top_k) if top_k >= 1 else max(1, round(top_k * self.num_choices)))
 
     def enter(self, position: int, hidden_states: Tensor) -> Tensor:
-        """Hidden states [B, N, D] with the mixture of the position-th site added, or prepended."""
-        prompts = self.prompts[position]
-        weights = None if self.last is None else self.last.weights[position]
+        """Hidden states with the mixture of the position-th site added, or prepended.
+
+        Args:
+            hidden_states: [B, N, D], or a map [B, D, H, W].
+        """
         if self.config.position == "add":
-            if hidden_states.shape[-2:] != prompts.shape[-2:]:
-                raise UserError(
-                    f"Site '{self.backbone.sites[position].name}' got {tuple(hidden_states.shape[-2:])} tokens and "
-                    f"channels, the patch has prompts for {tuple(prompts.shape[-2:])}."
-                )
-            return mixture.add_mixture(hidden_states, prompts, weights, self.scale)
+            return self._add(position, self.backbone.sites[position], hidden_states)
+        weights = None if self.last is None else self.last.weights[position]
         with mixture.no_autocast(hidden_states):
-            mixed = mixture.mix(prompts, weights) * self.scale
+            mixed = mixture.mix(self.prompts[position], weights) * self.scale
         mixed = mixed.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
         return torch.cat([mixed, hidden_states], dim=1)
+
+    def _add(self, position: int, site: Site, hidden_states: Tensor) -> Tensor:
+        is_map = site.layout == "map"
+        grid = tuple(hidden_states.shape[2:]) if is_map else self._token_grid(site, hidden_states)
+        with mixture.no_autocast(hidden_states):
+            prompts = self._prompts_on(position, grid)
+            weights = self._weights_on(position, grid)
+        is_share = self.gate is not None and self.config.num_experts == 1
+        if is_share and not (self.config.selection == "hard" and self.config.hard_weight == "one"):
+            # The softmax's mass per token stays what it is at the reference size.
+            scale = self.scale * math.prod(grid) / site.num_tokens
+        else:
+            scale = self.scale
+        if is_map or hidden_states.shape[1] == math.prod(grid):
+            return mixture.add_mixture(hidden_states, prompts, weights, scale)
+        return self._add_among(site, hidden_states, prompts, weights, scale)
+
+    def _add_among(
+        self, site: Site, hidden_states: Tensor, prompts: Tensor, weights: Tensor | None, scale: float
+    ) -> Tensor:
+        """Add to the image's tokens, which share the sequence with others."""
+        count = prompts.shape[-2]
+        if site.image_tokens == "after_text":
+            if self.extent is None or self.extent.text_lengths is None:
+                raise UserError(
+                    f"Site '{site.name}' needs the lengths of the texts, which its description did not read."
+                )
+            mixed = mixture.mix(prompts, weights).expand(hidden_states.shape[0], -1, -1) * scale
+            return mixture.add_after_text(hidden_states, mixed, self.extent.text_lengths)
+        first = 0 if site.image_tokens == "first" else hidden_states.shape[1] - count
+        before, image, after = hidden_states.split([first, count, hidden_states.shape[1] - first - count], dim=1)
+        return torch.cat([before, mixture.add_mixture(image, prompts, weights, scale), after], dim=1)
+
+    def _token_grid(self, site: Site, hidden_states: Tensor) -> Grid:
+        grid = site.grid if self.extent is None else self.extent.grid
+        if math.prod(grid) > hidden_states.shape[1] or hidden_states.shape[2] != site.channels:
+            raise UserError(
+                f"Site '{site.name}' got {tuple(hidden_states.shape[1:])} tokens and channels, where an image of "
+                f"{' × '.join(map(str, grid))} tokens and {site.channels} channels was expected."
+            )
+        return grid
+
+    def _prompts_on(self, position: int, grid: Grid) -> Tensor:
+        prompts = self.prompts[position]
+        if self.backbone.sites[position].layout == "map":
+            return resample(prompts, grid)
+        return resample_tokens(prompts, self.grids[position], grid)
+
+    def _weights_on(self, position: int, grid: Grid) -> Tensor | None:
+        """[B, N] over the positions of a grid, or [B, K] over sets."""
+        if self.last is None:
+            return None
+        if grid == self.gate_grid or self.config.num_experts > 1:
+            return self.last.weights[position]
+        logits = resample(self.last.noisy_logits[position].unflatten(-1, self.gate_grid), grid)
+        return self._weigh(logits.flatten(-len(grid)))
 
     def balance_terms(self) -> dict[str, Tensor]:
         """The balance losses of the last forward, unweighted: `importance` and `load`, scalars.
@@ -223,6 +301,18 @@ class Patch(nn.Module):
     def num_parameters(self) -> int:
         """Learned numbers in all."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _at_most(grid: Grid, limit: list[int] | None) -> Grid:
+    return grid if limit is None else tuple(min(pair) for pair in zip(grid, limit, strict=True))
+
+
+def _prompt_shape(config: PatchConfig, channels: int, grid: Grid, layout: str) -> tuple[int, ...]:
+    """[N, D], or for feature maps [D, H, W]; for K sets with K in front."""
+    sets = () if config.num_experts == 1 else (config.num_experts,)
+    if config.position == "prepend":
+        return (*sets, config.num_prompts, channels)
+    return (*sets, channels, *grid) if layout == "map" else (*sets, math.prod(grid), channels)
 
 
 def _initial_prompts(config: PatchConfig, shape: tuple[int, ...]) -> nn.Parameter:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 import stagepatch
-from stagepatch.backbones import Backbone, Site
+from stagepatch.backbones import Attention, Backbone, Site
 from stagepatch.errors import UserError
 from stagepatch.files import read_json, read_tensors, write_json, write_tensors
 from stagepatch.models.convert import load_original_state_dict
@@ -25,6 +25,8 @@ def patch_tensors(patch: Patch) -> dict[str, Tensor]:
     """The learned tensors by their names in the file: `prompts.{site}`, `gate.weight`, `gate.bias`, …"""
     sites = patch.backbone.sites
     tensors = {f"prompts.{site.name}": prompt for site, prompt in zip(sites, patch.prompts, strict=True)}
+    if patch.is_gated_prepending:
+        tensors |= {f"head_gates.{site.name}": gate for site, gate in zip(sites, patch.head_gates, strict=True)}
     if patch.gate is not None:
         tensors |= {f"gate.{name}": parameter for name, parameter in patch.gate.named_parameters()}
     return tensors
@@ -36,7 +38,7 @@ def save_patch(patch: Patch, directory: str | Path) -> None:
     config = {
         "stagepatch_version": stagepatch.__version__,
         "patch": asdict(patch.config),
-        "backbone": asdict(patch.backbone),
+        "backbone": {name: value for name, value in asdict(patch.backbone).items() if name != "begin"},
     }
     write_tensors(directory / WEIGHTS_NAME, patch_tensors(patch))
     write_json(directory / CONFIG_NAME, config)
@@ -75,13 +77,19 @@ def fill_patch(patch: Patch, tensors: Mapping[str, Tensor], source: str) -> None
 
 def _backbone_from_dict(values: dict[str, Any]) -> Backbone:
     try:
-        sites = tuple(Site(**{**site, "grid": tuple(site["grid"])}) for site in values["sites"])
-        taps = tuple(values["condition_taps"])
+        sites = tuple(_site_from_dict(site) for site in values["sites"])
         if not sites:
             raise KeyError("sites")
-        return Backbone(**{**values, "sites": sites, "condition_taps": taps})
+        lists = {name: tuple(values[name]) for name in ("condition_taps", "grid")}
+        return Backbone(**{**values, **lists, "sites": sites})
     except (KeyError, TypeError) as error:
         raise UserError(f"A patch's config describes its backbone in a form not known here: {error}.") from error
+
+
+def _site_from_dict(values: dict[str, Any]) -> Site:
+    attention = values.get("attention")
+    attention = None if attention is None else Attention(**attention)
+    return Site(**{**values, "grid": tuple(values["grid"]), "attention": attention})
 
 
 def load_released(checkpoint: str | Path | Mapping[str, Any]) -> Patch:
@@ -107,7 +115,7 @@ def load_released(checkpoint: str | Path | Mapping[str, Any]) -> Patch:
         block_index=state["gate.weight"].shape[1] == channels + 1,
         gate_noise="w_noise" in state,
     )
-    patch = Patch(config, Backbone("DiT", sites, "t_embedder", taps, channels))
+    patch = Patch(config, Backbone("DiT", sites, "t_embedder", taps, channels, (side, side)))
     tensors = {f"prompts.{name}": prompts[index] for index, name in enumerate(names)}
     tensors |= {"gate.weight": state["gate.weight"], "gate.bias": state["gate.bias"]}
     if "w_noise" in state:

@@ -1,0 +1,26 @@
+"""AuraFlow: a site before every joint and every single block; only the image's tokens are prompted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stagepatch.backbones.base import Backbone, block_sites, cut_image, width
+
+
+def describe_auraflow(model: Any, sample_size: Any = None) -> Backbone:
+    """See `Backbone`. In the single blocks the image follows the text and the register tokens."""
+    grid, begin = cut_image(model.config, sample_size)
+    channels = width(model.config)
+    joint, single = len(model.joint_transformer_blocks), len(model.single_transformer_blocks)
+    return Backbone(
+        model_class="AuraFlowTransformer2DModel",
+        sites=(
+            *block_sites("joint_transformer_blocks", joint, channels, grid),
+            *block_sites("single_transformer_blocks", single, channels, grid, joint, image_tokens="last"),
+        ),
+        time_tap="time_step_proj",
+        condition_taps=(),
+        condition_channels=channels,
+        grid=grid,
+        begin=begin,
+    )

@@ -1,0 +1,32 @@
+"""Lumina-Image 2.0: a site before every refiner of the image and every joint block."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from stagepatch.backbones.base import Backbone, Extent, block_sites, cut_image
+
+
+def describe_lumina2(model: Any, sample_size: Any = None) -> Backbone:
+    """See `Backbone`. In the joint blocks each sample's image follows its own text, however long."""
+    config = model.config
+    grid, begin_with_image = cut_image(config, sample_size)
+    channels, refiners = config.hidden_size, len(model.noise_refiner)
+
+    def begin(model: Any, arguments: dict[str, Any]) -> Extent:
+        text_lengths = arguments["encoder_attention_mask"].sum(dim=1).long()
+        return replace(begin_with_image(model, arguments), text_lengths=text_lengths)
+
+    return Backbone(
+        model_class="Lumina2Transformer2DModel",
+        sites=(
+            *block_sites("noise_refiner", refiners, channels, grid),
+            *block_sites("layers", len(model.layers), channels, grid, refiners, image_tokens="after_text"),
+        ),
+        time_tap="time_caption_embed.timestep_embedder",
+        condition_taps=(),
+        condition_channels=model.time_caption_embed.timestep_embedder.linear_2.out_features,
+        grid=grid,
+        begin=begin,
+    )
