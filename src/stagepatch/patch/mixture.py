@@ -69,6 +69,9 @@ def add_mixture(hidden_states: Tensor, prompts: Tensor, weights: Tensor | None, 
         return torch.addcmul(hidden_states, by_position, prompts, value=scale)
     weights = weights.expand(len(hidden_states), -1)
     with no_autocast(hidden_states):
+        if not hidden_states.is_contiguous():
+            # The strides are kept: with others, the next layer may round differently.
+            return torch.add(hidden_states, (weights @ prompts.flatten(1)).view_as(hidden_states), alpha=scale)
         flat = torch.addmm(hidden_states.flatten(1), weights, prompts.flatten(1), alpha=scale)
     return flat.view_as(hidden_states)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ def resample(values: Tensor, grid: Grid) -> Tensor:
         return values
     leading, old = values.shape[: -len(grid)], values.shape[-len(grid) :]
     # Channels are one to a row of the batch; frames are resampled after their pictures.
-    pictures = values.reshape(1, -1, *old[-2:]).float()
+    pictures = values.reshape(1, -1, *old[-2:]).to(torch.promote_types(values.dtype, torch.float32))
     pictures = F.interpolate(pictures, grid[-2:], mode="bilinear", antialias=True)
     if len(grid) == 3:
         frames = pictures.view(1, math.prod(leading), old[0], grid[1] * grid[2])
