@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from stagepatch import config as configs
 from stagepatch.backbones import learns_sigma, load_denoiser
+from stagepatch.backbones.known import KNOWN, build_known
 from stagepatch.compare import comparison_table, load_references
 from stagepatch.data import load_dataset
 from stagepatch.diffusion import Objective, make_scheduler
@@ -183,13 +184,20 @@ def params(config: configs.ParamsConfig, resolved: str) -> None:
     """Count base and added parameters on the meta device."""
     rows = []
     for name in config.models:
-        with torch.device("meta"):
-            model = DiT.from_name(name, sample_size=config.sample_size)
-            patch = Patch.create(model, config.patch)
-        base, added = sum(value.numel() for value in model.parameters()), patch.num_parameters()
-        # Cut to two decimals, not rounded: so Table 1 of arXiv 2405.17825 has 1.2674% as 1.26%.
-        rows.append([name, f"{base:,}", f"{added:,}", f"+{math.floor(added / base * 1e4) / 1e2:.2f}%"])
-    print_table(["model", "base", "added", "share (cut)"], rows, "Parameters")
+        model = build_known(name)
+        base = sum(value.numel() for value in model.parameters())
+        small = config.patch.grid or list(KNOWN[name].grid if name in KNOWN else (16, 16))
+        row = [name, f"{base:,}"]
+        for grid in (None, small):
+            with torch.device("meta"):
+                patch = Patch.create(model, replace(config.patch, grid=grid))
+            added = patch.num_parameters()
+            # Cut to two decimals, not rounded: so Table 1 of arXiv 2405.17825 has 1.2674% as 1.26%.
+            share = f"+{math.floor(added / base * 1e4) / 1e2:.2f}%"
+            row += ["×".join(map(str, patch.gate_grid)), f"{added:,}", share]
+        rows.append(row)
+    columns = ["model", "base", "tokens", "added", "share (cut)", "grid", "added", "share (cut)"]
+    print_table(columns, rows, "Parameters of a patch: one prompt per token, and a grid of few")
 
 
 def inspect(config: configs.InspectConfig, resolved: str) -> None:

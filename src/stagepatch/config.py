@@ -131,14 +131,28 @@ class EvaluateConfig:
 class ParamsConfig:
     """Count parameters of named models and of a patch for them, without allocating weights.
 
+    Two counts a model: with the prompts that `patch` asks for (by default one per token, as in the paper), and
+    with a small grid of them: `patch.grid`, or by default 16×16 (video: 4×8×8).
+
     Args:
-        models: names of DiT sizes.
-        sample_size: height and width of the latents (256×256 images: 32).
+        models: DiT sizes, or SD-1.5, SDXL, SD3-medium, FLUX.1-dev, PixArt-Sigma, Wan2.1-1.3B, from their public
+            configs.
         patch: what the patch would learn.
     """
 
-    models: list[str] = field(default_factory=lambda: ["DiT-B/2", "DiT-L/2", "DiT-XL/2"])
-    sample_size: int = 32
+    models: list[str] = field(
+        default_factory=lambda: [
+            "DiT-B/2",
+            "DiT-L/2",
+            "DiT-XL/2",
+            "SD-1.5",
+            "SDXL",
+            "SD3-medium",
+            "FLUX.1-dev",
+            "PixArt-Sigma",
+            "Wan2.1-1.3B",
+        ]
+    )
     patch: PatchConfig = field(default_factory=PatchConfig)
 
 

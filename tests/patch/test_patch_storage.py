@@ -49,7 +49,7 @@ def test_file_holds_exactly_these_tensors(tiny_dit, make_patch, tmp_path, choice
     patch = make_patch(tiny_dit(), **choices)
     patch.save_pretrained(tmp_path)
     assert shapes(tmp_path) == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -57,7 +57,7 @@ def test_file_holds_exactly_these_tensors(tiny_dit, make_patch, tmp_path, choice
 def test_config_file_says_what_and_for_which_model(tiny_dit, make_patch, tmp_path):
     make_patch(tiny_dit(), sites="half").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert set(config) == {"stagepatch_version", "patch", "backbone"}
+    assert set(config) == {"stagepatch_version", "patch", "backbone", "fingerprint", "facts"}
     assert config["patch"]["sites"] == "half"
     assert config["backbone"]["model_class"] == "DiT"
     assert config["backbone"]["condition_channels"] == D
@@ -234,8 +234,9 @@ def test_refusal_tells_the_class_and_the_condition_apart(tiny_dit, make_patch):
         patch.attach(tiny_dit())
 
 
-def test_patch_of_the_first_block_goes_on_a_deeper_model(tiny_dit, make_patch):
-    make_patch(tiny_dit(), sites="first").attach(tiny_dit(num_layers=5)).detach()
+def test_patch_of_the_first_block_is_refused_by_a_deeper_model(tiny_dit, make_patch):
+    with pytest.raises(UserError, match="num_layers 3 against the model's 5"):
+        make_patch(tiny_dit(), sites="first").attach(tiny_dit(num_layers=5))
 
 
 def test_default_config_is_the_papers(tiny_dit):

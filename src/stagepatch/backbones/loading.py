@@ -32,6 +32,7 @@ def load_denoiser(source: str | Path) -> tuple[nn.Module, Any]:
     for component in ("transformer", "unet"):
         if (directory / component).is_dir():
             model = _load_model(directory / component)
+            model.register_to_config(_name_or_path=str(source))
             return model, _load_scheduler(directory / "scheduler")
     raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
 
@@ -46,7 +47,7 @@ def save_denoiser(model: Any, scheduler: Any, directory: str | Path) -> None:
     scheduler.save_pretrained(directory / "scheduler")
 
 
-def _load_model(directory: Path) -> nn.Module:
+def _load_model(directory: Path) -> Any:
     config = read_json(directory / "config.json")
     name = str(config.get("_class_name"))
     model_class: Any = getattr(models, name, None) or getattr(diffusers, name, None)
@@ -54,7 +55,7 @@ def _load_model(directory: Path) -> nn.Module:
     if not is_model:
         raise UserError(f"'{directory / 'config.json'}' names the class '{name}', which is no model known here.")
     tensors, _ = read_tensors(directory / _WEIGHTS)
-    model: nn.Module = model_class.from_config(config)
+    model: Any = model_class.from_config(config)
     expected = model.state_dict()
     odd = sorted(set(expected) ^ set(tensors)) or sorted(
         key for key in expected if expected[key].shape != tensors[key].shape

@@ -11,19 +11,26 @@ from stagepatch.patch import Attachment, Patch, PatchConfig
 
 
 class DMP:
-    """Trains a patch; with gate 'none' this is prompt tuning (Eq. 2)."""
+    """Trains a patch; with gate 'none' this is prompt tuning (Eq. 2).
+
+    Args:
+        facts: how it is trained, in words, for the patch's model card.
+    """
 
     name = "dmp"
 
-    def __init__(self, config: PatchConfig) -> None:
+    def __init__(self, config: PatchConfig, facts: dict[str, str] | None = None) -> None:
         self.config = config
+        self.facts = facts or {}
         self.patch: Patch
         self._attachment: Attachment | None = None
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         model.requires_grad_(False).eval()
         self._attach(Patch.create(model, self.config).train(), model)
-        groups: list[dict[str, Any]] = [{"params": list(self.patch.prompts), "factor": 1.0}]
+        self.patch.facts = dict(self.facts)
+        prompts = [*self.patch.prompts, *self.patch.head_gates]
+        groups: list[dict[str, Any]] = [{"params": prompts, "factor": 1.0}]
         if self.patch.gate is not None:
             factor = self.config.gate_learning_rate_factor
             groups.append({"params": list(self.patch.gate.parameters()), "factor": factor})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stagepatch.backbones import Backbone
+from stagepatch.backbones import Backbone, find_denoiser
 from stagepatch.backbones.base import Begin
 from stagepatch.errors import UserError
 from stagepatch.patch.prepending import attend_to_prompts
@@ -68,9 +68,13 @@ class Attachment:
         self.detach()
 
 
-def patches_on(model: nn.Module) -> list[Patch]:
-    """The patches attached to a model, in the order in which they were."""
-    return [hook.patch for hook in model._forward_pre_hooks.values() if isinstance(hook, _Begin)]
+def patches_on(target: Any, component: str = "") -> list[Patch]:
+    """The patches attached to a model, or to a pipeline's denoiser, in the order in which they were.
+
+    To switch them all off: `for patch in patches_on(pipe): patch.enabled = False`.
+    """
+    hooks = find_denoiser(target, component)._forward_pre_hooks.values()
+    return [hook.patch for hook in hooks if isinstance(hook, _Begin)]
 
 
 # Hooks are objects rather than closures, so that copy.deepcopy(model) copies the patch with it.

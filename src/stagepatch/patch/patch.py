@@ -16,6 +16,12 @@ from stagepatch.errors import UserError
 from stagepatch.patch import balance, mixture
 from stagepatch.patch.attachment import Attachment, patches_on
 from stagepatch.patch.config import PatchConfig
+from stagepatch.patch.fingerprint import (
+    Fingerprint,
+    architecture_differences,
+    fingerprint,
+    warn_of_other_weights,
+)
 from stagepatch.patch.gate import AttentionGate, LinearGate
 from stagepatch.patch.resample import resample, resample_tokens
 from stagepatch.patch.sites import check_same_sites, select_sites
@@ -47,6 +53,8 @@ class Patch(nn.Module):
     Attributes:
         scale: factor on the prompts, 1 as trained. With position 'add', 0 is the base model.
         enabled: False leaves the model as if the patch were detached.
+        fingerprint: of the model that it was made for.
+        facts: how it was trained, in words, for its model card.
     """
 
     def __init__(self, config: PatchConfig, backbone: Backbone) -> None:
@@ -57,6 +65,8 @@ class Patch(nn.Module):
         self.enabled = True
         self.last: Mixture | None = None
         self.extent: Extent | None = None
+        self.fingerprint = Fingerprint()
+        self.facts: dict[str, str] = {}
         sites = self.backbone.sites
         self.grids = [_at_most(site.grid, config.grid) for site in sites]
         self.gate_grid = _at_most(backbone.grid, config.grid)
@@ -99,18 +109,24 @@ class Patch(nn.Module):
         denoiser = find_denoiser(model, component)
         config = config or PatchConfig()
         patch = cls(config, select_sites(describe(denoiser, config.sample_size), config))
+        patch.fingerprint = fingerprint(denoiser)
         return patch.to(_device_of(denoiser))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Patch:
-        """A patch that `save_pretrained` wrote.
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, token: str | None = None) -> Patch:
+        """A patch that `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: a directory, or a Hub id such as 'name/patch'.
+            revision: branch, tag or commit on the Hub.
+            token: for a private repository.
 
         Raises:
             UserError: missing, truncated or foreign files.
         """
         from stagepatch.patch.storage import load_patch
 
-        return load_patch(directory)
+        return load_patch(source, revision, token)
 
     @classmethod
     def from_released(cls, checkpoint: Any) -> Patch:
@@ -128,10 +144,22 @@ class Patch(nn.Module):
         return load_released(checkpoint)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`, each whole or not at all."""
+        """Write `config.json`, `model.safetensors` and a model card, each whole or not at all."""
         from stagepatch.patch.storage import save_patch
 
         save_patch(self, directory)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool = False, token: str | None = None, message: str = "Upload patch"
+    ) -> str:
+        """Put what `save_pretrained` writes into a Hub repository, made if need be; returns the commit's URL.
+
+        Raises:
+            UserError: no such namespace, no permission, or the Hub cannot be reached.
+        """
+        from stagepatch.patch.storage import push_patch
+
+        return push_patch(self, repo_id, private, token, message)
 
     def attach(self, target: Any, component: str = "") -> Attachment:
         """Put the patch on a model, or on the denoiser of a diffusers pipeline; it follows to the model's device.
@@ -147,10 +175,15 @@ class Patch(nn.Module):
 
         Raises:
             UserError: the patch is for another model, or is on this one already.
+
+        Warns:
+            UserWarning: the model has the architecture, but other weights than the patch was trained on.
         """
         model = find_denoiser(target, component)
         backbone = select_sites(describe(model, self.config.sample_size), self.config)
-        check_same_sites(self.backbone, backbone)
+        on = fingerprint(model)
+        check_same_sites(self.backbone, backbone, architecture_differences(self.fingerprint, on))
+        warn_of_other_weights(self.fingerprint, on)
         if any(patch is self for patch in patches_on(model)):
             raise UserError("This patch is attached to that model already: detach it first.")
         self.to(_device_of(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from stagepatch.backbones import Backbone, Site
@@ -60,10 +61,13 @@ def _check_prepending(backbone: Backbone, sites: tuple[Site, ...], prepending: s
     return sites
 
 
-def check_same_sites(patch: Backbone, model: Backbone) -> None:
+def check_same_sites(patch: Backbone, model: Backbone, also: Sequence[str] = ()) -> None:
     """Refuse a model that differs from the one a patch was made for, by name of what differs.
 
     Grids may differ: prompts are resampled.
+
+    Args:
+        also: further differences.
 
     Raises:
         UserError: another class, condition width, or other sites.
@@ -81,6 +85,7 @@ def check_same_sites(patch: Backbone, model: Backbone) -> None:
                 if getattr(ours, name) != getattr(theirs, name):
                     given, expected = getattr(ours, name), getattr(theirs, name)
                     differences.append(f"{name} {given} at {ours.name} against {expected}")
+    differences += also
     if differences:
         raise UserError(
             f"The patch is for another model: {'; '.join(differences[:4])}. Attach it to the model that it was "

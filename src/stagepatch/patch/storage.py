@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +14,18 @@ from torch import Tensor
 import stagepatch
 from stagepatch.backbones import Attention, Backbone, Site
 from stagepatch.errors import UserError
-from stagepatch.files import read_json, read_tensors, write_json, write_tensors
+from stagepatch.files import read_json, read_tensors, write_json, write_tensors, write_text
 from stagepatch.models.convert import load_original_state_dict
+from stagepatch.patch.card import model_card
 from stagepatch.patch.config import PatchConfig
+from stagepatch.patch.fingerprint import Fingerprint
+from stagepatch.patch.hub import download, upload
 from stagepatch.patch.patch import Patch
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def patch_tensors(patch: Patch) -> dict[str, Tensor]:
@@ -38,24 +45,45 @@ def save_patch(patch: Patch, directory: str | Path) -> None:
     config = {
         "stagepatch_version": stagepatch.__version__,
         "patch": asdict(patch.config),
+        "fingerprint": asdict(patch.fingerprint),
+        "facts": patch.facts,
         "backbone": {name: value for name, value in asdict(patch.backbone).items() if name != "begin"},
     }
     write_tensors(directory / WEIGHTS_NAME, patch_tensors(patch))
     write_json(directory / CONFIG_NAME, config)
+    write_text(directory / CARD_NAME, model_card(patch))
 
 
-def load_patch(directory: str | Path) -> Patch:
+def push_patch(patch: Patch, repo_id: str, private: bool, token: str | None, message: str) -> str:
+    """See `Patch.push_to_hub`."""
+    with tempfile.TemporaryDirectory(prefix="stagepatch-") as directory:
+        save_patch(patch, directory)
+        return upload(Path(directory), repo_id, private, token, message)
+
+
+def load_patch(source: str | Path, revision: str | None = None, token: str | None = None) -> Patch:
     """See `Patch.from_pretrained`."""
-    directory = Path(directory)
+    directory = Path(source)
     if not directory.is_dir():
-        raise UserError(f"No patch at '{directory}': no such directory.")
+        if not _HUB_ID.fullmatch(str(source)):
+            raise UserError(f"No patch at '{source}': no such directory.")
+        directory = download(str(source), [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME], revision, token)
     config = read_json(directory / CONFIG_NAME)
     if not isinstance(config.get("patch"), dict) or not isinstance(config.get("backbone"), dict):
         raise UserError(f"'{directory / CONFIG_NAME}' is not a patch's config: no 'patch' and 'backbone' in it.")
     patch = Patch(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
     tensors, _ = read_tensors(directory / WEIGHTS_NAME)
     fill_patch(patch, tensors, str(directory / WEIGHTS_NAME))
+    patch.fingerprint = _fingerprint_from_dict(config.get("fingerprint", {}))
+    patch.facts = {str(name): str(value) for name, value in config.get("facts", {}).items()}
     return patch.eval()
+
+
+def _fingerprint_from_dict(values: dict[str, Any]) -> Fingerprint:
+    try:
+        return Fingerprint(**values)
+    except TypeError as error:
+        raise UserError(f"A patch's config has a fingerprint in a form not known here: {error}.") from error
 
 
 def fill_patch(patch: Patch, tensors: Mapping[str, Tensor], source: str) -> None:

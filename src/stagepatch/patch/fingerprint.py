@@ -1,0 +1,98 @@
+"""Which model a patch was made for: its architecture exactly, its weights by a few of them."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SAMPLED = 16  # parameters, of which the first few numbers are kept
+_NUMBERS = 4
+# Says nothing of what a patch needs.
+_IGNORED = {"sample_size", "dropout", "attention_dropout", "class_dropout_prob"}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of a model.
+
+    Args:
+        model_id: the directory or Hub id that it was loaded from; '' where it was not.
+        architecture: hash of its parameters' names and shapes; '' where they cannot be read (quantized).
+        config: its config, to say what differs.
+        weights: the first numbers of some of its parameters; none where they are not in memory.
+        dtype: that of those numbers, which bounds how exactly they compare.
+    """
+
+    model_id: str = ""
+    architecture: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, list[float]] = field(default_factory=dict)
+    dtype: str = "float32"
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Adapters that PEFT put on the model are left out."""
+    parameters = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }
+    config: dict[str, Any] = dict(getattr(model, "config", None) or {})
+    named = {name: value for name, value in config.items() if not name.startswith("_") and name not in _IGNORED}
+    is_plain = all(parameter.is_floating_point() for parameter in parameters.values())
+    shapes = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(parameters.items()))
+    matrices = sorted(name for name, parameter in parameters.items() if parameter.ndim > 1)
+    chosen = matrices[:: max(1, len(matrices) // _SAMPLED)]
+    in_memory = is_plain and not any(parameters[name].is_meta for name in chosen)
+    return Fingerprint(
+        model_id=str(config.get("_name_or_path") or ""),
+        architecture=hashlib.sha256(shapes.encode()).hexdigest() if is_plain else "",
+        config={name: value for name, value in named.items() if _is_plain(value)},
+        weights={name: _first_numbers(parameters[name]) for name in chosen} if in_memory else {},
+        dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _first_numbers(parameter: Tensor) -> list[float]:
+    return [float(number) for number in parameter.detach().flatten()[:_NUMBERS].float().tolist()]
+
+
+def architecture_differences(made_for: Fingerprint, model: Fingerprint) -> list[str]:
+    """What differs, in words; nothing where the architectures are equal or cannot be read."""
+    if not made_for.architecture or not model.architecture or made_for.architecture == model.architecture:
+        return []
+    names = [name for name in made_for.config if _listed(made_for.config[name]) != _listed(model.config.get(name))]
+    differences = [f"{name} {made_for.config[name]} against the model's {model.config.get(name)}" for name in names]
+    return differences or ["names or shapes of its parameters"]
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def warn_of_other_weights(made_for: Fingerprint, model: Fingerprint) -> None:
+    """Warn where a model has the architecture that a patch was trained on, but other weights."""
+    shared = [name for name in made_for.weights if name in model.weights]
+    dtypes = [getattr(torch, one.dtype, torch.float32) for one in (made_for, model)]
+    tolerance = 2.0 * max(torch.finfo(dtype).eps if dtype.is_floating_point else 1.0 for dtype in dtypes)
+    for name in shared:
+        ours, theirs = torch.tensor(made_for.weights[name]), torch.tensor(model.weights[name])
+        if not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-6):
+            trained_on = f" ('{made_for.model_id}')" if made_for.model_id else ""
+            warnings.warn(
+                f"The patch was trained on other weights of this architecture{trained_on}: '{name}' differs. It may "
+                f"help less, or harm; compare with and without it.",
+                stacklevel=4,
+            )
+            return

@@ -1,0 +1,489 @@
+"""Tiny pipelines of diffusers' own classes, with random weights: denoiser, text encoders, VAE, scheduler and all."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+
+from tests.tiny import FAMILIES, auraflow, flux, lumina2, pixart, qwenimage, sana, sd3, sdxl_unet, text_unet, unet, wan
+
+TEXT_CHANNELS = 24  # of the text that the denoisers of tests.tiny take
+PROMPT = "a photo of a small red cat"
+
+
+@dataclass
+class Tiny:
+    """A tiny pipeline, and how to call it.
+
+    Args:
+        make: the pipeline, of newly initialised modules.
+        pixels: height and width that `call` makes by default, those of the denoiser's own sample size.
+        other_pixels: another size, not square; None where the pipeline only makes its own.
+        arguments: what a call takes besides size, steps and seed.
+        sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
+        latent_channels: of the latents before packing.
+    """
+
+    make: Callable[[], Any]
+    pixels: tuple[int, int] = (32, 32)
+    other_pixels: tuple[int, int] | None = (48, 32)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    sample_size: list[int] | None = None
+    latent_channels: int = 4
+
+    @property
+    def is_prompted(self) -> bool:
+        return "prompt" in self.arguments
+
+    def build(self, seed: int = 0) -> Any:
+        """Everything frozen and in eval mode. The same weights for the same seed; the global generator is kept."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pipe = self.make()
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+        return pipe
+
+    def call(
+        self, pipe: Any, seed: int = 0, steps: int = 2, height: int | None = None, width: int | None = None, **more: Any
+    ) -> Tensor:
+        """Images [B, 3, height, width] in 0…1; videos [B, frames, 3, height, width]. Batch sizes follow from `more`.
+
+        Args:
+            more: further arguments of the pipeline, or others for its own.
+        """
+        pipe.set_progress_bar_config(disable=True)
+        size = {"height": height or self.pixels[0], "width": width or self.pixels[1]}
+        if self.other_pixels is None:
+            if tuple(size.values()) != self.pixels:
+                raise ValueError(f"{type(pipe).__name__} makes images of {self.pixels} alone.")
+            size = {}
+        arguments = {"output_type": "pt", **self.arguments, **size, "num_inference_steps": steps, **more}
+        output = pipe(generator=torch.Generator().manual_seed(seed), return_dict=False, **arguments)[0]
+        return output if isinstance(output, Tensor) else torch.stack(list(output))
+
+
+# Tokenizers, of the classes that the real pipelines have. Vocabularies are written down here, not learned.
+
+QWEN_SYSTEM = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
+LUMINA_SYSTEM = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start>"
+)
+WORDS = sorted(
+    {
+        *"a an the of on in with and photo painting drawing picture digit cat dog house tree red green blue".split(),
+        *"small large old new one two three four five six seven eight nine zero".split(),
+        *QWEN_SYSTEM.replace(",", "").replace(":", "").split(),
+        *LUMINA_SYSTEM.replace(".", "").split(),
+    }
+)
+
+
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+    """A token a letter. The second ones of SDXL and SD3 pad with '!'."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab=_numbered(tokens), merges=[], pad_token=pad_token, model_max_length=77)
+
+
+def t5_tokenizer() -> Any:
+    """A token a word for WORDS, else a token a letter."""
+    words = [f"▁{word}" for word in WORDS if len(word) > 1]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    letters = [(letter, -10.0) for letter in ["▁", *_printable()]]
+    vocab = [*special, *letters, *((word, -2.0) for word in words)]
+    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def gemma_tokenizer() -> Any:
+    """A token a word for WORDS, else a token a letter or byte."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
+    merges, merged = _merges([f"▁{word}" for word in WORDS])
+    vocab = _numbered([*special, *bytewise, "▁", "\n", *_printable(), *merged])
+    return transformers.GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True, model_max_length=8192)
+
+
+def qwen_tokenizer() -> Any:
+    """A token a word for WORDS, else a token a byte: Qwen-Image drops the 34 tokens of its template."""
+    roles = ["system", "user", "assistant", "Describe"]
+    merges, merged = _merges([*(f"Ġ{word}" for word in WORDS), *roles])
+    vocab = _numbered([*sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, "<|endoftext|>"])
+    special = ["<|im_start|>", "<|im_end|>"]
+    return transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=merges, additional_special_tokens=special, model_max_length=2048
+    )
+
+
+def _printable() -> list[str]:
+    return [letter for letter in string.printable if letter not in string.whitespace]
+
+
+def _numbered(tokens: list[str]) -> dict[str, int]:
+    return {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+
+
+def _merges(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Merges that build every word from its start, a letter at a time, and the tokens that they make."""
+    pairs = dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word)))
+    return list(pairs), [left + right for left, right in pairs]
+
+
+# Text encoders.
+
+
+def clip(tokenizer: Any, hidden_size: int, projection: int | None = None) -> Any:
+    """With `projection` the class with a projected pooled output of that width."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=32,
+        projection_dim=projection or hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
+
+
+def t5(tokenizer: Any, kind: str = "T5") -> Any:
+    """`kind` is T5 or UMT5."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer),
+        d_model=TEXT_CHANNELS,
+        d_kv=12,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return getattr(transformers, f"{kind}EncoderModel")(config)
+
+
+def gemma(tokenizer: Any) -> Any:
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_CHANNELS,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=12,
+        query_pre_attn_scalar=12,
+        initializer_range=0.2,
+    )
+    return transformers.Gemma2Model(config)
+
+
+def qwen_vl(tokenizer: Any) -> Any:
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_CHANNELS,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": TEXT_CHANNELS,
+        "fullatt_block_indexes": [0],
+    }
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = dict.fromkeys(names, len(tokenizer) - 1)
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+# VAEs, all of 4 latent channels.
+
+
+def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3) -> Any:
+    """Smaller by 2 to the levels - 1."""
+    quantized = shift_factor is None
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8, *(16,) * (levels - 1)),
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=32,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+        use_quant_conv=quantized,
+        use_post_quant_conv=quantized,
+    )
+
+
+def dc() -> Any:
+    """Smaller by 8."""
+    layers = (1, 1, 1, 1)
+    blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+    return diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=(8, 8, 16, 16),
+        decoder_block_out_channels=(8, 8, 16, 16),
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)),
+        scaling_factor=0.41407,
+    )
+
+
+_VIDEO_VAE = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True],
+    "latents_mean": [-0.7571, 0.1075, 0.9653, 0.4134],
+    "latents_std": [2.8184, 1.4541, 1.2196, 0.9],
+}
+
+
+def qwen_vae() -> Any:
+    """Smaller by 4."""
+    return diffusers.AutoencoderKLQwenImage(**_VIDEO_VAE)
+
+
+def wan_vae() -> Any:
+    """Smaller by 4, and by 2 over time."""
+    return diffusers.AutoencoderKLWan(**_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=4)
+
+
+# Pipelines.
+
+
+def denoiser(name: str, build: Callable[[], Any], **changes: Any) -> Any:
+    """The family's tiny model with every weight drawn, its config changed."""
+
+    def changed() -> Any:
+        model = build()
+        return type(model).from_config({**model.config, **changes}) if changes else model
+
+    seed = int(torch.randint(2**31, ()))
+    return dataclasses.replace(FAMILIES[name], build=changed).model(seed)
+
+
+def flow_match(**changes: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**changes)
+
+
+def dit_pipeline() -> Any:
+    return diffusers.DiTPipeline(
+        # The pipeline's null label is 1000, whatever the model; like the real one, the model predicts variances.
+        transformer=denoiser(
+            "DiTTransformer2DModel",
+            FAMILIES["DiTTransformer2DModel"].build,
+            num_embeds_ada_norm=1000,
+            out_channels=8,
+        ),
+        vae=kl(0.18215),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+    )
+
+
+def ddpm_pipeline() -> Any:
+    return diffusers.DDPMPipeline(
+        unet=denoiser("UNet2DModel", unet, in_channels=3, out_channels=3, sample_size=16),
+        scheduler=diffusers.DDPMScheduler(variance_type="fixed_large"),
+    )
+
+
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def sd_pipeline() -> Any:
+    tokenizer = clip_tokenizer()
+    return diffusers.StableDiffusionPipeline(
+        tokenizer=tokenizer,
+        text_encoder=clip(tokenizer, TEXT_CHANNELS),
+        unet=denoiser("UNet2DConditionModel", text_unet),
+        vae=kl(0.18215),
+        scheduler=diffusers.PNDMScheduler(**_SD_BETAS, skip_prk_steps=True, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl_pipeline() -> Any:
+    first, second = clip_tokenizer(), clip_tokenizer(pad_token="!")
+    return diffusers.StableDiffusionXLPipeline(
+        tokenizer=first,
+        text_encoder=clip(first, 12),
+        tokenizer_2=second,
+        text_encoder_2=clip(second, 12, projection=12),
+        unet=denoiser("UNet2DConditionModel of SDXL", sdxl_unet),
+        vae=kl(0.13025),
+        scheduler=diffusers.EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="leading"),
+    )
+
+
+def pixart_pipeline() -> Any:
+    tokenizer = t5_tokenizer()
+    return diffusers.PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5(tokenizer),
+        transformer=denoiser("PixArtTransformer2DModel", pixart),
+        vae=kl(0.13025),
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear"),
+    )
+
+
+def sd3_pipeline() -> Any:
+    first, second, third = clip_tokenizer(), clip_tokenizer(pad_token="!"), t5_tokenizer()
+    return diffusers.StableDiffusion3Pipeline(
+        tokenizer=first,
+        text_encoder=clip(first, 8, projection=4),
+        tokenizer_2=second,
+        text_encoder_2=clip(second, 12, projection=8),
+        tokenizer_3=third,
+        text_encoder_3=t5(third),
+        transformer=denoiser("SD3Transformer2DModel", sd3),
+        vae=kl(1.5305, 0.0609),
+        scheduler=flow_match(shift=3.0),
+    )
+
+
+def flux_pipeline() -> Any:
+    first, second = clip_tokenizer(), t5_tokenizer()
+    return diffusers.FluxPipeline(
+        tokenizer=first,
+        text_encoder=clip(first, 12),
+        tokenizer_2=second,
+        text_encoder_2=t5(second),
+        transformer=denoiser("FluxTransformer2DModel", flux),
+        vae=kl(0.3611, 0.1159),
+        scheduler=flow_match(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+    )
+
+
+def sana_pipeline() -> Any:
+    tokenizer = gemma_tokenizer()
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma(tokenizer),
+        transformer=denoiser("SanaTransformer2DModel", sana),
+        vae=dc(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def lumina2_pipeline() -> Any:
+    tokenizer = gemma_tokenizer()
+    return diffusers.Lumina2Pipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma(tokenizer),
+        transformer=denoiser("Lumina2Transformer2DModel", lumina2, axes_lens=(300, 32, 32)),
+        vae=kl(0.3611, 0.1159, levels=4),  # the pipeline takes it for granted that the VAE makes images smaller by 8
+        scheduler=flow_match(shift=6.0),
+    )
+
+
+def auraflow_pipeline() -> Any:
+    tokenizer = t5_tokenizer()
+    return diffusers.AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5(tokenizer, "UMT5"),
+        transformer=denoiser("AuraFlowTransformer2DModel", auraflow),
+        vae=kl(0.13025),
+        scheduler=flow_match(shift=1.73),
+    )
+
+
+def qwenimage_pipeline() -> Any:
+    tokenizer = qwen_tokenizer()
+    return diffusers.QwenImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=qwen_vl(tokenizer),
+        transformer=denoiser("QwenImageTransformer2DModel", qwenimage),
+        vae=qwen_vae(),
+        scheduler=flow_match(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    )
+
+
+def wan_pipeline() -> Any:
+    tokenizer = t5_tokenizer()
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5(tokenizer, "UMT5"),
+        transformer=denoiser("WanTransformer3DModel", wan),
+        vae=wan_vae(),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def prompted(**more: Any) -> dict[str, Any]:
+    return {"prompt": PROMPT, **more}
+
+
+PIPELINES: dict[str, Tiny] = {
+    "DiTTransformer2DModel": Tiny(dit_pipeline, other_pixels=None, arguments={"class_labels": [3]}),
+    "UNet2DModel": Tiny(ddpm_pipeline, pixels=(16, 16), other_pixels=None, latent_channels=3),
+    "UNet2DConditionModel": Tiny(sd_pipeline, arguments=prompted()),
+    "UNet2DConditionModel of SDXL": Tiny(sdxl_pipeline, arguments=prompted()),
+    "PixArtTransformer2DModel": Tiny(
+        pixart_pipeline,
+        arguments=prompted(clean_caption=False, use_resolution_binning=False, max_sequence_length=32),
+    ),
+    "SD3Transformer2DModel": Tiny(sd3_pipeline, arguments=prompted(max_sequence_length=32)),
+    "FluxTransformer2DModel": Tiny(flux_pipeline, arguments=prompted(max_sequence_length=32), sample_size=[8, 8]),
+    "SanaTransformer2DModel": Tiny(
+        sana_pipeline,
+        other_pixels=(64, 32),
+        arguments=prompted(
+            clean_caption=False,
+            use_resolution_binning=False,
+            max_sequence_length=32,
+            complex_human_instruction=None,
+        ),
+    ),
+    "Lumina2Transformer2DModel": Tiny(
+        lumina2_pipeline, (64, 64), other_pixels=(96, 64), arguments=prompted(max_sequence_length=64)
+    ),
+    "AuraFlowTransformer2DModel": Tiny(auraflow_pipeline, arguments=prompted(max_sequence_length=32)),
+    "QwenImageTransformer2DModel": Tiny(
+        qwenimage_pipeline,
+        arguments=prompted(negative_prompt=" ", max_sequence_length=64),
+        sample_size=[8, 8],
+    ),
+    "WanTransformer3DModel": Tiny(
+        wan_pipeline, arguments=prompted(num_frames=5, max_sequence_length=32), sample_size=[3, 8, 8]
+    ),
+}
