@@ -1,4 +1,4 @@
-"""Images and labels, as map-style datasets of {"image": [C, H, W] in [−1, 1], "label": int}."""
+"""Images, labels and captions, as map-style datasets of {"image": [C, H, W] in [−1, 1], "label": int, …}."""
 
 import lazy_loader
 

@@ -2,5 +2,15 @@ from .config import DataConfig as DataConfig
 from .dataset import ImageDataset as ImageDataset
 from .dataset import in_memory as in_memory
 from .dataset import load_dataset as load_dataset
+from .dataset import open_source as open_source
 from .digits import load_digits as load_digits
-from .folder import ImageFolder as ImageFolder
+from .folder import FolderSource as FolderSource
+from .huggingface import HuggingFaceSource as HuggingFaceSource
+from .images import Images as Images
+from .preprocess import bucket_sizes as bucket_sizes
+from .preprocess import center_crop_adm as center_crop_adm
+from .preprocess import fit_to_bucket as fit_to_bucket
+from .preprocess import nearest_bucket as nearest_bucket
+from .preprocess import to_tensor as to_tensor
+from .source import Source as Source
+from .webdataset import WebDatasetSource as WebDatasetSource

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -10,11 +11,22 @@ class DataConfig:
     """Training images.
 
     Args:
-        source: 'digits' (scikit-learn's, the two thirds that are for training) or a folder of images.
-        image_size: height and width [pixels] to which a folder's images are resized and centre-cropped.
+        source: 'digits' (scikit-learn's, the two thirds that are for training), a folder of images, a dataset of
+            Hugging Face `datasets` (a saved one's directory, or a name on the Hub), or WebDataset tar shards (their
+            directory, or one .tar file).
+        image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
+            an image has at most that square's area.
         channels: 3 for colour, 1 for grey.
         horizontal_flip: mirror each image with probability ½ (DMP: on; never for digits).
         num_workers: loading processes beside the main one.
+        format: what `source` is; 'auto' looks at what lies there. The Hub is asked only with 'datasets'.
+        split: of a Hugging Face dataset that has splits.
+        image_column: of a Hugging Face dataset.
+        caption_column: of a Hugging Face dataset, or of a folder's metadata.jsonl or metadata.csv; '' for no captions.
+        label_column: of a Hugging Face dataset; '' for no labels.
+        crop: 'center' makes squares; 'buckets' keeps an image's shape as near as multiples of `bucket_step` can.
+        bucket_step: what height and width of a bucket are multiples of [pixels].
+        max_broken: images that cannot be read are named and left out, up to so many.
     """
 
     source: str = "digits"
@@ -22,3 +34,11 @@ class DataConfig:
     channels: int = 3
     horizontal_flip: bool = False
     num_workers: int = 0
+    format: Literal["auto", "folder", "datasets", "webdataset"] = "auto"
+    split: str = "train"
+    image_column: str = "image"
+    caption_column: str = "text"
+    label_column: str = "label"
+    crop: Literal["center", "buckets"] = "center"
+    bucket_step: int = 64
+    max_broken: int = 10

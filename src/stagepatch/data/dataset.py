@@ -11,7 +11,12 @@ from torch.utils.data import Dataset
 
 from stagepatch.data.config import DataConfig
 from stagepatch.data.digits import load_digits
-from stagepatch.data.folder import ImageFolder
+from stagepatch.data.folder import FolderSource
+from stagepatch.data.huggingface import HuggingFaceSource, is_saved_dataset
+from stagepatch.data.images import Images
+from stagepatch.data.source import Source
+from stagepatch.data.webdataset import WebDatasetSource, find_shards
+from stagepatch.errors import UserError
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -29,20 +34,61 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 def load_dataset(config: DataConfig, split: Literal["train", "held_out"] = "train") -> Dataset[dict[str, Any]]:
-    """The dataset that a config names. A folder has no held-out split of its own.
+    """The dataset that a config names. Only digits have a held-out split.
 
     Raises:
-        UserError: no such folder, or no image in it.
+        UserError: nothing at the source, no image in it, or too many broken ones.
     """
     if config.source == "digits":
         return ImageDataset(*load_digits(split))
-    return ImageFolder(Path(config.source), config.image_size, config.channels)
+    return Images(open_source(config), config)
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that a config names, other than digits.
+
+    Raises:
+        UserError: nothing at the source, or no image in it.
+    """
+    kind = find_format(Path(config.source)) if config.format == "auto" else config.format
+    if kind == "webdataset":
+        return WebDatasetSource(Path(config.source))
+    if kind == "datasets":
+        columns = (config.image_column, config.caption_column, config.label_column)
+        return HuggingFaceSource(config.source, config.split, *columns)
+    return FolderSource(Path(config.source), config.caption_column)
+
+
+def find_format(path: Path) -> Literal["folder", "datasets", "webdataset"]:
+    """What lies at a path.
+
+    Raises:
+        UserError: nothing that can be read.
+    """
+    if find_shards(path):
+        return "webdataset"
+    if is_saved_dataset(path):
+        return "datasets"
+    if path.is_dir():
+        return "folder"
+    raise UserError(
+        f"No images at '{path}'. data.source can be 'digits', a folder of images, a dataset saved by Hugging Face "
+        f"datasets, a directory of WebDataset shards or one .tar file; or a dataset on the Hub, with "
+        f"data.format=datasets."
+    )
 
 
 def in_memory(dataset: Dataset[dict[str, Any]]) -> ImageDataset:
-    """Every image and label of a dataset, as tensors."""
+    """Every image and label of a dataset, as tensors.
+
+    Raises:
+        UserError: the images are not all of one size.
+    """
     if isinstance(dataset, ImageDataset):
         return dataset
     items = [dataset[index] for index in range(len(dataset))]  # type: ignore[arg-type]
+    sizes = {tuple(item["image"].shape) for item in items}
+    if len(sizes) > 1:
+        raise UserError(f"Images of {len(sizes)} sizes do not make one tensor: choose data.crop=center.")
     images = torch.stack([item["image"] for item in items])
     return ImageDataset(images, torch.tensor([int(item["label"]) for item in items]))
