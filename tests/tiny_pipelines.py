@@ -30,7 +30,6 @@ class Tiny:
         other_pixels: another size, not square; None where the pipeline only makes its own.
         arguments: what a call takes besides size, steps and seed.
         sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
-        latent_channels: of the latents before packing.
     """
 
     make: Callable[[], Any]
@@ -38,7 +37,6 @@ class Tiny:
     other_pixels: tuple[int, int] | None = (48, 32)
     arguments: dict[str, Any] = field(default_factory=dict)
     sample_size: list[int] | None = None
-    latent_channels: int = 4
 
     @property
     def is_prompted(self) -> bool:
@@ -54,10 +52,33 @@ class Tiny:
                 component.eval().requires_grad_(False)
         return pipe
 
+    def of(self, captions: list[str]) -> dict[str, Any]:
+        """Arguments for an image of each caption, with a negative caption each where the pipeline asks for one."""
+        negative = self.arguments.get("negative_prompt")
+        return {"prompt": captions} | ({} if negative is None else {"negative_prompt": [negative] * len(captions)})
+
+    @staticmethod
+    def load(directory: Any) -> Any:
+        """A pipeline that was saved. Weights mapped from a file do not lie as memory that torch allocates does, and
+        then kernels add in another order; so they are copied, and images are the same bit for bit.
+        """
+        pipe = diffusers.DiffusionPipeline.from_pretrained(directory, local_files_only=True)
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                for parameter in component.requires_grad_(False).parameters():
+                    parameter.data = parameter.data.clone()
+        return pipe
+
     def call(
-        self, pipe: Any, seed: int = 0, steps: int = 2, height: int | None = None, width: int | None = None, **more: Any
+        self,
+        pipe: Any,
+        seed: int = 0,
+        steps: int = 2,
+        height: int | None = None,
+        width: int | None = None,
+        **more: Any,
     ) -> Tensor:
-        """Images [B, 3, height, width] in 0…1; videos [B, frames, 3, height, width]. Batch sizes follow from `more`.
+        """Images [B, 3, height, width] in 0…1; videos [B, frames, 3, height, width].
 
         Args:
             more: further arguments of the pipeline, or others for its own.
@@ -69,8 +90,8 @@ class Tiny:
                 raise ValueError(f"{type(pipe).__name__} makes images of {self.pixels} alone.")
             size = {}
         arguments = {"output_type": "pt", **self.arguments, **size, "num_inference_steps": steps, **more}
-        output = pipe(generator=torch.Generator().manual_seed(seed), return_dict=False, **arguments)[0]
-        return output if isinstance(output, Tensor) else torch.stack(list(output))
+        images: Tensor = pipe(generator=torch.Generator().manual_seed(seed), return_dict=False, **arguments)[0]
+        return images
 
 
 # Tokenizers, of the classes that the real pipelines have. Vocabularies are written down here, not learned.
@@ -83,14 +104,11 @@ LUMINA_SYSTEM = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
     "on textual prompts or user prompts. <Prompt Start>"
 )
-WORDS = sorted(
-    {
-        *"a an the of on in with and photo painting drawing picture digit cat dog house tree red green blue".split(),
-        *"small large old new one two three four five six seven eight nine zero".split(),
-        *QWEN_SYSTEM.replace(",", "").replace(":", "").split(),
-        *LUMINA_SYSTEM.replace(".", "").split(),
-    }
+CAPTION_WORDS = (
+    "a an the of on in with and photo painting drawing picture digit cat dog house tree red green blue small large "
+    "old new one two three four five six seven eight nine zero"
 )
+WORDS = sorted({word.strip(",.:") for text in (CAPTION_WORDS, QWEN_SYSTEM, LUMINA_SYSTEM) for word in text.split()})
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
@@ -455,7 +473,7 @@ def prompted(**more: Any) -> dict[str, Any]:
 
 PIPELINES: dict[str, Tiny] = {
     "DiTTransformer2DModel": Tiny(dit_pipeline, other_pixels=None, arguments={"class_labels": [3]}),
-    "UNet2DModel": Tiny(ddpm_pipeline, pixels=(16, 16), other_pixels=None, latent_channels=3),
+    "UNet2DModel": Tiny(ddpm_pipeline, pixels=(16, 16), other_pixels=None),
     "UNet2DConditionModel": Tiny(sd_pipeline, arguments=prompted()),
     "UNet2DConditionModel of SDXL": Tiny(sdxl_pipeline, arguments=prompted()),
     "PixArtTransformer2DModel": Tiny(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stagepatch.backbones import is_class_conditional, learns_sigma, null_label, predict, sample_shape
+from stagepatch.backbones import learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.backbones.calling import condition_arguments
 from stagepatch.errors import UserError
 
@@ -9,7 +9,7 @@ from stagepatch.errors import UserError
 def test_class_conditional_model_gets_its_labels(tiny_dit, batch):
     model = tiny_dit()
     sample, timesteps, labels = batch
-    assert is_class_conditional(model)
+    assert num_classes(model)
     assert list(condition_arguments(model, labels)) == ["class_labels"]
     assert torch.equal(predict(model, *batch), model(sample, timesteps, class_labels=labels).sample)
     assert not torch.equal(predict(model, *batch), predict(model, sample, timesteps, labels.flip(0)))
@@ -18,7 +18,7 @@ def test_class_conditional_model_gets_its_labels(tiny_dit, batch):
 def test_unconditional_model_ignores_the_labels(tiny_dit, batch):
     model = tiny_dit(conditioning="none")
     sample, timesteps, labels = batch
-    assert not is_class_conditional(model)
+    assert not num_classes(model)
     assert condition_arguments(model, labels) == {}
     assert torch.equal(predict(model, *batch), model(sample, timesteps).sample)
     assert torch.equal(predict(model, *batch), predict(model, sample, timesteps, labels.flip(0)))
@@ -26,7 +26,7 @@ def test_unconditional_model_ignores_the_labels(tiny_dit, batch):
 
 def test_text_model_is_not_called_without_its_text(tiny_dit, batch):
     model = tiny_dit(conditioning="text", pooled_projection_dim=6)
-    assert not is_class_conditional(model)
+    assert not num_classes(model)
     with pytest.raises(UserError, match="pooled_projections"):
         predict(model, *batch)
 

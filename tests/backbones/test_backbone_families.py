@@ -212,9 +212,9 @@ def test_images_to_edit_behind_the_image_are_left_alone():
 
 
 def test_every_family_that_is_registered_is_tested_here():
-    from stagepatch.backbones.registry import _DESCRIPTIONS
+    from stagepatch.backbones.registry import _FAMILIES
 
-    assert set(_DESCRIPTIONS) == {name.split()[0] for name in FAMILIES}
+    assert set(_FAMILIES) == {name.split()[0] for name in FAMILIES}
 
 
 def test_qwenimage_that_embeds_two_timesteps_is_refused():

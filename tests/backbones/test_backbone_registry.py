@@ -12,7 +12,7 @@ from stagepatch.patch import Patch
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_DESCRIPTIONS", dict(registry._DESCRIPTIONS))
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
 
 
 class Child(DiT):

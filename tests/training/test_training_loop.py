@@ -115,7 +115,7 @@ def by_hand(config, patch_config, rate=lambda iteration: 1.0, flip=False):
         weight_decay=config.weight_decay,
     )
     scheduler = LambdaLR(optimizer, rate)
-    order = BatchOrder(len(dataset), config.batch_size, 0, config.steps, config.seed)
+    order = BatchOrder([range(len(dataset))], config.batch_size, 0, config.steps, config.seed)
     patches, records = [], []
     for iteration, indices in enumerate(order):
         size, generator = config.batch_size, generator_for(torch.device("cpu"), NOISE, config.seed, iteration)

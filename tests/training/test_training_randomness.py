@@ -18,7 +18,7 @@ def flat(order):
 
 @pytest.mark.parametrize(("items", "batch_size"), [(12, 4), (10, 4), (7, 5), (3, 8), (1, 2)])
 def test_every_epoch_is_a_permutation(items, batch_size):
-    indices = flat(BatchOrder(items, batch_size, 0, 5 * items, seed=1))
+    indices = flat(BatchOrder([range(items)], batch_size, 0, 5 * items, seed=1))
     epochs = [indices[first : first + items] for first in range(0, len(indices) - items + 1, items)]
     assert len(epochs) >= 5
     assert all(sorted(epoch) == list(range(items)) for epoch in epochs)
@@ -27,23 +27,23 @@ def test_every_epoch_is_a_permutation(items, batch_size):
 
 
 def test_batches_are_full_and_counted():
-    order = BatchOrder(10, 4, 3, 9, seed=1)
+    order = BatchOrder([range(10)], 4, 3, 9, seed=1)
     assert len(order) == len(list(order)) == 6
     assert {len(batch) for batch in order} == {4}
 
 
 @pytest.mark.parametrize("processes", [2, 3, 6])
 def test_shares_of_the_processes_make_up_the_batch(processes):
-    whole = list(BatchOrder(20, 6, 0, 15, seed=2))
-    shares = [list(BatchOrder(20, 6, 0, 15, 2, process, processes)) for process in range(processes)]
+    whole = list(BatchOrder([range(20)], 6, 0, 15, seed=2))
+    shares = [list(BatchOrder([range(20)], 6, 0, 15, 2, process, processes)) for process in range(processes)]
     assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == whole
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 13])
 def test_order_from_an_iteration_on_is_the_rest_of_the_whole(start):
-    whole = list(BatchOrder(17, 5, 0, 20, seed=3))
-    assert list(BatchOrder(17, 5, start, 20, seed=3)) == whole[start:]
-    assert list(BatchOrder(17, 6, start, 20, 3, 1, 2)) == list(BatchOrder(17, 6, 0, 20, 3, 1, 2))[start:]
+    whole = list(BatchOrder([range(17)], 5, 0, 20, seed=3))
+    assert list(BatchOrder([range(17)], 5, start, 20, seed=3)) == whole[start:]
+    assert list(BatchOrder([range(17)], 6, start, 20, 3, 1, 2)) == list(BatchOrder(17, 6, 0, 20, 3, 1, 2))[start:]
 
 
 def test_order_depends_on_the_seed_and_can_be_walked_twice():
@@ -109,3 +109,25 @@ def test_timesteps_cover_the_schedule_evenly():
     assert timesteps.max() <= 999
     counts = torch.histc(timesteps.float(), 10, 0, 1000)
     assert (counts - 480).abs().max() < 110  # five standard deviations
+
+
+# Groups
+
+GROUPS = [[0, 3, 4, 7, 9], [1, 2], [5, 6, 8, 10, 11, 12, 13]]
+
+
+def test_batches_out_of_groups_never_mix_them_and_show_every_item_in_an_epoch():
+    per_epoch = 2 + 1 + 3
+    for epoch in range(3):
+        batches = list(BatchOrder(GROUPS, 3, epoch * per_epoch, (epoch + 1) * per_epoch, seed=4))
+        assert all(len(batch) == 3 for batch in batches)
+        assert all(any(set(batch) <= set(group) for group in GROUPS) for batch in batches)
+        assert set(flat(batches)) == set(range(14))
+
+
+def test_batches_out_of_groups_are_the_same_wherever_a_run_starts_and_however_many_share_it():
+    whole = list(BatchOrder(GROUPS, 4, 0, 20, seed=5))
+    assert list(BatchOrder(GROUPS, 4, 7, 20, seed=5)) == whole[7:]
+    shares = [list(BatchOrder(GROUPS, 4, 0, 20, 5, process, 2)) for process in range(2)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == whole
+    assert list(BatchOrder(GROUPS, 4, 0, 20, seed=6)) != whole

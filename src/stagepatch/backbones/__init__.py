@@ -2,25 +2,24 @@
 
 from stagepatch.backbones import auraflow, dit, flux, lumina2, pixart, qwenimage, sana, sd3, unet, wan
 from stagepatch.backbones.base import Attention, Backbone, Extent, Site
-from stagepatch.backbones.calling import is_class_conditional, learns_sigma, null_label, predict, sample_shape
+from stagepatch.backbones.calling import learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.backbones.loading import load_denoiser, save_denoiser
 from stagepatch.backbones.registry import describe, find_denoiser, register
 
-for _name, _describe in {
-    "DiT": dit.describe_dit,
-    "DiTTransformer2DModel": dit.describe_diffusers_dit,
-    "UNet2DModel": unet.describe_unet,
-    "UNet2DConditionModel": unet.describe_unet,
-    "PixArtTransformer2DModel": pixart.describe_pixart,
-    "SD3Transformer2DModel": sd3.describe_sd3,
-    "FluxTransformer2DModel": flux.describe_flux,
-    "SanaTransformer2DModel": sana.describe_sana,
-    "Lumina2Transformer2DModel": lumina2.describe_lumina2,
-    "AuraFlowTransformer2DModel": auraflow.describe_auraflow,
-    "QwenImageTransformer2DModel": qwenimage.describe_qwenimage,
-    "WanTransformer3DModel": wan.describe_wan,
-}.items():
-    register(_name, _describe)
+register("DiT", dit.describe_dit)
+register("DiTTransformer2DModel", dit.describe_diffusers_dit)
+register("UNet2DModel", unet.describe_unet, unet.call_unet)
+register("UNet2DConditionModel", unet.describe_unet, unet.call_unet, unet.encode_captions)
+register("PixArtTransformer2DModel", pixart.describe_pixart, pixart.call_pixart, pixart.encode_captions)
+register("SD3Transformer2DModel", sd3.describe_sd3, encode_captions=sd3.encode_captions)
+register("FluxTransformer2DModel", flux.describe_flux, flux.call_flux, flux.encode_captions)
+register("SanaTransformer2DModel", sana.describe_sana, sana.call_sana, sana.encode_captions)
+register("Lumina2Transformer2DModel", lumina2.describe_lumina2, lumina2.call_lumina2, lumina2.encode_captions)
+register("AuraFlowTransformer2DModel", auraflow.describe_auraflow, auraflow.call_auraflow, auraflow.encode_captions)
+register(
+    "QwenImageTransformer2DModel", qwenimage.describe_qwenimage, qwenimage.call_qwenimage, qwenimage.encode_captions
+)
+register("WanTransformer3DModel", wan.describe_wan, wan.call_wan, wan.encode_captions)
 
 __all__ = [
     "Attention",
@@ -29,10 +28,10 @@ __all__ = [
     "Site",
     "describe",
     "find_denoiser",
-    "is_class_conditional",
     "learns_sigma",
     "load_denoiser",
     "null_label",
+    "num_classes",
     "predict",
     "register",
     "sample_shape",

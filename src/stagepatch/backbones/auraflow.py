@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from stagepatch.backbones.base import Backbone, block_sites, cut_image, width
+from stagepatch.backbones.registry import call_plainly
 
 
 def describe_auraflow(model: Any, sample_size: Any = None) -> Backbone:
@@ -24,3 +27,14 @@ def describe_auraflow(model: Any, sample_size: Any = None) -> Backbone:
         grid=grid,
         begin=begin,
     )
+
+
+def call_auraflow(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`."""
+    return call_plainly(model, sample, timesteps / 1000.0, condition)
+
+
+def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`. Padding is zeroed rather than masked."""
+    embeds, *_ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=pipe.device)
+    return {"encoder_hidden_states": embeds}

@@ -1,4 +1,4 @@
-"""How a denoiser is called: its condition's keyword, its null label, whether it predicts a variance."""
+"""How a denoiser is called, and what its config says of its condition and its output."""
 
 from __future__ import annotations
 
@@ -7,38 +7,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def condition_arguments(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
-    """Keyword arguments that carry class labels [B] to the model; none for an unconditional one."""
-    return {"class_labels": labels} if is_class_conditional(model) else {}
+from stagepatch.backbones.registry import family_of
 
 
-def is_class_conditional(model: nn.Module) -> bool:
-    """Whether the model takes class labels."""
-    return _config(model).get("conditioning") == "class"
+def num_classes(model: nn.Module) -> int:
+    """Classes that the model takes labels of; 0 where it takes none."""
+    config = _config(model)
+    if "conditioning" in config:
+        return int(config["num_classes"]) if config["conditioning"] == "class" else 0
+    # diffusers' DiT, and its U-Nets
+    return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
 
 
-def null_label(model: nn.Module) -> int:
-    """The label that stands for no label."""
-    return int(_config(model)["num_classes"])
+def null_label(model: nn.Module) -> int | None:
+    """The label that stands for no label; None where the model has none, as diffusers' U-Nets."""
+    config = _config(model)
+    has_null = "conditioning" in config or "num_embeds_ada_norm" in config
+    return num_classes(model) if has_null and num_classes(model) else None
 
 
 def learns_sigma(model: nn.Module) -> bool:
     """Whether the second half of the output's channels is the variance's interpolation."""
-    return bool(_config(model).get("learn_sigma", False))
+    config = _config(model)
+    if "learn_sigma" in config:
+        return bool(config["learn_sigma"])
+    is_packed = type(model).__name__ in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
+    return not is_packed and config.get("out_channels") == 2 * config["in_channels"]
 
 
 def sample_shape(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of the model's own sample size."""
     config = _config(model)
-    return config["in_channels"], config["sample_size"], config["sample_size"]
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
 
 
-def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-    """The model's output [B, C or 2C, H, W] for a sample [B, C, H, W] at timesteps [B]."""
-    arguments = condition_arguments(model, labels)
-    output: tuple[torch.Tensor, ...] = model(sample, timesteps, return_dict=False, **arguments)
-    return output[0]
+def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor | dict[str, Tensor]) -> Tensor:
+    """The model's output [B, C or 2C, H, W] for a sample [B, C, H, W] at timesteps [B].
+
+    Args:
+        condition: class labels [B], which an unconditional model is not told, or tensors by keyword, a row a sample.
+    """
+    if isinstance(condition, torch.Tensor):
+        condition = {"class_labels": condition} if num_classes(model) else {}
+    return family_of(type(model)).call(model, sample, timesteps, condition)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

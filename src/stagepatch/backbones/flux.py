@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stagepatch.backbones.base import Backbone, Extent, Grid, block_sites, patches, reference_size, width
+from stagepatch.backbones.packing import pack, unpack
 
 _PACKING = (2, 2)  # latent pixels that the pipeline packs into a token
 
@@ -55,3 +56,29 @@ def _grid(ids: Tensor) -> Grid:
     ids = ids[0] if ids.ndim == 3 else ids
     own = ids[ids[:, 0] == 0]
     return tuple(int(last) + 1 for last in own[:, 1:3].amax(dim=0).tolist())
+
+
+def call_flux(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. A model that was distilled under guidance is told a scale of 1, which is none."""
+    batch, _, height, width = sample.shape
+    ids = sample.new_zeros(height // 2, width // 2, 3)
+    ids[..., 1] += torch.arange(height // 2, device=sample.device)[:, None]
+    ids[..., 2] += torch.arange(width // 2, device=sample.device)
+    text_ids = sample.new_zeros(condition["encoder_hidden_states"].shape[1], 3)
+    guidance = sample.new_ones(batch) if model.config.guidance_embeds else None
+    output: tuple[Tensor, ...] = model(
+        pack(sample),
+        timestep=timesteps / 1000.0,
+        img_ids=ids.flatten(0, 1),
+        txt_ids=text_ids,
+        guidance=guidance,
+        return_dict=False,
+        **condition,
+    )
+    return unpack(output[0], height, width)
+
+
+def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`."""
+    embeds, pooled, _ = pipe.encode_prompt(captions, None, pipe.device)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}

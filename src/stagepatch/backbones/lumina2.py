@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from stagepatch.backbones.base import Backbone, Extent, block_sites, cut_image
+from stagepatch.backbones.registry import call_plainly
 
 
 def describe_lumina2(model: Any, sample_size: Any = None) -> Backbone:
@@ -30,3 +33,14 @@ def describe_lumina2(model: Any, sample_size: Any = None) -> Backbone:
         grid=grid,
         begin=begin,
     )
+
+
+def call_lumina2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. The model counts time from noise to image, and predicts x_start − noise."""
+    return -call_plainly(model, sample, 1.0 - timesteps / 1000.0, condition)
+
+
+def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`."""
+    embeds, mask, *_ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=pipe.device)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}

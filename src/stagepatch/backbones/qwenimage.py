@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from stagepatch.backbones.base import Backbone, Extent, block_sites, patches, reference_size, width
+from stagepatch.backbones.packing import pack, unpack
 from stagepatch.errors import UserError
 
 _PACKING = (2, 2)  # latent pixels that the pipeline packs into a token
@@ -38,3 +42,23 @@ def _begin(model: Any, arguments: dict[str, Any]) -> Extent:
     shape = arguments["img_shapes"][0]
     frames, height, width = shape[0] if isinstance(shape, list) else shape
     return Extent((frames * height, width))
+
+
+def call_qwenimage(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`."""
+    batch, _, height, width = sample.shape
+    output: tuple[Tensor, ...] = model(
+        pack(sample),
+        timestep=timesteps / 1000.0,
+        img_shapes=[[(1, height // 2, width // 2)]] * batch,
+        return_dict=False,
+        **condition,
+    )
+    return unpack(output[0], height, width)
+
+
+def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`."""
+    embeds, mask = pipe.encode_prompt(captions, pipe.device)
+    mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
+    return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask.bool()}

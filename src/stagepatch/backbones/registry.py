@@ -3,27 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stagepatch.backbones.base import Backbone
 from stagepatch.errors import UserError
 
 # (model, sample_size) -> description
 Describe = Callable[[Any, Any], Backbone]
-_DESCRIPTIONS: dict[str, Describe] = {}
+# (model, sample [B, C, H, W], timesteps [B] on the scheduler's scale, condition) -> output [B, C or 2C, H, W]
+Call = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
+# (pipeline without denoiser and VAE, captions) -> a denoiser's condition, each tensor a row per caption
+EncodeCaptions = Callable[[Any, list[str]], dict[str, Tensor]]
 
 
-def register(class_name: str, describe: Describe) -> None:
+def call_plainly(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """The way most models are called: the condition by keywords."""
+    output: tuple[Tensor, ...] = model(sample, timestep=timesteps, return_dict=False, **condition)
+    return output[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What there is to know of a class of models. To patch them, `describe` alone is needed; to train, all."""
+
+    describe: Describe
+    call: Call = call_plainly
+    encode_captions: EncodeCaptions | None = None
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(
+    class_name: str,
+    describe: Describe,
+    call: Call = call_plainly,
+    encode_captions: EncodeCaptions | None = None,
+) -> None:
     """Let models of a class (and its subclasses) be patched.
 
     Args:
         class_name: the class's `__name__`.
         describe: takes a model, on any device, and the reference size of its input (None: the model's own), and
             returns its description.
+        call: how training calls the model; see `Call`.
+        encode_captions: how training makes its condition of text; see `EncodeCaptions`.
     """
-    _DESCRIPTIONS[class_name] = describe
+    _FAMILIES[class_name] = Family(describe, call, encode_captions)
+
+
+def family_of(model_class: type) -> Family:
+    """What is registered for a class or the nearest of its parents.
+
+    Raises:
+        UserError: nothing is.
+    """
+    for parent in model_class.__mro__:
+        if parent.__name__ in _FAMILIES:
+            return _FAMILIES[parent.__name__]
+    name = model_class.__name__
+    raise UserError(
+        f"No description of {name} is known, so its sites cannot be found. Known: {', '.join(sorted(_FAMILIES))}. "
+        f"Describe it with stagepatch.backbones.register('{name}', function), as docs/adding-a-backbone.md shows."
+    )
 
 
 def describe(model: nn.Module, sample_size: Any = None) -> Backbone:
@@ -35,14 +80,7 @@ def describe(model: nn.Module, sample_size: Any = None) -> Backbone:
     Raises:
         UserError: no family is registered for the model's class or one of its parents.
     """
-    for parent in type(model).__mro__:
-        if parent.__name__ in _DESCRIPTIONS:
-            return _DESCRIPTIONS[parent.__name__](model, sample_size)
-    raise UserError(
-        f"No description of {type(model).__name__} is known, so its sites cannot be found. Known: "
-        f"{', '.join(sorted(_DESCRIPTIONS))}. Describe it with stagepatch.backbones.register('"
-        f"{type(model).__name__}', function), as docs/adding-a-backbone.md shows."
-    )
+    return family_of(type(model)).describe(model, sample_size)
 
 
 DENOISERS = ("transformer", "unet", "transformer_2", "prior", "decoder")

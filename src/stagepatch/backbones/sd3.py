@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from stagepatch.backbones.base import Backbone, block_sites, cut_image, separate_attention, width
 
 
@@ -27,3 +29,9 @@ def describe_sd3(model: Any, sample_size: Any = None) -> Backbone:
         grid=grid,
         begin=begin,
     )
+
+
+def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`."""
+    embeds, _, pooled, _ = pipe.encode_prompt(captions, None, None, pipe.device, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from stagepatch.backbones.base import (
     Attention,
     Backbone,
@@ -14,6 +16,7 @@ from stagepatch.backbones.base import (
     separate_attention,
     square,
 )
+from stagepatch.backbones.registry import call_plainly
 
 
 def describe_unet(model: Any, sample_size: Any = None) -> Backbone:
@@ -86,3 +89,24 @@ def _self_attention_in(block: Any, path: str) -> Attention | None:
 def _self_attention(module: Any, path: str) -> Attention | None:
     added = getattr(module, "added_kv_proj_dim", None) is not None
     return None if added or module.is_cross_attention else separate_attention(module, path)
+
+
+def call_unet(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. SDXL is told the sample's own size, uncropped, as an image of eight times its size."""
+    if "text_embeds" in condition:
+        text_embeds = condition["text_embeds"]
+        size = [8.0 * length for length in sample.shape[2:]]
+        time_ids = sample.new_tensor([*size, 0.0, 0.0, *size]).repeat(len(sample), 1)
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        rest = {name: value for name, value in condition.items() if name != "text_embeds"}
+        return call_plainly(model, sample, timesteps, {**rest, "added_cond_kwargs": added})
+    return call_plainly(model, sample, timesteps, condition)
+
+
+def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`. SDXL has a second text encoder, and a pooled embedding."""
+    if hasattr(pipe, "text_encoder_2"):
+        embeds, _, pooled, _ = pipe.encode_prompt(captions, None, pipe.device, 1, False)
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+    embeds, _ = pipe.encode_prompt(captions, pipe.device, 1, False)
+    return {"encoder_hidden_states": embeds}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from stagepatch.backbones.base import Backbone, Extent, block_sites, patches, reference_size, width
+from stagepatch.backbones.registry import call_plainly
 
 _SAMPLE_SIZE = (21, 60, 104)  # latents of 81 frames of 480×832
 
@@ -28,3 +31,16 @@ def describe_wan(model: Any, sample_size: Any = None) -> Backbone:
         grid=grid,
         begin=begin,
     )
+
+
+def call_wan(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. A picture [B, C, H, W] is a video of one frame."""
+    if sample.ndim == 5:
+        return call_plainly(model, sample, timesteps, condition)
+    return call_plainly(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
+
+
+def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`."""
+    embeds, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=pipe.device)
+    return {"encoder_hidden_states": embeds}

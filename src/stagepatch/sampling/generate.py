@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Generator, Tensor, nn
 
-from stagepatch.backbones import is_class_conditional, learns_sigma, null_label, predict, sample_shape
+from stagepatch.backbones import learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.errors import UserError
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.scheduler import make_sampler
@@ -20,9 +20,7 @@ from stagepatch.sampling.scheduler import make_sampler
 
 def balanced_labels(model: nn.Module, num_images: int) -> Tensor:
     """Labels 0, 1, …, num_classes − 1, 0, …: [num_images]; zeros for an unconditional model."""
-    if not is_class_conditional(model):
-        return torch.zeros(num_images, dtype=torch.long)
-    return torch.arange(num_images) % null_label(model)
+    return torch.arange(num_images) % max(1, num_classes(model))
 
 
 @torch.no_grad()
@@ -48,8 +46,8 @@ def generate(
     Raises:
         UserError: an unknown scheduler, guidance on an unconditional model, or other than num_images labels.
     """
-    if config.guidance_scale != 1.0 and not is_class_conditional(model):
-        raise UserError(f"guidance_scale={config.guidance_scale} needs a model conditioned on classes; use 1.")
+    if config.guidance_scale != 1.0 and null_label(model) is None:
+        raise UserError(f"guidance_scale={config.guidance_scale} needs a model with a label for no class; use 1.")
     labels = balanced_labels(model, config.num_images) if labels is None else labels
     if len(labels) != config.num_images:
         raise UserError(f"{len(labels)} labels for num_images={config.num_images}.")
@@ -104,7 +102,7 @@ def _guided(model: nn.Module, sample: Tensor, timestep: Tensor, labels: Tensor, 
     if config.guidance_scale == 1.0:
         return predict(model, sample, timestep.expand(len(sample)), labels)
     both = torch.cat([sample, sample])
-    both_labels = torch.cat([labels, torch.full_like(labels, null_label(model))])
+    both_labels = torch.cat([labels, torch.full_like(labels, null_label(model) or 0)])
     conditional, unconditional = predict(model, both, timestep.expand(len(both)), both_labels).chunk(2)
     channels = config.guidance_channels or sample.shape[1]
     guided = unconditional + config.guidance_scale * (conditional - unconditional)

@@ -18,14 +18,15 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stagepatch.backbones import is_class_conditional, null_label, predict
+from stagepatch.backbones import predict
 from stagepatch.diffusion import Objective
 from stagepatch.errors import UserError
 from stagepatch.methods import Method
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from stagepatch.training.config import TrainingConfig
+from stagepatch.training.draws import Conditions, Draws, draw
 from stagepatch.training.log import RunLog
-from stagepatch.training.randomness import GLOBAL, NOISE, BatchOrder, generator_for, seed_for
+from stagepatch.training.randomness import GLOBAL, BatchOrder, seed_for
 from stagepatch.training.signals import Interrupted, StopSignals
 
 # Settings that may change when a run goes on: they decide nothing of its result.
@@ -47,13 +48,14 @@ class DenoisingLoss(nn.Module):
         self.trained = trained
         self.method = method
         self.objective = objective
+        self.dtype = next(model.parameters()).dtype
 
     def forward(
-        self, x_start: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor
+        self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and scalars to log."""
-        x_t = self.objective.add_noise(x_start, noise, timesteps)
-        output = predict(self.model, x_t, self.objective.model_timesteps(timesteps), labels)
+        x_t = self.objective.add_noise(x_start, noise, timesteps).to(self.dtype)
+        output = predict(self.model, x_t, self.objective.model_timesteps(timesteps), condition)
         loss = self.objective.loss(output, x_start, noise, timesteps).mean()
         extra, logged = self.method.extra_loss()
         return loss if extra is None else loss + extra, {"loss": loss.detach(), **logged}
@@ -76,7 +78,8 @@ def train(
 
     Args:
         model: the denoiser; on return the method's result is on it.
-        dataset: items {"image": [C, H, W], "label": int}.
+        dataset: items {"image": [C, H, W], "label": int}; see `draws.draw` for what else they may hold. With a
+            method `groups()`, indices of items of equal shape, every batch is out of one group.
         identity: further settings that a resumed run must share.
         horizontal_flip: mirror each image with probability ½.
         on_start: called by the main process when settings and checkpoint are accepted, before the first step.
@@ -106,6 +109,7 @@ def train(
         model.compile()
     step = accelerator.prepare(DenoisingLoss(model, method, objective, nn.ParameterList(parameters)))
     loader = _loader(dataset, config, start, accelerator, num_workers)
+    conditions = Conditions(model, dataset)
     is_main = accelerator.is_main_process
     if is_main and on_start is not None:
         on_start()
@@ -120,7 +124,7 @@ def train(
         for iteration, batch in enumerate(loader, start):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(iteration)
-            draws = _draw(batch, config, objective, model, iteration, horizontal_flip, accelerator)
+            draws = draw(batch, config, objective, conditions, iteration, horizontal_flip, accelerator)
             logged = _backward(step, draws, config.gradient_accumulation_steps, accelerator)
             logged["grad_norm"] = _clip(parameters, config.max_grad_norm, optimizer, accelerator)
             _optimizer_step(optimizer, accelerator)
@@ -206,8 +210,9 @@ def _loader(
     accelerator: Accelerator,
     num_workers: int,
 ) -> DataLoader[dict[str, Any]]:
+    groups = getattr(dataset, "groups", None)
     order = BatchOrder(
-        len(dataset),  # type: ignore[arg-type]
+        groups() if groups is not None else [range(len(dataset))],  # type: ignore[arg-type]
         config.batch_size,
         start,
         config.steps,
@@ -218,49 +223,13 @@ def _loader(
     return DataLoader(dataset, batch_sampler=order, num_workers=num_workers)
 
 
-def _draw(
-    batch: dict[str, Tensor],
-    config: TrainingConfig,
-    objective: Objective,
-    model: nn.Module,
-    iteration: int,
-    horizontal_flip: bool,
-    accelerator: Accelerator,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This process's x_start, noise, timesteps and labels.
-
-    Drawn for the whole batch, of which a process takes its rows: the number of processes changes nothing.
-    """
-    device = accelerator.device
-    torch.manual_seed(seed_for(GLOBAL, config.seed, accelerator.process_index, iteration))
-    generator = generator_for(device, NOISE, config.seed, iteration)
-    images, labels = batch["image"].to(device), batch["label"].to(device)
-    share = len(images)
-    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    size = config.batch_size
-    timesteps = objective.draw_timesteps(size, generator)[own]
-    noise = torch.randn(size, *images.shape[1:], generator=generator, device=device)[own]
-    if horizontal_flip:
-        flipped = torch.rand(size, generator=generator, device=device)[own] < 0.5
-        images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
-    if is_class_conditional(model):
-        if int(batch["label"].max()) >= null_label(model):
-            raise UserError(
-                f"The data have label {int(batch['label'].max())}, but the model knows {null_label(model)} classes."
-            )
-        dropped = torch.rand(size, generator=generator, device=device)[own] < config.label_dropout
-        labels = torch.where(dropped, null_label(model), labels)
-    return images, noise, timesteps, labels
-
-
-def _backward(step: nn.Module, draws: tuple[Tensor, ...], parts: int, accelerator: Accelerator) -> dict[str, Tensor]:
+def _backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerator) -> dict[str, Tensor]:
     """Gradients of the mean loss over `parts` pieces of the batch; the scalars to log, averaged over them."""
     totals: dict[str, Tensor] = {}
-    pieces = zip(*(draw.chunk(parts) for draw in draws), strict=True)
-    for index, piece in enumerate(pieces):
+    for index, piece in enumerate(draws.split(parts)):
         last = index == parts - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(step):
-            loss, logged = step(*piece)
+            loss, logged = step(piece.x_start, piece.noise, piece.timesteps, piece.condition)
             accelerator.backward(loss / parts)
         for name, value in logged.items():
             totals[name] = totals.get(name, 0.0) + value / parts

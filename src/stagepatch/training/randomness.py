@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,17 +29,19 @@ def generator_for(device: torch.device, *parts: int) -> Generator:
 class BatchOrder(Sampler[list[int]]):
     """Dataset indices of each iteration's share of one process.
 
-    The data are shuffled anew for every epoch; epochs follow one another without a gap, so every batch is full.
+    With one group, the data are shuffled anew for every epoch, and epochs follow one another without a gap, so every
+    batch is full. With several, every batch is out of one group; in an epoch each group gives as many batches as it
+    needs to show each item, the last one filled up with its first items, and the batches are shuffled.
 
     Args:
-        num_items: items of the dataset.
+        groups: indices of items that a batch may hold together.
         batch_size: of all processes together.
         start, stop: iterations.
         seed: of the shuffles.
         process, num_processes: which share.
     """
 
-    num_items: int
+    groups: Sequence[Sequence[int]]
     batch_size: int
     start: int
     stop: int
@@ -50,16 +53,42 @@ class BatchOrder(Sampler[list[int]]):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
+        batches = self._gapless() if len(self.groups) == 1 else self._by_group()
         share = self.batch_size // self.num_processes
-        epoch, order = -1, torch.empty(0)
+        for batch in batches:
+            yield batch[self.process * share : (self.process + 1) * share]
+
+    def _gapless(self) -> Iterator[list[int]]:
+        (group,) = self.groups
+        epoch, order = -1, []
         for iteration in range(self.start, self.stop):
-            first = iteration * self.batch_size + self.process * share
-            indices = []
-            for position in range(first, first + share):
-                if position // self.num_items != epoch:
-                    epoch = position // self.num_items
-                    order = torch.randperm(
-                        self.num_items, generator=generator_for(torch.device("cpu"), ORDER, self.seed, epoch)
-                    )
-                indices.append(int(order[position % self.num_items]))
-            yield indices
+            batch = []
+            for position in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
+                if position // len(group) != epoch:
+                    epoch = position // len(group)
+                    order = self._shuffled(len(group), epoch)
+                batch.append(group[order[position % len(group)]])
+            yield batch
+
+    def _by_group(self) -> Iterator[list[int]]:
+        per_epoch = sum(math.ceil(len(group) / self.batch_size) for group in self.groups)
+        epoch, batches = -1, []
+        for iteration in range(self.start, self.stop):
+            if iteration // per_epoch != epoch:
+                epoch = iteration // per_epoch
+                batches = self._batches_of(epoch)
+            yield batches[iteration % per_epoch]
+
+    def _batches_of(self, epoch: int) -> list[list[int]]:
+        batches = []
+        for number, group in enumerate(self.groups):
+            order = self._shuffled(len(group), epoch, number)
+            for first in range(0, len(group), self.batch_size):
+                positions = [order[place % len(group)] for place in range(first, first + self.batch_size)]
+                batches.append([group[position] for position in positions])
+        return [batches[place] for place in self._shuffled(len(batches), epoch, len(self.groups))]
+
+    def _shuffled(self, count: int, *parts: int) -> list[int]:
+        generator = generator_for(torch.device("cpu"), ORDER, self.seed, *parts)
+        order: list[int] = torch.randperm(count, generator=generator).tolist()
+        return order

@@ -1,0 +1,138 @@
+"""Images of any source, as tensors of a chosen size; those that cannot be read are left out."""
+
+from __future__ import annotations
+
+import logging
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from stagepatch.data.config import DataConfig
+from stagepatch.data.preprocess import (
+    bucket_sizes,
+    center_crop_adm,
+    fit_to_bucket,
+    nearest_bucket,
+    to_tensor,
+    upright,
+    upright_size,
+)
+from stagepatch.data.source import BROKEN, Source
+from stagepatch.errors import UserError
+
+_LOGGER = logging.getLogger("stagepatch")
+_NAMED = 3
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Items {"image": [C, H, W] in [−1, 1], "label": int, "caption": str}.
+
+    Every header is read once, at the start; what is broken is named in one warning and left out. An image whose
+    pixels turn out to be broken is replaced, at its own size, by the next good one, with a warning of its own.
+
+    Args:
+        source: where the images come from.
+        config: their size, crop, channels, and how many may be broken.
+
+    Raises:
+        UserError: more than `config.max_broken` images are broken (at the start, or once an item shows it), none is
+            left, or the config does not make sense.
+    """
+
+    def __init__(self, source: Source, config: DataConfig) -> None:
+        if config.channels not in (1, 3):
+            raise UserError(f"channels={config.channels} must be 1 (grey) or 3 (colour).")
+        for name, lowest in (("image_size", 1), ("max_broken", 0)):
+            if getattr(config, name) < lowest:
+                raise UserError(f"{name}={getattr(config, name)} must be at least {lowest}.")
+        self.source = source
+        self.config = config
+        self._buckets = [(config.image_size, config.image_size)]
+        if config.crop == "buckets":
+            self._buckets = bucket_sizes(config.image_size, config.bucket_step)
+        self._indices: list[int] = []
+        self._sizes: list[tuple[int, int]] = []
+        self._broken: list[str] = []
+        self._read_headers()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        for candidate in chain(range(index, len(self)), range(index)):
+            if self._undecodable[candidate]:
+                continue
+            try:
+                return self._item(candidate, self._sizes[index])
+            except UserError:
+                raise
+            except BROKEN as error:
+                self._undecodable[candidate] = True
+                self._check_count(error)
+                broken = self._describe(self._indices[candidate], error)
+                _LOGGER.warning("An image cannot be decoded; the next good one replaces it: %s", broken)
+        raise self._refusal()
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) [pixels] of each item, known from the headers."""
+        return list(self._sizes)
+
+    def stamp(self) -> list[str]:
+        """The source's stamps of these items."""
+        stamps = self.source.stamp()
+        return [stamps[index] for index in self._indices]
+
+    def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
+        index = self._indices[candidate]
+        with self.source.load(index) as file:
+            image = upright(file, self.config.channels)
+        if self.config.crop == "buckets":
+            image = fit_to_bucket(image, size)
+        else:
+            image = center_crop_adm(image, self.config.image_size)
+        return {"image": to_tensor(image), "label": self.source.label(index), "caption": self.source.caption(index)}
+
+    def _read_headers(self) -> None:
+        for index in range(len(self.source)):
+            try:
+                with self.source.load(index) as file:
+                    height, width = upright_size(file)
+                    file.verify()
+            except UserError:
+                raise
+            except BROKEN as error:
+                self._broken.append(self._describe(index, error))
+                continue
+            self._indices.append(index)
+            self._sizes.append(nearest_bucket(width, height, self._buckets))
+        # In shared memory, so that loading processes count together.
+        self._undecodable = torch.zeros(len(self._indices), dtype=torch.bool).share_memory_()
+        self._check_count()
+        if not self._indices:
+            raise self._refusal()
+        if self._broken:
+            _LOGGER.warning(
+                "%d of %d images cannot be read and are left out: %s",
+                len(self._broken),
+                len(self.source),
+                "; ".join(self._broken),
+            )
+
+    def _describe(self, index: int, error: BaseException | str) -> str:
+        return f"{self.source.name(index)} ({error})"
+
+    def _check_count(self, error: BaseException | None = None) -> None:
+        if len(self._broken) + int(self._undecodable.sum()) > self.config.max_broken:
+            raise self._refusal() from error
+
+    def _refusal(self) -> UserError:
+        undecodable = (self._indices[index] for index in self._undecodable.nonzero().flatten().tolist())
+        broken = self._broken + [self._describe(index, "cannot be decoded") for index in undecodable]
+        named = "; ".join(broken[:_NAMED]) + ("; …" if len(broken) > _NAMED else "")
+        way_out = "repair or remove them"
+        if len(broken) < len(self.source):
+            way_out += f", or raise data.max_broken={self.config.max_broken}"
+        return UserError(f"Cannot read {len(broken)} of {len(self.source)} images: {named}: {way_out}.")

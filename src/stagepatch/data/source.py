@@ -1,0 +1,37 @@
+"""What a source of images gives, item by item."""
+
+from __future__ import annotations
+
+import struct
+from typing import Protocol
+
+from PIL import Image
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises on files that it cannot read."""
+
+
+class Source(Protocol):
+    """Images with labels and captions, in a fixed order; usable from several loading processes at once."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+
+    def load(self, index: int) -> Image.Image:
+        """The image, opened: header read, pixels not yet decoded.
+
+        Raises:
+            one of BROKEN: it is not an image that can be read.
+        """
+
+    def label(self, index: int) -> int:
+        """The class; 0 where there are none."""
+
+    def caption(self, index: int) -> str:
+        """The caption; '' where there is none."""
+
+    def name(self, index: int) -> str:
+        """The file or row, for messages."""
+
+    def stamp(self) -> list[str]:
+        """A string for each item that changes when its file does, found without reading images."""

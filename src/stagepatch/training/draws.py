@@ -1,0 +1,118 @@
+"""What an iteration draws: the share of x_start, noise, timesteps and condition of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Generator, Tensor, nn
+
+from stagepatch.backbones import null_label, num_classes
+from stagepatch.diffusion import Objective
+from stagepatch.errors import UserError
+from stagepatch.training.config import TrainingConfig
+from stagepatch.training.randomness import GLOBAL, NOISE, generator_for, seed_for
+
+
+@dataclass
+class Draws:
+    """x_start and noise [B, C, H, W], timesteps [B], and the condition, each tensor a row a sample."""
+
+    x_start: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    condition: dict[str, Tensor]
+
+    def split(self, parts: int) -> Iterator[Draws]:
+        """In pieces of equal size."""
+        size = len(self.x_start) // parts
+        for first in range(0, len(self.x_start), size):
+            rows = slice(first, first + size)
+            condition = {name: value[rows] for name, value in self.condition.items()}
+            yield Draws(self.x_start[rows], self.noise[rows], self.timesteps[rows], condition)
+
+
+class Conditions:
+    """A batch's condition as the model takes it, and what stands for no condition (arXiv 2207.12598).
+
+    Args:
+        dataset: one of captions has a `null_condition`, that of the empty caption.
+    """
+
+    def __init__(self, model: nn.Module, dataset: Any) -> None:
+        self.dtype = next(model.parameters()).dtype
+        self.classes, self.null_label = num_classes(model), null_label(model)
+        self.null_condition: dict[str, Tensor] | None = getattr(dataset, "null_condition", None)
+
+    def of(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
+        """The condition of each sample, or none where `dropped` [B]."""
+        if "condition" in batch:
+            return {name: self._caption(name, value, dropped) for name, value in batch["condition"].items()}
+        if not self.classes:
+            return {}
+        labels: Tensor = batch["label"]
+        if int(labels.max()) >= self.classes:
+            raise UserError(f"The data have label {int(labels.max())}, but the model knows {self.classes} classes.")
+        labels = labels.to(dropped.device)
+        return {"class_labels": labels if self.null_label is None else torch.where(dropped, self.null_label, labels)}
+
+    def _caption(self, name: str, value: Tensor, dropped: Tensor) -> Tensor:
+        value = value.to(dropped.device)
+        if self.null_condition is not None:
+            null = self.null_condition[name].to(dropped.device)
+            value = torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null, value)
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+
+def draw(
+    batch: dict[str, Any],
+    config: TrainingConfig,
+    objective: Objective,
+    conditions: Conditions,
+    iteration: int,
+    horizontal_flip: bool,
+    accelerator: Accelerator,
+) -> Draws:
+    """This process's draws.
+
+    Drawn for the whole batch, of which a process takes its rows: the number of processes changes nothing.
+
+    Args:
+        batch: "image" [B, C, H, W] and "label" [B]; or of latents, mean "image" and standard deviation "std" of the
+            encoder's posterior, with "image_flipped" and "std_flipped" those of the mirrored image; with captions,
+            "condition", tensors by keyword.
+    """
+    device = accelerator.device
+    torch.manual_seed(seed_for(GLOBAL, config.seed, accelerator.process_index, iteration))
+    generator = generator_for(device, NOISE, config.seed, iteration)
+    share = len(batch["image"])
+    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    size = config.batch_size
+    timesteps = objective.draw_timesteps(size, generator)[own]
+    noise = torch.randn(size, *batch["image"].shape[1:], generator=generator, device=device)[own]
+    flipped = torch.zeros(share, dtype=torch.bool, device=device)
+    if horizontal_flip:
+        flipped = torch.rand(size, generator=generator, device=device)[own] < 0.5
+    dropped = torch.zeros(share, dtype=torch.bool, device=device)
+    if conditions.null_label is not None or conditions.null_condition is not None:
+        dropped = torch.rand(size, generator=generator, device=device)[own] < config.label_dropout
+    x_start = _x_start(batch, flipped, size, own, generator)
+    return Draws(x_start, noise, timesteps, conditions.of(batch, dropped))
+
+
+def _x_start(batch: dict[str, Any], flipped: Tensor, size: int, own: slice, generator: Generator) -> Tensor:
+    images = _either_way(batch, "image", flipped)
+    if "std" not in batch:
+        return images
+    noise = torch.randn(size, *images.shape[1:], generator=generator, device=images.device)[own]
+    return images + _either_way(batch, "std", flipped) * noise
+
+
+def _either_way(batch: dict[str, Any], name: str, flipped: Tensor) -> Tensor:
+    values: Tensor = batch[name].to(flipped.device, torch.float32)
+    mirrored = batch.get(f"{name}_flipped")
+    mirrored = values.flip(-1) if mirrored is None else mirrored.to(values.device, torch.float32)
+    return torch.where(flipped.view(-1, *[1] * (values.ndim - 1)), mirrored, values)

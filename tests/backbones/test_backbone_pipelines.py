@@ -1,0 +1,119 @@
+"""What must hold in the whole pipelines of diffusers: saved, loaded, patched and called."""
+
+import pytest
+import torch
+
+from stagepatch.patch import Patch, PatchConfig
+from tests.tiny import FAMILIES
+from tests.tiny_pipelines import PIPELINES, PROMPT
+
+WOLVES = "Seven wölves, howling!"
+
+# Reference sizes [latent pixels] other than their own, for pipelines that make images of one size alone.
+OTHER_REFERENCE = {"DiTTransformer2DModel": [12, 12], "UNet2DModel": [12, 8]}
+
+
+@pytest.fixture(params=list(PIPELINES))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def tiny(name):
+    return PIPELINES[name]
+
+
+def draw(patch, seed=3):
+    """Prompts so large that they can be seen in the images."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for prompts in patch.prompts:
+            prompts.copy_(20 * torch.randn(prompts.shape, generator=generator))
+
+
+def differ(images, others):
+    """By more than another order of summation would make them."""
+    return not torch.allclose(images, others, rtol=0, atol=1e-3)
+
+
+def test_saved_and_loaded_pipeline_makes_the_same_images(tiny, tmp_path):
+    pipe = tiny.build()
+    images = tiny.call(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = tiny.load(tmp_path)
+    assert type(loaded) is type(pipe)
+    assert {key: type(part) for key, part in loaded.components.items()} == {
+        key: type(part) for key, part in pipe.components.items()
+    }
+    assert torch.equal(tiny.call(loaded), images)
+
+
+def test_seed_and_caption_reach_the_images(tiny):
+    pipe = tiny.build()
+    images = tiny.call(pipe)
+    assert images.isfinite().all()
+    assert images.shape[-2:] == tiny.pixels
+    assert torch.equal(tiny.call(pipe), images)
+    assert differ(tiny.call(pipe, seed=1), images)
+    if tiny.is_prompted:
+        assert not torch.allclose(tiny.call(pipe, prompt=WOLVES), images, rtol=0, atol=1e-4)
+
+
+def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(tiny, tmp_path):
+    pipe = tiny.build()
+    base = tiny.call(pipe)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    patch = Patch.create(pipe, PatchConfig(sample_size=tiny.sample_size))
+    attachment = patch.attach(pipe)
+    assert torch.equal(tiny.call(pipe), base)
+    draw(patch)
+    patched = tiny.call(pipe)
+    assert patched.isfinite().all()
+    assert differ(patched, base)
+    patch.save_pretrained(tmp_path / "patch")
+    attachment.detach()
+    assert torch.equal(tiny.call(pipe), base)
+
+    loaded = tiny.load(tmp_path / "pipeline")
+    with Patch.from_pretrained(tmp_path / "patch").attach(loaded):
+        assert torch.equal(tiny.call(loaded), patched)
+    assert torch.equal(tiny.call(loaded), base)
+
+
+def test_patch_works_at_another_size_than_its_own(name, tiny):
+    pipe = tiny.build()
+    height, width = tiny.other_pixels or tiny.pixels
+    base = tiny.call(pipe, height=height, width=width)
+    assert base.shape[-2:] == (height, width)
+    patch = Patch.create(pipe, PatchConfig(sample_size=OTHER_REFERENCE.get(name, tiny.sample_size)))
+    with patch.attach(pipe):
+        assert torch.equal(tiny.call(pipe, height=height, width=width), base)
+        draw(patch)
+        assert differ(tiny.call(pipe, height=height, width=width), base)
+    assert torch.equal(tiny.call(pipe, height=height, width=width), base)
+
+
+def test_captions_of_different_lengths_are_patched_side_by_side(tiny):
+    if not tiny.is_prompted:
+        pytest.skip("takes no captions")
+    pipe = tiny.build()
+    captions = tiny.of([PROMPT, WOLVES])
+    base = tiny.call(pipe, **captions)
+    assert len(base) == 2
+    patch = Patch.create(pipe, PatchConfig(sample_size=tiny.sample_size))
+    with patch.attach(pipe):
+        assert torch.equal(tiny.call(pipe, **captions), base)
+        draw(patch)
+        patched = tiny.call(pipe, **captions)
+    for row in range(2):
+        assert differ(patched[row], base[row])
+
+
+def test_every_family_of_diffusers_has_a_pipeline_here():
+    assert set(PIPELINES) == set(FAMILIES) - {"DiT"}
+
+
+def test_qwenimage_drops_just_the_tokens_of_its_template():
+    pipe = PIPELINES["QwenImageTransformer2DModel"].build()
+    before, _ = pipe.prompt_template_encode.split("{}")
+    assert len(pipe.tokenizer(before).input_ids) == pipe.prompt_template_encode_start_idx
