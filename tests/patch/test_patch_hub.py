@@ -82,7 +82,7 @@ class StandIn(BaseHTTPRequestHandler):
             return self.reply(content, headers={"ETag": f'"{etag}"', "X-Repo-Commit": "0" * 39 + "1"})
         return self.missing()
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def describe(model, sample_size):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setattr(registry, "_DESCRIPTIONS", {})
+    monkeypatch.setattr(registry, "_FAMILIES", {})
     registry.register("Keywords", describe)
 
 

@@ -190,7 +190,7 @@ def test_samplers_that_cannot_be(tiny_dit, choices, message):
 
 def test_guidance_without_classes_and_a_wrong_number_of_labels(tiny_dit):
     scheduler = make_scheduler(ObjectiveConfig())
-    with pytest.raises(UserError, match="conditioned on classes"):
+    with pytest.raises(UserError, match="label for no class"):
         generate(tiny_dit(conditioning="none", num_classes=None), scheduler, config(guidance_scale=2.0))
     with pytest.raises(UserError, match="3 labels for num_images=5"):
         generate(tiny_dit(), scheduler, config(), torch.zeros(3, dtype=torch.long))

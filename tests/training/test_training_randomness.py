@@ -8,7 +8,8 @@ import torch
 from training_runs import make_dataset, make_model, make_objective
 
 from stagepatch.training import TrainingConfig
-from stagepatch.training.loop import _draw
+from stagepatch.training.draws import Conditions
+from stagepatch.training.draws import draw as draw_batch
 from stagepatch.training.randomness import GLOBAL, NOISE, ORDER, BatchOrder, generator_for, seed_for
 
 
@@ -43,13 +44,16 @@ def test_shares_of_the_processes_make_up_the_batch(processes):
 def test_order_from_an_iteration_on_is_the_rest_of_the_whole(start):
     whole = list(BatchOrder([range(17)], 5, 0, 20, seed=3))
     assert list(BatchOrder([range(17)], 5, start, 20, seed=3)) == whole[start:]
-    assert list(BatchOrder([range(17)], 6, start, 20, 3, 1, 2)) == list(BatchOrder(17, 6, 0, 20, 3, 1, 2))[start:]
+    assert (
+        list(BatchOrder([range(17)], 6, start, 20, 3, 1, 2))
+        == list(BatchOrder([range(17)], 6, 0, 20, 3, 1, 2))[start:]
+    )
 
 
 def test_order_depends_on_the_seed_and_can_be_walked_twice():
-    order = BatchOrder(50, 10, 0, 5, seed=4)
+    order = BatchOrder([range(50)], 10, 0, 5, seed=4)
     assert list(order) == list(order)
-    assert list(order) != list(BatchOrder(50, 10, 0, 5, seed=5))
+    assert list(order) != list(BatchOrder([range(50)], 10, 0, 5, seed=5))
 
 
 def test_seeds_of_different_places_differ():
@@ -75,7 +79,9 @@ def draw(iteration=0, process=0, processes=1, flip=True, **choices):
     own = slice(process * share, (process + 1) * share)
     batch = {"image": dataset.images[own], "label": dataset.labels[own]}
     accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=process)
-    return _draw(batch, config, make_objective(), make_model(), iteration, flip, accelerator)
+    conditions = Conditions(make_model(), dataset)
+    draws = draw_batch(batch, config, make_objective(), conditions, iteration, flip, accelerator)
+    return draws.x_start, draws.noise, draws.timesteps, draws.condition["class_labels"]
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -109,6 +115,53 @@ def test_timesteps_cover_the_schedule_evenly():
     assert timesteps.max() <= 999
     counts = torch.histc(timesteps.float(), 10, 0, 1000)
     assert (counts - 480).abs().max() < 110  # five standard deviations
+
+
+# Latents and captions
+
+
+def draw_latents(flip=False, dropout=0.0, iteration=0):
+    model, size = make_model(), 4000
+    ones = torch.ones(size, 1, 8, 8)
+    batch = {
+        "image": 2.0 * ones,
+        "std": 0.5 * ones,
+        "image_flipped": -2.0 * ones,
+        "std_flipped": 0.0 * ones,
+        "label": torch.zeros(size, dtype=torch.long),
+        "condition": {"text": torch.ones(size, 3, 5), "mask": torch.ones(size, 3, dtype=torch.bool)},
+    }
+    null = {"text": torch.zeros(3, 5), "mask": torch.zeros(3, dtype=torch.bool)}
+    dataset = SimpleNamespace(null_condition=null)
+    config = TrainingConfig(batch_size=size, label_dropout=dropout)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=0)
+    return draw_batch(batch, config, make_objective(), Conditions(model, dataset), iteration, flip, accelerator)
+
+
+def test_latents_are_drawn_from_their_posterior_anew_each_time():
+    first, later = draw_latents(), draw_latents(iteration=1)
+    assert abs(first.x_start.mean() - 2.0) < 0.01
+    assert abs(first.x_start.std() - 0.5) < 0.01
+    assert not torch.equal(first.x_start, later.x_start)
+    assert torch.equal(first.x_start, draw_latents().x_start)
+    # Its noise is not the diffusion's.
+    assert abs(torch.corrcoef(torch.stack([first.x_start.flatten(), first.noise.flatten()]))[0, 1]) < 0.01
+
+
+def test_mirrored_latents_are_those_of_the_mirrored_image():
+    x_start = draw_latents(flip=True).x_start
+    mirrored = (x_start == -2.0).flatten(1).all(dim=1)
+    assert 0.45 < mirrored.float().mean() < 0.55
+    assert (x_start[~mirrored] > 0).float().mean() > 0.99
+
+
+def test_captions_are_dropped_whole_and_as_often_as_asked():
+    condition = draw_latents(dropout=0.25).condition
+    dropped = ~condition["mask"][:, 0]
+    assert 0.22 < dropped.float().mean() < 0.28
+    for name in ("text", "mask"):
+        assert (condition[name][dropped] == 0).all()
+        assert (condition[name][~dropped] == 1).all()
 
 
 # Groups

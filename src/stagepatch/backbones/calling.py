@@ -15,14 +15,15 @@ def num_classes(model: nn.Module) -> int:
     config = _config(model)
     if "conditioning" in config:
         return int(config["num_classes"]) if config["conditioning"] == "class" else 0
-    # diffusers' DiT, and its U-Nets
-    return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 0)
+    if _is_diffusers_dit(config):
+        return int(config["num_embeds_ada_norm"])
+    return int(config.get("num_class_embeds") or 0)
 
 
 def null_label(model: nn.Module) -> int | None:
     """The label that stands for no label; None where the model has none, as diffusers' U-Nets."""
     config = _config(model)
-    has_null = "conditioning" in config or "num_embeds_ada_norm" in config
+    has_null = "conditioning" in config or _is_diffusers_dit(config)
     return num_classes(model) if has_null and num_classes(model) else None
 
 
@@ -52,6 +53,10 @@ def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tens
     if isinstance(condition, torch.Tensor):
         condition = {"class_labels": condition} if num_classes(model) else {}
     return family_of(type(model)).call(model, sample, timesteps, condition)
+
+
+def _is_diffusers_dit(config: dict[str, Any]) -> bool:
+    return config.get("norm_type") == "ada_norm_zero" and "num_embeds_ada_norm" in config
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def call_wan(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str,
 
 
 def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
-    """See `EncodeCaptions`."""
-    embeds, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=pipe.device)
+    """See `EncodeCaptions`. As many tokens as the pipeline's call makes; its encode_prompt alone would make fewer."""
+    embeds, _ = pipe.encode_prompt(
+        captions, do_classifier_free_guidance=False, max_sequence_length=512, device=pipe.device
+    )
     return {"encoder_hidden_states": embeds}
