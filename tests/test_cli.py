@@ -207,7 +207,7 @@ def test_bad_image_folders(capsys, tmp_path):
     fails(capsys, ["train", *given], "No image in")
     (folder / "broken.png").write_bytes(b"not a picture")
     fails(capsys, ["train", *given], "broken.png")
-    fails(capsys, ["train", "--data.source=nowhere", f"--output_dir={tmp_path}"], "No image folder at 'nowhere'")
+    fails(capsys, ["train", "--data.source=nowhere", f"--output_dir={tmp_path}"], "No images at 'nowhere'")
 
 
 def test_nan_loss_stops_with_the_last_good_checkpoint(capsys, tiny_model, tmp_path):

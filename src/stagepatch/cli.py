@@ -9,6 +9,7 @@ from pathlib import Path
 COMMANDS = {
     "demo": "patch the bundled digits model and report what it gained",
     "train": "train a patch on a converged model's own data",
+    "cache": "encode images and captions once, for training on latents",
     "sample": "generate images with a model, patched or not",
     "evaluate": "measure a model, or a patch against its base",
     "params": "count a patch's parameters for a named model",

@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.progress import Progress
 from torch import nn
+from torch.utils.data import Dataset
 
 from stagepatch import config as configs
-from stagepatch.backbones import learns_sigma, load_denoiser
+from stagepatch.backbones import has_vae, learns_sigma, load_denoiser
 from stagepatch.backbones.known import KNOWN, build_known
+from stagepatch.caching import make_cache
 from stagepatch.compare import comparison_table, load_references
-from stagepatch.data import load_dataset
+from stagepatch.data import CachedLatents, load_dataset
 from stagepatch.diffusion import Objective, make_scheduler
+from stagepatch.errors import UserError
 from stagepatch.evaluation import Measured, load_extractor, measure
 from stagepatch.files import write_atomically, write_json, write_tensors, write_text
 from stagepatch.inspection import describe_path
 from stagepatch.methods import DMP, Finetune, Method
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.patch import Patch
+from stagepatch.processes import processes
 from stagepatch.report import image_grid, print_table
 from stagepatch.sampling import generate
 from stagepatch.training import progress_bar
@@ -58,18 +61,18 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
 
 
 def _say(text: str) -> None:
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(text)
 
 
 def _load(name: str) -> tuple[nn.Module, Any]:
     """A denoiser on this process's device, and its scheduler."""
     model, scheduler = load_denoiser(name)
-    return model.to(PartialState().device), scheduler
+    return model.to(processes().device), scheduler
 
 
 def _sampling_bar() -> Progress:
-    return progress_bar(disable=not PartialState().is_main_process)
+    return progress_bar(disable=not processes().is_main_process)
 
 
 def _make_model(config: configs.ModelConfig, label_dropout: float) -> DiT:
@@ -87,12 +90,23 @@ def _make_model(config: configs.ModelConfig, label_dropout: float) -> DiT:
 def train(config: configs.TrainConfig, resolved: str) -> None:
     """Train a patch, or all weights, on top of a model."""
     directory = Path(config.output_dir)
+    facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
+    facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
+    dataset: Dataset[dict[str, Any]]
+    if has_vae(config.model):
+        cache_dir = Path(config.cache or directory / "cache")
+        make_cache(cache_dir, config.model, config.data, config.cache_batch_size, torch.float32)
+        dataset = CachedLatents(cache_dir)
+    else:
+        dataset = load_dataset(config.data)
     model, scheduler = load_denoiser(config.model)
-    dataset = load_dataset(config.data)
-    method: Method = DMP(config.patch) if config.method == "dmp" else Finetune(scheduler)
+    if config.method == "dmp":
+        model.to(getattr(torch, config.dtype))
+    method: Method = DMP(config.patch, facts) if config.method == "dmp" else Finetune(scheduler)
     identity = {
         "model": config.model,
         "method": config.method,
+        "dtype": config.dtype,
         "patch": asdict(config.patch),
         "data": asdict(config.data),
     }
@@ -111,6 +125,17 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
     _say(f"The result is in '{directory}'.")
 
 
+def cache(config: configs.CacheConfig, resolved: str) -> None:
+    """Encode images and captions once."""
+    directory = Path(config.output_dir)
+    if not config.model or not has_vae(config.model):
+        raise UserError(f"model='{config.model}' has no VAE, so there is nothing to cache: give a latent model.")
+    make_cache(directory, config.model, config.data, config.batch_size, getattr(torch, config.dtype))
+    if processes().is_main_process:
+        write_text(directory / RUN_CONFIG, resolved)
+    _say(f"The cache of {len(CachedLatents(directory)):,} images is in '{directory}'.")
+
+
 def sample(config: configs.SampleConfig, resolved: str) -> None:
     """Generate images, and write them as tensors and as a grid."""
     model, scheduler = _load(config.model)
@@ -120,7 +145,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     with _sampling_bar() as progress:
         task = progress.add_task("sampling", total=_share(config.sampling.num_images), status="")
         images = generate(model, scheduler, config.sampling, on_batch=lambda count: progress.advance(task, count))
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     write_text(directory / RUN_CONFIG, resolved)
     write_tensors(directory / "samples.safetensors", {"images": images})
@@ -131,7 +156,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
 
 def _share(num_images: int) -> int:
     """Images that the main process makes, for its bar."""
-    return math.ceil(num_images / int(PartialState().num_processes))
+    return math.ceil(num_images / int(processes().num_processes))
 
 
 def _attach(directory: str, scale: float, model: nn.Module) -> Patch:
@@ -169,7 +194,7 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
         if patch is not None:
             patch.enabled = True
             patched = measured()
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     directory = Path(config.output_dir)
     write_text(directory / RUN_CONFIG, resolved)

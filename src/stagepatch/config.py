@@ -67,8 +67,12 @@ class TrainConfig:
 
     Args:
         output_dir: directory of the run; the same command again goes on where it stopped.
-        model: a model directory ('transformer/' and 'scheduler/'), or 'digits', the bundled model.
+        model: a model directory as diffusers writes it, a Hub id, or 'digits', the bundled model.
         method: 'dmp', a patch on the frozen model (arXiv 2405.17825), or 'finetune', all weights.
+        dtype: of the frozen model's weights; what is learned is float32.
+        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
+            'cache' in output_dir.
+        cache_batch_size: images encoded at a time for the cache.
         patch: what a patch learns.
         data: training images: the ones that the model was trained on.
         training: optimizer and bookkeeping.
@@ -77,9 +81,33 @@ class TrainConfig:
     output_dir: str = "runs/train"
     model: str = "digits"
     method: Literal["dmp", "finetune"] = "dmp"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cache: str = ""
+    cache_batch_size: int = 8
     patch: PatchConfig = field(default_factory=PatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class CacheConfig:
+    """Encode images and captions once, for training a model with a VAE.
+
+    The same command again goes on where it stopped. Under `accelerate launch` the processes share the work.
+
+    Args:
+        output_dir: takes the cache; give it as `--cache` to `stagepatch train`.
+        model: a model directory as diffusers writes it, or a Hub id.
+        dtype: that VAE and text encoders compute in.
+        batch_size: images encoded at a time.
+        data: images and captions.
+    """
+
+    output_dir: str = "runs/cache"
+    model: str = ""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: int = 8
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 @dataclass

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import PartialState
 from rich.console import Console
 
 from stagepatch.analysis import gate_activation
@@ -20,6 +19,7 @@ from stagepatch.evaluation import Measured, load_extractor, measure
 from stagepatch.files import write_atomically, write_json, write_tensors, write_text
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
+from stagepatch.processes import processes
 from stagepatch.report import (
     Code,
     KeyValues,
@@ -80,12 +80,12 @@ def run_demo(directory: Path, quick: bool) -> None:
     title = "stagepatch demo" + (" (quick: too short to judge by)" if quick else "")
     console = Console()
     model, scheduler = load_denoiser("digits")
-    model.to(PartialState().device)
+    model.to(processes().device)
     references = load_references(DataConfig())
     extractor = load_extractor("digits")
     method = DMP(PatchConfig())
     run = directory / ("training-quick" if quick else "training")
-    config = TrainConfig(str(run), "digits", "dmp", method.config, DataConfig(), plan.training)
+    config = TrainConfig(str(run), "digits", patch=method.config, data=DataConfig(), training=plan.training)
     resolved = yaml.safe_dump(asdict(config), sort_keys=False)
 
     console.print(f"[bold]1/3[/] Training a DMP patch on {len(references.train)} digits; the model is frozen.")

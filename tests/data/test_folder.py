@@ -1,11 +1,14 @@
 """Folders of images."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from stagepatch.data import DataConfig, in_memory, load_dataset
+from stagepatch.data import DataConfig, FolderSource, in_memory, load_dataset
 from stagepatch.errors import UserError
 
 
@@ -16,6 +19,22 @@ def paint(path, colour, size=(12, 12), **options):
 
 def load(folder, **choices):
     return load_dataset(DataConfig(source=str(folder), **{"image_size": 8, **choices}))
+
+
+def captions(folder, **choices):
+    dataset = load(folder, **choices)
+    return [dataset[index]["caption"] for index in range(len(dataset))]
+
+
+@pytest.fixture
+def three(tmp_path):
+    for name in ("a", "b", "sub/c"):
+        paint(tmp_path / f"{name}.png", (0, 0, 0))
+    return tmp_path
+
+
+def write_rows(folder, *rows):
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
 
 
 def test_subfolders_are_classes_in_alphabetical_order(tmp_path):
@@ -65,7 +84,6 @@ def test_whole_folder_in_memory(tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda folder: None, "No image folder at"),
         (lambda folder: folder.mkdir(), "No image in"),
         (lambda folder: (folder.mkdir(), (folder / "a.png").write_bytes(b"text")), r"a\.png.*repair or remove"),
     ],
@@ -76,13 +94,67 @@ def test_folders_that_cannot_be_used(tmp_path, prepare, message):
         load(tmp_path / "images")
 
 
-def test_truncated_image_is_named(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "cut.jpg")
-    content = (tmp_path / "cut.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"cut\.jpg"):
-        load(tmp_path)[0]
+def test_a_format_that_the_source_has_not(tmp_path):
+    with pytest.raises(UserError, match="No image folder at"):
+        load(tmp_path / "none", format="folder")
+
+
+def test_captions_from_jsonl(three):
+    write_rows(three, {"file_name": "sub/c.png", "text": "a «third»"}, {"file_name": "./a.png", "text": "first"})
+    assert captions(three) == ["first", "", "a «third»"]
+
+
+def test_captions_from_csv(three):
+    (three / "metadata.csv").write_text('file_name,said\nb.png,"one, two"\na.png,\n')
+    assert captions(three, caption_column="said") == ["", "one, two", ""]
+
+
+def test_without_metadata_or_a_column_there_are_no_captions(three):
+    assert captions(three) == ["", "", ""]
+    (three / "metadata.jsonl").write_text("not read")
+    assert captions(three, caption_column="") == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file_name": "gone.png", "text": ""}, r"Row 2.*metadata\.jsonl.*'gone\.png'"),
+        ({"file": "a.png", "text": ""}, r"Row 2.*'None'"),
+        ({"file_name": "a.png", "text": ["one", "two"]}, r"Row 2.*\['one', 'two'\] as 'text'"),
+        ("a.png", "line 2 holds str"),
+    ],
+)
+def test_metadata_that_do_not_fit(three, row, message):
+    write_rows(three, {"file_name": "b.png", "text": "well"}, row)
+    with pytest.raises(UserError, match=message):
+        load(three)
+
+
+def test_metadata_without_the_caption_column_say_which_there_are(three):
+    write_rows(three, {"file_name": "b.png", "caption": "x"})
+    with pytest.raises(UserError, match=r"no column 'text', but caption, file_name: .*data\.caption_column"):
+        load(three)
+
+
+def test_metadata_that_are_not_json(three):
+    (three / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n{"file')
+    with pytest.raises(UserError, match=r"metadata\.jsonl.*line 2 is not JSON"):
+        load(three)
+
+
+def test_stamps_follow_content_time_and_caption(three):
+    def stamps():
+        return FolderSource(three).stamp()
+
+    first = stamps()
+    assert len(set(first)) == 3
+    assert stamps() == first
+    paint(three / "b.png", (1, 2, 3), size=(13, 13))
+    second = stamps()
+    assert [old == new for old, new in zip(first, second, strict=True)] == [True, False, True]
+    os.utime(three / "a.png", ns=(1, 1))
+    write_rows(three, {"file_name": "sub/c.png", "text": "new"})
+    assert [old == new for old, new in zip(second, stamps(), strict=True)] == [False, True, False]
 
 
 def test_other_channel_counts(tmp_path):

@@ -3,7 +3,15 @@
 from stagepatch.backbones import auraflow, dit, flux, lumina2, pixart, qwenimage, sana, sd3, unet, wan
 from stagepatch.backbones.base import Attention, Backbone, Extent, Site
 from stagepatch.backbones.calling import learns_sigma, null_label, num_classes, predict, sample_shape
-from stagepatch.backbones.loading import load_denoiser, save_denoiser
+from stagepatch.backbones.loading import (
+    encoder_directories,
+    has_vae,
+    load_captioner,
+    load_denoiser,
+    load_vae,
+    save_denoiser,
+    takes_captions,
+)
 from stagepatch.backbones.registry import describe, find_denoiser, register
 
 register("DiT", dit.describe_dit)
@@ -27,13 +35,18 @@ __all__ = [
     "Extent",
     "Site",
     "describe",
+    "encoder_directories",
     "find_denoiser",
+    "has_vae",
     "learns_sigma",
+    "load_captioner",
     "load_denoiser",
+    "load_vae",
     "null_label",
     "num_classes",
     "predict",
     "register",
     "sample_shape",
     "save_denoiser",
+    "takes_captions",
 ]

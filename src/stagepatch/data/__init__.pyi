@@ -1,3 +1,7 @@
+from .cache import build_cache as build_cache
+from .cache import cache_key as cache_key
+from .cache import check_key as check_key
+from .cached import CachedLatents as CachedLatents
 from .config import DataConfig as DataConfig
 from .dataset import ImageDataset as ImageDataset
 from .dataset import in_memory as in_memory
@@ -7,6 +11,7 @@ from .digits import load_digits as load_digits
 from .folder import FolderSource as FolderSource
 from .huggingface import HuggingFaceSource as HuggingFaceSource
 from .images import Images as Images
+from .latents import encode_images as encode_images
 from .preprocess import bucket_sizes as bucket_sizes
 from .preprocess import center_crop_adm as center_crop_adm
 from .preprocess import fit_to_bucket as fit_to_bucket

@@ -80,10 +80,13 @@ class Images(Dataset[dict[str, Any]]):
         """(height, width) [pixels] of each item, known from the headers."""
         return list(self._sizes)
 
-    def stamp(self) -> list[str]:
-        """The source's stamps of these items."""
-        stamps = self.source.stamp()
-        return [stamps[index] for index in self._indices]
+    def labels(self) -> list[int]:
+        """The class of each item."""
+        return [self.source.label(index) for index in self._indices]
+
+    def captions(self) -> list[str]:
+        """The caption of each item."""
+        return [self.source.caption(index) for index in self._indices]
 
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Generator, Tensor
 
 from stagepatch.diffusion.variational import Posterior
@@ -32,7 +32,7 @@ class Objective:
 
     def __init__(self, scheduler: Any, learn_sigma: bool = False, weighting: Weighting = constant) -> None:
         self.scheduler = scheduler
-        self.is_flow = "FlowMatch" in type(scheduler).__name__
+        self.is_flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
         self.prediction_type = "flow_prediction" if self.is_flow else scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
             raise UserError(f"prediction_type='{self.prediction_type}' is none of {', '.join(PREDICTION_TYPES)}.")
@@ -52,9 +52,7 @@ class Objective:
         self._posterior = Posterior(scheduler.betas) if learn_sigma else None
         # x_t = signal·x_start + sigma·noise. In float64: in half precision, the first timesteps' 1 − ᾱ vanishes.
         if self.is_flow:
-            # A scheduler that has sampled holds the sigmas of its steps, and any holds them from high to low.
-            sigmas = type(scheduler).from_config(scheduler.config).sigmas[: self.num_train_timesteps]
-            self._sigmas = sigmas.double().flip(0)
+            self._sigmas = _flow_sigmas(scheduler).double()
             self._signals = 1.0 - self._sigmas
         else:
             # Not every sampler has get_velocity; the one made for training has, and shares their config.
@@ -139,3 +137,14 @@ def _at(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
     # Cast before it moves: some accelerators have no float64.
     picked = values.to(like.dtype).to(like.device)[timesteps]
     return picked.view(-1, *[1] * (like.ndim - 1))
+
+
+def _flow_sigmas(scheduler: Any) -> Tensor:
+    """Sigmas of the training timesteps, from low to high: [T]."""
+    config = scheduler.config
+    if "FlowMatch" not in type(scheduler).__name__:
+        # A solver that can also do flows has no training sigmas of its own.
+        scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.get("flow_shift", 1.0))
+    # A scheduler that has sampled holds the sigmas of its steps, and any holds them from high to low.
+    sigmas: Tensor = type(scheduler).from_config(scheduler.config).sigmas[: config.num_train_timesteps]
+    return sigmas.flip(0)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Generator, Tensor, nn
 
 from stagepatch.backbones import learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.errors import UserError
+from stagepatch.processes import processes
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.scheduler import make_sampler
 
@@ -53,7 +53,7 @@ def generate(
         raise UserError(f"{len(labels)} labels for num_images={config.num_images}.")
     shape = shape or sample_shape(model)
     model.eval()
-    state = PartialState()
+    state = processes()
     own = np.array_split(np.arange(config.num_images), state.num_processes)[state.process_index].tolist()
     batches = []
     for first in range(0, len(own), config.batch_size):

@@ -22,6 +22,7 @@ from stagepatch.backbones import predict
 from stagepatch.diffusion import Objective
 from stagepatch.errors import UserError
 from stagepatch.methods import Method
+from stagepatch.processes import processes
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from stagepatch.training.config import TrainingConfig
 from stagepatch.training.draws import Conditions, Draws, draw
@@ -171,6 +172,7 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
     if state and AcceleratorState().mixed_precision != config.mixed_precision:
         # A process's first Accelerator would decide the precision of all later runs in it.
         AcceleratorState._reset_state()
+    processes()
     try:
         return Accelerator(mixed_precision=config.mixed_precision)
     except ValueError as error:

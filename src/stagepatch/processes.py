@@ -1,0 +1,15 @@
+"""This process among those of a launch."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+
+
+def processes() -> PartialState:
+    """Its index, their number, its device, and `wait_for_everyone`.
+
+    accelerate takes processes that `torchrun` starts on CPUs for so many single ones unless it is told that they
+    are on CPUs.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())

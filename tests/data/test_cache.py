@@ -1,0 +1,277 @@
+"""Images and captions encoded once, against the VAE and the encoders themselves."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from stagepatch.backbones import load_captioner, load_vae
+from stagepatch.caching import make_cache
+from stagepatch.cli import main
+from stagepatch.data import CachedLatents, DataConfig, Images, encode_images, open_source
+from stagepatch.errors import UserError
+from stagepatch.files import read_tensors
+from tests.tiny_pipelines import PIPELINES
+
+CAPTIONS = ["a red house", "a blue tree on the old house", "", "a red house"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    directory = tmp_path / "images"
+    directory.mkdir()
+    torch.manual_seed(0)
+    rows = []
+    for number, caption in enumerate(CAPTIONS):
+        pixels = torch.randint(0, 255, (32, 48 if number % 2 else 32, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(directory / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
+    (directory / "metadata.jsonl").write_text("\n".join(rows))
+    return directory
+
+
+def save_pipeline(name, directory):
+    pipe = PIPELINES[name].build()
+    pipe.save_pretrained(directory)
+    return pipe
+
+
+@pytest.fixture
+def sd(tmp_path):
+    save_pipeline("UNet2DConditionModel", tmp_path / "sd")
+    return tmp_path / "sd"
+
+
+def data(folder, **changes):
+    return DataConfig(**{"source": str(folder), "image_size": 32, **changes})
+
+
+def cache(directory, model, config):
+    make_cache(directory, str(model), config, 3, torch.float32)
+    return CachedLatents(directory)
+
+
+LATENT = [name for name in PIPELINES if name not in ("UNet2DModel", "DiTTransformer2DModel")]
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(name, tmp_path, folder, monkeypatch):
+    """The mean of the posterior, through the pipeline's own decoding, is the VAE's own reconstruction."""
+    pipe = save_pipeline(name, tmp_path / "model")
+    size = PIPELINES[name].pixels[0]
+    cached = cache(tmp_path / "cache", tmp_path / "model", data(folder, image_size=size))
+    images = Images(open_source(data(folder, image_size=size)), data(folder, image_size=size))
+    pixels = images[1]["image"].unsqueeze(0)
+    is_video = "Wan" in name or "Qwen" in name
+    latents = cached[1]["image"].float().unsqueeze(0)
+    vae = pipe.vae
+    with torch.no_grad():
+        encoded = vae.encode(pixels.unsqueeze(2) if is_video else pixels)
+        raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        expected = vae.decode(raw, return_dict=False)[0]
+        if is_video:
+            # As QwenImagePipeline and WanPipeline undo the scaling before they decode.
+            shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
+            scale = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
+            decoded = vae.decode(latents.unsqueeze(2) * scale + shift, return_dict=False)[0]
+        else:
+            unscaled = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+            decoded = vae.decode(unscaled, return_dict=False)[0]
+    torch.testing.assert_close(decoded, expected, rtol=2e-2, atol=2e-2)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_cached_captions_are_the_encoders_own(name, tmp_path, folder):
+    save_pipeline(name, tmp_path / "model")
+    size = PIPELINES[name].pixels[0]
+    cached = cache(tmp_path / "cache", tmp_path / "model", data(folder, image_size=size))
+    encode = load_captioner(tmp_path / "model")
+    for index, caption in enumerate(CAPTIONS):
+        with torch.no_grad():
+            condition = encode([caption])
+        for key, value in condition.items():
+            stored = cached[index]["condition"][key][: value.shape[1]]
+            torch.testing.assert_close(stored.to(value.dtype), value[0], rtol=1e-3, atol=1e-3)
+    first, other, empty, again = (cached[index]["condition"] for index in range(4))
+    for key, value in first.items():
+        assert torch.equal(value, again[key])
+        assert torch.equal(empty[key], cached.null_condition[key])
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_each_distinct_caption_is_encoded_once(tmp_path, folder, sd):
+    cache(tmp_path / "cache", sd, data(folder))
+    tensors, _ = read_tensors(tmp_path / "cache" / "captions-00000.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"0", "1", "2"}  # the empty one, and two
+
+
+def test_both_flips_are_kept(tmp_path, folder, sd):
+    config = data(folder)
+    cached = cache(tmp_path / "cache", sd, config)
+    images = Images(open_source(config), config)
+    vae = load_vae(sd)
+    for index in range(4):
+        pixels = images[index]["image"].unsqueeze(0)
+        mean, std = encode_images(vae, pixels.flip(-1))
+        torch.testing.assert_close(cached[index]["image_flipped"].float(), mean[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(cached[index]["std_flipped"].float(), std[0], rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(mean[0].flip(-1), cached[index]["image"].float(), atol=1e-2)
+
+
+def test_buckets_are_groups_and_batches_come_out_of_loading_processes(tmp_path, folder, sd):
+    cached = cache(tmp_path / "cache", sd, data(folder, image_size=48, crop="buckets", bucket_step=16))
+    groups = cached.groups()
+    assert sorted(map(sorted, groups)) == [[0, 2], [1, 3]]
+    assert cached[0]["image"].shape != cached[1]["image"].shape
+    batches = list(DataLoader(cached, batch_sampler=groups, num_workers=2))
+    assert [len(batch["image"]) for batch in batches] == [2, 2]
+    assert batches[0]["condition"]["encoder_hidden_states"].shape[0] == 2
+    assert torch.equal(pickle.loads(pickle.dumps(cached))[3]["image"], cached[3]["image"])
+
+
+def test_whole_cache_is_opened_without_images_or_encoders(tmp_path, folder, sd, monkeypatch):
+    config = data(folder)
+    cache(tmp_path / "cache", sd, config)
+    for name in ("load_vae", "load_captioner", "Images"):
+        monkeypatch.setattr(f"stagepatch.caching.{name}", None)
+    assert len(cache(tmp_path / "cache", sd, config)) == 4
+
+
+def change_image(folder, sd):
+    Image.new("RGB", (32, 32)).save(folder / "0.png")
+    return {}
+
+
+def change_captions(folder, sd):
+    (folder / "metadata.jsonl").write_text("")
+    return {}
+
+
+def change_vae(folder, sd):
+    path = sd / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return {}
+
+
+def change_text_encoder(folder, sd):
+    (sd / "text_encoder" / "model.safetensors").write_bytes(b"other")
+    return {}
+
+
+def change_nothing_but_the_size(folder, sd):
+    return {"image_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (change_image, "changed since are images"),
+        (change_captions, "changed since are images"),
+        (change_vae, "changed since are vae"),
+        (change_text_encoder, "changed since are text_encoder"),
+        (change_nothing_but_the_size, r"changed since are image_size \(32 then, 16 now\)"),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_stale_cache_is_refused_with_the_reason(tmp_path, folder, sd, change, reason, whole):
+    cache(tmp_path / "cache", sd, data(folder))
+    if not whole:
+        (tmp_path / "cache" / "index.safetensors").unlink()
+    config = data(folder, **change(folder, sd))
+    with pytest.raises(UserError, match=f"of something else: {reason}"):
+        cache(tmp_path / "cache", sd, config)
+
+
+def test_model_without_captions_gets_none(tmp_path, folder):
+    save_pipeline("DiTTransformer2DModel", tmp_path / "model")
+    cached = cache(tmp_path / "cache", tmp_path / "model", data(folder))
+    assert "condition" not in cached[0]
+    assert cached.null_condition is None
+
+
+def test_cache_that_is_not_whole_cannot_be_read(tmp_path, folder, sd):
+    with pytest.raises(UserError, match="No whole cache at"):
+        CachedLatents(tmp_path)
+    cached = cache(tmp_path / "cache", sd, data(folder))
+    path = tmp_path / "cache" / "latents-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"latents-00000.safetensors' cannot be read .* delete it and 'index"):
+        cached[0]
+
+
+def test_killed_while_caching_it_goes_on_and_ends_the_same(tmp_path, folder, sd, monkeypatch):
+    monkeypatch.setattr("stagepatch.data.cache.IMAGES_PER_FILE", 1)
+    whole = cache(tmp_path / "whole", sd, data(folder))
+    script = (
+        "import time, sys, stagepatch.data.cache as c; c.IMAGES_PER_FILE = 1\n"
+        "write = c.write_tensors\n"
+        "def slowly(path, *rest):\n    write(path, *rest); print(path.name, flush=True); time.sleep(0.5)\n"
+        "c.write_tensors = slowly\n"
+        "from stagepatch.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    given = ["cache", f"--model={sd}", f"--data.source={folder}", "--data.image_size=32"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *given, f"--output_dir={tmp_path / 'cache'}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout.readline().decode().startswith("latents-00000")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = tmp_path / "cache" / "latents-00000.safetensors"
+    written = first.stat().st_mtime_ns
+    assert not (tmp_path / "cache" / "index.safetensors").exists()
+    time.sleep(0.01)
+    resumed = cache(tmp_path / "cache", sd, data(folder))
+    assert first.stat().st_mtime_ns == written
+    for index in range(4):
+        for name in ("image", "std", "image_flipped", "std_flipped"):
+            assert torch.equal(resumed[index][name], whole[index][name])
+
+
+def test_two_processes_share_the_work(tmp_path, folder, sd, monkeypatch):
+    monkeypatch.setattr("stagepatch.data.cache.IMAGES_PER_FILE", 1)
+    alone = cache(tmp_path / "alone", sd, data(folder))
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import os, sys, stagepatch.data.cache as c; c.IMAGES_PER_FILE = 1\n"
+        "encode = c._encode_images\n"
+        "def counted(*args):\n    print('images of', os.environ['RANK'], flush=True); return encode(*args)\n"
+        "c._encode_images = counted\n"
+        "from stagepatch.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
+    given = ["cache", f"--model={sd}", f"--data.source={folder}", "--data.image_size=32"]
+    done = subprocess.run(
+        [*launch, str(script), *given, f"--output_dir={tmp_path / 'both'}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("images of 0") == 2
+    assert done.stdout.count("images of 1") == 2
+    both = CachedLatents(tmp_path / "both")
+    for index in range(4):
+        assert torch.equal(both[index]["image"], alone[index]["image"])
+
+
+def test_commands_errors(tmp_path, folder, capsys):
+    assert main(["cache", "--model=digits", f"--data.source={folder}", f"--output_dir={tmp_path}"]) == 2
+    assert "model='digits' has no VAE" in capsys.readouterr().err
+    assert main(["cache", f"--model={tmp_path}/nowhere", f"--output_dir={tmp_path}"]) == 2
+    assert "No model at" in capsys.readouterr().err

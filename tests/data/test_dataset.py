@@ -1,0 +1,56 @@
+"""Which format is taken for what lies at a path."""
+
+import pytest
+from PIL import Image
+
+from stagepatch.data import DataConfig, FolderSource, in_memory, load_dataset, open_source
+from stagepatch.data.dataset import find_format
+from stagepatch.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["a.png"], "folder"),
+        ([], "folder"),
+        (["a.png", "b.tar"], "webdataset"),
+        (["dataset_info.json", "state.json"], "datasets"),
+        (["dataset_dict.json"], "datasets"),
+        (["dataset_info.json", "a.png"], "folder"),
+    ],
+)
+def test_formats_of_directories(tmp_path, files, expected):
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    assert find_format(tmp_path) == expected
+
+
+def test_formats_of_files(tmp_path):
+    for name in ("a.tar", "a.zip"):
+        (tmp_path / name).write_bytes(b"")
+    assert find_format(tmp_path / "a.tar") == "webdataset"
+    with pytest.raises(UserError, match=r"No images at .*a\.zip"):
+        find_format(tmp_path / "a.zip")
+
+
+def test_a_path_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError) as refusal:
+        load_dataset(DataConfig(source=str(tmp_path / "none")))
+    message = str(refusal.value)
+    assert message.startswith(f"No images at '{tmp_path / 'none'}'")
+    assert all(option in message for option in ("'digits'", "folder", "saved", ".tar", "data.format=datasets"))
+
+
+def test_a_given_format_is_not_questioned(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.tar").write_bytes(b"")
+    assert isinstance(open_source(DataConfig(source=str(tmp_path), format="folder")), FolderSource)
+    with pytest.raises(UserError, match=r"b\.tar"):
+        open_source(DataConfig(source=str(tmp_path)))
+
+
+def test_digits_have_images_and_labels_alone():
+    dataset = load_dataset(DataConfig())
+    assert set(dataset[0]) == {"image", "label"}
+    assert in_memory(dataset) is dataset
+    assert (len(dataset), len(load_dataset(DataConfig(), "held_out"))) == (1198, 599)

@@ -1,0 +1,185 @@
+"""Datasets of Hugging Face `datasets`, built here; nothing is fetched."""
+
+import io
+import sys
+
+import pytest
+from PIL import Image
+
+from stagepatch.data import DataConfig, HuggingFaceSource, load_dataset
+from stagepatch.errors import UserError
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+
+
+def picture(value):
+    return Image.new("RGB", (8, 8), (value, value, value))
+
+
+def encoded(value):
+    buffer = io.BytesIO()
+    picture(value).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def build(columns=None, values=(10, 20, 30), image="image"):
+    rows = {image: [picture(value) for value in values], **(columns or {})}
+    dataset = datasets.Dataset.from_dict(rows)
+    return dataset.cast_column(image, datasets.Image())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(dataset):
+        dataset.save_to_disk(tmp_path / "saved")
+        return tmp_path / "saved"
+
+    return save
+
+
+def load(path, **choices):
+    return load_dataset(DataConfig(source=str(path), **{"image_size": 8, "channels": 1, **choices}))
+
+
+def shown(item):
+    return round((float(item["image"].mean()) + 1) * 127.5)
+
+
+def summary(dataset):
+    items = [dataset[index] for index in range(len(dataset))]
+    return [(shown(item), item["label"], item["caption"]) for item in items]
+
+
+def test_saved_dataset(saved):
+    dataset = build({"text": ["a", "", None], "label": [2, 0, 1]})
+    names = datasets.ClassLabel(names=["x", "y", "z"])
+    path = saved(dataset.cast_column("label", names))
+    assert summary(load(path)) == [(10, 2, "a"), (20, 0, ""), (30, 1, "")]
+
+
+def test_columns_by_other_names(saved):
+    dataset = build(
+        {"said": ["a", "b", "c"], "kind": [5, 6, 7], "text": ["", "", ""], "label": [0, 0, 0]}, image="img"
+    )
+    choices = {"image_column": "img", "caption_column": "said", "label_column": "kind"}
+    assert summary(load(saved(dataset), **choices)) == [(10, 5, "a"), (20, 6, "b"), (30, 7, "c")]
+
+
+def test_absent_and_unwanted_columns(saved, tmp_path):
+    assert summary(load(saved(build()))) == [(10, 0, ""), (20, 0, ""), (30, 0, "")]
+    build({"text": ["a", "b", "c"], "label": ["x", "y", "z"]}).save_to_disk(tmp_path / "other")
+    choices = {"caption_column": "", "label_column": ""}
+    assert summary(load(tmp_path / "other", **choices)) == [(10, 0, ""), (20, 0, ""), (30, 0, "")]
+
+
+def test_splits_of_a_saved_dict(saved):
+    path = saved(datasets.DatasetDict({"train": build(), "test": build(values=(70,))}))
+    assert len(load(path)) == 3
+    assert shown(load(path, split="test")[0]) == 70
+    with pytest.raises(UserError, match=r"no split 'validation'.*train, test"):
+        load(path, split="validation")
+
+
+def test_files_in_a_folder_by_load_dataset(tmp_path, monkeypatch):
+    (tmp_path / "files").mkdir()
+    build({"text": ["a", "b", "c"]}).to_parquet(tmp_path / "files" / "part.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset = load(tmp_path / "files", format="datasets")
+    assert [caption for _, _, caption in summary(dataset)] == ["a", "b", "c"]
+
+
+def test_a_name_goes_to_the_hub_only_when_asked_to(monkeypatch):
+    asked = []
+
+    def load_from_hub(path, split):
+        asked.append((path, split))
+        return build()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_from_hub)
+    with pytest.raises(UserError, match=r"No images at 'someone/images'.*format=datasets"):
+        load("someone/images")
+    assert asked == []
+    assert len(load("someone/images", format="datasets", split="test")) == 3
+    assert asked == [("someone/images", "test")]
+
+
+def test_what_the_library_cannot_load(monkeypatch):
+    def fail(path, split):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"'someone/images', split 'train' \(ConnectionError: no network\)"):
+        load("someone/images", format="datasets")
+
+
+def test_without_the_library(saved, monkeypatch):
+    path = saved(build())
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load(path)
+
+
+def test_broken_rows_are_left_out(tmp_path, caplog):
+    rows = {"image": [encoded(10), b"nothing", None, encoded(40)], "label": [1, 2, 3, 4]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
+    assert summary(load(tmp_path / "saved")) == [(10, 1, ""), (40, 4, "")]
+    assert "2 of 4 images" in caplog.text
+    assert f"row 1 of '{tmp_path / 'saved'}'" in caplog.text
+    assert "row 2" in caplog.text
+
+
+def test_a_row_with_neither_bytes_nor_path_is_broken(saved, caplog):
+    rows = [{"bytes": encoded(10), "path": None}, {"bytes": None, "path": None}]
+    assert summary(load(saved(datasets.Dataset.from_dict({"image": rows})))) == [(10, 0, "")]
+    assert "the row has no image" in caplog.text
+
+
+def test_images_by_path(tmp_path, saved):
+    picture(90).save(tmp_path / "a.png")
+    dataset = datasets.Dataset.from_dict({"image": [str(tmp_path / "a.png")]})
+    assert shown(load(saved(dataset))[0]) == 90
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"image_column": "img"}, r"no column 'img': choose data\.image_column from image, text, label, many"),
+        ({"image_column": "label"}, "column 'label' .*not images"),
+        ({"caption_column": "said"}, r"no column 'said': choose data\.caption_column"),
+        ({"label_column": "kind"}, r"no column 'kind': choose data\.label_column"),
+        ({"caption_column": "label"}, r"caption column holds strings: choose data\.caption_column"),
+        ({"caption_column": "many"}, r"caption column holds strings"),
+        ({"label_column": "text"}, r"label column holds whole numbers .*choose data\.label_column"),
+    ],
+)
+def test_columns_that_do_not_fit(saved, choices, message):
+    path = saved(build({"text": ["", "", ""], "label": [0, 0, 0], "many": [["a"], ["b"], ["c"]]}))
+    with pytest.raises(UserError, match=message):
+        load(path, **choices)
+
+
+@pytest.mark.parametrize("label", [-1, None])
+def test_rows_without_a_label(saved, label):
+    path = saved(build({"label": [0, label, 0]}))
+    with pytest.raises(UserError, match=f"row 1 of .* has the label {label}"):
+        load(path)[1]
+
+
+def test_no_rows(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: build().select([]))
+    with pytest.raises(UserError, match="'someone/images', split 'train': it has no rows"):
+        load("someone/images", format="datasets")
+
+
+def test_stamps_follow_the_content(saved, tmp_path):
+    path = saved(build({"text": ["a", "b", "c"]}))
+    first = HuggingFaceSource(str(path)).stamp()
+    assert len(set(first)) == 3
+    assert HuggingFaceSource(str(path)).stamp() == first
+    build({"text": ["a", "b", "d"]}).save_to_disk(tmp_path / "other")
+    assert not set(HuggingFaceSource(str(tmp_path / "other")).stamp()) & set(first)

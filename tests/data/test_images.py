@@ -1,0 +1,211 @@
+"""Images of a source: sizes known beforehand, and what happens to broken files."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+from torch.utils.data import DataLoader
+
+from stagepatch.data import DataConfig, FolderSource, Images, in_memory
+from stagepatch.errors import UserError
+
+
+def images(folder, **choices):
+    return Images(FolderSource(folder), DataConfig(**{"image_size": 8, "bucket_step": 2, **choices}))
+
+
+def paint(path, value=0, size=(12, 12), **options):
+    """A flat image; the value tells which one an item shows."""
+    Image.new("RGB", size, (value, value, value)).save(path, **options)
+
+
+def shown(item):
+    return round((float(item["image"].mean()) + 1) * 127.5)
+
+
+def no_image(path):
+    path.write_bytes(b"not an image")
+
+
+def truncated(path, size=(64, 64)):
+    """A JPEG with a good header and half of its data."""
+    noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.fixture
+def warnings(caplog):
+    caplog.set_level(logging.WARNING, "stagepatch")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "stagepatch"]
+
+
+def test_items(tmp_path, warnings):
+    paint(tmp_path / "a.png", 200)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "grey"}')
+    item = images(tmp_path)[0]
+    assert set(item) == {"image", "label", "caption"}
+    assert item["image"].shape == (3, 8, 8)
+    assert (shown(item), item["label"], item["caption"]) == (200, 0, "grey")
+    assert warnings() == []
+
+
+def test_items_end(tmp_path):
+    paint(tmp_path / "a.png")
+    paint(tmp_path / "b.png", 7)
+    dataset = images(tmp_path)
+    assert shown(dataset[-1]) == 7
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+def test_sizes_are_known_without_decoding(tmp_path, monkeypatch):
+    sideways = Image.Exif()
+    sideways[0x0112] = 6  # a quarter turn: shown upright, width and height change places
+    paint(tmp_path / "a.png", size=(40, 20))
+    paint(tmp_path / "b.jpg", size=(20, 40))
+    paint(tmp_path / "c.jpg", size=(40, 20), exif=sideways)
+    paint(tmp_path / "d.png", size=(40, 20), exif=sideways)
+    paint(tmp_path / "e.webp", size=(30, 30))
+
+    def decode(self):
+        raise AssertionError("pixels were decoded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageFile.ImageFile, "load", decode)
+        dataset = images(tmp_path, crop="buckets")
+        sizes = dataset.sizes()
+    # In units of the step 2: at most 16 of them, so 1:2 is 4×8 pixels.
+    assert sizes == [(4, 8), (8, 4), (8, 4), (8, 4), (8, 8)]
+    assert [tuple(dataset[index]["image"].shape[1:]) for index in range(5)] == sizes
+
+
+def test_sizes_of_squares(tmp_path):
+    paint(tmp_path / "a.png", size=(40, 20))
+    assert images(tmp_path).sizes() == [(8, 8)]
+
+
+def test_buckets_do_not_make_one_tensor(tmp_path):
+    paint(tmp_path / "a.png", size=(40, 20))
+    paint(tmp_path / "b.png", size=(20, 40))
+    with pytest.raises(UserError, match=r"2 sizes.*crop=center"):
+        in_memory(images(tmp_path, crop="buckets"))
+
+
+def test_broken_headers_are_named_once_and_left_out(tmp_path, warnings):
+    paint(tmp_path / "a.png", 10)
+    no_image(tmp_path / "b.png")
+    paint(tmp_path / "c.png", 30)
+    paint(tmp_path / "d.png", 40, size=(99, 99))
+    cut = (tmp_path / "d.png").read_bytes()
+    (tmp_path / "d.png").write_bytes(cut[:-20])  # verify finds a PNG's missing end
+    dataset = images(tmp_path, max_broken=2)
+    assert [shown(item) for item in (dataset[0], dataset[1])] == [10, 30]
+    assert len(dataset) == 2
+    (warning,) = warnings()
+    assert "2 of 4 images" in warning
+    assert "b.png" in warning
+    assert "d.png" in warning
+
+
+def test_stamps_are_those_of_the_good_items(tmp_path):
+    paint(tmp_path / "a.png")
+    no_image(tmp_path / "b.png")
+    paint(tmp_path / "c.png")
+    assert [stamp.split(":")[0] for stamp in images(tmp_path).stamp()] == ["a.png", "c.png"]
+
+
+def test_too_many_broken_headers(tmp_path):
+    for name in "abcde":
+        no_image(tmp_path / f"{name}.png")
+    paint(tmp_path / "f.png")
+    with pytest.raises(UserError) as refusal:
+        images(tmp_path, max_broken=4)
+    message = str(refusal.value)
+    assert "5 of 6 images" in message
+    assert all(f"{name}.png" in message for name in "abc")
+    assert "d.png" not in message
+    assert "repair or remove them, or raise data.max_broken=4" in message
+    assert len(images(tmp_path, max_broken=5)) == 1
+
+
+def test_nothing_but_broken_headers(tmp_path):
+    no_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"1 of 1 images: .*a\.png.*repair or remove them\.$"):
+        images(tmp_path)
+
+
+def test_truncated_image_is_replaced_by_the_next_good_one(tmp_path, warnings):
+    paint(tmp_path / "a.png", 10)
+    truncated(tmp_path / "b.jpg")
+    truncated(tmp_path / "c.jpg")
+    paint(tmp_path / "d.png", 40)
+    dataset = images(tmp_path)
+    assert len(dataset) == 4
+    assert warnings() == []
+    for _ in range(2):
+        assert [shown(dataset[index]) for index in range(4)] == [10, 40, 40, 40]
+    assert [name in warning for name, warning in zip(("b.jpg", "c.jpg"), warnings(), strict=True)] == [True, True]
+
+
+def test_after_the_last_image_comes_the_first(tmp_path):
+    paint(tmp_path / "a.png", 10)
+    truncated(tmp_path / "b.jpg")
+    assert shown(images(tmp_path)[1]) == 10
+
+
+def test_a_replacement_has_the_size_of_what_it_replaces(tmp_path):
+    truncated(tmp_path / "a.jpg", size=(64, 32))
+    paint(tmp_path / "b.png", 20, size=(20, 40))
+    dataset = images(tmp_path, crop="buckets")
+    assert dataset.sizes() == [(4, 8), (8, 4)]
+    assert dataset[0]["image"].shape == (3, 4, 8)
+    assert shown(dataset[0]) == 20
+
+
+def test_headers_and_pixels_count_against_one_limit(tmp_path):
+    no_image(tmp_path / "a.png")
+    truncated(tmp_path / "b.jpg")
+    paint(tmp_path / "c.png", 30)
+    assert shown(images(tmp_path, max_broken=2)[0]) == 30
+    dataset = images(tmp_path, max_broken=1)
+    assert shown(dataset[1]) == 30
+    with pytest.raises(UserError, match=r"2 of 3 images: .*a\.png.*b\.jpg.*data\.max_broken=1"):
+        dataset[0]
+
+
+def test_nothing_but_truncated_images(tmp_path):
+    truncated(tmp_path / "a.jpg")
+    truncated(tmp_path / "b.jpg")
+    with pytest.raises(UserError, match=r"2 of 2 images: .*a\.jpg.*b\.jpg.*repair or remove"):
+        images(tmp_path)[0]
+
+
+def test_loading_processes_count_together(tmp_path):
+    # With two processes and batches of one, each process meets one of the truncated images.
+    truncated(tmp_path / "a.jpg")
+    truncated(tmp_path / "b.jpg")
+    paint(tmp_path / "c.png", 30)
+
+    def load(limit):
+        return list(DataLoader(images(tmp_path, max_broken=limit), num_workers=2))
+
+    assert [shown(batch) for batch in load(2)] == [30, 30, 30]
+    with pytest.raises(UserError, match="2 of 3 images"):
+        load(1)
+
+
+def test_a_header_like_a_bomb_is_a_broken_image(tmp_path, monkeypatch):
+    paint(tmp_path / "a.png", 10)
+    paint(tmp_path / "b.png", size=(60, 60))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert len(images(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("setting", ["image_size", "max_broken"])
+def test_settings_below_their_least(tmp_path, setting):
+    paint(tmp_path / "a.png")
+    with pytest.raises(UserError, match=f"{setting}=-1 must be at least"):
+        images(tmp_path, **{setting: -1})

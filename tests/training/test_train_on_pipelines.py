@@ -1,0 +1,121 @@
+"""`stagepatch train` on whole pipelines: images and captions in, a patch for the pipeline out."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from stagepatch.cli import main
+from stagepatch.patch import Patch
+from stagepatch.training import read_log
+from tests.tiny_pipelines import PIPELINES
+
+TEXT = [name for name in PIPELINES if name not in ("UNet2DModel", "DiTTransformer2DModel")]
+
+
+def draw_images(directory, count=4, size=(48, 48), captions=True):
+    directory.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(count):
+        pixels = torch.randint(0, 255, (*size, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(directory / f"{size[0]}-{number}.png")
+        rows.append(
+            {"file_name": f"{size[0]}-{number}.png", "text": f"photo of {['a cat', 'a red house'][number % 2]}"}
+        )
+    if captions:
+        with open(directory / "metadata.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return directory
+
+
+def train(model, images, output, *more):
+    given = [
+        f"--model={model}",
+        f"--data.source={images}",
+        f"--output_dir={output}",
+        "--training.steps=2",
+        "--training.batch_size=2",
+        "--training.log_every=1",
+        "--training.learning_rate=0.1",
+        "--training.tensorboard=false",
+        *more,
+    ]
+    return main(["train", *given])
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_patch_is_trained_on_every_pipeline_and_changes_its_images(name, tmp_path):
+    tiny = PIPELINES[name]
+    pipe = tiny.build()
+    pipe.save_pretrained(tmp_path / "model")
+    images = draw_images(tmp_path / "images", size=tiny.pixels)
+    size = [f"--patch.sample_size={tiny.sample_size}"] if tiny.sample_size else []
+    more = [f"--data.image_size={tiny.pixels[0]}", "--patch.initialization=normal", *size]
+    assert train(tmp_path / "model", images, tmp_path / "run", *more) == 0
+    log = read_log(tmp_path / "run")
+    assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in log)
+    base = tiny.call(pipe)
+    patch = Patch.from_pretrained(tmp_path / "run")
+    patch.scale = 1000.0
+    with patch.attach(pipe):
+        assert not torch.allclose(tiny.call(pipe), base, atol=1e-4)
+    assert torch.equal(tiny.call(pipe), base)
+    assert patch.facts["steps"] == "2"
+
+
+def test_training_goes_on_and_ends_the_same_and_loads_no_encoders_again(tmp_path, monkeypatch):
+    tiny = PIPELINES["UNet2DConditionModel"]
+    tiny.build().save_pretrained(tmp_path / "model")
+    images = draw_images(tmp_path / "images")
+    size = "--data.image_size=32"
+    cache = f"--cache={tmp_path / 'cache'}"
+    assert train(tmp_path / "model", images, tmp_path / "whole", size, cache, "--training.steps=4") == 0
+    for loader in ("load_vae", "load_captioner", "Images"):
+        monkeypatch.setattr(f"stagepatch.caching.{loader}", None)
+    run = tmp_path / "run"
+    stopping = [size, cache, "--training.steps=4", "--training.checkpoint_every=2"]
+    saved = []
+    from stagepatch.training import loop
+
+    save = loop.save_checkpoint
+
+    def save_and_break(directory, done, *state):
+        save(directory, done, *state)
+        saved.append(done)
+        if saved == [2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_break)
+    assert train(tmp_path / "model", images, run, *stopping) == 130
+    assert train(tmp_path / "model", images, run, *stopping) == 0
+    assert saved == [2, 4]
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_one_run_takes_images_of_several_sizes_and_the_patch_serves_others(tmp_path):
+    tiny = PIPELINES["SD3Transformer2DModel"]
+    pipe = tiny.build()
+    pipe.save_pretrained(tmp_path / "model")
+    images = tmp_path / "images"
+    for size in ((32, 32), (32, 64), (64, 32)):
+        draw_images(images, size=size)
+    buckets = ["--data.image_size=48", "--data.crop=buckets", "--data.bucket_step=16", "--training.steps=6"]
+    assert train(tmp_path / "model", images, tmp_path / "run", *buckets) == 0
+    patch = Patch.from_pretrained(tmp_path / "run")
+    for height, width in ((32, 32), (48, 32), (64, 64)):
+        base = tiny.call(pipe, height=height, width=width)
+        with patch.attach(pipe):
+            assert not torch.equal(tiny.call(pipe, height=height, width=width), base)
+
+
+def test_half_precision_backbone_and_the_digits_are_refused_for_a_vae(tmp_path, capsys):
+    tiny = PIPELINES["UNet2DConditionModel"]
+    tiny.build().save_pretrained(tmp_path / "model")
+    images = draw_images(tmp_path / "images")
+    assert train(tmp_path / "model", images, tmp_path / "run", "--data.image_size=32", "--dtype=bfloat16") == 0
+    assert all(parameter.dtype == torch.float32 for parameter in Patch.from_pretrained(tmp_path / "run").parameters())
+    assert train(tmp_path / "model", "digits", tmp_path / "other") == 2
+    assert "need no VAE" in capsys.readouterr().err
