@@ -15,6 +15,14 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    if torch.accelerator.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
 @pytest.fixture
 def tiny_dit():
     """A factory of frozen DiTs in eval mode; every weight is drawn, since adaLN-Zero's zeros would hide the blocks."""

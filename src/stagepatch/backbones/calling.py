@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.backbones.registry import family_of
+from stagepatch.backbones.registry import family_of, uncompiled
 
 
 def num_classes(model: nn.Module) -> int:
@@ -52,7 +52,7 @@ def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tens
     """
     if isinstance(condition, torch.Tensor):
         condition = {"class_labels": condition} if num_classes(model) else {}
-    return family_of(type(model)).call(model, sample, timesteps, condition)
+    return family_of(type(uncompiled(model))).call(model, sample, timesteps, condition)
 
 
 def _is_diffusers_dit(config: dict[str, Any]) -> bool:

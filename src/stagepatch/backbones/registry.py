@@ -96,22 +96,22 @@ def find_denoiser(target: Any, component: str = "") -> nn.Module:
         UserError: `target` is neither a model nor a pipeline with a denoiser, or one of several has to be named.
     """
     if isinstance(target, nn.Module):
-        return _uncompiled(target)
+        return uncompiled(target)
     name = type(target).__name__
     found = [part for part in DENOISERS if isinstance(getattr(target, part, None), nn.Module)]
     if component:
         module = getattr(target, component, None)
         if not isinstance(module, nn.Module):
             raise UserError(f"{name} has no model '{component}'. Its denoisers: {', '.join(found) or 'none'}.")
-        return _uncompiled(module)
+        return uncompiled(module)
     if not found:
         raise UserError(f"{name} is neither a model nor a pipeline with a transformer or unet.")
     if len(found) > 1:
         raise UserError(f"{name} has several denoisers, {', '.join(found)}: say which with component='{found[0]}'.")
-    return _uncompiled(getattr(target, found[0]))
+    return uncompiled(getattr(target, found[0]))
 
 
-def _uncompiled(model: nn.Module) -> nn.Module:
+def uncompiled(model: nn.Module) -> nn.Module:
     """The module that `torch.compile(model)` wraps."""
     original = getattr(model, "_orig_mod", model)
     return original if isinstance(original, nn.Module) else model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 _SAMPLED = 16  # parameters, of which the first few numbers are kept
 _NUMBERS = 4
+_ADDED = (".lora_", ".to_qkv.", ".to_kv.", ".to_added_qkv.")
 # Says nothing of what a patch needs.
 _IGNORED = {"sample_size", "dropout", "attention_dropout", "class_dropout_prob"}
 
@@ -36,11 +37,11 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Adapters that PEFT put on the model are left out."""
+    """Adapters that PEFT put on the model are left out, and copies that fused projections made."""
     parameters = {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
-        if ".lora_" not in name
+        if not any(part in name for part in _ADDED)
     }
     config: dict[str, Any] = dict(getattr(model, "config", None) or {})
     named = {name: value for name, value in config.items() if not name.startswith("_") and name not in _IGNORED}

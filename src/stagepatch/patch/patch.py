@@ -110,7 +110,8 @@ class Patch(nn.Module):
         config = config or PatchConfig()
         patch = cls(config, select_sites(describe(denoiser, config.sample_size), config))
         patch.fingerprint = fingerprint(denoiser)
-        return patch.to(_device_of(denoiser))
+        _move_to(patch, denoiser)
+        return patch
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None, token: str | None = None) -> Patch:
@@ -186,7 +187,7 @@ class Patch(nn.Module):
         warn_of_other_weights(self.fingerprint, on)
         if any(patch is self for patch in patches_on(model)):
             raise UserError("This patch is attached to that model already: detach it first.")
-        self.to(_device_of(model))
+        _move_to(self, model)
         return Attachment(self, model, backbone)
 
     def observe(self, condition: Tensor) -> None:
@@ -354,5 +355,8 @@ def _initial_prompts(config: PatchConfig, shape: tuple[int, ...]) -> nn.Paramete
     return nn.Parameter(torch.randn(shape) * config.initialization_std)
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _move_to(patch: Patch, model: nn.Module) -> None:
+    """To the model's device. An offloaded model shows the meta device; then the patch follows its hidden states."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        patch.to(device)
