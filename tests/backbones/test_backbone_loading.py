@@ -63,7 +63,9 @@ def test_bundled_name_stands_for_its_directory(saved, batch, monkeypatch):
 
 
 def test_missing_directory_is_refused_with_the_bundled_names(tmp_path):
-    with pytest.raises(UserError, match=r"No model at '.*nowhere': give a model directory, or one of: digits"):
+    with pytest.raises(
+        UserError, match=r"No model at '.*nowhere': give a model directory, a Hub id, or one of: digits"
+    ):
         load_denoiser(tmp_path / "nowhere")
 
 

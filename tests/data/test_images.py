@@ -184,17 +184,35 @@ def test_nothing_but_truncated_images(tmp_path):
 
 
 def test_loading_processes_count_together(tmp_path):
-    # With two processes and batches of one, each process meets one of the truncated images.
-    truncated(tmp_path / "a.jpg")
-    truncated(tmp_path / "b.jpg")
-    paint(tmp_path / "c.png", 30)
+    # Two processes take items in turn: each meets one truncated image, and a good one after it.
+    for index, name in enumerate("abcde"):
+        if name in "ad":
+            truncated(tmp_path / f"{name}.jpg")
+        else:
+            paint(tmp_path / f"{name}.png", 10 * index)
 
     def load(limit):
-        return list(DataLoader(images(tmp_path, max_broken=limit), num_workers=2))
+        return [shown(batch) for batch in DataLoader(images(tmp_path, max_broken=limit), num_workers=2)]
 
-    assert [shown(batch) for batch in load(2)] == [30, 30, 30]
-    with pytest.raises(UserError, match="2 of 3 images"):
+    assert load(2) == [10, 10, 20, 40, 40]
+    with pytest.raises(UserError, match="2 of 5 images"):
         load(1)
+
+
+def test_a_mistake_is_not_a_broken_image(tmp_path, monkeypatch):
+    paint(tmp_path / "a.png")
+    paint(tmp_path / "b.png")
+    source = FolderSource(tmp_path)
+    dataset = Images(source, DataConfig())
+
+    def refuse(index):
+        raise UserError("the disk is another one")
+
+    monkeypatch.setattr(source, "load", refuse)
+    with pytest.raises(UserError, match="another one"):
+        dataset[0]
+    with pytest.raises(UserError, match=r"^the disk is another one$"):
+        Images(source, DataConfig())
 
 
 def test_a_header_like_a_bomb_is_a_broken_image(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """What a patch needs to know of a model family: its sites and its condition. One short file a family."""
 
 from stagepatch.backbones import auraflow, dit, flux, lumina2, pixart, qwenimage, sana, sd3, unet, wan
-from stagepatch.backbones.base import Attention, Backbone, Extent, Site
+from stagepatch.backbones.base import Attention, Backbone, Extent, Site, block_sites, cut_image
 from stagepatch.backbones.calling import learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.backbones.loading import (
     encoder_directories,
@@ -34,6 +34,8 @@ __all__ = [
     "Backbone",
     "Extent",
     "Site",
+    "block_sites",
+    "cut_image",
     "describe",
     "encoder_directories",
     "find_denoiser",

@@ -110,8 +110,8 @@ class Patch(nn.Module):
         config = config or PatchConfig()
         patch = cls(config, select_sites(describe(denoiser, config.sample_size), config))
         patch.fingerprint = fingerprint(denoiser)
-        _move_to(patch, denoiser)
-        return patch
+        is_offloaded = any(hasattr(module, "_hf_hook") for module in denoiser.modules())
+        return patch if is_offloaded else patch.to(next(denoiser.parameters()).device)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None, token: str | None = None) -> Patch:
@@ -187,7 +187,9 @@ class Patch(nn.Module):
         warn_of_other_weights(self.fingerprint, on)
         if any(patch is self for patch in patches_on(model)):
             raise UserError("This patch is attached to that model already: detach it first.")
-        _move_to(self, model)
+        device = next(model.parameters()).device
+        if device.type != "meta":  # an offloaded model: then the patch follows the hidden states
+            self.to(device)
         return Attachment(self, model, backbone)
 
     def observe(self, condition: Tensor) -> None:
@@ -353,10 +355,3 @@ def _initial_prompts(config: PatchConfig, shape: tuple[int, ...]) -> nn.Paramete
     if config.initialization == "zero":
         return nn.Parameter(torch.zeros(shape))
     return nn.Parameter(torch.randn(shape) * config.initialization_std)
-
-
-def _move_to(patch: Patch, model: nn.Module) -> None:
-    """To the model's device. An offloaded model shows the meta device; then the patch follows its hidden states."""
-    device = next(model.parameters()).device
-    if device.type != "meta":
-        patch.to(device)

@@ -1,0 +1,54 @@
+"""Train a patch for Stable Diffusion 1.5 on captioned images, and look at it.
+
+    python examples/train_sd15.py --images IMAGES --output runs/sd15
+
+IMAGES is a folder with a metadata.jsonl of {"file_name": ..., "text": ...} lines. On several GPUs, start it with
+`accelerate launch`. The same in one command: `stagepatch train --model ... --data.source IMAGES`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from stagepatch import Patch, PatchConfig
+from stagepatch.backbones import load_denoiser
+from stagepatch.caching import make_cache
+from stagepatch.data import CachedLatents, DataConfig
+from stagepatch.diffusion import Objective
+from stagepatch.methods import DMP
+from stagepatch.training import TrainingConfig, train
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
+parser.add_argument("--images", required=True)
+parser.add_argument("--output", type=Path, default=Path("runs/sd15"))
+parser.add_argument("--image_size", type=int, default=512)
+parser.add_argument("--steps", type=int, default=10_000)
+parser.add_argument("--batch_size", type=int, default=128)
+parser.add_argument("--prompt", default="a photo of a cat")
+arguments = parser.parse_args()
+
+# Images and captions are encoded once; then neither VAE nor text encoder is needed.
+data = DataConfig(source=arguments.images, image_size=arguments.image_size, horizontal_flip=True)
+make_cache(arguments.output / "cache", arguments.model, data, batch_size=8, dtype=torch.float32)
+dataset = CachedLatents(arguments.output / "cache")
+
+unet, scheduler = load_denoiser(arguments.model)
+method = DMP(PatchConfig(), facts={"data": arguments.images, "steps": str(arguments.steps)})
+config = TrainingConfig(steps=arguments.steps, batch_size=arguments.batch_size)
+train(unet, method, Objective(scheduler), dataset, config, arguments.output, horizontal_flip=True)
+
+# The patch goes on the pipeline as people use it.
+pipe = DiffusionPipeline.from_pretrained(arguments.model)
+patch = Patch.from_pretrained(arguments.output)
+patch.attach(pipe)
+size = {"height": arguments.image_size, "width": arguments.image_size}
+for name, scale in (("base", 0.0), ("patched", 1.0)):
+    patch.scale = scale
+    image = pipe(arguments.prompt, generator=torch.Generator().manual_seed(0), num_inference_steps=50, **size).images[
+        0
+    ]
+    image.save(arguments.output / f"{name}.png")
+print(f"The patch is in '{arguments.output}', with base.png and patched.png from the same noise.")

@@ -1,0 +1,120 @@
+"""Examples and documentation, run on tiny models."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from stagepatch import Patch
+from stagepatch.backbones import registry
+from tests.tiny_pipelines import PIPELINES
+from tests.training.test_train_on_pipelines import draw_images
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(name, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def save(name, directory):
+    pipe = PIPELINES[name].build()
+    pipe.save_pretrained(directory)
+    return pipe
+
+
+def test_train_sd15(tmp_path):
+    save("UNet2DConditionModel", tmp_path / "model")
+    images = draw_images(tmp_path / "images")
+    given = ["--model", tmp_path / "model", "--images", images, "--output", tmp_path / "out"]
+    run("train_sd15.py", *given, "--image_size", 32, "--steps", 2, "--batch_size", 2)
+    assert (tmp_path / "out" / "base.png").exists()
+    assert (tmp_path / "out" / "patched.png").exists()
+    assert Patch.from_pretrained(tmp_path / "out").facts["steps"] == "2"
+
+
+def test_sample_sdxl(tmp_path):
+    pipe = save("UNet2DConditionModel of SDXL", tmp_path / "model")
+    patch = Patch.create(pipe)
+    with torch.no_grad():
+        for prompts in patch.prompts:
+            prompts.normal_(std=20.0)
+    patch.save_pretrained(tmp_path / "patch")
+    given = ["--model", tmp_path / "model", "--patch", tmp_path / "patch", "--output", tmp_path / "out"]
+    run("sample_sdxl.py", *given, "--height", 48, "--width", 32, "--steps", 2)
+    base, patched = ((tmp_path / "out" / f"{name}.png").read_bytes() for name in ("base", "patched"))
+    assert base != patched
+
+
+def test_patch_flux(tmp_path):
+    save("FluxTransformer2DModel", tmp_path / "model")
+    images = draw_images(tmp_path / "images")
+    draw_images(images, size=(32, 64))
+    given = ["--model", tmp_path / "model", "--images", images, "--output", tmp_path / "out"]
+    run("patch_flux.py", *given, "--image_size", 64, "--bucket_step", 16, "--steps", 2, "--batch_size", 2)
+    assert Patch.from_pretrained(tmp_path / "out").config.grid == [16, 16]
+
+
+@pytest.mark.parametrize("sites", ["stages", "attention"])
+def test_patch_ddpm(tmp_path, sites):
+    save("UNet2DModel", tmp_path / "model")
+    images = draw_images(tmp_path / "images", captions=False)
+    given = ["--model", tmp_path / "model", "--images", images, "--output", tmp_path / "out", "--sites", sites]
+    run("patch_ddpm.py", *given, "--steps", 2, "--batch_size", 2)
+    assert (tmp_path / "out" / "samples.png").exists()
+
+
+def test_every_example_is_run_here():
+    tested = {name.removeprefix("test_") + ".py" for name in globals() if name.startswith("test_")}
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} <= tested
+
+
+def test_adding_a_backbone_as_the_page_does(monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-backbone.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    exec(code, {})
+    assert "at 30 sites of 4096 tokens" in capsys.readouterr().out
+
+    torch.manual_seed(0)
+    model = diffusers.CogView4Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=24,
+        time_embed_dim=16,
+        condition_dim=8,
+        sample_size=8,
+        rope_axes_dim=(8, 8),
+    ).eval()
+    pairs = torch.tensor([[64.0, 64.0]] * 2)
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(2, 5, 24),
+        "timestep": torch.tensor([900, 10]),
+        "original_size": pairs,
+        "target_size": pairs,
+        "crop_coords": torch.zeros(2, 2),
+    }
+    base = model(**inputs).sample
+    patch = Patch.create(model)
+    with patch.attach(model):
+        assert torch.equal(model(**inputs).sample, base)
+        with torch.no_grad():
+            for prompts in patch.prompts:
+                prompts.normal_(std=20.0)
+        output = model(**inputs).sample
+        assert not torch.allclose(output, base, atol=1e-3)
+        output.square().mean().backward()
+    assert all(prompts.grad.abs().amax(dim=1).gt(0).all() for prompts in patch.prompts)
