@@ -110,11 +110,15 @@ def test_broken_headers_are_named_once_and_left_out(tmp_path, warnings):
     assert "d.png" in warning
 
 
-def test_stamps_are_those_of_the_good_items(tmp_path):
-    paint(tmp_path / "a.png")
-    no_image(tmp_path / "b.png")
-    paint(tmp_path / "c.png")
-    assert [stamp.split(":")[0] for stamp in images(tmp_path).stamp()] == ["a.png", "c.png"]
+def test_labels_and_captions_are_those_of_the_good_items(tmp_path):
+    for name in ("x", "y", "z"):
+        (tmp_path / name).mkdir()
+        paint(tmp_path / name / "a.png")
+    no_image(tmp_path / "y" / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nx/a.png,first\ny/a.png,second\nz/a.png,third\n")
+    dataset = images(tmp_path)
+    assert dataset.labels() == [0, 2]
+    assert dataset.captions() == ["first", "third"]
 
 
 def test_too_many_broken_headers(tmp_path):
