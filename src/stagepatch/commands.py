@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from stagepatch import config as configs
-from stagepatch.backbones import has_vae, learns_sigma, load_denoiser
+from stagepatch.backbones import has_vae, learns_sigma, load_denoiser, load_pipeline
 from stagepatch.backbones.known import KNOWN, build_known
 from stagepatch.caching import make_cache
 from stagepatch.compare import comparison_table, load_references
@@ -28,7 +28,7 @@ from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.patch import Patch
 from stagepatch.processes import processes
 from stagepatch.report import image_grid, print_table
-from stagepatch.sampling import generate
+from stagepatch.sampling import generate, generate_with_pipeline
 from stagepatch.training import progress_bar
 from stagepatch.training import train as run_training
 from stagepatch.training.randomness import GLOBAL, seed_for
@@ -138,13 +138,21 @@ def cache(config: configs.CacheConfig, resolved: str) -> None:
 
 def sample(config: configs.SampleConfig, resolved: str) -> None:
     """Generate images, and write them as tensors and as a grid."""
-    model, scheduler = _load(config.model)
+    directory = Path(config.output_dir)
+    is_latent = has_vae(config.model)
+    model, scheduler = (load_pipeline(config.model).to(processes().device), None) if is_latent else _load(config.model)
     if config.patch:
         _attach(config.patch, config.patch_scale, model)
-    directory = Path(config.output_dir)
     with _sampling_bar() as progress:
         task = progress.add_task("sampling", total=_share(config.sampling.num_images), status="")
-        images = generate(model, scheduler, config.sampling, on_batch=lambda count: progress.advance(task, count))
+
+        def on_batch(count: int) -> None:
+            progress.advance(task, count)
+
+        if is_latent:
+            images = generate_with_pipeline(model, config.sampling, config.prompts, on_batch)
+        else:
+            images = generate(model, scheduler, config.sampling, on_batch=on_batch)
     if not processes().is_main_process:
         return
     write_text(directory / RUN_CONFIG, resolved)
@@ -159,7 +167,7 @@ def _share(num_images: int) -> int:
     return math.ceil(num_images / int(processes().num_processes))
 
 
-def _attach(directory: str, scale: float, model: nn.Module) -> Patch:
+def _attach(directory: str, scale: float, model: Any) -> Patch:
     patch = Patch.from_pretrained(directory)
     patch.scale = scale
     patch.attach(model)
@@ -168,6 +176,8 @@ def _attach(directory: str, scale: float, model: nn.Module) -> Patch:
 
 def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     """Measure a model; with a patch, base and patched from the same noise."""
+    if has_vae(config.model):
+        raise UserError(f"'{config.model}' makes latents, and evaluate measures models of pixels alone at present.")
     model, scheduler = _load(config.model)
     patch = _attach(config.patch, config.patch_scale, model) if config.patch else None
     references = load_references(config.data)

@@ -116,7 +116,9 @@ class SampleConfig:
 
     Args:
         output_dir: takes samples.safetensors, grid.png and the resolved config.
-        model: a model directory, or 'digits'.
+        model: a model directory, a Hub id, or 'digits'. A model with a VAE is sampled by its own pipeline and
+            scheduler.
+        prompts: captions, in turn, for a model that takes them.
         patch: directory of a patch; empty for the base model.
         patch_scale: factor on the patch's prompts; 1 as trained.
         sampling: sampler, guidance, count and seed.
@@ -124,6 +126,7 @@ class SampleConfig:
 
     output_dir: str = "runs/sample"
     model: str = "digits"
+    prompts: list[str] = field(default_factory=list)
     patch: str = ""
     patch_scale: float = 1.0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -88,12 +88,28 @@ def load_captioner(
     if family.encode_captions is None:
         raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
     absent = {name: None for name in read_json(directory / "model_index.json") if name in _HEAVY}
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(directory, torch_dtype=dtype, **absent).to(device)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"The text encoders of '{source}' cannot be loaded: {error}") from error
+    pipe = _load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
     encode = family.encode_captions
     return lambda captions: encode(pipe, captions)
+
+
+def load_pipeline(source: str | Path) -> Any:
+    """The whole pipeline.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    directory = find_model(source, ["*"])
+    if not (directory / "model_index.json").exists():
+        raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
+    return _load_pipeline(directory)
+
+
+def _load_pipeline(directory: Path, **given: Any) -> Any:
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(directory, **given)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"The pipeline in '{directory}' cannot be loaded: {error}") from error
 
 
 def takes_captions(source: str | Path) -> bool:

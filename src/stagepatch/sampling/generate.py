@@ -53,8 +53,7 @@ def generate(
         raise UserError(f"{len(labels)} labels for num_images={config.num_images}.")
     shape = shape or sample_shape(model)
     model.eval()
-    state = processes()
-    own = np.array_split(np.arange(config.num_images), state.num_processes)[state.process_index].tolist()
+    own = own_indices(config.num_images)
     batches = []
     for first in range(0, len(own), config.batch_size):
         indices = own[first : first + config.batch_size]
@@ -62,7 +61,19 @@ def generate(
         if on_batch is not None:
             on_batch(len(indices))
     images = torch.cat(batches) if batches else torch.empty(0, *shape)
-    return torch.cat(gather_object([images])) if state.num_processes > 1 else images
+    return shared(images)
+
+
+def own_indices(num_images: int) -> list[int]:
+    """This process's share of the images."""
+    state = processes()
+    own: list[int] = np.array_split(np.arange(num_images), state.num_processes)[state.process_index].tolist()
+    return own
+
+
+def shared(images: Tensor) -> Tensor:
+    """The images of all processes, in their order."""
+    return torch.cat(gather_object([images])) if processes().num_processes > 1 else images
 
 
 def _denoise(
@@ -74,7 +85,7 @@ def _denoise(
     shape: tuple[int, int, int],
 ) -> Tensor:
     device = next(model.parameters()).device
-    generators = [_image_generator(config.seed, index) for index in indices]
+    generators = [image_generator(config.seed, index) for index in indices]
     sampler = make_sampler(config.scheduler, trained_with)
     try:
         sampler.set_timesteps(config.num_inference_steps)
@@ -109,6 +120,7 @@ def _guided(model: nn.Module, sample: Tensor, timestep: Tensor, labels: Tensor, 
     return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
 
-def _image_generator(seed: int, index: int) -> Generator:
+def image_generator(seed: int, index: int) -> Generator:
+    """Of all that is drawn for one image."""
     state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
     return Generator().manual_seed(int(state >> np.uint64(1)))
