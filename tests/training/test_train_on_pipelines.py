@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from stagepatch.cli import main
-from stagepatch.patch import Patch
+from stagepatch.patch import Patch, PatchConfig
 from stagepatch.training import read_log
+from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
 TEXT = [name for name in PIPELINES if name not in ("UNet2DModel", "DiTTransformer2DModel")]
@@ -64,6 +65,13 @@ def test_patch_is_trained_on_every_pipeline_and_changes_its_images(name, tmp_pat
         assert not torch.allclose(tiny.call(pipe), base, atol=1e-4)
     assert torch.equal(tiny.call(pipe), base)
     assert patch.facts["steps"] == "2"
+    if tiny.other_pixels is not None:  # trained at one size, sampled at another, not square
+        height, width = tiny.other_pixels
+        base = tiny.call(pipe, height=height, width=width)
+        with patch.attach(pipe):
+            patched = tiny.call(pipe, height=height, width=width)
+        assert patched.isfinite().all()
+        assert not torch.allclose(patched, base, atol=1e-4)
 
 
 def test_training_goes_on_and_ends_the_same_and_loads_no_encoders_again(tmp_path, monkeypatch):
@@ -109,6 +117,33 @@ def test_one_run_takes_images_of_several_sizes_and_the_patch_serves_others(tmp_p
         base = tiny.call(pipe, height=height, width=width)
         with patch.attach(pipe):
             assert not torch.equal(tiny.call(pipe, height=height, width=width), base)
+
+
+@pytest.mark.parametrize("name", ["DiT", "UNet2DModel", "FluxTransformer2DModel"])
+def test_what_is_learned_at_one_size_helps_at_others(name):
+    """A patch fitted at 8×8 latents to a shift of the output shifts it at 16×16 and 8×12 too."""
+    family = FAMILIES[name]
+    model = family.model()
+    patch = Patch.create(model, PatchConfig(sample_size=8, gate="none")).train()
+    patch.attach(model)
+    torch.manual_seed(0)
+
+    def error(size, batch=8):
+        """Mean squared distance to an output that is 0.1 higher than the base model's: 0.01 for the base itself."""
+        inputs = family.inputs(model, batch, *size)
+        patch.enabled = False
+        goal = model(**inputs, return_dict=False)[0] + 0.1
+        patch.enabled = True
+        return (model(**inputs, return_dict=False)[0] - goal).square().mean()
+
+    optimizer = torch.optim.Adam(patch.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        error((8, 8)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for size in ((8, 8), (16, 16), (8, 12)):
+            assert error(size, 32) < 0.8 * 0.01, size
 
 
 def test_half_precision_backbone_and_the_digits_are_refused_for_a_vae(tmp_path, capsys):
