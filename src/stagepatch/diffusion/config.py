@@ -27,3 +27,25 @@ class ObjectiveConfig:
     beta_end: float = 0.02
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
     clip_sample: bool = False
+
+
+@dataclass
+class WeightingConfig:
+    """Weight of each timestep in the loss.
+
+    Args:
+        name: 'constant' weighs all predictions alike; the others are stated as weights on the error of x_start:
+            'snr' (for epsilon the same as constant), 'snr_plus_one' (for v the same as constant), 'truncated_snr'
+            max(SNR, 1) (arXiv 2202.00512), 'min_snr' min(SNR, gamma) (arXiv 2303.09556), 'p2' SNR/(k + SNR)^gamma
+            (arXiv 2204.00227).
+        gamma: of min_snr (arXiv 2303.09556: 5) and p2 (arXiv 2204.00227: 1).
+        k: of p2 (arXiv 2204.00227: 1).
+    """
+
+    name: Literal["constant", "snr", "snr_plus_one", "truncated_snr", "min_snr", "p2"] = "constant"
+    gamma: float | None = None
+    k: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.gamma is None:
+            self.gamma = 5.0 if self.name == "min_snr" else 1.0

@@ -22,7 +22,7 @@ class TrainingConfig:
         adam_beta2: AdamW's second beta.
         max_grad_norm: clip the gradient's norm to this; 0 does not clip (DMP).
         ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
-        label_dropout: share of class labels replaced by the null label (DiT: 0.1).
+        label_dropout: share of class labels, or of captions, replaced by none, for guidance (DiT: 0.1).
         mixed_precision: precision of the forward and backward pass, by accelerate; what trains stays in float32.
         compile: run the denoiser through torch.compile.
         seed: of data order, noise, timesteps and initialisation.
