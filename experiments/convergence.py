@@ -16,13 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from stagepatch.backbones import learns_sigma, load_denoiser
-from stagepatch.compare import load_references
 from stagepatch.data import DataConfig
 from stagepatch.demo import demo_plan
 from stagepatch.diffusion import Objective
-from stagepatch.evaluation import load_extractor, measure, paired_difference
+from stagepatch.evaluation import load_extractor, load_references, measure, paired_difference
 from stagepatch.files import write_atomically, write_json, write_text
-from stagepatch.methods import Finetune
+from stagepatch.methods import Pretrain
 from stagepatch.report import markdown_table, metric_curves
 from stagepatch.training import train
 
@@ -50,7 +49,7 @@ def finetuned(base: Path, rate: float, seed: int, plan, references) -> Path:
         model, scheduler = load_denoiser(base)
         training = replace(plan.training, learning_rate=rate, seed=1000 + seed)
         objective = Objective(scheduler, learns_sigma(model))
-        train(model, Finetune(scheduler), objective, references.train, training, directory)
+        train(model, Pretrain(scheduler), objective, references.train, training, directory)
     return directory
 
 

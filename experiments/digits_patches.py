@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from stagepatch.backbones import learns_sigma, load_denoiser
-from stagepatch.compare import load_references
 from stagepatch.data import DataConfig
 from stagepatch.demo import demo_plan
 from stagepatch.diffusion import Objective
-from stagepatch.evaluation import load_extractor, measure, paired_difference
+from stagepatch.evaluation import load_extractor, load_references, measure, paired_difference
 from stagepatch.files import write_json, write_text
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig

@@ -13,21 +13,25 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from stagepatch import config as configs
-from stagepatch.backbones import has_vae, learns_sigma, load_denoiser, load_pipeline
+from stagepatch.backbones import find_denoiser, has_vae, learns_sigma, load_denoiser, load_pipeline
 from stagepatch.backbones.known import KNOWN, build_known
 from stagepatch.caching import make_cache
-from stagepatch.compare import comparison_table, load_references
+from stagepatch.comparing.job import is_done
+from stagepatch.comparing.launch import launch
+from stagepatch.comparing.page import note, short, table, write_results
+from stagepatch.comparing.plan import Job, plan_jobs
+from stagepatch.comparing.results import collect
 from stagepatch.data import CachedLatents, load_dataset
-from stagepatch.diffusion import Objective, make_scheduler
+from stagepatch.diffusion import Objective, make_scheduler, make_weighting
 from stagepatch.errors import UserError
-from stagepatch.evaluation import Measured, load_extractor, measure
+from stagepatch.evaluation import Measured, load_extractor, load_references, measure
 from stagepatch.files import write_atomically, write_json, write_tensors, write_text
 from stagepatch.inspection import describe_path
-from stagepatch.methods import DMP, Finetune, Method
+from stagepatch.methods import DMP, Method, Pretrain, load_learned, make_method
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.patch import Patch
 from stagepatch.processes import processes
-from stagepatch.report import image_grid, print_table
+from stagepatch.report import comparison_table, image_grid, print_table
 from stagepatch.sampling import generate, generate_with_pipeline
 from stagepatch.training import progress_bar
 from stagepatch.training import train as run_training
@@ -47,7 +51,7 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     identity = {name: asdict(getattr(config, name)) for name in ("model", "objective", "data")}
     run_training(
         model,
-        Finetune(scheduler),
+        Pretrain(scheduler),
         objective,
         dataset,
         config.training,
@@ -92,6 +96,8 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
     directory = Path(config.output_dir)
     facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
     facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
+    method = make_method(config.method, config.patch, config.lora, facts)
+    weighting = make_weighting(config.weighting)
     dataset: Dataset[dict[str, Any]]
     if has_vae(config.model):
         cache_dir = Path(config.cache or directory / "cache")
@@ -100,20 +106,24 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
     else:
         dataset = load_dataset(config.data)
     model, scheduler = load_denoiser(config.model)
-    if config.method == "dmp":
-        model.to(getattr(torch, config.dtype))
-    method: Method = DMP(config.patch, facts) if config.method == "dmp" else Finetune(scheduler)
+    if config.dtype != "float32" and config.method in ("finetune", "bitfit"):
+        raise UserError(
+            f"method='{config.method}' trains the model's own weights, which dtype='{config.dtype}' spoils."
+        )
+    model.to(getattr(torch, config.dtype))
     identity = {
         "model": config.model,
         "method": config.method,
         "dtype": config.dtype,
         "patch": asdict(config.patch),
+        "lora": asdict(config.lora),
+        "weighting": asdict(config.weighting),
         "data": asdict(config.data),
     }
     run_training(
         model,
         method,
-        Objective(scheduler, learns_sigma(model)),
+        Objective(scheduler, learns_sigma(model), weighting),
         dataset,
         config.training,
         directory,
@@ -142,7 +152,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     is_latent = has_vae(config.model)
     model, scheduler = (load_pipeline(config.model).to(processes().device), None) if is_latent else _load(config.model)
     if config.patch:
-        _attach(config.patch, config.patch_scale, model)
+        _put_on(config.patch, config.patch_scale, find_denoiser(model))
     with _sampling_bar() as progress:
         task = progress.add_task("sampling", total=_share(config.sampling.num_images), status="")
 
@@ -167,11 +177,14 @@ def _share(num_images: int) -> int:
     return math.ceil(num_images / int(processes().num_processes))
 
 
-def _attach(directory: str, scale: float, model: Any) -> Patch:
-    patch = Patch.from_pretrained(directory)
-    patch.scale = scale
-    patch.attach(model)
-    return patch
+def _put_on(directory: str, scale: float, model: nn.Module) -> Method:
+    """What a method learned, on a model; scaled, if it is a patch."""
+    method = load_learned(model, Path(directory))
+    if isinstance(method, DMP):
+        method.patch.scale = scale
+    elif scale != 1.0:
+        raise UserError(f"patch_scale={scale} scales a patch; '{directory}' holds what {method.name} learned.")
+    return method
 
 
 def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
@@ -179,10 +192,9 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     if has_vae(config.model):
         raise UserError(f"'{config.model}' makes latents, and evaluate measures models of pixels alone at present.")
     model, scheduler = _load(config.model)
-    patch = _attach(config.patch, config.patch_scale, model) if config.patch else None
     references = load_references(config.data)
     extractor = load_extractor(config.extractor)
-    total = _share(config.sampling.num_images) * len(config.seeds) * (1 if patch is None else 2)
+    total = _share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch else 1)
     with _sampling_bar() as progress:
         task = progress.add_task("sampling", total=total, status="")
 
@@ -197,12 +209,10 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
                 lambda count: progress.advance(task, count),
             )
 
-        if patch is not None:
-            patch.enabled = False
         base = measured()
         patched = None
-        if patch is not None:
-            patch.enabled = True
+        if config.patch:
+            _put_on(config.patch, config.patch_scale, model)
             patched = measured()
     if not processes().is_main_process:
         return
@@ -213,6 +223,26 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     columns, rows = comparison_table(base, patched, extractor.name)
     print_table(columns, rows, f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds")
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'.")
+
+
+def compare(config: configs.CompareConfig, resolved: str) -> None:
+    """Train and measure every entry, and write the table."""
+    jobs = plan_jobs(config)
+    directory = jobs[0].directory.parent.parent
+    write_text(directory / RUN_CONFIG, resolved)
+    left = [job for job in jobs if not is_done(job)]
+    print(f"{len(jobs)} jobs, {len(jobs) - len(left)} of them done; logs in '{directory / 'logs'}'.")
+    with progress_bar() as progress:
+        task = progress.add_task("jobs", total=len(jobs), completed=len(jobs) - len(left), status="")
+
+        def on_done(job: Job) -> None:
+            progress.update(task, advance=1, status=f"{job.name}, seed {job.training.seed}")
+
+        launch(left, config.launch, directory / "logs", on_done)
+    rows = collect(jobs, config.metric)
+    write_results(directory, jobs, rows, config.metric, resolved)
+    print_table(*short(*table(rows, config.metric, jobs[0].extractor + " features")), note(jobs))
+    print(f"Report: {directory / 'report.html'}")
 
 
 def params(config: configs.ParamsConfig, resolved: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stagepatch.comparing.config import CompareConfig as CompareConfig
 from stagepatch.data.config import DataConfig
-from stagepatch.diffusion.config import ObjectiveConfig
+from stagepatch.diffusion.config import ObjectiveConfig, WeightingConfig
+from stagepatch.methods.config import LoRAConfig
 from stagepatch.patch.config import PatchConfig
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.training.config import TrainingConfig
@@ -63,28 +65,33 @@ class PretrainConfig:
 
 @dataclass
 class TrainConfig:
-    """Train a patch (or all weights) on top of a converged model.
+    """Train a patch on top of a converged model, or by another method to compare with it.
 
     Args:
         output_dir: directory of the run; the same command again goes on where it stopped.
         model: a model directory as diffusers writes it, a Hub id, or 'digits', the bundled model.
-        method: 'dmp', a patch on the frozen model (arXiv 2405.17825), or 'finetune', all weights.
+        method: 'dmp', a patch on the frozen model (arXiv 2405.17825); 'prompt_tuning', one without a gate (Eq. 2);
+            'finetune', all weights; 'bitfit', biases and norms (arXiv 2106.10199); 'lora' (arXiv 2106.09685).
         dtype: of the frozen model's weights; what is learned is float32.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
         cache_batch_size: images encoded at a time for the cache.
         patch: what a patch learns.
+        lora: what a LoRA learns.
+        weighting: of timesteps in the loss.
         data: training images: the ones that the model was trained on.
         training: optimizer and bookkeeping.
     """
 
     output_dir: str = "runs/train"
     model: str = "digits"
-    method: Literal["dmp", "finetune"] = "dmp"
+    method: Literal["dmp", "prompt_tuning", "finetune", "bitfit", "lora"] = "dmp"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: str = ""
     cache_batch_size: int = 8
     patch: PatchConfig = field(default_factory=PatchConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -119,7 +126,7 @@ class SampleConfig:
         model: a model directory, a Hub id, or 'digits'. A model with a VAE is sampled by its own pipeline and
             scheduler.
         prompts: captions, in turn, for a model that takes them.
-        patch: directory of a patch; empty for the base model.
+        patch: directory of a patch, or of what another method learned; empty for the base model.
         patch_scale: factor on the patch's prompts; 1 as trained.
         sampling: sampler, guidance, count and seed.
     """
@@ -139,7 +146,8 @@ class EvaluateConfig:
     Args:
         output_dir: takes metrics.json and the resolved config.
         model: a model directory, or 'digits'.
-        patch: directory of a patch; with one, base and patched model are compared from the same noise.
+        patch: directory of a patch, or of what another method learned; with one, base and patched model are compared
+            from the same noise.
         patch_scale: factor on the patch's prompts; 1 as trained.
         extractor: features for FID, KID, precision and recall: 'digits' (the bundled classifier's) or 'inception'
             (needs torch-fidelity).

@@ -11,11 +11,10 @@ from rich.console import Console
 
 from stagepatch.analysis import gate_activation
 from stagepatch.backbones import learns_sigma, load_denoiser
-from stagepatch.compare import comparison_table, load_references
 from stagepatch.config import TrainConfig
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import Objective
-from stagepatch.evaluation import Measured, load_extractor, measure
+from stagepatch.evaluation import Measured, load_extractor, load_references, measure
 from stagepatch.files import write_atomically, write_json, write_tensors, write_text
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
@@ -27,6 +26,7 @@ from stagepatch.report import (
     Prose,
     Section,
     Table,
+    comparison_table,
     environment,
     figure_to_data_uri,
     image_to_data_uri,

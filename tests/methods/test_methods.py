@@ -4,10 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagepatch.backbones import predict
+from stagepatch.backbones import load_denoiser, predict
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.methods import DMP, Finetune
+from stagepatch.errors import UserError
+from stagepatch.methods import DMP, BitFit, Finetune, LoRA, LoRAConfig, Pretrain, load_learned, make_method
+from stagepatch.methods.lora import active_ranks
 from stagepatch.patch import PatchConfig
+from tests.tiny import FAMILIES
+from tests.tiny_pipelines import PIPELINES
 
 
 def count(groups):
@@ -58,32 +62,171 @@ def test_preparing_again_replaces_the_patch(tiny_dit, batch):
     assert torch.equal(predict(model, *batch), base)
 
 
-@pytest.mark.parametrize("name", ["dmp", "finetune"])
-def test_save_and_load_bring_back_the_output(tiny_dit, batch, tmp_path, name):
-    scheduler = make_scheduler(ObjectiveConfig())
+ALL = {
+    "dmp": {},
+    "prompt_tuning": {},
+    "finetune": {},
+    "bitfit": {},
+    "lora": {"lora": LoRAConfig(rank=3)},
+    "masked lora": {"lora": LoRAConfig(rank=4, min_rank=1)},
+}
 
-    def make():
-        return DMP(PatchConfig()) if name == "dmp" else Finetune(scheduler)
 
-    model, method = tiny_dit(), make()
+def make(name, patch=None, lora=None):
+    return make_method(name.split()[-1], patch or PatchConfig(), lora or LoRAConfig())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("family", ["DiT", "UNet2DConditionModel", "FluxTransformer2DModel"])
+def test_what_is_saved_is_what_was_learned_and_brings_it_back(tmp_path, name, family):
+    family = FAMILIES[family]
+    size = PatchConfig(sample_size=8)
+    model, method = family.model(), make(name, size, **ALL[name])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     groups = method.prepare(model)
+    assert all(parameter.requires_grad for group in groups for parameter in group["params"])
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    assert all(id(parameter) in trained for parameter in model.parameters() if parameter.requires_grad)
     with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
         for group in groups:
             for parameter in group["params"]:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
-        expected = predict(model, *batch)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        expected = family.call(model)
         method.save(tmp_path)
-        other = tiny_dit()
-        assert not torch.equal(predict(other, *batch), expected)
-        make().load(other, tmp_path)
-        assert torch.equal(predict(other, *batch), expected)
-    if name == "dmp":  # what is saved is the patch alone
-        assert sum(t.numel() for t in load_file(tmp_path / "model.safetensors").values()) == count(groups)
+        assert sum(v.numel() for path in tmp_path.glob("*.safetensors") for v in load_file(path).values()) == count(
+            groups
+        )
+        other = family.model()
+        assert not torch.allclose(family.call(other), expected, atol=1e-4)
+        loaded = load_learned(other, tmp_path)
+        assert torch.equal(family.call(other), expected)
+    assert type(loaded) is type(method) or isinstance(method, type(loaded))
+    if name not in ("finetune", "bitfit"):
+        kept = {key.replace(".base_layer.", "."): value for key, value in model.state_dict().items()}
+        assert all(torch.equal(kept[key], value) for key, value in before.items())
 
 
 def test_finetuning_trains_every_weight(tiny_dit):
     model = tiny_dit()
-    method = Finetune(make_scheduler(ObjectiveConfig()))
-    assert count(method.prepare(model)) == sum(parameter.numel() for parameter in model.parameters())
+    assert count(Finetune().prepare(model)) == sum(parameter.numel() for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def test_bitfit_trains_biases_and_norms_alone():
+    model = FAMILIES["UNet2DConditionModel"].model()
+    BitFit().prepare(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(name.endswith("bias") or ".norm" in name or "conv_norm" in name for name in trained)
+    assert {"conv_norm_out.weight", "conv_in.bias", "mid_block.attentions.0.norm.weight"} <= trained
+    assert "conv_in.weight" not in trained
+
+
+def test_pretraining_saves_a_whole_model(tiny_dit, batch, tmp_path):
+    model, method = tiny_dit(), Pretrain(make_scheduler(ObjectiveConfig()))
+    method.prepare(model)
+    method.save(tmp_path)
+    loaded, scheduler = load_denoiser(tmp_path)
+    assert torch.equal(predict(loaded, *batch), predict(model, *batch))
+    assert scheduler.config.num_train_timesteps == 1000
+
+
+def test_nothing_is_learned_by_the_base(tiny_dit, tmp_path):
+    model = tiny_dit().requires_grad_(True)
+    assert make("none").prepare(model) == []
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_matched_prompt_tuning_takes_the_step_that_a_uniform_gate_does(tiny_dit):
+    (prompts,) = make("prompt_tuning", PatchConfig(matched_step=True)).prepare(tiny_dit())
+    assert prompts["factor"] == 1 / 16
+    (prompts,) = make("prompt_tuning").prepare(tiny_dit())
+    assert prompts["factor"] == 1.0
+    assert DMP(PatchConfig(matched_step=True)).prepare(tiny_dit())[0]["factor"] == 1.0
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"])
+def test_saved_lora_is_read_by_its_pipeline(tmp_path, name):
+    tiny = PIPELINES[name]
+    pipe = tiny.build()
+    base = tiny.call(pipe)
+    pipe.save_pretrained(tmp_path / "model")
+    trained = tiny.load(tmp_path / "model")
+    method = LoRA(LoRAConfig(rank=2))
+    (group,) = method.prepare(trained.unet if hasattr(trained, "unet") else trained.transformer)
+    with torch.no_grad():
+        for parameter in group["params"]:
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(parameter)))
+    expected = tiny.call(trained)
+    method.save(tmp_path / "lora")
+    pipe.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(tiny.call(pipe), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, base, atol=1e-3)
+
+
+def test_adapters_sit_at_the_attention_and_start_at_nothing(tiny_dit, batch):
+    model = tiny_dit()
+    base = predict(model, *batch)
+    (group,) = LoRA(LoRAConfig(rank=4)).prepare(model)
+    assert count([group]) == 3 * (4 * (32 + 96) + 4 * (32 + 32))
+    assert torch.equal(predict(model, *batch), base)
+    (group,) = LoRA(LoRAConfig(rank=4, targets=["fc1"])).prepare(tiny_dit())
+    assert count([group]) == 3 * 4 * (32 + 128)
+
+
+def test_targets_that_are_not_there_are_named(tiny_dit):
+    with pytest.raises(UserError, match=r"targets=\['to_z'\] cannot be had in DiT"):
+        LoRA(LoRAConfig(targets=["to_z"])).prepare(tiny_dit())
+
+
+@pytest.mark.parametrize("choices", [{"rank": 0}, {"rank": 4, "min_rank": 5}, {"min_rank": -1}], ids=str)
+def test_ranks_out_of_range_are_refused(choices):
+    with pytest.raises(UserError, match="0 ≤ min_rank ≤ rank"):
+        LoRA(LoRAConfig(**choices))
+
+
+def test_ranks_come_on_as_noise_falls(tiny_dit, batch):
+    """Of four ranks one at pure noise, all at the image; a sample's output is that of a LoRA cut to its ranks."""
+    assert active_ranks(torch.tensor([1.0, 0.7, 0.5, 0.34, 0.0]), 4, 1).tolist() == [1, 1, 2, 2, 4]
+    sample, _, labels = batch
+    timesteps = torch.tensor([999, 600, 300, 0])
+    model = tiny_dit()
+    (group,) = LoRA(LoRAConfig(rank=4, min_rank=1)).prepare(model)
+    with torch.no_grad():
+        for parameter in group["params"]:
+            parameter.normal_(generator=torch.Generator().manual_seed(3))
+    masked = predict(model, sample, timesteps, labels)
+    for row, ranks in enumerate((1, 2, 3, 4)):
+        cut = tiny_dit()
+        (other,) = LoRA(LoRAConfig(rank=4)).prepare(cut)
+        with torch.no_grad():
+            for ours, theirs in zip(other["params"], group["params"], strict=True):
+                ours.copy_(theirs)
+                if ours.shape[0] == 4:  # lora_A: [rank, in]
+                    ours[ranks:] = 0.0
+        torch.testing.assert_close(predict(cut, sample, timesteps, labels)[row], masked[row], rtol=1e-4, atol=1e-4)
+
+
+# What is not there
+
+
+def test_unknown_method_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"No method 'dpm'\. Methods: dmp, prompt_tuning, finetune"):
+        make("dpm")
+
+
+def test_directories_of_nothing_learned_and_of_other_models_are_refused(tiny_dit, tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        load_learned(tiny_dit(), tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no patch, no LoRA, no weights"):
+        load_learned(tiny_dit(), tmp_path)
+    for name in ("finetune", "lora"):
+        method = make(name)
+        method.prepare(tiny_dit(num_layers=4))
+        method.save(tmp_path / name)
+        with pytest.raises(UserError, match=r"is of another model: it holds '(base_model\.model\.)?blocks\.3"):
+            load_learned(tiny_dit(), tmp_path / name)

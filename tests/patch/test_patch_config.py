@@ -57,6 +57,8 @@ SHARED = {
     "prepending": "gated",
     "sample_size": None,
     "grid": None,
+    "normalization": "softmax",
+    "matched_step": False,
     "num_experts": 1,
     "initialization": "zero",
     "gate": "linear",
@@ -131,6 +133,44 @@ def test_reference_size_sets_the_number_of_prompts(tiny_dit):
         assert patch.gate.bias.shape == (tokens,)
     with pytest.raises(UserError, match=r"sample_size=\[8\] must be one number, or height and width"):
         Patch.create(tiny_dit(), PatchConfig(sample_size=[8]))
+
+
+@covers("normalization")
+def test_weights_of_mean_one_and_of_sigmoids(tiny_dit, batch, make_patch):
+    model = tiny_dit()
+    weights, logits = {}, None
+    for normalization in ("softmax", "mean_one", "sigmoid"):
+        patch = make_patch(model, normalization=normalization)
+        forward(model, patch, batch)
+        weights[normalization], logits = patch.last.weights, patch.last.logits
+    torch.testing.assert_close(weights["mean_one"], 16 * weights["softmax"])
+    torch.testing.assert_close(weights["sigmoid"], 2 / (1 + torch.exp(-logits)))
+    for normalization in ("mean_one", "sigmoid"):
+        patch = Patch.create(model, PatchConfig(normalization=normalization, initialization="normal"))
+        tuning = Patch.create(model, PatchConfig(gate="none"))
+        with torch.no_grad():
+            for ours, theirs in zip(tuning.prompts, patch.prompts, strict=True):
+                ours.copy_(theirs)
+        for size in (8, 16):  # at a zero gate both are prompt tuning, at any size
+            inputs = torch.randn(2, 1, size, size), torch.tensor([10, 800]), torch.tensor([0, 1])
+            torch.testing.assert_close(forward(model, patch, inputs), forward(model, tuning, inputs))
+
+
+@covers("matched_step")
+def test_matched_step_is_that_of_a_uniform_gate(tiny_dit):
+    """One step of Adam moves the mixture as far as with the gate."""
+    moved = {}
+    for gate in ("linear", "none"):
+        model = tiny_dit()
+        method = DMP(PatchConfig(gate=gate, matched_step=True, block_index=False))
+        groups = method.prepare(model)
+        optimizer = torch.optim.Adam([{"params": g["params"], "lr": 0.01 * g["factor"]} for g in groups])
+        inputs = torch.randn(2, 1, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 1])
+        predict(model, *inputs).square().sum().mul(1e6).backward()
+        optimizer.step()
+        share = 1 / 16 if gate == "linear" else 1.0
+        moved[gate] = share * method.patch.prompts[0].detach().abs().mean()
+    torch.testing.assert_close(moved["none"], moved["linear"], rtol=1e-3, atol=0)
 
 
 @covers("grid")
@@ -423,6 +463,8 @@ BAD = [
     ("grid", [0, 4]),
     ("grid", [2.5, 4]),
     ("grid", 4),
+    ("normalization", "softplus"),
+    ("matched_step", "yes"),
     ("num_experts", 0),
     ("num_experts", True),
     ("sites", "last"),
@@ -474,6 +516,8 @@ def test_bad_values_are_tried_for_every_field():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
+        ({"normalization": "sigmoid", "selection": "hard"}, "normalization='sigmoid' is defined for selection='soft'"),
+        ({"normalization": "mean_one", "num_experts": 2}, "normalization='mean_one' is defined for .* num_experts=1"),
         ({"gate": "none", "num_experts": 2}, "num_experts=2 needs a gate"),
         ({"load_loss": "smooth"}, "load_loss='smooth'"),
         ({"load_loss": "smooth", "selection": "hard"}, "load_loss='smooth'"),

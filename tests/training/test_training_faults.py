@@ -178,7 +178,6 @@ def test_images_of_other_channels(tmp_path):
         run(tmp_path, dataset=colour)
 
 
-def test_images_of_another_size(tmp_path):
+def test_images_of_another_size_are_taken(tmp_path):
     images = torch.zeros(8, 1, 16, 16)
-    with pytest.raises(UserError, match="64, 16"):
-        run(tmp_path, dataset=ImageDataset(images, torch.zeros(8, dtype=torch.long)))
+    run(tmp_path, dataset=ImageDataset(images, torch.zeros(8, dtype=torch.long)))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stagepatch import cli, files
 from stagepatch.data import ImageDataset
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
-from stagepatch.methods import DMP, Finetune
+from stagepatch.methods import DMP, Pretrain
 from stagepatch.models import DiT
 from stagepatch.patch import PatchConfig
 from stagepatch.sampling import SamplingConfig, generate
@@ -87,7 +87,7 @@ def run(
     """Train the tiny model; returns the method."""
     model = model or make_model()
     objective = objective or make_objective()
-    chosen = DMP(PatchConfig(**(patch or {}))) if method == "dmp" else Finetune(objective.scheduler)
+    chosen = DMP(PatchConfig(**(patch or {}))) if method == "dmp" else Pretrain(objective.scheduler)
     config = TrainingConfig(**{**TRAINING, **training})
     dataset = dataset or make_dataset()
     train(model, chosen, objective, dataset, config, Path(directory), identity, flip, progress=False)

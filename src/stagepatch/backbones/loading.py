@@ -64,6 +64,15 @@ def load_denoiser(source: str | Path) -> tuple[Any, Any]:
     return model, _load_scheduler(directory / "scheduler")
 
 
+def build_denoiser(source: str | Path) -> Any:
+    """The denoiser of a model on the meta device: its shape without its weights."""
+    directory = find_model(source)
+    component = directory / _denoiser_of(directory)
+    model_class: Any = _class_of(component)
+    with torch.device("meta"):
+        return model_class.from_config(read_json(component / "config.json"))
+
+
 def has_vae(source: str | Path) -> bool:
     """Whether the model works on latents."""
     return (find_model(source, ("transformer", "unet", "scheduler", "vae")) / "vae").is_dir()

@@ -40,6 +40,11 @@ def call_lumina2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[
     return -call_plainly(model, sample, 1.0 - timesteps / 1000.0, condition)
 
 
+def noise_level(timestep: Tensor) -> Tensor:
+    """Time runs from noise to image here."""
+    return 1.0 - timestep
+
+
 def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
     """See `EncodeCaptions`."""
     embeds, mask, *_ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=pipe.device)

@@ -19,6 +19,20 @@ Call = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 EncodeCaptions = Callable[[Any, list[str]], dict[str, Tensor]]
 
 
+# the model's `timestep` argument [B] -> 0 (an image) to 1 (noise)
+NoiseLevel = Callable[[Tensor], Tensor]
+
+
+def in_thousands(timestep: Tensor) -> Tensor:
+    """The noise level of a model that is told timesteps of 0 to 1000."""
+    return timestep / 1000.0
+
+
+def in_ones(timestep: Tensor) -> Tensor:
+    """The noise level of a model that is told timesteps of 0 to 1."""
+    return timestep
+
+
 def call_plainly(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
     """The way most models are called: the condition by keywords."""
     output: tuple[Tensor, ...] = model(sample, timestep=timesteps, return_dict=False, **condition)
@@ -32,6 +46,7 @@ class Family:
     describe: Describe
     call: Call = call_plainly
     encode_captions: EncodeCaptions | None = None
+    noise_level: NoiseLevel = in_thousands
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -42,6 +57,7 @@ def register(
     describe: Describe,
     call: Call = call_plainly,
     encode_captions: EncodeCaptions | None = None,
+    noise_level: NoiseLevel = in_thousands,
 ) -> None:
     """Let models of a class (and its subclasses) be patched.
 
@@ -51,8 +67,9 @@ def register(
             returns its description.
         call: how training calls the model; see `Call`.
         encode_captions: how training makes its condition of text; see `EncodeCaptions`.
+        noise_level: of the timestep that the model is told, for methods that go by it.
     """
-    _FAMILIES[class_name] = Family(describe, call, encode_captions)
+    _FAMILIES[class_name] = Family(describe, call, encode_captions, noise_level)
 
 
 def family_of(model_class: type) -> Family:

@@ -10,3 +10,4 @@ from .metrics import precision_recall as precision_recall
 from .paired import Measured as Measured
 from .paired import References as References
 from .paired import measure as measure
+from .references import load_references as load_references

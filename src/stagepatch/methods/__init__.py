@@ -1,7 +1,5 @@
 """What can be learned on top of a converged model: each says what trains, its extra loss, how it is saved."""
 
-from stagepatch.methods.base import Method
-from stagepatch.methods.dmp import DMP
-from stagepatch.methods.finetune import Finetune
+import lazy_loader
 
-__all__ = ["DMP", "Finetune", "Method"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -30,7 +30,9 @@ class DMP:
         self._attach(Patch.create(model, self.config).train(), model)
         self.patch.facts = dict(self.facts)
         prompts = [*self.patch.prompts, *self.patch.head_gates]
-        groups: list[dict[str, Any]] = [{"params": prompts, "factor": 1.0}]
+        is_matched = self.config.matched_step and self.patch.gate is None
+        step = 1.0 / self.patch.num_choices if is_matched else 1.0
+        groups: list[dict[str, Any]] = [{"params": prompts, "factor": step}]
         if self.patch.gate is not None:
             factor = self.config.gate_learning_rate_factor
             groups.append({"params": list(self.patch.gate.parameters()), "factor": factor})

@@ -60,6 +60,10 @@ class PatchConfig:
         top_k: for 'hard': a count, or a share below 1 (Table 4b: 192 of 256).
         hard_weight: weight of the prompts chosen by 'hard': 'one' each, or softmax 'renormalized' over them.
             paper: one; released: renormalized.
+        normalization: of soft weights: 'softmax' over the prompts (Eq. 3), so that each weighs about 1/N; 'mean_one',
+            the same times N; 'sigmoid', 2·sigmoid of each logit on its own. At a zero gate the latter two weigh all
+            prompts 1, so that their step at a learning rate is prompt tuning's.
+        matched_step: prompts without a gate learn at 1/N of the rate: the step that a uniform softmax gives them.
         gate_noise: learned noise on the logits in training (Shazeer et al., arXiv 1701.06538, Eq. 4).
             paper: off; released: on.
         gate_initialization: 'zero' or 'normal'; by default zero for K = 1 (paper), normal for K > 1, since equal
@@ -90,6 +94,8 @@ class PatchConfig:
     selection: Literal["soft", "hard"] = "soft"
     top_k: float = 0.75
     hard_weight: Literal["one", "renormalized"] | None = None
+    normalization: Literal["softmax", "mean_one", "sigmoid"] = "softmax"
+    matched_step: bool = False
     gate_noise: bool | None = None
     gate_initialization: Literal["zero", "normal"] | None = None
     gate_learning_rate_factor: float | None = None
@@ -123,6 +129,10 @@ class PatchConfig:
             raise UserError(f"sample_size={self.sample_size!r} must be whole numbers of at least 1.")
         if self.top_k <= 0 or (self.top_k >= 1 and self.top_k != int(self.top_k)):
             raise UserError(f"top_k={self.top_k} is neither a count (1, 2, …) nor a share between 0 and 1.")
+        if self.normalization != "softmax" and (self.selection == "hard" or self.num_experts > 1):
+            raise UserError(
+                f"normalization='{self.normalization}' is defined for selection='soft' with num_experts=1."
+            )
         if self.load_loss == "smooth" and not (self.selection == "hard" and self.gate_noise):
             raise UserError("load_loss='smooth' is defined for selection='hard' with gate_noise=true.")
 
@@ -151,6 +161,7 @@ _CHOICES = {
     "selection": ("soft", "hard"),
     "hard_weight": ("one", "renormalized"),
     "gate_initialization": ("zero", "normal"),
+    "normalization": ("softmax", "mean_one", "sigmoid"),
     "importance_variance": ("population", "unbiased"),
     "load_loss": ("surrogate", "indicator", "smooth", "none"),
 }
@@ -164,7 +175,7 @@ def _check_choices(config: PatchConfig) -> None:
 
 _COUNTS = ("num_prompts", "num_experts")
 _AMOUNTS = ("initialization_std", "top_k", "gate_learning_rate_factor", "importance_weight", "load_weight")
-_FLAGS = ("block_index", "gate_noise")
+_FLAGS = ("block_index", "gate_noise", "matched_step")
 
 
 def _are_counts(values: list[Any]) -> bool:

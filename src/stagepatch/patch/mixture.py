@@ -15,9 +15,12 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def soft_weights(logits: Tensor) -> Tensor:
-    """Softmax over the choices: [L, B, M] -> [L, B, M] (Eq. 3)."""
-    return torch.softmax(logits, dim=-1)
+def soft_weights(logits: Tensor, normalization: Literal["softmax", "mean_one", "sigmoid"] = "softmax") -> Tensor:
+    """Softmax over the choices (Eq. 3), the same times their number, or a sigmoid each: [L, B, M] -> [L, B, M]."""
+    if normalization == "sigmoid":
+        return 2.0 * torch.sigmoid(logits)
+    weights = torch.softmax(logits, dim=-1)
+    return weights * logits.shape[-1] if normalization == "mean_one" else weights
 
 
 def hard_weights(logits: Tensor, k: int, weight: Literal["one", "renormalized"]) -> Tensor:

@@ -210,7 +210,7 @@ class Patch(nn.Module):
 
     def _weigh(self, logits: Tensor) -> Tensor:
         if self.config.selection == "soft":
-            return mixture.soft_weights(logits)
+            return mixture.soft_weights(logits, self.config.normalization)
         # On another grid than the gate's own, the same share is chosen.
         k = max(1, round(self.top_k * logits.shape[-1] / self.num_choices))
         return mixture.hard_weights(logits, k, self.config.hard_weight or "one")
@@ -241,15 +241,18 @@ class Patch(nn.Module):
         with mixture.no_autocast(hidden_states):
             prompts = self._prompts_on(position, grid)
             weights = self._weights_on(position, grid)
-        is_share = self.gate is not None and self.config.num_experts == 1
-        if is_share and not (self.config.selection == "hard" and self.config.hard_weight == "one"):
-            # The softmax's mass per token stays what it is at the reference size.
-            scale = self.scale * math.prod(grid) / site.num_tokens
-        else:
-            scale = self.scale
+        # Of weights that sum to one, a token's share stays what it is at the reference size.
+        scale = self.scale * (math.prod(grid) / site.num_tokens if self._sums_to_one() else 1.0)
         if is_map or hidden_states.shape[1] == math.prod(grid):
             return mixture.add_mixture(hidden_states, prompts, weights, scale)
         return self._add_among(site, hidden_states, prompts, weights, scale)
+
+    def _sums_to_one(self) -> bool:
+        """Whether a site's weights over its tokens do."""
+        config = self.config
+        is_selected_by_ones = config.selection == "hard" and config.hard_weight == "one"
+        is_over_tokens = self.gate is not None and config.num_experts == 1
+        return is_over_tokens and config.normalization == "softmax" and not is_selected_by_ones
 
     def _add_among(
         self, site: Site, hidden_states: Tensor, prompts: Tensor, weights: Tensor | None, scale: float

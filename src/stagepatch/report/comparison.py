@@ -1,19 +1,11 @@
-"""Base against patched model: what they are measured against, and the table of their differences."""
+"""The table of a base and a patched model's differences."""
 
 from __future__ import annotations
 
 import statistics
 
-from stagepatch.data import DataConfig, in_memory, load_dataset
-from stagepatch.evaluation import Measured, References, metric_names, paired_difference
-from stagepatch.report import format_mean
-
-
-def load_references(config: DataConfig) -> References:
-    """The training images of a data config, and for digits the held-out third."""
-    train = in_memory(load_dataset(config))
-    held_out = in_memory(load_dataset(config, "held_out")) if config.source == "digits" else None
-    return References(train, held_out)
+from stagepatch.evaluation import Measured, metric_names, paired_difference
+from stagepatch.report.tables import format_mean
 
 
 def comparison_table(base: Measured, patched: Measured | None, features: str) -> tuple[list[str], list[list[str]]]:

@@ -1,0 +1,11 @@
+from .base import Method as Method
+from .config import LoRAConfig as LoRAConfig
+from .dmp import DMP as DMP
+from .finetune import BitFit as BitFit
+from .finetune import Finetune as Finetune
+from .finetune import Pretrain as Pretrain
+from .lora import LoRA as LoRA
+from .registry import METHODS as METHODS
+from .registry import load_learned as load_learned
+from .registry import make_method as make_method
+from .untrained import Untrained as Untrained
