@@ -12,8 +12,7 @@ import torch
 
 from stagepatch import PatchConfig
 from stagepatch.backbones import load_denoiser
-from stagepatch.caching import make_cache
-from stagepatch.data import CachedLatents, DataConfig
+from stagepatch.data import CachedLatents, DataConfig, make_cache
 from stagepatch.diffusion import Objective
 from stagepatch.methods import DMP
 from stagepatch.training import TrainingConfig, train

@@ -14,8 +14,7 @@ from diffusers import DiffusionPipeline
 
 from stagepatch import Patch, PatchConfig
 from stagepatch.backbones import load_denoiser
-from stagepatch.caching import make_cache
-from stagepatch.data import CachedLatents, DataConfig
+from stagepatch.data import CachedLatents, DataConfig, make_cache
 from stagepatch.diffusion import Objective
 from stagepatch.methods import DMP
 from stagepatch.training import TrainingConfig, train

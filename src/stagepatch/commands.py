@@ -15,25 +15,24 @@ from torch.utils.data import Dataset
 from stagepatch import config as configs
 from stagepatch.backbones import find_denoiser, has_vae, learns_sigma, load_denoiser, load_pipeline
 from stagepatch.backbones.known import KNOWN, build_known
-from stagepatch.caching import make_cache
 from stagepatch.comparing.job import is_done
 from stagepatch.comparing.launch import launch
 from stagepatch.comparing.page import note, short, table, write_results
 from stagepatch.comparing.plan import Job, plan_jobs
 from stagepatch.comparing.results import collect
-from stagepatch.data import CachedLatents, load_dataset
+from stagepatch.data import CachedLatents, load_dataset, make_cache
 from stagepatch.diffusion import Objective, make_scheduler, make_weighting
 from stagepatch.errors import UserError
-from stagepatch.evaluation import Measured, load_extractor, load_references, measure
+from stagepatch.evaluation import Measured, latent_sampling, load_extractor, load_references, measure
 from stagepatch.files import write_atomically, write_json, write_tensors, write_text
 from stagepatch.inspection import describe_path
 from stagepatch.methods import DMP, Method, Pretrain, load_learned, make_method
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.patch import Patch
 from stagepatch.processes import processes
+from stagepatch.progress import progress_bar
 from stagepatch.report import comparison_table, image_grid, print_table
 from stagepatch.sampling import generate, generate_with_pipeline
-from stagepatch.training import progress_bar
 from stagepatch.training import train as run_training
 from stagepatch.training.randomness import GLOBAL, seed_for
 
@@ -189,8 +188,11 @@ def _put_on(directory: str, scale: float, model: nn.Module) -> Method:
 
 def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     """Measure a model; with a patch, base and patched from the same noise."""
+    latents = None
     if has_vae(config.model):
-        raise UserError(f"'{config.model}' makes latents, and evaluate measures models of pixels alone at present.")
+        cache_dir = Path(config.cache or Path(config.output_dir) / "cache")
+        make_cache(cache_dir, config.model, config.data, 8, torch.float32)
+        latents = latent_sampling(config.model, CachedLatents(cache_dir))
     model, scheduler = _load(config.model)
     references = load_references(config.data)
     extractor = load_extractor(config.extractor)
@@ -207,6 +209,7 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
                 references,
                 extractor,
                 lambda count: progress.advance(task, count),
+                latents,
             )
 
         base = measured()
@@ -231,6 +234,8 @@ def compare(config: configs.CompareConfig, resolved: str) -> None:
     directory = jobs[0].directory.parent.parent
     write_text(directory / RUN_CONFIG, resolved)
     left = [job for job in jobs if not is_done(job)]
+    if left and has_vae(config.model):
+        make_cache(jobs[0].cache, config.model, config.data, 8, torch.float32)
     print(f"{len(jobs)} jobs, {len(jobs) - len(left)} of them done; logs in '{directory / 'logs'}'.")
     with progress_bar() as progress:
         task = progress.add_task("jobs", total=len(jobs), completed=len(jobs) - len(left), status="")

@@ -151,6 +151,8 @@ class EvaluateConfig:
         patch_scale: factor on the patch's prompts; 1 as trained.
         extractor: features for FID, KID, precision and recall: 'digits' (the bundled classifier's) or 'inception'
             (needs torch-fidelity).
+        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
+            'cache' in output_dir.
         seeds: sampling seeds; the spread and the paired difference are over these.
         data: reference images.
         sampling: sampler and count; its seed is replaced by each of `seeds`.
@@ -161,6 +163,7 @@ class EvaluateConfig:
     patch: str = ""
     patch_scale: float = 1.0
     extractor: str = "digits"
+    cache: str = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=3000))

@@ -19,6 +19,7 @@ from stagepatch.files import write_atomically, write_json, write_tensors, write_
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
 from stagepatch.processes import processes
+from stagepatch.progress import progress_bar
 from stagepatch.report import (
     Code,
     KeyValues,
@@ -37,7 +38,7 @@ from stagepatch.report import (
 )
 from stagepatch.report import gate_activation as plot_gate_activation
 from stagepatch.sampling import SamplingConfig
-from stagepatch.training import TrainingConfig, progress_bar, read_log, train
+from stagepatch.training import TrainingConfig, read_log, train
 
 SEEDS = [100, 101, 102]
 

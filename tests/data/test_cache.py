@@ -14,9 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from stagepatch.backbones import load_captioner, load_vae
-from stagepatch.caching import make_cache
 from stagepatch.cli import main
 from stagepatch.data import CachedLatents, DataConfig, Images, encode_images, open_source
+from stagepatch.data.caching import make_cache
 from stagepatch.errors import UserError
 from stagepatch.files import read_tensors
 from tests.tiny_pipelines import PIPELINES
@@ -142,7 +142,7 @@ def test_whole_cache_is_opened_without_images_or_encoders(tmp_path, folder, sd, 
     config = data(folder)
     cache(tmp_path / "cache", sd, config)
     for name in ("load_vae", "load_captioner", "Images"):
-        monkeypatch.setattr(f"stagepatch.caching.{name}", None)
+        monkeypatch.setattr(f"stagepatch.data.caching.{name}", None)
     assert len(cache(tmp_path / "cache", sd, config)) == 4
 
 

@@ -5,10 +5,19 @@ import json
 import pytest
 import torch
 
-from stagepatch.data import load_digits
+from stagepatch.data import DataConfig, in_memory, load_dataset, load_digits
 from stagepatch.errors import UserError
-from stagepatch.evaluation import digits_classifier, evaluate, load_extractor, metric_names, reference
+from stagepatch.evaluation import (
+    References,
+    digits_classifier,
+    evaluate,
+    load_extractor,
+    load_references,
+    metric_names,
+    reference,
+)
 from stagepatch.evaluation.features import extract_features, fingerprint
+from tests.training.test_train_on_pipelines import draw_images
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +119,31 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
 
 def test_evaluate_tells_real_digits_from_noise(extractor, monkeypatch, tmp_path):
     monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path))
-    train, held_out = load_digits("train")[0], load_digits("held_out")[0]
-    real = evaluate(held_out, train, None, extractor)
-    noise = evaluate(torch.randn(599, 1, 8, 8), train, held_out, extractor)
+    both = load_references(DataConfig())
+    train, held_out = both.train.images, both.held_out.images
+    real = evaluate(held_out, References(both.train, None), extractor)
+    noise = evaluate(torch.randn(599, 1, 8, 8), both, extractor)
     assert real["fid_train"] < 0.2 < noise["fid_train"]
     assert real["precision"] > 0.8 > noise["precision"]
     assert real["nearest_train"] < noise["nearest_train"]
-    assert evaluate(train, train, held_out, extractor)["nearest_train"] == pytest.approx(0.0, abs=1e-2)
+    assert evaluate(train, both, extractor)["nearest_train"] == pytest.approx(0.0, abs=1e-2)
     assert "fid_held_out" not in real
     assert set(noise) == set(metric_names("digits features"))
+
+
+def test_features_of_files_are_those_of_the_same_images_in_memory(tmp_path):
+    counting, images = Counting(), draw_images(tmp_path / "images", count=5, size=(16, 16), captions=False)
+    config = DataConfig(source=str(images), image_size=16)
+    dataset = load_dataset(config)
+    in_files = reference.features_of(dataset, counting, tmp_path / "cache")
+    assert torch.equal(in_files, reference.features_of(in_memory(dataset), counting, tmp_path / "cache"))
+    calls = counting.calls
+    assert torch.equal(reference.features_of(load_dataset(config), counting, tmp_path / "cache"), in_files)
+    assert counting.calls == calls
+    draw_images(images, count=1, size=(24, 24), captions=False)
+    assert len(reference.features_of(load_dataset(config), counting, tmp_path / "cache")) == 6
+    with pytest.raises(UserError, match="metrics need crop 'center'"):
+        load_references(DataConfig(source=str(images), crop="buckets"))
 
 
 def test_fid_is_never_called_plain():

@@ -1,13 +1,17 @@
 """`stagepatch sample` on whole pipelines."""
 
+import json
+
 import pytest
 import torch
 
 from stagepatch.cli import main
+from stagepatch.evaluation import features
 from stagepatch.files import read_tensors
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig, generate_with_pipeline
 from tests.tiny_pipelines import PIPELINES
+from tests.training.test_train_on_pipelines import draw_images
 
 SD, DIT = PIPELINES["UNet2DConditionModel"], PIPELINES["DiTTransformer2DModel"]
 PROMPTS = ["a red house", "a cat"]
@@ -59,10 +63,34 @@ def test_command_samples_base_and_patched_pipeline(tmp_path, capsys):
     assert (tmp_path / "base" / "grid.png").exists()
 
 
-def test_evaluate_says_that_it_measures_pixels(tmp_path, capsys):
-    SD.build().save_pretrained(tmp_path / "model")
-    assert main(["evaluate", f"--model={tmp_path / 'model'}"]) == 2
-    assert "measures models of pixels alone" in capsys.readouterr().err
+def test_model_of_latents_is_measured_by_its_images_against_the_training_images(tmp_path, monkeypatch):
+    """Captions of the training images in turn; images out of the model's own VAE."""
+    seen = []
+
+    class Pixels:
+        name = fingerprint = "pixels"
+
+        def __call__(self, images):
+            seen.append(images)
+            return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+    monkeypatch.setitem(features._EXTRACTORS, "digits", Pixels)
+    monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path / "features"))
+    pipe = SD.build()
+    pipe.save_pretrained(tmp_path / "model")
+    patch = Patch.create(pipe)
+    with torch.no_grad():
+        for prompts in patch.prompts:
+            prompts.normal_(std=20.0)
+    patch.save_pretrained(tmp_path / "patch")
+    images = draw_images(tmp_path / "images", count=6, size=(32, 32))
+    given = ["--data.image_size=32", "--sampling.num_images=6", "--sampling.num_inference_steps=5"]
+    given += [f"--data.source={images}", f"--patch={tmp_path / 'patch'}", "--sampling.guidance_scale=3"]
+    assert main(["evaluate", f"--model={tmp_path / 'model'}", *given, f"--output_dir={tmp_path / 'out'}"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["base"] != metrics["patched"]
+    assert all(batch.shape == (6, 3, 32, 32) for batch in seen)
+    assert all(batch.abs().max() <= 1 for batch in seen)
 
 
 @pytest.mark.parametrize("part", ["model_index.json", "scheduler"])

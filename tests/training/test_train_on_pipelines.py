@@ -82,7 +82,7 @@ def test_training_goes_on_and_ends_the_same_and_loads_no_encoders_again(tmp_path
     cache = f"--cache={tmp_path / 'cache'}"
     assert train(tmp_path / "model", images, tmp_path / "whole", size, cache, "--training.steps=4") == 0
     for loader in ("load_vae", "load_captioner", "Images"):
-        monkeypatch.setattr(f"stagepatch.caching.{loader}", None)
+        monkeypatch.setattr(f"stagepatch.data.caching.{loader}", None)
     run = tmp_path / "run"
     stopping = [size, cache, "--training.steps=4", "--training.checkpoint_every=2"]
     saved = []

@@ -16,7 +16,7 @@ from stagepatch.backbones.loading import (
 )
 from stagepatch.backbones.registry import describe, find_denoiser, in_ones, register
 
-register("DiT", dit.describe_dit)
+register("DiT", dit.describe_dit, encode_captions=dit.encode_captions)
 register("DiTTransformer2DModel", dit.describe_diffusers_dit)
 register("UNet2DModel", unet.describe_unet, unet.call_unet)
 register("UNet2DConditionModel", unet.describe_unet, unet.call_unet, unet.encode_captions)

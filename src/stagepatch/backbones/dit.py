@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from stagepatch.backbones.base import Attention, Backbone, Extent, block_sites, cut_image, separate_attention, width
 
 
@@ -59,3 +61,16 @@ def describe_diffusers_dit(model: Any, sample_size: Any = None) -> Backbone:
         grid=grid,
         begin=begin,
     )
+
+
+def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`. Of a DiT with conditioning 'text': CLIP's pooled and projected embedding."""
+    tokens = pipe.tokenizer(
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=pipe.tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    pooled: Tensor = pipe.text_encoder(tokens.input_ids.to(pipe.device)).text_embeds
+    return {"pooled_projections": pooled}

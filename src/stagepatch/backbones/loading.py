@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -96,10 +97,26 @@ def load_captioner(
     family = family_of(_class_of(directory / _denoiser_of(directory)))
     if family.encode_captions is None:
         raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
-    absent = {name: None for name in read_json(directory / "model_index.json") if name in _HEAVY}
-    pipe = _load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
+    pipe: Any
+    if (directory / "model_index.json").exists():
+        absent = {name: None for name in read_json(directory / "model_index.json") if name in _HEAVY}
+        pipe = _load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
+    else:
+        pipe = _load_clip(directory, dtype, device)
     encode = family.encode_captions
     return lambda captions: encode(pipe, captions)
+
+
+def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
+    """`tokenizer/` and `text_encoder/` of a model directory of ours: CLIP, with its projection."""
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+        encoder: Any = CLIPTextModelWithProjection.from_pretrained(directory / "text_encoder")
+    except (OSError, ValueError) as error:
+        raise UserError(f"The text encoder in '{directory}' cannot be loaded: {error}") from error
+    return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
 
 
 def load_pipeline(source: str | Path) -> Any:

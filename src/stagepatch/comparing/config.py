@@ -59,12 +59,15 @@ class CompareConfig:
     Args:
         output_dir: takes a directory a job, and the table as Markdown, CSV, JSON and a page.
         model: a model directory, or 'digits'.
-        entries: the rows.
+        entries: the rows: each with a name, a method, and what it has of its own under patch, lora, weighting and
+            training.
         training_seeds: each entry is trained with each.
         sampling_seeds: each checkpoint is measured with each: at least 3, the same noise for all.
         evaluate_every: steps between checkpoints that are measured; 0 measures the last alone.
         metric: the table's metric, a key of the metrics; lower is better.
         extractor: features for FID, KID, precision and recall.
+        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
+            'cache' in output_dir.
         data: training images and references.
         training: common to all entries; its seed and snapshot_every are set by the comparison.
         sampling: common to all; its seed is set by the comparison.
@@ -80,6 +83,7 @@ class CompareConfig:
     evaluate_every: int = 0
     metric: str = "fid_held_out"
     extractor: str = "digits"
+    cache: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=3000))

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from stagepatch.backbones import learns_sigma, load_denoiser
+from stagepatch.backbones import has_vae, learns_sigma, load_denoiser
 from stagepatch.comparing.plan import JOB_NAME, Job
-from stagepatch.data import load_dataset
+from stagepatch.data import CachedLatents, load_dataset
 from stagepatch.diffusion import Objective, make_weighting
-from stagepatch.evaluation import load_extractor, load_references, measure
+from stagepatch.evaluation import latent_sampling, load_extractor, load_references, measure
 from stagepatch.files import read_json, write_json, write_tensors
 from stagepatch.methods import load_learned
 from stagepatch.processes import processes
@@ -63,7 +63,8 @@ def _run(job: Job, is_main: bool) -> None:
             last = step == job.training.steps
             load_learned(model, learned if last else learned / "snapshots" / f"{step:07d}")
         references, extractor = load_references(job.data), load_extractor(job.extractor)
-        measured = measure(model, scheduler, job.sampling, job.sampling_seeds, references, extractor)
+        latents = latent_sampling(job.model, CachedLatents(job.cache)) if has_vae(job.model) else None
+        measured = measure(model, scheduler, job.sampling, job.sampling_seeds, references, extractor, latents=latents)
         done[step] = measured.metrics
         if is_main:
             write_tensors(job.directory / SAMPLES_NAME, {"images": measured.images[:100]})
@@ -74,7 +75,7 @@ def _train(job: Job, learned: Path) -> None:
     model, scheduler = load_denoiser(job.model)
     method = job.make_method()
     objective = Objective(scheduler, learns_sigma(model), make_weighting(job.weighting))
-    dataset = load_dataset(job.data)
+    dataset: Any = CachedLatents(job.cache) if has_vae(job.model) else load_dataset(job.data)
     flips = job.data.horizontal_flip
     workers = job.data.num_workers
     train(model, method, objective, dataset, job.training, learned, job.identity(), flips, workers, progress=False)

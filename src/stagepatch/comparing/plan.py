@@ -31,10 +31,12 @@ class Job:
 
     Args:
         directory: its own.
+        cache: of a model with a VAE.
         checkpoints: steps after which it is measured.
     """
 
     directory: Path
+    cache: Path
     model: str
     name: str
     method: str
@@ -56,7 +58,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """All that decides its result."""
         values = asdict(self)
-        del values["directory"]
+        del values["directory"], values["cache"]
         bookkeeping = ("log_every", "checkpoint_every", "tensorboard")
         values["training"] = {name: value for name, value in values["training"].items() if name not in bookkeeping}
         return values
@@ -139,6 +141,7 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[Job]:
         jobs.append(
             Job(
                 directory,
+                Path(config.cache or Path(config.output_dir) / "cache"),
                 config.model,
                 entry.name,
                 entry.method,

@@ -2,6 +2,7 @@ from .cache import build_cache as build_cache
 from .cache import cache_key as cache_key
 from .cache import check_key as check_key
 from .cached import CachedLatents as CachedLatents
+from .caching import make_cache as make_cache
 from .config import DataConfig as DataConfig
 from .dataset import ImageDataset as ImageDataset
 from .dataset import in_memory as in_memory
@@ -11,6 +12,7 @@ from .digits import load_digits as load_digits
 from .folder import FolderSource as FolderSource
 from .huggingface import HuggingFaceSource as HuggingFaceSource
 from .images import Images as Images
+from .latents import decode_latents as decode_latents
 from .latents import encode_images as encode_images
 from .preprocess import bucket_sizes as bucket_sizes
 from .preprocess import center_crop_adm as center_crop_adm

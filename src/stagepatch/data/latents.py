@@ -15,7 +15,7 @@ def encode_images(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     Scaling and shift are the VAE's own (`scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`). An
     autoencoder without a posterior has standard deviation 0. In a video VAE an image is a video of one frame.
     """
-    is_video = any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    is_video = _is_video(vae)
     images = images.to(vae.device, vae.dtype)
     encoded = vae.encode(images.unsqueeze(2) if is_video else images)
     if hasattr(encoded, "latent_dist"):
@@ -24,9 +24,32 @@ def encode_images(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = encoded.latent, torch.zeros_like(encoded.latent)
     if is_video:
         mean, std = mean.squeeze(2), std.squeeze(2)
+    shift, scale = _shift_and_scale(vae, mean)
+    return (mean - shift) * scale, std * scale
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [−1, 1] of a denoiser's latents [B, C, h, w]: the other way."""
+    latents = latents.to(vae.device, vae.dtype)
+    shift, scale = _shift_and_scale(vae, latents)
+    latents = latents / scale + shift
+    if _is_video(vae):
+        images: Tensor = vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)
+    else:
+        images = vae.decode(latents, return_dict=False)[0]
+    return images.clamp(-1.0, 1.0)
+
+
+def _is_video(vae: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv3d) for module in vae.modules())
+
+
+def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
+    """The denoiser's latents are (the VAE's − shift) · scale."""
     config = vae.config
     shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        shift = mean.new_tensor(config["latents_mean"]).view(1, -1, 1, 1)
-        scale = scale / mean.new_tensor(config["latents_std"]).view(1, -1, 1, 1)
-    return (mean - shift) * scale, std * scale
+        shift = like.new_tensor(config["latents_mean"]).view(1, -1, 1, 1)
+        scale = scale / like.new_tensor(config["latents_std"]).view(1, -1, 1, 1)
+    return shift, scale

@@ -1,13 +1,15 @@
+from .evaluate import References as References
 from .evaluate import evaluate as evaluate
 from .evaluate import metric_names as metric_names
 from .features import FeatureExtractor as FeatureExtractor
 from .features import load_extractor as load_extractor
+from .latents import latent_sampling as latent_sampling
 from .metrics import fid as fid
 from .metrics import kid as kid
 from .metrics import nearest_distance as nearest_distance
 from .metrics import paired_difference as paired_difference
 from .metrics import precision_recall as precision_recall
+from .paired import LatentSampling as LatentSampling
 from .paired import Measured as Measured
-from .paired import References as References
 from .paired import measure as measure
 from .references import load_references as load_references

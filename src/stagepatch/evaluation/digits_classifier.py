@@ -56,7 +56,7 @@ class DigitsClassifier(nn.Module):
 
 def train_digits_classifier(seed: int = 0, steps: int = STEPS) -> DigitsClassifier:
     """Train on the training digits with a little noise; half a minute on one core."""
-    from stagepatch.training import progress_bar
+    from stagepatch.progress import progress_bar
 
     torch.manual_seed(seed)
     images, labels = load_digits("train")

@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from stagepatch.data import ImageDataset, Images
 from stagepatch.evaluation.features import FeatureExtractor, extract_features
 from stagepatch.evaluation.metrics import fid, kid, nearest_distance, precision_recall
-from stagepatch.evaluation.reference import reference_features
+from stagepatch.evaluation.reference import features_of
 
 
-def evaluate(
-    images: Tensor, train_images: Tensor, held_out_images: Tensor | None, extractor: FeatureExtractor
-) -> dict[str, float]:
+@dataclass
+class References:
+    """What samples are measured against.
+
+    Args:
+        train: the images that the model was trained on, in memory or to be read.
+        held_out: images that nothing was trained on, where there are any.
+    """
+
+    train: ImageDataset | Images
+    held_out: ImageDataset | None
+
+
+def evaluate(images: Tensor, references: References, extractor: FeatureExtractor) -> dict[str, float]:
     """Metrics by key (see `metric_names`).
 
-    KID, precision and recall are against held-out images where there are any, else against the training images.
+    KID, precision and recall are against held-out images where there are any, else against the training images. The
+    distance to the nearest training image is taken where those are in memory.
 
     Args:
         images: samples [B, C, H, W] in [−1, 1].
-        train_images, held_out_images: references of that range.
     """
     features = extract_features(extractor, images)
-    train = reference_features(train_images, extractor)
-    held_out = None if held_out_images is None else reference_features(held_out_images, extractor)
+    train = features_of(references.train, extractor)
+    held_out = None if references.held_out is None else features_of(references.held_out, extractor)
     metrics = {"fid_train": fid(features, train)}
     if held_out is not None:
         metrics["fid_held_out"] = fid(features, held_out)
     precision, recall = precision_recall(features, train if held_out is None else held_out)
-    return metrics | {
+    metrics |= {
         "kid": kid(features, train if held_out is None else held_out),
         "precision": precision,
         "recall": recall,
-        "nearest_train": float(nearest_distance(images.clamp(-1.0, 1.0), train_images).median()),
     }
+    if isinstance(references.train, ImageDataset):
+        distances = nearest_distance(images.clamp(-1.0, 1.0), references.train.images)
+        metrics["nearest_train"] = float(distances.median())
+    return metrics
 
 
 def metric_names(features: str) -> dict[str, str]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.data.dataset import ImageDataset
-from stagepatch.evaluation.evaluate import evaluate
+from stagepatch.data import ImageDataset
+from stagepatch.evaluation.evaluate import References, evaluate
 from stagepatch.evaluation.features import FeatureExtractor
-from stagepatch.sampling import SamplingConfig, generate
+from stagepatch.sampling import Captions, SamplingConfig, generate
 
 
 @dataclass
@@ -33,16 +33,18 @@ class Measured:
 
 
 @dataclass
-class References:
-    """What samples are measured against.
+class LatentSampling:
+    """What `generate` takes for a model of latents.
 
     Args:
-        train: the images that the model was trained on.
-        held_out: images that nothing was trained on, where there are any.
+        shape: C, h, w of the latents.
+        decode: makes images of them.
+        captions: conditions of a model that takes captions.
     """
 
-    train: ImageDataset
-    held_out: ImageDataset | None
+    shape: tuple[int, int, int]
+    decode: Callable[[Tensor], Tensor]
+    captions: Captions | None
 
 
 def measure(
@@ -53,18 +55,22 @@ def measure(
     references: References,
     extractor: FeatureExtractor,
     on_batch: Callable[[int], None] | None = None,
+    latents: LatentSampling | None = None,
 ) -> Measured:
     """Sample with each seed, with the training images' labels in turn, and measure.
 
     Args:
         model: patched or not; two calls with the same seeds start from the same noise.
         on_batch: called with the number of images done after each batch.
+        latents: how a model of latents is sampled.
     """
-    labels = references.train.labels[torch.arange(sampling.num_images) % len(references.train)]
-    held_out = None if references.held_out is None else references.held_out.images
+    train = references.train
+    labels = train.labels if isinstance(train, ImageDataset) else torch.tensor(train.labels())
+    labels = labels[torch.arange(sampling.num_images) % len(labels)]
+    more: dict[str, Any] = {} if latents is None else vars(latents)
     metrics, first = [], torch.empty(0)
     for index, seed in enumerate(seeds):
-        images = generate(model, scheduler, replace(sampling, seed=seed), labels, on_batch=on_batch)
-        metrics.append(evaluate(images, references.train.images, held_out, extractor))
+        images = generate(model, scheduler, replace(sampling, seed=seed), labels, on_batch=on_batch, **more)
+        metrics.append(evaluate(images, references, extractor))
         first = images if index == 0 else first
     return Measured(metrics, first)

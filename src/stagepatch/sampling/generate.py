@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,19 @@ from stagepatch.errors import UserError
 from stagepatch.processes import processes
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.scheduler import make_sampler
+
+
+@dataclass
+class Captions:
+    """Conditions of captions.
+
+    Args:
+        of: the numbers of images -> their condition, each tensor a row an image.
+        null: the condition of the empty caption, each tensor a row.
+    """
+
+    of: Callable[[list[int]], dict[str, Tensor]]
+    null: dict[str, Tensor]
 
 
 def balanced_labels(model: nn.Module, num_images: int) -> Tensor:
@@ -31,6 +45,8 @@ def generate(
     labels: Tensor | None = None,
     shape: tuple[int, int, int] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    captions: Captions | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] on the CPU, in the range the model was trained on.
 
@@ -42,11 +58,13 @@ def generate(
         labels: classes [num_images]; by default all classes in turn.
         shape: C, H, W of an image, by default the model's own.
         on_batch: called with the number of images done after each batch.
+        captions: conditions of a model that takes captions, in place of labels.
+        decode: makes images of latents, a batch at a time.
 
     Raises:
         UserError: an unknown scheduler, guidance on an unconditional model, or other than num_images labels.
     """
-    if config.guidance_scale != 1.0 and null_label(model) is None:
+    if config.guidance_scale != 1.0 and null_label(model) is None and captions is None:
         raise UserError(f"guidance_scale={config.guidance_scale} needs a model with a label for no class; use 1.")
     labels = balanced_labels(model, config.num_images) if labels is None else labels
     if len(labels) != config.num_images:
@@ -57,7 +75,9 @@ def generate(
     batches = []
     for first in range(0, len(own), config.batch_size):
         indices = own[first : first + config.batch_size]
-        batches.append(_denoise(model, scheduler, config, indices, labels[indices], shape).cpu())
+        condition, null = _conditions(model, labels, captions, indices)
+        samples = _denoise(model, scheduler, config, indices, condition, null, shape)
+        batches.append((samples if decode is None else decode(samples)).float().cpu())
         if on_batch is not None:
             on_batch(len(indices))
     images = torch.cat(batches) if batches else torch.empty(0, *shape)
@@ -81,7 +101,8 @@ def _denoise(
     trained_with: Any,
     config: SamplingConfig,
     indices: list[int],
-    labels: Tensor,
+    condition: dict[str, Tensor],
+    null: dict[str, Tensor],
     shape: tuple[int, int, int],
 ) -> Tensor:
     device = next(model.parameters()).device
@@ -95,26 +116,51 @@ def _denoise(
         ) from error
     sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     sample = (sample * sampler.init_noise_sigma if hasattr(sampler, "init_noise_sigma") else sample).to(device)
-    labels = labels.to(device)
     keeps_variance = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
     takes_generator = "generator" in inspect.signature(sampler.step).parameters
     options = {"generator": generators} if takes_generator else {}
     for timestep in sampler.timesteps:
         scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
-        output = _guided(model, scaled, timestep.to(device), labels, config)
+        output = _guided(model, scaled, timestep.to(device), condition, null, config).float()
         if learns_sigma(model) and not keeps_variance:
             output = output.chunk(2, dim=1)[0]
         sample = sampler.step(output, timestep, sample, return_dict=False, **options)[0]
     return sample
 
 
-def _guided(model: nn.Module, sample: Tensor, timestep: Tensor, labels: Tensor, config: SamplingConfig) -> Tensor:
+def _conditions(
+    model: nn.Module, labels: Tensor, captions: Captions | None, indices: list[int]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The condition of some images, and none, as guidance needs it."""
+    parameter = next(model.parameters())
+    if captions is None:
+        if not num_classes(model):
+            return {}, {}
+        own = labels[indices].to(parameter.device)
+        return {"class_labels": own}, {"class_labels": torch.full_like(own, null_label(model) or 0)}
+
+    def ready(value: Tensor) -> Tensor:
+        return value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+
+    condition = {name: ready(value) for name, value in captions.of(indices).items()}
+    return condition, {name: ready(captions.null[name]).expand_as(value) for name, value in condition.items()}
+
+
+def _guided(
+    model: nn.Module,
+    sample: Tensor,
+    timestep: Tensor,
+    condition: dict[str, Tensor],
+    null: dict[str, Tensor],
+    config: SamplingConfig,
+) -> Tensor:
     """The model's output, moved away from the unconditional one by the guidance scale (arXiv 2207.12598)."""
+    sample = sample.to(next(model.parameters()).dtype)
     if config.guidance_scale == 1.0:
-        return predict(model, sample, timestep.expand(len(sample)), labels)
+        return predict(model, sample, timestep.expand(len(sample)), condition)
     both = torch.cat([sample, sample])
-    both_labels = torch.cat([labels, torch.full_like(labels, null_label(model) or 0)])
-    conditional, unconditional = predict(model, both, timestep.expand(len(both)), both_labels).chunk(2)
+    conditions = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
+    conditional, unconditional = predict(model, both, timestep.expand(len(both)), conditions).chunk(2)
     channels = config.guidance_channels or sample.shape[1]
     guided = unconditional + config.guidance_scale * (conditional - unconditional)
     return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)

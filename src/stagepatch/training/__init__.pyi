@@ -1,5 +1,4 @@
 from .config import TrainingConfig as TrainingConfig
-from .log import progress_bar as progress_bar
 from .log import read_log as read_log
 from .loop import train as train
 from .signals import Interrupted as Interrupted

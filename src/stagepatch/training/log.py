@@ -1,4 +1,4 @@
-"""A run's records: log.jsonl, TensorBoard, and the progress bar."""
+"""A run's records: log.jsonl, TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
@@ -7,17 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from stagepatch.files import append_text, write_text
+from stagepatch.progress import progress_bar
 
 LOG_NAME = "log.jsonl"
 
@@ -32,20 +23,6 @@ def read_log(directory: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return records
-
-
-def progress_bar(**options: Any) -> Progress:
-    """A bar with count, rate and time left."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    return Progress(*columns, **options)
 
 
 class RunLog:

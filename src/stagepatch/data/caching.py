@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from stagepatch.backbones import encoder_directories, load_captioner, load_vae, takes_captions
-from stagepatch.data import DataConfig, Images, build_cache, cache_key, check_key, open_source
-from stagepatch.data.cache import INDEX_NAME
+from stagepatch.data.cache import INDEX_NAME, build_cache, cache_key, check_key
+from stagepatch.data.config import DataConfig
+from stagepatch.data.dataset import open_source
+from stagepatch.data.images import Images
 from stagepatch.errors import UserError
 from stagepatch.processes import processes
-from stagepatch.training import progress_bar
+from stagepatch.progress import progress_bar
 
 # What of a data config decides the latents.
 _PREPROCESSING = ("image_size", "channels", "crop", "bucket_step", "caption_column", "label_column")
