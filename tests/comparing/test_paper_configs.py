@@ -147,7 +147,7 @@ def test_config_of_the_paper_runs_on_a_stand_in(path, tmp_path, monkeypatch):
             assert len(read_log(job / "learned")) == 2
 
 
-@pytest.mark.parametrize("name", ["compare", "better-dmp"])
+@pytest.mark.parametrize("name", ["compare", "better-dmp", "ablations"])
 def test_configs_for_digits_parse_and_fit(name):
     jobs = plan_jobs(parse(CONFIGS / "digits" / f"{name}.yaml"))
     assert jobs[0].method == "none"

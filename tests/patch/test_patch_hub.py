@@ -11,8 +11,10 @@ import pytest
 import torch
 import yaml
 
+from stagepatch.backbones import has_vae, load_captioner, load_denoiser
 from stagepatch.errors import UserError
 from stagepatch.patch import Patch
+from tests.tiny_pipelines import PIPELINES
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -123,6 +125,22 @@ def test_pushed_patch_comes_back_the_same(hub, tiny_dit, make_patch):
 def test_repository_that_is_not_there_is_named(hub):
     with pytest.raises(UserError, match=r"No patch at 'somebody/nothing': no such directory, and the Hub does not"):
         Patch.from_pretrained("somebody/nothing")
+
+
+def test_model_of_the_hub_is_found_by_its_id(hub, tmp_path):
+    pipe = PIPELINES["UNet2DConditionModel"].build()
+    pipe.save_pretrained(tmp_path / "model")
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    hub.repos["somebody/model"] = {str(path.relative_to(tmp_path / "model")): path.read_bytes() for path in files}
+    model, scheduler = load_denoiser("somebody/model")
+    assert type(model) is type(pipe.unet)
+    for ours, theirs in zip(model.parameters(), pipe.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert type(scheduler) is type(pipe.scheduler)
+    assert has_vae("somebody/model")
+    assert load_captioner("somebody/model")(["a cat"])["encoder_hidden_states"].shape[0] == 1
+    with pytest.raises(UserError, match=r"No model at 'somebody/none': no such directory, and the Hub does not"):
+        load_denoiser("somebody/none")
 
 
 def test_refused_push_is_told(hub, tiny_dit, make_patch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stagepatch.backbones import predict
+from stagepatch.backbones.known import KNOWN, build_known
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.patch import Patch, PatchConfig
 
@@ -30,3 +31,36 @@ def test_patch_on_the_meta_device_runs_a_forward(tiny_dit, batch):
     for experts in (1, 2):
         with Patch.create(model, PatchConfig(num_experts=experts)).attach(model):
             assert predict(model, *(tensor.to("meta") for tensor in batch)).shape == (4, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("sites", "gate", "count"),
+    [("stages", "linear", 2_889_728), ("attention", "none", 2_887_680)],
+)
+def test_patch_of_stable_diffusion_has_the_papers_parameter_count(sites, gate, count):
+    """Table 1: +0.32% of 890M, at 256×256."""
+    with torch.device("meta"):
+        model = build_known("SD-1.5")
+        patch = Patch.create(model, PatchConfig(sample_size=32, sites=sites, gate=gate))
+    assert len(patch.prompts) == {"stages": 9, "attention": 16}[sites]
+    assert patch.num_parameters() == count
+    assert abs(100 * count / 890e6 - 0.325) < 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "share"),
+    [
+        ("SD-1.5", 859_520_964, 0.0020),
+        ("SDXL", 2_567_463_684, 0.0007),
+        ("SD3-medium", 2_028_328_000, 0.0048),
+        ("FLUX.1-dev", 11_901_408_320, 0.0038),
+        ("PixArt-Sigma", 610_856_096, 0.0140),
+        ("Wan2.1-1.3B", 1_418_996_800, 0.0086),
+    ],
+)
+def test_small_grids_keep_patches_of_large_models_small(name, base, share):
+    model = build_known(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == base
+    with torch.device("meta"):
+        patch = Patch.create(model, PatchConfig(grid=list(KNOWN[name].grid)))
+    assert abs(patch.num_parameters() / base - share) < 1e-4

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -101,6 +102,34 @@ def test_training_goes_on_and_ends_the_same_and_loads_no_encoders_again(tmp_path
     assert train(tmp_path / "model", images, run, *stopping) == 0
     assert saved == [2, 4]
     assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_encoders_are_freed_before_the_denoiser_is_loaded(tmp_path, monkeypatch):
+    PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
+    images = draw_images(tmp_path / "images")
+    alive = []
+    from stagepatch import commands
+    from stagepatch.data import caching
+
+    def watched(load):
+        def loader(*args):
+            loaded = load(*args)
+            alive.append(weakref.ref(loaded))
+            return loaded
+
+        return loader
+
+    load_denoiser = commands.load_denoiser
+
+    def load_last(*args):
+        assert len(alive) == 2
+        assert [reference() for reference in alive] == [None, None]
+        return load_denoiser(*args)
+
+    monkeypatch.setattr(caching, "load_vae", watched(caching.load_vae))
+    monkeypatch.setattr(caching, "load_captioner", watched(caching.load_captioner))
+    monkeypatch.setattr(commands, "load_denoiser", load_last)
+    assert train(tmp_path / "model", images, tmp_path / "run", "--data.image_size=32") == 0
 
 
 def test_one_run_takes_images_of_several_sizes_and_the_patch_serves_others(tmp_path):
