@@ -11,7 +11,7 @@ import stagepatch
 
 PACKAGE = Path(stagepatch.__file__).parent
 ROOMS = ["models", "backbones", "patch", "diffusion", "data", "methods", "training", "sampling"]
-ROOMS += ["evaluation", "analysis", "report", "comparing"]
+ROOMS += ["evaluation", "analysis", "report", "merging", "comparing"]
 FOR_ALL = {"errors", "files", "processes", "progress"}
 NO_ROOMS = {"assets", "__pycache__"}
 TOP = len(ROOMS)  # config, demo, cli and whatever else lies beside the rooms

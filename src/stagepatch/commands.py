@@ -241,7 +241,8 @@ def compare(config: configs.CompareConfig, resolved: str) -> None:
         task = progress.add_task("jobs", total=len(jobs), completed=len(jobs) - len(left), status="")
 
         def on_done(job: Job) -> None:
-            progress.update(task, advance=1, status=f"{job.name}, seed {job.training.seed}")
+            progress.advance(task)
+            progress.console.print(f"done: {job.name}, seed {job.training.seed}", highlight=False)
 
         launch(left, config.launch, directory / "logs", on_done)
     rows = collect(jobs, config.metric)

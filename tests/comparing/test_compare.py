@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from scipy import stats
 
@@ -17,6 +18,7 @@ from stagepatch.cli import main
 from stagepatch.comparing.config import CompareConfig, EntryConfig, LaunchConfig
 from stagepatch.comparing.plan import plan_jobs, trainable_parameters
 from stagepatch.comparing.results import difference
+from stagepatch.files import read_tensors
 from stagepatch.sampling import SamplingConfig
 from stagepatch.training import TrainingConfig
 
@@ -115,6 +117,19 @@ def test_killed_in_two_processes_it_goes_on_and_ends_with_the_same_table(tmp_pat
     for ours, theirs in zip(killed, expected, strict=True):
         for name in ("curve", "differences", "metrics", "trainable"):
             assert ours[name] == theirs[name]
+
+
+def test_job_of_two_processes_ends_with_the_same_patch(tmp_path):
+    results = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        directory.mkdir()
+        launch = {"executor": "local", "workers": 1, "processes": processes}
+        assert compare(directory, entries=ENTRIES[:2], launch=launch) == 0
+        results.append(read_tensors(directory / "out" / "jobs" / "dmp-0" / "learned" / "model.safetensors")[0])
+    assert len(list((tmp_path / "2" / "out" / "logs").rglob("*_1_log.out"))) == 2
+    for name, alone in results[0].items():
+        torch.testing.assert_close(results[1][name], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):

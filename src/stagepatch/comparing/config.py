@@ -38,13 +38,15 @@ class LaunchConfig:
     Args:
         executor: 'local', this machine; 'slurm', a cluster; 'debug', one after the other in this process.
         workers: jobs at a time; they share the machine's cores.
-        gpus: accelerators of a job; with several, it runs as so many processes.
+        processes: of a job, which share its batches; on a machine with GPUs one to each.
+        gpus: of a job; at least as many processes are started.
         partition: of a cluster.
         minutes: time limit of a job on a cluster.
     """
 
     executor: Literal["local", "slurm", "debug"] = "local"
     workers: int = 2
+    processes: int = 1
     gpus: int = 0
     partition: str = ""
     minutes: int = 1440

@@ -47,7 +47,7 @@ def _results(jobs: Sequence[Job], config: LaunchConfig, logs: Path) -> Iterator[
     executor = _executor(config, logs)
 
     def submit_and_wait(job: Job) -> None:
-        _wait(executor.submit(_run_in_process, job, config.gpus, _threads(config)))
+        _wait(executor.submit(_run_in_process, job, _tasks(config), _threads(config)))
 
     # submitit starts and watches the processes; the threads only hold back more than `workers` of them.
     with ThreadPoolExecutor(config.workers) as pool:
@@ -80,7 +80,7 @@ def _executor(config: LaunchConfig, logs: Path) -> Any:
         raise UserError("stagepatch compare needs submitit: pip install submitit.") from error
     logs.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder=logs / "%j", cluster=config.executor)
-    tasks = max(1, config.gpus)
+    tasks = _tasks(config)
     executor.update_parameters(timeout_min=config.minutes, tasks_per_node=tasks, gpus_per_node=config.gpus)
     if config.executor == "slurm":
         executor.update_parameters(
@@ -89,18 +89,22 @@ def _executor(config: LaunchConfig, logs: Path) -> Any:
     return executor
 
 
+def _tasks(config: LaunchConfig) -> int:
+    return max(1, config.processes, config.gpus)
+
+
 def _threads(config: LaunchConfig) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // config.workers) if config.executor == "local" else 0
+    return max(1, cores // (config.workers * _tasks(config))) if config.executor == "local" else 0
 
 
-def _run_in_process(job: Job, gpus: int, threads: int) -> None:
-    """In the job's own process, one of several where it has several accelerators."""
+def _run_in_process(job: Job, tasks: int, threads: int) -> None:
+    """In the job's own process, or one of them."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-    if gpus > 1:
+    if tasks > 1:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export()

@@ -1,0 +1,112 @@
+"""A base model and its stages into one model (DeMe, arXiv 2410.06664, Eq. 9)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stagepatch.errors import UserError
+from stagepatch.merging.stream import TensorReader, write_stream
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Ties:
+    """TIES-merging (arXiv 2306.01708): trim, elect signs, mean of those that agree.
+
+    Args:
+        keep: share of each tensor's task vector that is kept, the largest.
+    """
+
+    keep: float = 0.2
+
+
+def combine(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float], ties: Ties | None = None) -> Tensor:
+    """θ + Σ w_i (θ_i − θ) of one tensor, in float64 and back to the base's dtype.
+
+    Without TIES it is computed as (1 − Σ w_i)·θ + Σ w_i·θ_i: weights of zero give the base, and a single weight of one
+    gives that stage, exactly.
+    """
+    if not base.is_floating_point():
+        return base
+    if ties is None:
+        merged = base.double() * (1.0 - sum(weights))
+        for stage, weight in zip(stages, weights, strict=True):
+            if weight:
+                merged += weight * stage.double()
+        return merged.to(base.dtype)
+    vectors = torch.stack([stage.double() - base.double() for stage in stages])
+    trimmed = torch.stack([_trim(vector, ties.keep) for vector in vectors])
+    weighed = trimmed * torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * base.ndim)
+    elected = weighed.sum(dim=0).sign()
+    agrees = (weighed.sign() == elected) & (weighed != 0)
+    count = agrees.sum(dim=0).clamp_min(1)
+    return (base.double() + (weighed * agrees).sum(dim=0) / count * len(stages)).to(base.dtype)
+
+
+def _trim(vector: Tensor, keep: float) -> Tensor:
+    count = round(keep * vector.numel())
+    if count == 0:
+        return torch.zeros_like(vector)
+    least = vector.abs().flatten().kthvalue(vector.numel() - count + 1).values
+    return torch.where(vector.abs() >= least, vector, 0.0)
+
+
+def merge_models(
+    base: Path, stages: Sequence[Path], weights: Sequence[float], output: Path, ties: Ties | None = None
+) -> None:
+    """Merge model directories, a tensor at a time, into one that any diffusers code loads.
+
+    Args:
+        base: the model that the stages were trained from; whatever lies beside its denoiser is copied.
+        stages: directories whose denoiser has the base's architecture.
+        weights: w_i, one a stage.
+
+    Raises:
+        UserError: other than one weight a stage, or a stage of another architecture, by name of what differs.
+    """
+    if len(stages) != len(weights) or not stages:
+        raise UserError(f"{len(weights)} weights for {len(stages)} stages: give one weight for each.")
+    component = next((name for name in ("transformer", "unet") if (base / name).is_dir()), None)
+    if component is None:
+        raise UserError(f"'{base}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
+    reader = _reader(base / component)
+    readers = [_reader(stage / component) for stage in stages]
+    for stage, other in zip(stages, readers, strict=True):
+        _check_same(reader, other, stage)
+    for part in base.iterdir():
+        if part.is_dir() and part.name != component:
+            shutil.copytree(part, output / part.name, dirs_exist_ok=True)
+        elif part.suffix == ".json":
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.copy(part, output / part.name)
+    (output / component).mkdir(parents=True, exist_ok=True)
+    shutil.copy(base / component / "config.json", output / component / "config.json")
+    shapes = {name: (reader.shape(name), reader.dtype(name)) for name in reader.names()}
+    write_stream(
+        output / component / _WEIGHTS,
+        shapes,
+        lambda name: combine(reader.read(name), [other.read(name) for other in readers], weights, ties),
+    )
+
+
+def _reader(directory: Path) -> TensorReader:
+    paths = sorted(directory.glob("diffusion_pytorch_model*.safetensors"))
+    if not paths:
+        raise UserError(f"No weights in '{directory}': looked for diffusion_pytorch_model*.safetensors.")
+    return TensorReader(paths)
+
+
+def _check_same(base: TensorReader, other: TensorReader, stage: Path) -> None:
+    odd = sorted(set(base.names()) ^ set(other.names()))
+    odd = odd or [name for name in base.names() if base.shape(name) != other.shape(name)]
+    if odd:
+        raise UserError(
+            f"The stage '{stage}' has another architecture than the base: {len(odd)} tensors differ, first '{odd[0]}'."
+        )

@@ -1,0 +1,171 @@
+"""The algebra of merging, on files."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from stagepatch.errors import UserError
+from stagepatch.merging import TensorReader, Ties, combine, merge_loras, merge_models, write_stream
+from tests.tiny_pipelines import PIPELINES
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A base and three stages that differ from it everywhere, as directories."""
+    pipe = PIPELINES["UNet2DModel"].build()
+    paths = []
+    for number, name in enumerate(("base", "one", "two", "three")):
+        other = DDPMPipeline(copy.deepcopy(pipe.unet), pipe.scheduler)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in other.unet.parameters():
+                if number:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        other.save_pretrained(tmp_path / name)
+        paths.append(tmp_path / name)
+    return paths[0], paths[1:]
+
+
+def weights_of(directory):
+    return load_file(directory / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def merged(models, weights, tmp_path, **more):
+    base, stages = models
+    output = tmp_path / f"merged-{'-'.join(map(str, weights))}"
+    merge_models(base, stages, weights, output, **more)
+    return weights_of(output)
+
+
+def test_no_weight_gives_the_base_and_one_gives_its_stage_exactly(models, tmp_path):
+    base, stages = models
+    for name, value in merged(models, [0.0, 0.0, 0.0], tmp_path).items():
+        assert torch.equal(value, weights_of(base)[name])
+    for place, stage in enumerate(stages):
+        weights = [float(place == other) for other in range(3)]
+        for name, value in merged(models, weights, tmp_path).items():
+            assert torch.equal(value, weights_of(stage)[name])
+
+
+def test_merging_is_linear_and_the_sum_of_task_vectors(models, tmp_path):
+    base, stages = (weights_of(models[0]), [weights_of(stage) for stage in models[1]])
+    weights = [0.3, -0.2, 0.7]
+    both = merged(models, weights, tmp_path)
+    for name, value in both.items():
+        vectors = [stage[name].double() - base[name].double() for stage in stages]
+        expected = base[name].double() + sum(w * vector for w, vector in zip(weights, vectors, strict=True))
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
+    twice = merged(models, [2 * weight for weight in weights], tmp_path)
+    for name, value in both.items():
+        torch.testing.assert_close(twice[name] - base[name], 2 * (value - base[name]), rtol=1e-4, atol=1e-6)
+
+
+def test_merged_model_is_loaded_by_diffusers(models, tmp_path):
+    merged(models, [0.2, 0.3, 0.4], tmp_path)
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "merged-0.2-0.3-0.4")
+    assert isinstance(pipe.unet, UNet2DModel)
+    assert PIPELINES["UNet2DModel"].call(pipe).isfinite().all()
+
+
+def test_ties_trims_elects_and_averages_those_that_agree():
+    base = torch.zeros(4)
+    stages = [torch.tensor([4.0, -1.0, 3.0, 0.1]), torch.tensor([2.0, 5.0, -3.5, 0.2])]
+    kept_half = combine(base, stages, [1.0, 1.0], Ties(keep=0.5))
+    # Kept: [4, 0, 3, 0] and [0, 5, -3.5, 0]; signs elected +, +, −; each has one that agrees; times two stages.
+    assert kept_half.tolist() == [8.0, 10.0, -7.0, 0.0]
+    assert combine(base, stages, [0.5, 0.5], Ties(keep=1.0)).tolist() == pytest.approx([3.0, 5.0, -3.5, 0.15])
+
+
+def test_whole_numbers_are_the_bases():
+    base, stage = torch.tensor([1, 2]), torch.tensor([7, 8])
+    assert combine(base, [stage], [1.0]).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_dtype_is_the_bases(dtype):
+    base, stage = torch.randn(5).to(dtype), torch.randn(5).to(dtype)
+    assert combine(base, [stage], [0.5]).dtype == dtype
+    assert torch.equal(combine(base, [stage], [1.0]), stage)
+
+
+def test_streamed_file_is_what_the_library_reads(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 4),
+        "b": torch.randn(2, 2).half(),
+        "c": torch.randn(5).bfloat16(),
+        "d": torch.arange(6).view(2, 3),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+    }
+    shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    write_stream(tmp_path / "file.safetensors", shapes, tensors.__getitem__)
+    for name, value in load_file(tmp_path / "file.safetensors").items():
+        assert torch.equal(value, tensors[name])
+    save_file(tensors, tmp_path / "other.safetensors")
+    reader = TensorReader([tmp_path / "other.safetensors"])
+    assert set(reader.names()) == set(tensors)
+    for name, value in tensors.items():
+        assert torch.equal(reader.read(name), value)
+        assert reader.shape(name) == tuple(value.shape)
+
+
+def test_weights_in_several_files_are_read_as_one(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(3)}, tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors")
+    reader = TensorReader(sorted(tmp_path.glob("*.safetensors")))
+    assert reader.names() == ["a", "b"]
+    assert reader.read("b").tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 40, b"not a file of tensors at all"])
+def test_files_of_another_format_are_refused(tmp_path, content):
+    (tmp_path / "file.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"not a (whole )?safetensors file"):
+        TensorReader([tmp_path / "file.safetensors"])
+
+
+def test_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "file.safetensors"
+    save_file({"a": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        TensorReader([path])
+    with pytest.raises(UserError, match="No such file"):
+        TensorReader([tmp_path / "nowhere"])
+
+
+def test_stages_of_other_architectures_and_numbers_are_refused(models, tmp_path):
+    base, stages = models
+    with pytest.raises(UserError, match="2 weights for 3 stages"):
+        merge_models(base, stages, [1.0, 0.0], tmp_path / "out")
+    other = tmp_path / "other" / "unet"
+    other.mkdir(parents=True)
+    tensors = weights_of(base)
+    save_file({**tensors, "more": torch.ones(1)}, other / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(
+        UserError, match=r"other' has another architecture than the base: 1 tensors differ, first 'more'"
+    ):
+        merge_models(base, [tmp_path / "other"], [1.0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_loras_merge_into_one_of_the_summed_rank(tmp_path):
+    torch.manual_seed(0)
+    loras = [{"x.lora_A.weight": torch.randn(2, 5), "x.lora_B.weight": torch.randn(7, 2)} for _ in range(3)]
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path, lora in zip(paths, loras, strict=True):
+        save_file(lora, path)
+    weights = [0.5, -1.0, 2.0]
+    merge_loras(paths, weights, tmp_path / "merged.safetensors")
+    one = load_file(tmp_path / "merged.safetensors")
+    assert one["x.lora_A.weight"].shape == (6, 5)
+    expected = sum(
+        w * lora["x.lora_B.weight"] @ lora["x.lora_A.weight"] for w, lora in zip(weights, loras, strict=True)
+    )
+    torch.testing.assert_close(one["x.lora_B.weight"] @ one["x.lora_A.weight"], expected)
+    save_file({"y.lora_A.weight": torch.ones(1, 1)}, paths[1])
+    with pytest.raises(UserError, match="is on other layers"):
+        merge_loras(paths, weights, tmp_path / "merged.safetensors")
