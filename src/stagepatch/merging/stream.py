@@ -105,6 +105,6 @@ def write_stream(
             for name, (shape, dtype) in shapes.items():
                 value = tensor(name).to(dtype).contiguous()
                 assert tuple(value.shape) == shape
-                file.write(memoryview(value.flatten().view(torch.uint8).numpy()))
+                file.write(value.flatten().view(torch.uint8).numpy().tobytes())
 
     write_atomically(path, write)
