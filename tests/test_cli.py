@@ -5,11 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stagepatch.cli import COMMANDS, main
+from stagepatch.files import write_tensors
+from stagepatch.methods import LoRAConfig, make_method
+from stagepatch.patch import PatchConfig
+from tests.tiny import FAMILIES
 
 TINY_TRAINING = [
     "--training.steps=4",
@@ -226,3 +231,23 @@ def test_another_config_in_the_same_directory_is_refused(capsys, tiny_model, tin
     before = (tiny_patch / "run.yaml").read_text()
     fails(capsys, ["train", *given, "--training.seed=9"], "other settings", "training.seed was 0, is 9")
     assert (tiny_patch / "run.yaml").read_text() == before
+
+
+def test_inspect_says_what_methods_caches_and_comparisons_hold(capsys, tmp_path):
+    model = FAMILIES["UNet2DConditionModel"].model()
+    for name in ("lora", "bitfit"):
+        method = make_method(name, PatchConfig(), LoRAConfig(rank=3))
+        method.prepare(model)
+        method.save(tmp_path / name)
+    index = {"file": torch.zeros(5, dtype=torch.long), "caption": torch.tensor([0, 1, 2, 1, 0])}
+    write_tensors(tmp_path / "cache" / "index.safetensors", index)
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "results.json").write_text("[]")
+    for path, expected in [
+        ("lora", "LoRA rank"),
+        ("bitfit", "trained weights"),
+        ("cache", "5 images, 3 captions"),
+        ("compare", "table.md"),
+    ]:
+        assert main(["inspect", str(tmp_path / path)]) == 0
+        assert expected in capsys.readouterr().out

@@ -9,6 +9,9 @@ from stagepatch.backbones import load_denoiser
 from stagepatch.backbones.loading import BUNDLED
 from stagepatch.errors import UserError
 from stagepatch.files import read_json, read_tensors
+from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
+from stagepatch.methods.lora import FILE_NAME as LORA_FILE
+from stagepatch.methods.weights import WEIGHTS_NAME
 from stagepatch.patch import Patch
 from stagepatch.training.checkpoint import CHECKPOINT_NAME
 from stagepatch.training.log import read_log
@@ -28,6 +31,16 @@ def describe_path(path: Path) -> list[list[str]]:
         return _tensor_file(path)
     if (path / "config.json").exists() and "patch" in read_json(path / "config.json"):
         rows += _patch(path)
+    if (path / LORA_CONFIG).exists():
+        rows += [[f"LoRA {name}", str(value)] for name, value in read_json(path / LORA_CONFIG).items()]
+        rows += _tensor_file(path / LORA_FILE)
+    if (path / WEIGHTS_NAME).exists():
+        rows += [["trained weights", row] for _, row in _tensor_file(path / WEIGHTS_NAME)]
+    if (path / "results.json").exists():
+        rows += [["comparison", f"table in '{path / 'table.md'}'"]]
+    if (path / "index.safetensors").exists():
+        index, _ = read_tensors(path / "index.safetensors")
+        rows += [["cache", f"{len(index['file']):,} images, {int(index['caption'].max()) + 1:,} captions"]]
     if (path / "transformer").is_dir() or (path / "unet").is_dir():
         rows += _model(path)
     if (path / CHECKPOINT_NAME).exists():
@@ -35,7 +48,7 @@ def describe_path(path: Path) -> list[list[str]]:
     if records := read_log(path):
         rows += [["last record", json.dumps(records[-1])]]
     if not rows:
-        raise UserError(f"'{path}' holds no patch, model, run or checkpoint.")
+        raise UserError(f"'{path}' holds no patch, model, run, cache or checkpoint.")
     return rows
 
 
