@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Generator, Tensor
 
+from stagepatch.diffusion.timesteps import TimestepSampler
 from stagepatch.diffusion.variational import Posterior
 from stagepatch.diffusion.weighting import Weighting, constant
 from stagepatch.errors import UserError
@@ -24,13 +25,20 @@ class Objective:
         learn_sigma: the model's output holds the variance's interpolation behind its prediction (2C channels),
             trained by the bound of improved DDPM with the mean detached.
         weighting: weight of each sample's squared error.
+        timesteps: draws timesteps; by default all alike.
 
     Raises:
         UserError: a prediction type that is none of epsilon, v_prediction, sample, flow, or a scheduler that
             has no training schedule for it.
     """
 
-    def __init__(self, scheduler: Any, learn_sigma: bool = False, weighting: Weighting = constant) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        learn_sigma: bool = False,
+        weighting: Weighting = constant,
+        timesteps: TimestepSampler | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.is_flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
         self.prediction_type = "flow_prediction" if self.is_flow else scheduler.config.prediction_type
@@ -48,6 +56,7 @@ class Objective:
             raise UserError("A flow has no posterior variance to learn: set learn_sigma to false.")
         self.learn_sigma = learn_sigma
         self.weighting = weighting
+        self.timesteps = timesteps
         self.num_train_timesteps: int = scheduler.config.num_train_timesteps
         self._posterior = Posterior(scheduler.betas) if learn_sigma else None
         # x_t = signal·x_start + sigma·noise. In float64: in half precision, the first timesteps' 1 − ᾱ vanishes.
@@ -62,7 +71,9 @@ class Objective:
             self._signals = alphas_cumprod.sqrt()
 
     def draw_timesteps(self, batch: int, generator: Generator) -> Tensor:
-        """Uniform timesteps [B], from 0 to T − 1, on the generator's device."""
+        """Timesteps [B], from 0 to T − 1, on the generator's device."""
+        if self.timesteps is not None:
+            return self.timesteps.draw(batch, generator)
         return torch.randint(0, self.num_train_timesteps, (batch,), generator=generator, device=generator.device)
 
     def add_noise(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

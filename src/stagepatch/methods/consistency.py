@@ -1,0 +1,59 @@
+"""DeMe's consistency loss around any method (arXiv 2410.06664, supplement): stay near what the original says."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagepatch.backbones import learns_sigma
+from stagepatch.methods.base import Method
+
+
+class Consistent:
+    """Adds ‖ε_θ(x_t, t) − ε_θi(x_t, t)‖², mean over the batch, for the frozen original θ.
+
+    It keeps a copy of the model: what trains need not be apart from it.
+
+    Args:
+        method: what trains, and how it is saved.
+        weight: of the loss (DeMe: 1).
+    """
+
+    def __init__(self, method: Method, weight: float = 1.0) -> None:
+        self.method = method
+        self.name = method.name
+        self.weight = weight
+        self.original: nn.Module
+        self._last: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
+
+    def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
+        self.original = copy.deepcopy(model).requires_grad_(False).eval()
+        groups = self.method.prepare(model)
+        model.register_forward_hook(self._note, with_kwargs=True)
+        return groups
+
+    def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._last = (args, kwargs, output[0])
+
+    def extra_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
+        assert self._last is not None, "a forward of the model comes first"
+        args, kwargs, output = self._last
+        self._last = None
+        with torch.no_grad():
+            expected: Tensor = self.original(*args, **kwargs)[0]
+        if learns_sigma(self.original):
+            expected, output = (each.chunk(2, dim=1)[0] for each in (expected, output))
+        consistency = (output.float() - expected.float()).square().mean()
+        extra, logged = self.method.extra_loss()
+        total = self.weight * consistency + (0.0 if extra is None else extra)
+        return total, {**logged, "consistency": consistency.detach()}
+
+    def save(self, directory: Path) -> None:
+        self.method.save(directory)
+
+    def load(self, model: nn.Module, directory: Path) -> None:
+        self.method.load(model, directory)

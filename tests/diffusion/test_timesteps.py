@@ -1,0 +1,85 @@
+"""Frequencies of drawn timesteps, and where ranges are cut."""
+
+import pytest
+import torch
+from scipy import stats
+
+from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
+from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, equal_in_t, given
+from stagepatch.errors import UserError
+
+T, FIRST, STOP = 1000, 250, 500
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_frequencies_over_a_million_draws(p, antithetic):
+    """A χ² test over ten bins inside the range and ten outside."""
+    sampler = TimestepSampler(T, FIRST, STOP, p, antithetic)
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.bincount(sampler.draw(10**6, generator), minlength=T)
+    inside = counts[FIRST:STOP].view(10, -1).sum(dim=1)
+    outside = torch.cat([counts[:FIRST], counts[STOP:]]).view(10, -1).sum(dim=1)
+    share = p * (STOP - FIRST) / T + (1 - p)
+    expected = torch.cat([torch.full((10,), share / 10), torch.full((10,), (1 - share) / 10)]) * 10**6
+    seen = torch.cat([inside, outside]).double()
+    if p == 0.0:
+        assert outside.sum() == 0
+        seen, expected = seen[:10], expected[:10]
+    # Mirrored halves count twice, which doubles the statistic's spread.
+    unit = 2 if antithetic else 1
+    assert stats.chisquare(seen / unit, expected / unit * (seen.sum() / expected.sum())).pvalue > 1e-3
+
+
+def test_mirrored_half_stands_opposite():
+    sampler = TimestepSampler(T, FIRST, STOP, antithetic=True)
+    drawn = sampler.draw(8, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[5:], FIRST + STOP - 1 - drawn[:3])
+    everywhere = TimestepSampler(T, FIRST, STOP, p=1.0, antithetic=True).draw(8, torch.Generator().manual_seed(0))
+    assert torch.equal(everywhere[5:], T - 1 - everywhere[:3])
+    assert len(sampler.draw(7, torch.Generator())) == 7
+
+
+def test_ranges_of_equal_length_and_given_ones():
+    assert equal_in_t(1000, 4) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    assert equal_in_t(10, 3) == [(0, 3), (3, 7), (7, 10)]
+    assert given(1000, [100, 600]) == [(0, 100), (100, 600), (600, 1000)]
+
+
+def test_ranges_of_equal_log_snr():
+    alphas = make_scheduler(ObjectiveConfig()).alphas_cumprod
+    snr = alphas / (1 - alphas)
+    ranges = equal_in_log_snr(snr, 4)
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == 1000
+    falls = [float(snr[first].log() - snr[min(stop, 999)].log()) for first, stop in ranges]
+    assert max(falls) / min(falls) < 1.15
+    # The linear schedule loses most of its log-SNR in its first steps.
+    assert ranges[0][1] - ranges[0][0] < 50
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TimestepSampler(T, 500, 500), "from 500 to 500 is empty"),
+        (lambda: TimestepSampler(T, -1, 500), "from -1 to 500"),
+        (lambda: TimestepSampler(T, 0, 1001), "from 0 to 1001"),
+        (lambda: TimestepSampler(T, 0, 10, p=1.5), "p=1.5 must be a probability"),
+        (lambda: equal_in_t(10, 11), "10 timesteps cannot be split into 11"),
+        (lambda: given(10, [5, 5]), r"boundaries=\[5, 5\] must rise"),
+        (lambda: given(10, [10]), r"boundaries=\[10\] must rise"),
+    ],
+)
+def test_bad_ranges_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_objective_draws_from_its_sampler():
+    scheduler = make_scheduler(ObjectiveConfig())
+    objective = Objective(scheduler, timesteps=TimestepSampler(T, FIRST, STOP))
+    drawn = objective.draw_timesteps(1000, torch.Generator().manual_seed(0))
+    assert drawn.min() >= FIRST
+    assert drawn.max() < STOP
+    plain = Objective(scheduler).draw_timesteps(1000, torch.Generator().manual_seed(0))
+    assert torch.equal(plain, torch.randint(0, T, (1000,), generator=torch.Generator().manual_seed(0)))
