@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "generate images with a model, patched or not",
     "evaluate": "measure a model, or a patch against its base",
     "compare": "train and measure many methods alike, in one table",
+    "merge": "merge models of one architecture, or LoRAs, into one",
     "params": "count a patch's parameters for a named model",
     "inspect": "say what a patch, model, run or checkpoint holds",
     "pretrain": "train a DiT from scratch",

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from stagepatch import config as configs
 from stagepatch.backbones import find_denoiser, has_vae, learns_sigma, load_denoiser, load_pipeline
 from stagepatch.backbones.known import KNOWN, build_known
+from stagepatch.backbones.loading import find_model
 from stagepatch.comparing.job import is_done
 from stagepatch.comparing.launch import launch
 from stagepatch.comparing.page import note, short, table, write_results
@@ -24,9 +25,12 @@ from stagepatch.data import CachedLatents, load_dataset, make_cache
 from stagepatch.diffusion import Objective, make_scheduler, make_weighting
 from stagepatch.errors import UserError
 from stagepatch.evaluation import Measured, latent_sampling, load_extractor, load_references, measure
-from stagepatch.files import write_atomically, write_json, write_tensors, write_text
+from stagepatch.files import read_json, write_atomically, write_json, write_tensors, write_text
 from stagepatch.inspection import describe_path
-from stagepatch.methods import DMP, Method, Pretrain, load_learned, make_method
+from stagepatch.merging import Ties, merge_loras, merge_models
+from stagepatch.methods import DMP, LoRAConfig, Method, Pretrain, load_learned, make_method
+from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
+from stagepatch.methods.lora import FILE_NAME as LORA_FILE
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.patch import Patch
 from stagepatch.processes import processes
@@ -249,6 +253,26 @@ def compare(config: configs.CompareConfig, resolved: str) -> None:
     write_results(directory, jobs, rows, config.metric, resolved)
     print_table(*short(*table(rows, config.metric, jobs[0].extractor + " features")), note(jobs))
     print(f"Report: {directory / 'report.html'}")
+
+
+def merge(config: configs.MergeConfig, resolved: str) -> None:
+    """Merge stages, a tensor at a time."""
+    output, stages = Path(config.output_dir), [Path(stage) for stage in config.stages]
+    if not 0.0 <= config.ties_keep <= 1.0:
+        raise UserError(f"ties_keep={config.ties_keep} must be a share from 0 to 1.")
+    loras = [(stage / LORA_CONFIG).exists() for stage in stages]
+    if stages and all(loras):
+        if config.ties_keep:
+            raise UserError("TIES-merging of LoRAs would not be a LoRA: set ties_keep to 0.")
+        merge_loras([stage / LORA_FILE for stage in stages], config.weights, output / LORA_FILE)
+        ranks = [LoRAConfig(**read_json(stage / LORA_CONFIG)) for stage in stages]
+        merged = replace(ranks[0], rank=sum(lora.rank for lora in ranks), min_rank=0)
+        write_json(output / LORA_CONFIG, asdict(merged))
+    else:
+        ties = Ties(config.ties_keep) if config.ties_keep else None
+        merge_models(find_model(config.base), [find_model(stage) for stage in stages], config.weights, output, ties)
+    write_text(output / RUN_CONFIG, resolved)
+    print(f"The merged {'LoRA' if stages and all(loras) else 'model'} is in '{output}'.")
 
 
 def params(config: configs.ParamsConfig, resolved: str) -> None:

@@ -199,6 +199,25 @@ class ParamsConfig:
 
 
 @dataclass
+class MergeConfig:
+    """Merge models that were trained on from one base, or their LoRAs, into one (DeMe, arXiv 2410.06664).
+
+    Args:
+        base: the model that the stages were trained from.
+        stages: model directories; or directories of LoRAs, and then all of them.
+        weights: of each stage's task vector; 1 takes it whole.
+        ties_keep: share of each tensor's task vector that TIES-merging (arXiv 2306.01708) keeps; 0 is the plain sum.
+        output_dir: takes the merged model as an ordinary model directory, or the merged LoRA.
+    """
+
+    base: str = ""
+    stages: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    ties_keep: float = 0.0
+    output_dir: str = "runs/merged"
+
+
+@dataclass
 class DemoConfig:
     """Patch the bundled digits model, compare it with the base, and write a report.
 
