@@ -223,3 +223,16 @@ def test_qwenimage_that_embeds_two_timesteps_is_refused():
     model.register_to_config(zero_cond_t=True)
     with pytest.raises(UserError, match="zero_cond_t"):
         Patch.create(model)
+
+
+def test_gate_is_asked_once_a_forward(name, family, monkeypatch):
+    """Also where the model embeds its timestep again in every block: noise of the gate is drawn once."""
+    model = family.model()
+    patch = drawn(Patch.create(model, config_for(name, condition="t+c")))
+    patch.attach(model)
+    observed = []
+    observe = patch.observe
+    monkeypatch.setattr(patch, "observe", lambda condition: observed.append(condition) or observe(condition))
+    family.call(model)
+    family.call(model)
+    assert len(observed) == 2
