@@ -2,13 +2,15 @@
 
     python benchmarks/merge_memory.py [--rounds 3]
 
-Each merge is a process of its own; the baseline reads the same five files and writes one of their size, in pieces.
+Each merge is a process of its own; the baseline reads the same five files and writes one of their size, in
+pieces, flushed to the disk as a merge is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -56,6 +58,8 @@ def read_and_write(paths: list[Path], output: Path) -> float:
                 while piece := source.read(2**24):
                     if number == 0:
                         target.write(piece)
+        target.flush()
+        os.fsync(target.fileno())
     return time.perf_counter() - start
 
 

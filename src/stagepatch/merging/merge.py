@@ -13,6 +13,7 @@ from torch import Tensor
 from stagepatch.errors import UserError
 from stagepatch.merging.stream import TensorReader, write_stream
 
+_PIECE = 2**17
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -36,11 +37,7 @@ def combine(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float], ti
     if not base.is_floating_point():
         return base
     if ties is None:
-        merged = base.double() * (1.0 - sum(weights))
-        for stage, weight in zip(stages, weights, strict=True):
-            if weight:
-                merged += weight * stage.double()
-        return merged.to(base.dtype)
+        return _weighted_sum(base, stages, weights)
     vectors = torch.stack([stage.double() - base.double() for stage in stages])
     trimmed = torch.stack([_trim(vector, ties.keep) for vector in vectors])
     weighed = trimmed * torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * base.ndim)
@@ -48,6 +45,19 @@ def combine(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float], ti
     agrees = (weighed.sign() == elected) & (weighed != 0)
     count = agrees.sum(dim=0).clamp_min(1)
     return (base.double() + (weighed * agrees).sum(dim=0) / count * len(stages)).to(base.dtype)
+
+
+def _weighted_sum(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """In pieces that stay in the processor's cache."""
+    merged = torch.empty(base.numel(), dtype=base.dtype)
+    taken = [(stage.flatten(), weight) for stage, weight in zip(stages, weights, strict=True) if weight]
+    for first in range(0, base.numel(), _PIECE):
+        rows = slice(first, first + _PIECE)
+        piece = base.flatten()[rows].double().mul_(1.0 - sum(weights))
+        for stage, weight in taken:
+            piece.add_(stage[rows], alpha=weight)
+        merged[rows] = piece
+    return merged.view(base.shape)
 
 
 def _trim(vector: Tensor, keep: float) -> Tensor:

@@ -58,10 +58,9 @@ class TensorReader:
         first, last = entry["data_offsets"]
         with open(path, "rb") as file:
             file.seek(start + first)
-            content = bytearray(file.read(last - first))
-        if not content:
-            return torch.empty(self.shape(name), dtype=self.dtype(name))
-        return torch.frombuffer(content, dtype=self.dtype(name)).view(self.shape(name))
+            content = torch.empty(last - first, dtype=torch.uint8)
+            file.readinto(memoryview(content.numpy()))  # type: ignore[arg-type]
+        return content.view(self.dtype(name)).view(self.shape(name))
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -105,6 +104,6 @@ def write_stream(
             for name, (shape, dtype) in shapes.items():
                 value = tensor(name).to(dtype).contiguous()
                 assert tuple(value.shape) == shape
-                file.write(value.flatten().view(torch.uint8).numpy().tobytes())
+                file.write(memoryview(value.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
     write_atomically(path, write)
