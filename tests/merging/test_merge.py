@@ -101,7 +101,7 @@ def test_streamed_file_is_what_the_library_reads(tmp_path):
         "scalar": torch.tensor(2.5),
     }
     shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    write_stream(tmp_path / "file.safetensors", shapes, tensors.__getitem__)
+    write_stream(tmp_path / "file.safetensors", shapes, lambda name: [tensors[name]])
     for name, value in load_file(tmp_path / "file.safetensors").items():
         assert torch.equal(value, tensors[name])
     save_file(tensors, tmp_path / "other.safetensors")
@@ -110,6 +110,11 @@ def test_streamed_file_is_what_the_library_reads(tmp_path):
     for name, value in tensors.items():
         assert torch.equal(reader.read(name), value)
         assert reader.shape(name) == tuple(value.shape)
+    assert [piece.tolist() for piece in reader.pieces("d", 4)] == [[0, 1, 2, 3], [4, 5]]
+    in_pieces = lambda name: reader.pieces(name, 3)  # noqa: E731
+    write_stream(tmp_path / "pieces.safetensors", shapes, in_pieces)
+    for name, value in load_file(tmp_path / "pieces.safetensors").items():
+        assert torch.equal(value, tensors[name])
 
 
 def test_weights_in_several_files_are_read_as_one(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from stagepatch.errors import UserError
 from stagepatch.merging.stream import TensorReader, write_stream
 
-_PIECE = 2**17
+_PIECE = 2**18
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -48,16 +48,11 @@ def combine(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float], ti
 
 
 def _weighted_sum(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """In pieces that stay in the processor's cache."""
-    merged = torch.empty(base.numel(), dtype=base.dtype)
-    taken = [(stage.flatten(), weight) for stage, weight in zip(stages, weights, strict=True) if weight]
-    for first in range(0, base.numel(), _PIECE):
-        rows = slice(first, first + _PIECE)
-        piece = base.flatten()[rows].double().mul_(1.0 - sum(weights))
-        for stage, weight in taken:
-            piece.add_(stage[rows], alpha=weight)
-        merged[rows] = piece
-    return merged.view(base.shape)
+    merged = base.double().mul_(1.0 - sum(weights))
+    for stage, weight in zip(stages, weights, strict=True):
+        if weight:
+            merged.add_(stage, alpha=weight)
+    return merged.to(base.dtype)
 
 
 def _trim(vector: Tensor, keep: float) -> Tensor:
@@ -102,8 +97,21 @@ def merge_models(
     write_stream(
         output / component / _WEIGHTS,
         shapes,
-        lambda name: combine(reader.read(name), [other.read(name) for other in readers], weights, ties),
+        lambda name: _merged(name, reader, readers, weights, ties),
     )
+
+
+def _merged(
+    name: str, base: TensorReader, stages: Sequence[TensorReader], weights: Sequence[float], ties: Ties | None
+) -> Iterator[Tensor]:
+    """A tensor in pieces that stay in the processor's cache; with TIES, which looks at all of it, whole."""
+    if ties is not None:
+        yield combine(base.read(name), [stage.read(name) for stage in stages], weights, ties)
+        return
+    for piece, *others in zip(
+        base.pieces(name, _PIECE), *(stage.pieces(name, _PIECE) for stage in stages), strict=True
+    ):
+        yield combine(piece, others, weights)
 
 
 def _reader(directory: Path) -> TensorReader:

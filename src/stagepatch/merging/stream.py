@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,21 @@ class TensorReader:
 
     def read(self, name: str) -> Tensor:
         """A tensor."""
+        size = math.prod(self.shape(name))
+        if not size:
+            return torch.empty(self.shape(name), dtype=self.dtype(name))
+        return next(self.pieces(name, size)).view(self.shape(name))
+
+    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        """A tensor's numbers in order, `size` of them at a time: [size], the last shorter."""
         path, start, entry = self._places[name]
         first, last = entry["data_offsets"]
         with open(path, "rb") as file:
             file.seek(start + first)
-            content = torch.empty(last - first, dtype=torch.uint8)
-            file.readinto(memoryview(content.numpy()))  # type: ignore[arg-type]
-        return content.view(self.dtype(name)).view(self.shape(name))
+            for place in range(first, last, size * self.dtype(name).itemsize):
+                content = torch.empty(min(last - place, size * self.dtype(name).itemsize), dtype=torch.uint8)
+                file.readinto(memoryview(content.numpy()))  # type: ignore[arg-type]
+                yield content.view(self.dtype(name))
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -80,13 +88,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def write_stream(
-    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], tensor: Callable[[str], Tensor]
+    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], pieces: Callable[[str], Iterable[Tensor]]
 ) -> None:
     """Write a safetensors file whole or not at all, asking for one tensor after the other.
 
     Args:
         shapes: shape and dtype of each tensor by name.
-        tensor: gives the tensor of a name.
+        pieces: gives the tensor of a name, whole or its numbers in order a piece at a time.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
@@ -102,8 +110,10 @@ def write_stream(
             file.write(struct.pack("<Q", len(encoded)))
             file.write(encoded)
             for name, (shape, dtype) in shapes.items():
-                value = tensor(name).to(dtype).contiguous()
-                assert tuple(value.shape) == shape
-                file.write(memoryview(value.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
+                written = 0
+                for piece in pieces(name):
+                    content = piece.to(dtype).contiguous().flatten().view(torch.uint8)
+                    written += file.write(memoryview(content.numpy()))  # type: ignore[arg-type]
+                assert written == math.prod(shape) * dtype.itemsize
 
     write_atomically(path, write)
