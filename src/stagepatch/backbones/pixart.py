@@ -10,7 +10,7 @@ from stagepatch.backbones.base import Backbone, block_sites, cut_image, separate
 
 
 def describe_pixart(model: Any, sample_size: Any = None) -> Backbone:
-    """See `Backbone`. Text enters by cross-attention alone, so t+c is not defined."""
+    """See `Backbone`. Text enters by cross-attention alone, so t+c is t."""
     grid, begin = cut_image(model.config, sample_size)
     channels = width(model.config)
     blocks = model.transformer_blocks

@@ -13,7 +13,7 @@ _SAMPLE_SIZE = (21, 60, 104)  # latents of 81 frames of 480×832
 
 
 def describe_wan(model: Any, sample_size: Any = None) -> Backbone:
-    """See `Backbone`. Text enters by cross-attention alone, so t+c is not defined."""
+    """See `Backbone`. Text enters by cross-attention alone, so t+c is t."""
     config = model.config
     patch_size = tuple(config.patch_size)
 
