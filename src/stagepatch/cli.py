@@ -62,9 +62,9 @@ def _run(command: str, arguments: list[str]) -> int:
         arguments = ["--quick=true" if argument == "--quick" else argument for argument in arguments]
     try:
         config, resolved = _parse(command, arguments)
-        from stagepatch import commands
+        from importlib import import_module
 
-        getattr(commands, command)(config, resolved)
+        getattr(import_module(f"stagepatch.commands.{command}"), command)(config, resolved)
     except UserError as error:
         print(f"stagepatch {command}: {error}", file=sys.stderr)
         return 2

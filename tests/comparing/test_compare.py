@@ -15,10 +15,11 @@ import yaml
 from scipy import stats
 
 from stagepatch.cli import main
-from stagepatch.comparing.config import CompareConfig, EntryConfig, LaunchConfig
+from stagepatch.comparing.config import CompareConfig, EntryConfig
 from stagepatch.comparing.plan import plan_jobs, trainable_parameters
 from stagepatch.comparing.results import difference
 from stagepatch.files import read_tensors
+from stagepatch.launching import LaunchConfig
 from stagepatch.sampling import SamplingConfig
 from stagepatch.training import TrainingConfig
 
@@ -173,7 +174,7 @@ def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
     ids=str,
 )
 def test_bad_input_is_refused_before_any_training(tmp_path, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr("stagepatch.comparing.launch.run_job", None)
+    monkeypatch.setattr("stagepatch.commands.compare.run_job", None)
     message = message.replace("Keys: balance", "Keys: ")
     assert compare(tmp_path, **changes) == 2
     assert message in capsys.readouterr().err
@@ -185,6 +186,19 @@ def test_job_of_another_config_is_not_taken_for_done(tmp_path, capsys):
     assert compare(tmp_path, sampling={"num_images": 80, "num_inference_steps": 2}) == 2
     error = capsys.readouterr().err
     assert "holds a job of another config: sampling differ" in error
+
+
+def test_jobs_written_before_an_option_existed_count_as_done(tmp_path, capsys):
+    assert compare(tmp_path) == 0
+    path = tmp_path / "out" / "jobs" / "dmp-0" / "job.json"
+    then = json.loads(path.read_text())
+    del then["patch"]["num_experts"], then["training"]["max_grad_norm"]
+    path.write_text(json.dumps(then))
+    assert compare(tmp_path) == 0
+    then["patch"]["num_experts"] = 3
+    path.write_text(json.dumps(then))
+    assert compare(tmp_path) == 2
+    assert "patch differ" in capsys.readouterr().err
 
 
 def test_failed_job_is_named_with_its_log_and_the_others_are_finished(tmp_path, capsys, monkeypatch):

@@ -108,7 +108,7 @@ def test_encoders_are_freed_before_the_denoiser_is_loaded(tmp_path, monkeypatch)
     PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
     images = draw_images(tmp_path / "images")
     alive = []
-    from stagepatch import commands
+    import stagepatch.commands.train as commands
     from stagepatch.data import caching
 
     def watched(load):

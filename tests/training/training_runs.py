@@ -215,7 +215,7 @@ class Processes:
 
     def __post_init__(self):
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pytest", "stagepatch.commands", "torch.distributed"])
+        self.context.set_forkserver_preload(["pytest", "stagepatch.commands.train", "torch.distributed"])
 
     def start(self, function, environment=None, **arguments):
         output = self.folder / f"{len(self.started)}.txt"

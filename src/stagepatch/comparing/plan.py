@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class Job:
     sampling_seeds: list[int]
     extractor: str
     checkpoints: list[int]
+
+    def __str__(self) -> str:
+        return f"'{self.name}' (seed {self.training.seed})"
 
     def make_method(self) -> Method:
         """The method, yet to be trained."""
@@ -185,9 +188,17 @@ def _check_directory(job: Job) -> None:
     if not path.exists():
         return
     then, now = read_json(path), job.identity()
-    changed = sorted(name for name in now if then.get(name) != now[name])
+    changed = sorted(name for name in now if _saved(job, name, then, now) != now[name])
     if changed:
         raise UserError(
             f"'{job.directory}' holds a job of another config: {', '.join(changed)} differ. Give another output_dir, "
             f"or delete that directory."
         )
+
+
+def _saved(job: Job, name: str, then: dict[str, Any], now: dict[str, Any]) -> Any:
+    """What a job's file says of a field; an option that did not exist when it was written had its default."""
+    if not is_dataclass(getattr(job, name)):
+        return then.get(name)
+    values = {**asdict(type(getattr(job, name))()), **then.get(name, {})}
+    return {key: values[key] for key in now[name]}

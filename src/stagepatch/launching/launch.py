@@ -6,48 +6,56 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from stagepatch.comparing.config import LaunchConfig
-from stagepatch.comparing.job import run_job
-from stagepatch.comparing.plan import Job
 from stagepatch.errors import UserError
+from stagepatch.launching.config import LaunchConfig
+
+T = TypeVar("T")
 
 
-def launch(jobs: Sequence[Job], config: LaunchConfig, logs: Path, on_done: Callable[[Job], None]) -> None:
+def launch(
+    run: Callable[[T], None], jobs: Sequence[T], config: LaunchConfig, logs: Path, on_done: Callable[[T], None]
+) -> None:
     """Run jobs, so many at a time, and wait for them.
 
     Args:
+        run: does a job, in a process of its own; it and the jobs can be pickled.
+        jobs: their `str` names them in messages.
         logs: directory of the jobs' own output.
         on_done: called after each that succeeded.
 
     Raises:
         UserError: a job failed; the others were finished first, and its log is named.
     """
-    failed: list[tuple[Job, UserError]] = []
-    for job, error in _results(jobs, config, logs):
+    if config.workers < 1:
+        raise UserError(f"launch.workers={config.workers} must be at least 1.")
+    failed: list[tuple[T, UserError]] = []
+    for job, error in _results(run, jobs, config, logs):
         if error is None:
             on_done(job)
         else:
             failed.append((job, error))
     if failed:
-        names = ", ".join(f"'{job.name}' (seed {job.training.seed})" for job, _ in failed)
+        names = ", ".join(str(job) for job, _ in failed)
         raise UserError(
             f"{len(failed)} of {len(jobs)} jobs failed: {names}. The first says: {failed[0][1]} Give the same command "
             f"again to go on with what is left."
         )
 
 
-def _results(jobs: Sequence[Job], config: LaunchConfig, logs: Path) -> Iterator[tuple[Job, UserError | None]]:
+def _results(
+    run: Callable[[T], None], jobs: Sequence[T], config: LaunchConfig, logs: Path
+) -> Iterator[tuple[T, UserError | None]]:
     """Each job as it ends, with what went wrong."""
     if config.executor == "debug":
         for job in jobs:
-            yield job, _error_of(lambda job=job: run_job(job))  # type: ignore[misc]
+            yield job, _error_of(lambda job=job: run(job))  # type: ignore[misc]
         return
     executor = _executor(config, logs)
 
-    def submit_and_wait(job: Job) -> None:
-        _wait(executor.submit(_run_in_process, job, _tasks(config), _threads(config)))
+    def submit_and_wait(job: T) -> None:
+        _wait(executor.submit(_run_in_process, run, job, _tasks(config), _threads(config)))
 
     # submitit starts and watches the processes; the threads only hold back more than `workers` of them.
     with ThreadPoolExecutor(config.workers) as pool:
@@ -77,7 +85,7 @@ def _executor(config: LaunchConfig, logs: Path) -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise UserError("stagepatch compare needs submitit: pip install submitit.") from error
+        raise UserError("Running jobs needs submitit: pip install submitit.") from error
     logs.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder=logs / "%j", cluster=config.executor)
     tasks = _tasks(config)
@@ -98,7 +106,7 @@ def _threads(config: LaunchConfig) -> int:
     return max(1, cores // (config.workers * _tasks(config))) if config.executor == "local" else 0
 
 
-def _run_in_process(job: Job, tasks: int, threads: int) -> None:
+def _run_in_process(run: Callable[[T], None], job: T, tasks: int, threads: int) -> None:
     """In the job's own process, or one of them."""
     import torch
 
@@ -108,4 +116,4 @@ def _run_in_process(job: Job, tasks: int, threads: int) -> None:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export()
-    run_job(job)
+    run(job)

@@ -1,0 +1,50 @@
+"""What commands share."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch import nn
+
+from stagepatch.backbones import load_denoiser
+from stagepatch.errors import UserError
+from stagepatch.methods import DMP, Method, load_learned
+from stagepatch.processes import processes
+from stagepatch.progress import progress_bar
+
+RUN_CONFIG = "run.yaml"
+
+
+def say(text: str) -> None:
+    """Print, in the main process alone."""
+    if processes().is_main_process:
+        print(text)
+
+
+def load_on_device(name: str) -> tuple[nn.Module, Any]:
+    """A denoiser on this process's device, and its scheduler."""
+    model, scheduler = load_denoiser(name)
+    return model.to(processes().device), scheduler
+
+
+def sampling_bar() -> Progress:
+    """A progress bar, shown by the main process alone."""
+    return progress_bar(disable=not processes().is_main_process)
+
+
+def own_share(num_images: int) -> int:
+    """Images that the main process makes, for its bar."""
+    return math.ceil(num_images / int(processes().num_processes))
+
+
+def put_on(directory: str, scale: float, model: nn.Module) -> Method:
+    """What a method learned, on a model; scaled, if it is a patch."""
+    method = load_learned(model, Path(directory))
+    if isinstance(method, DMP):
+        method.patch.scale = scale
+    elif scale != 1.0:
+        raise UserError(f"patch_scale={scale} scales a patch; '{directory}' holds what {method.name} learned.")
+    return method

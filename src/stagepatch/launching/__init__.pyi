@@ -1,0 +1,2 @@
+from .config import LaunchConfig as LaunchConfig
+from .launch import launch as launch
