@@ -57,6 +57,22 @@ def fails(capsys, arguments, *expected):
     assert "Traceback" not in message
 
 
+def test_pretrains_a_unet_that_is_sampled_and_patched(tmp_path, capsys):
+    unet = ["--model.block_out_channels=[16, 32]", "--model.layers_per_block=1", "--model.sample_size=8"]
+    plain = ["--model.in_channels=1", "--model.conditioning=none", "--model.learn_sigma=false"]
+    training = ["--data.source=digits", "--training.steps=2", "--training.batch_size=8"]
+    assert main(["pretrain", f"--output_dir={tmp_path / 'unet'}", *unet, *plain, *training]) == 0
+    model, _ = load_denoiser(tmp_path / "unet")
+    assert type(model).__name__ == "UNet2DModel"
+    assert [type(block).__name__ for block in model.down_blocks] == ["DownBlock2D", "AttnDownBlock2D"]
+    sampling = ["--sampling.num_images=2", "--sampling.num_inference_steps=2", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["sample", f"--model={tmp_path / 'unet'}", *sampling]) == 0
+    assert main(["pretrain", unet[0], f"--output_dir={tmp_path / 'x'}"]) == 2
+    assert "are a DiT's" in capsys.readouterr().err
+    assert main(["pretrain", "--model.block_out_channels=[8, 8, 8]", "--model.sample_size=6", *plain]) == 2
+    assert "cannot be halved 2 times" in capsys.readouterr().err
+
+
 def test_help_lists_every_command(capsys):
     assert main([]) == main(["--help"]) == main(["-h"]) == 0
     text = capsys.readouterr().out

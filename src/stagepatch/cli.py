@@ -16,7 +16,7 @@ COMMANDS = {
     "merge": "merge models of one architecture, or LoRAs, into one",
     "params": "count a patch's parameters for a named model",
     "inspect": "say what a patch, model, run or checkpoint holds",
-    "pretrain": "train a DiT from scratch",
+    "pretrain": "train a DiT, or a U-Net, from scratch",
 }
 _ALIASES = {"-h": "--help", "-V": "--version"}
 

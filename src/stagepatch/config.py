@@ -16,7 +16,7 @@ from stagepatch.training.config import TrainingConfig
 
 @dataclass
 class ModelConfig:
-    """Size and conditioning of a DiT (arXiv 2212.09748).
+    """Size and conditioning of a DiT (arXiv 2212.09748), or of a DDPM U-Net (arXiv 2006.11239).
 
     Args:
         name: 'DiT-S/2' to 'DiT-XL/8', which sets patch_size, hidden_size, num_layers and num_attention_heads; empty
@@ -30,6 +30,10 @@ class ModelConfig:
         conditioning: 'none', 'class' or 'text' (a pooled embedding).
         num_classes: classes, without the null label.
         learn_sigma: also predict the variance (improved DDPM, arXiv 2102.09672; DiT: on).
+        block_out_channels: channels of a U-Net's stages, from the finest on, in place of a DiT; it takes no condition
+            and predicts no variance.
+        layers_per_block: residual layers of a U-Net's stage.
+        attention_stages: numbers of the U-Net's stages that have attention, the finest 0.
     """
 
     name: str = ""
@@ -42,11 +46,14 @@ class ModelConfig:
     conditioning: Literal["none", "class", "text"] = "class"
     num_classes: int = 1000
     learn_sigma: bool = True
+    block_out_channels: list[int] = field(default_factory=list)
+    layers_per_block: int = 2
+    attention_stages: list[int] = field(default_factory=lambda: [1])
 
 
 @dataclass
 class PretrainConfig:
-    """Train a DiT from scratch, all weights.
+    """Train a DiT, or a DDPM U-Net, from scratch, all weights.
 
     Args:
         output_dir: directory of the run; the same command again goes on where it stopped.
