@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from stagepatch.backbones import load_denoiser
 from stagepatch.cli import COMMANDS, main
 from stagepatch.files import write_tensors
 from stagepatch.methods import LoRAConfig, make_method
