@@ -11,7 +11,7 @@ import stagepatch
 
 PACKAGE = Path(stagepatch.__file__).parent
 ROOMS = ["models", "backbones", "patch", "diffusion", "data", "methods", "training", "sampling"]
-ROOMS += ["evaluation", "analysis", "report", "launching", "merging", "decoupling", "comparing"]
+ROOMS += ["evaluation", "analysis", "report", "launching", "scheduling", "merging", "decoupling", "comparing"]
 FACE = {"commands"}
 FOR_ALL = {"errors", "files", "processes", "progress"}
 NO_ROOMS = {"assets", "__pycache__"}

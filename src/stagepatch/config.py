@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stagepatch.analysis.config import AnalyzeConfig as AnalyzeConfig
 from stagepatch.comparing.config import CompareConfig as CompareConfig
 from stagepatch.data.config import DataConfig
+from stagepatch.decoupling.config import DecoupleConfig as DecoupleConfig
 from stagepatch.diffusion.config import ObjectiveConfig, WeightingConfig
+from stagepatch.merging.config import MergeConfig as MergeConfig
 from stagepatch.methods.config import LoRAConfig
 from stagepatch.patch.config import PatchConfig
 from stagepatch.sampling.config import SamplingConfig
+from stagepatch.scheduling.config import ScheduleConfig as ScheduleConfig
 from stagepatch.training.config import TrainingConfig
 
 
@@ -135,6 +139,7 @@ class SampleConfig:
         prompts: captions, in turn, for a model that takes them.
         patch: directory of a patch, or of what another method learned; empty for the base model.
         patch_scale: factor on the patch's prompts; 1 as trained.
+        schedule: YAML file of experts by range of timesteps, in place of a patch; see docs/experts.md.
         sampling: sampler, guidance, count and seed.
     """
 
@@ -143,6 +148,7 @@ class SampleConfig:
     prompts: list[str] = field(default_factory=list)
     patch: str = ""
     patch_scale: float = 1.0
+    schedule: str = ""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
@@ -156,6 +162,7 @@ class EvaluateConfig:
         patch: directory of a patch, or of what another method learned; with one, base and patched model are compared
             from the same noise.
         patch_scale: factor on the patch's prompts; 1 as trained.
+        schedule: YAML file of experts by range of timesteps, which then are compared with the base.
         extractor: features for FID, KID, precision and recall: 'digits' (the bundled classifier's) or 'inception'
             (needs torch-fidelity).
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
@@ -169,6 +176,7 @@ class EvaluateConfig:
     model: str = "digits"
     patch: str = ""
     patch_scale: float = 1.0
+    schedule: str = ""
     extractor: str = "digits"
     cache: str = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -203,25 +211,6 @@ class ParamsConfig:
         ]
     )
     patch: PatchConfig = field(default_factory=PatchConfig)
-
-
-@dataclass
-class MergeConfig:
-    """Merge models that were trained on from one base, or their LoRAs, into one (DeMe, arXiv 2410.06664).
-
-    Args:
-        base: the model that the stages were trained from.
-        stages: model directories; or directories of LoRAs, and then all of them.
-        weights: of each stage's task vector; 1 takes it whole.
-        ties_keep: share of each tensor's task vector that TIES-merging (arXiv 2306.01708) keeps; 0 is the plain sum.
-        output_dir: takes the merged model as an ordinary model directory, or the merged LoRA.
-    """
-
-    base: str = ""
-    stages: list[str] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    ties_keep: float = 0.0
-    output_dir: str = "runs/merged"
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 import yaml
 from scipy import stats
 
+from stagepatch.backbones import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.comparing.config import CompareConfig, EntryConfig
 from stagepatch.comparing.plan import plan_jobs, trainable_parameters
@@ -168,6 +169,9 @@ def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
         ),
         ({"sampling_seeds": [0, 1]}, "sampling_seeds=[0, 1] must be at least 3"),
         ({"model": "nowhere"}, "No model at 'nowhere'"),
+        ({"entries": [{"name": "a", "method": "none", "model": "gone-{seed}"}]}, "No model at 'gone-0'"),
+        ({"entries": [{"name": "a", "method": "none", "schedule": "gone.yaml"}]}, "gone.yaml"),
+        ({"entries": [{"name": "a", "method": "dmp", "schedule": "x.yaml"}]}, "a schedule is sampled as it is"),
         ({"metric": "fiddle"}, "metric='fiddle' is none of"),
         ({"launch": {"executor": "debug", "workers": 0}}, "launch.workers=0"),
     ],
@@ -199,6 +203,37 @@ def test_jobs_written_before_an_option_existed_count_as_done(tmp_path, capsys):
     path.write_text(json.dumps(then))
     assert compare(tmp_path) == 2
     assert "patch differ" in capsys.readouterr().err
+
+
+def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
+    for seed in (0, 1):
+        model, scheduler = load_denoiser("digits")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.0 + 0.2 * (1 + seed))
+        save_denoiser(model, scheduler, tmp_path / f"other-{seed}")
+        (tmp_path / f"experts-{seed}.yaml").write_text(
+            f"experts: [{{from: 0, to: 500}}, {{from: 500, to: 1000, model: other-{seed}}}]"
+        )
+    other, schedule = (str(tmp_path / name) for name in ("other-{seed}", "experts-{seed}.yaml"))
+    entries = [
+        {"name": "base", "method": "none"},
+        {"name": "other", "method": "none", "model": other},
+        {"name": "experts", "method": "none", "schedule": schedule},
+        {"name": "DMP on other", "method": "dmp", "model": other},
+    ]
+    assert compare(tmp_path, entries=entries, training_seeds=[0, 1], evaluate_every=0) == 0
+    values = {row["name"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
+    jobs = tmp_path / "out" / "jobs"
+    metrics = {path.parent.name: json.loads(path.read_text()) for path in jobs.glob("*/metrics.json")}
+    assert set(metrics) == {"base", *(f"{n}-{s}" for n in ("other", "experts", "dmp-on-other") for s in (0, 1))}
+    distinct = {json.dumps(list(each.values())[-1]) for each in metrics.values()}
+    assert len(distinct) == 7
+    assert values["base"]["is_base"]
+    assert values["base"]["differences"] == {}
+    assert set(values["experts"]["differences"]) == {"4"}
+    assert (values["experts"]["trainable"], values["experts"]["file_size"]) == (0, 0)
+    assert values["DMP on other"]["trainable"] > 0
 
 
 def test_failed_job_is_named_with_its_log_and_the_others_are_finished(tmp_path, capsys, monkeypatch):

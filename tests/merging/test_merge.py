@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from stagepatch.backbones import add_projections, load_denoiser, save_denoiser
 from stagepatch.errors import UserError
 from stagepatch.merging import TensorReader, Ties, combine, merge_loras, merge_models, write_stream
+from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
 
@@ -174,3 +176,25 @@ def test_loras_merge_into_one_of_the_summed_rank(tmp_path):
     save_file({"y.lora_A.weight": torch.ones(1, 1)}, paths[1])
     with pytest.raises(UserError, match="is on other layers"):
         merge_loras(paths, weights, tmp_path / "merged.safetensors")
+
+
+def test_a_projection_that_the_base_has_not_is_the_identity_there(tmp_path):
+    family = FAMILIES["UNet2DModel"]
+    for number, name in enumerate(("base", "one", "two")):
+        model = family.model(seed=0)
+        if number:
+            with torch.no_grad():
+                for weight in add_projections(model, [1, 4][:number]).maps.values():
+                    weight.normal_(generator=torch.Generator().manual_seed(number))
+        save_denoiser(model, DDPMScheduler(), tmp_path / name)
+    merge_models(tmp_path / "base", [tmp_path / "one", tmp_path / "two"], [0.5, 0.25], tmp_path / "out")
+    maps = {name: weights_of(tmp_path / name) for name in ("one", "two", "out")}
+    first, second = "stagepatch_projection.maps.1", "stagepatch_projection.maps.4"
+    eye = torch.eye(len(maps["out"][first]))
+    expected = eye + 0.5 * (maps["one"][first] - eye) + 0.25 * (maps["two"][first] - eye)
+    torch.testing.assert_close(maps["out"][first], expected)
+    eye = torch.eye(len(maps["out"][second]))
+    torch.testing.assert_close(maps["out"][second], eye + 0.25 * (maps["two"][second] - eye))
+    assert load_denoiser(tmp_path / "out")[0].stagepatch_projection.maps.keys() == {"1", "4"}
+    merge_models(tmp_path / "base", [tmp_path / "one", tmp_path / "two"], [0.0, 1.0], tmp_path / "two again")
+    assert all(torch.equal(value, maps["two"][name]) for name, value in weights_of(tmp_path / "two again").items())

@@ -259,26 +259,27 @@ def test_rate_follows_its_closed_form(tmp_path, name, closed_form, warmup):
 # The average
 
 
-def averages(patches, start, decay):
-    """The average after each iteration: decay k is min(decay, (1 + k) / (10 + k)), and 0 for the first step."""
+def averages(patches, start, decay, power):
+    """The average after each iteration: the decay rises up to `decay`, and is 0 for the first step."""
     average, result = start, []
     for step, patch in enumerate(patches):
-        weight = min(decay, (1 + step) / (10 + step)) if step else 0.0
+        rising = 1 - (1 + step) ** -power if power else (1 + step) / (10 + step)
+        weight = min(decay, rising) if step else 0.0
         average = {name: weight * average[name] + (1 - weight) * patch[name] for name in patch}
         result.append(average)
     return result
 
 
-@pytest.mark.parametrize("decay", [0.25, 0.999])
-def test_average_equals_its_closed_form(tmp_path, decay):
+@pytest.mark.parametrize(("decay", "power"), [(0.25, 0.0), (0.999, 0.0), (0.999, 0.75), (0.4, 0.75)])
+def test_average_equals_its_closed_form(tmp_path, decay, power):
     run(tmp_path / "plain", steps=8, snapshot_every=1)
-    run(tmp_path / "averaged", steps=8, snapshot_every=1, ema_decay=decay)
+    run(tmp_path / "averaged", steps=8, snapshot_every=1, ema_decay=decay, ema_power=power)
 
     def snapshots(name):
         return [patch_of(tmp_path / name / "snapshots" / f"{step:07d}") for step in range(1, 9)]
 
     plain = snapshots("plain")
-    expected = averages(plain, {name: torch.zeros_like(tensor) for name, tensor in plain[0].items()}, decay)
+    expected = averages(plain, {name: torch.zeros_like(tensor) for name, tensor in plain[0].items()}, decay, power)
     for found, wanted in zip(snapshots("averaged"), expected, strict=True):
         assert_same(found, wanted, 1e-7)
     assert_same(patch_of(tmp_path / "averaged"), expected[-1], 1e-7)

@@ -1,5 +1,5 @@
-"""What a patch has learned, and where."""
+"""Where a model has room, what a patch has learned, and where it used it."""
 
-from stagepatch.analysis.activation import gate_activation
+import lazy_loader
 
-__all__ = ["gate_activation"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,6 +14,7 @@ from stagepatch.backbones.loading import (
     save_denoiser,
     takes_captions,
 )
+from stagepatch.backbones.projection import add_projections, fold_projections
 from stagepatch.backbones.registry import describe, find_denoiser, in_ones, register
 
 register("DiT", dit.describe_dit, encode_captions=dit.encode_captions)
@@ -48,12 +49,14 @@ __all__ = [
     "Backbone",
     "Extent",
     "Site",
+    "add_projections",
     "block_sites",
     "build_denoiser",
     "cut_image",
     "describe",
     "encoder_directories",
     "find_denoiser",
+    "fold_projections",
     "has_vae",
     "learns_sigma",
     "load_captioner",

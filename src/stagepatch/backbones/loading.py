@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from stagepatch import models
+from stagepatch.backbones.projection import PROJECTION, add_projections
 from stagepatch.backbones.registry import family_of
 from stagepatch.errors import UserError
 from stagepatch.files import read_json, read_tensors, write_tensors
@@ -62,7 +63,12 @@ def load_denoiser(source: str | Path) -> tuple[Any, Any]:
     directory = find_model(source)
     model = _load_model(directory / _denoiser_of(directory))
     model.register_to_config(_name_or_path=str(source))
-    return model, _load_scheduler(directory / "scheduler")
+    return model, _read_scheduler(directory / "scheduler")
+
+
+def load_scheduler(source: str | Path) -> Any:
+    """The scheduler of a model."""
+    return _read_scheduler(find_model(source) / "scheduler")
 
 
 def build_denoiser(source: str | Path) -> Any:
@@ -193,6 +199,9 @@ def _load_model(directory: Path) -> Any:
         return _load_in_parts(model_class, directory)
     tensors, _ = read_tensors(directory / _WEIGHTS)
     model: Any = model_class.from_config(read_json(directory / "config.json"))
+    projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
+    if projected:
+        add_projections(model, projected)
     expected = model.state_dict()
     odd = sorted(set(expected) ^ set(tensors)) or sorted(
         key for key in expected if expected[key].shape != tensors[key].shape
@@ -217,7 +226,7 @@ def _load_in_parts(model_class: Any, directory: Path) -> nn.Module:
     return model.eval()
 
 
-def _load_scheduler(directory: Path) -> Any:
+def _read_scheduler(directory: Path) -> Any:
     config = read_json(directory / "scheduler_config.json")
     scheduler_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
     is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)

@@ -10,31 +10,36 @@ from stagepatch import config as configs
 from stagepatch.backbones import has_vae
 from stagepatch.commands.common import RUN_CONFIG, load_on_device, own_share, put_on, sampling_bar
 from stagepatch.data import CachedLatents, make_cache
+from stagepatch.errors import UserError
 from stagepatch.evaluation import Measured, latent_sampling, load_extractor, load_references, measure
 from stagepatch.files import write_json, write_text
 from stagepatch.processes import processes
 from stagepatch.report import comparison_table, print_table
+from stagepatch.sampling import SamplingConfig, load_experts
 
 
 def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
-    """Measure a model; with a patch, base and patched from the same noise."""
+    """Measure a model; with a patch or a schedule, base and patched (or scheduled) from the same noise."""
+    if config.patch and config.schedule:
+        raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
     latents = None
     if has_vae(config.model):
         cache_dir = Path(config.cache or Path(config.output_dir) / "cache")
         make_cache(cache_dir, config.model, config.data, 8, torch.float32)
         latents = latent_sampling(config.model, CachedLatents(cache_dir))
     model, scheduler = load_on_device(config.model)
+    experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
     references = load_references(config.data)
     extractor = load_extractor(config.extractor)
-    total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch else 1)
+    total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)
     with sampling_bar() as progress:
         task = progress.add_task("sampling", total=total, status="")
 
-        def measured() -> Measured:
+        def measured(sampling: SamplingConfig) -> Measured:
             return measure(
                 model,
                 scheduler,
-                config.sampling,
+                sampling,
                 config.seeds,
                 references,
                 extractor,
@@ -42,17 +47,22 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
                 latents,
             )
 
-        base = measured()
         patched = None
+        if experts is not None:
+            with experts.attach(model):
+                patched = measured(experts.sampling(config.sampling))
+        base = measured(config.sampling)
         if config.patch:
             put_on(config.patch, config.patch_scale, model)
-            patched = measured()
+            patched = measured(config.sampling)
     if not processes().is_main_process:
         return
     directory = Path(config.output_dir)
     write_text(directory / RUN_CONFIG, resolved)
-    results = {"base": base.metrics} | ({} if patched is None else {"patched": patched.metrics})
+    name = "patched" if experts is None else "schedule"
+    results = {"base": base.metrics} | ({} if patched is None else {name: patched.metrics})
     write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
     columns, rows = comparison_table(base, patched, extractor.name)
+    columns = [name if column == "patched" else column for column in columns]
     print_table(columns, rows, f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds")
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'.")

@@ -22,6 +22,10 @@ class EntryConfig:
         lora: fields of the LoRA's config.
         weighting: fields of the loss weighting's config.
         training: fields of the training config that differ from the common one.
+        model: what the entry starts from, if not the comparison's own model; '{seed}' in it stands for the training
+            seed, as in 'runs/merged-{seed}'.
+        schedule: experts by timestep (see docs/experts.md) that are sampled in place of the model alone; '{seed}' as
+            above. Only with method 'none'.
     """
 
     name: str
@@ -30,6 +34,8 @@ class EntryConfig:
     lora: dict[str, Any] = field(default_factory=dict)
     weighting: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    schedule: str = ""
 
 
 @dataclass

@@ -20,6 +20,7 @@ from stagepatch.evaluation import latent_sampling, load_extractor, load_referenc
 from stagepatch.files import read_json, write_json, write_tensors
 from stagepatch.methods import load_learned
 from stagepatch.processes import processes
+from stagepatch.sampling import load_experts
 from stagepatch.training import read_log, train
 
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
@@ -62,9 +63,14 @@ def _run(job: Job, is_main: bool) -> None:
         if job.method != "none":
             last = step == job.training.steps
             load_learned(model, learned if last else learned / "snapshots" / f"{step:07d}")
+        sampling = job.sampling
+        if job.schedule:
+            experts = load_experts(job.schedule, model, scheduler)
+            experts.attach(model)
+            sampling = experts.sampling(sampling)
         references, extractor = load_references(job.data), load_extractor(job.extractor)
         latents = latent_sampling(job.model, CachedLatents(job.cache)) if has_vae(job.model) else None
-        measured = measure(model, scheduler, job.sampling, job.sampling_seeds, references, extractor, latents=latents)
+        measured = measure(model, scheduler, sampling, job.sampling_seeds, references, extractor, latents=latents)
         done[step] = measured.metrics
         if is_main:
             write_tensors(job.directory / SAMPLES_NAME, {"images": measured.images[:100]})

@@ -45,16 +45,19 @@ def table(rows: Sequence[Row], metric: str, features: str) -> tuple[list[str], l
 
 def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
     cells = [row.name, f"{row.trainable:,}", f"{100 * row.trainable / row.total:.2f}%"]
-    if row.method == "none":
+    if row.is_base:
         cells += ["", "", ""]
         value = format_mean(*row.curve[0], 4)
         return [*cells, *([value] * len(steps) or [value]), "", "", ""]
-    cells += [f"{row.seconds_per_step:.3f}", f"{row.peak_memory / 2**20:.0f}", f"{row.file_size / 2**20:.2f}"]
+    if row.method == "none":
+        cells += ["", "", ""]
+    else:
+        cells += [f"{row.seconds_per_step:.3f}", f"{row.peak_memory / 2**20:.0f}", f"{row.file_size / 2**20:.2f}"]
     cells += [format_mean(*row.curve[step], 4) if step in row.curve else "" for step in steps]
     change = row.differences.get(row.last)
     if change is None:
         return [*cells, "", "", ""]
-    base = next(other.curve[0][0] for other in rows if other.method == "none")
+    base = next(other.curve[0][0] for other in rows if other.is_base)
     sign = " *" if change.is_significant else ""
     p_value = "" if math.isnan(change.p_value) else f"{change.p_value:.3f}"
     percent = f"{100 * change.mean / base:+.1f} ± {100 * change.error / base:.1f} %"
@@ -69,7 +72,7 @@ def short(columns: list[str], cells: list[list[str]]) -> tuple[list[str], list[l
 
 def note(jobs: Sequence[Job]) -> str:
     """How the table is to be read."""
-    seeds = len({job.training.seed for job in jobs if job.method != "none"})
+    seeds = len({job.training.seed for job in jobs if not job.is_base})
     sampling = jobs[0].sampling
     unit = "training run" if seeds > 1 else "sampling seed, of one training run"
     return (
@@ -124,9 +127,9 @@ def curves(rows: Sequence[Row], metric: str, features: str) -> Figure:
     """The metric over iterations, a line an entry from the base's value on (as in Fig. 1 of arXiv 2405.17825)."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    base = next((row.curve[0] for row in rows if row.method == "none"), None)
+    base = next((row.curve[0] for row in rows if row.is_base), None)
     for row in rows:
-        if row.method == "none":
+        if row.is_base:
             axes.axhline(row.curve[0][0], color="black", linewidth=0.8, linestyle="--", label=row.name)
             continue
         points = ([(0, base[0], 0.0)] if base else []) + [(step, *row.curve[step]) for step in sorted(row.curve)]
@@ -144,7 +147,7 @@ def curves(rows: Sequence[Row], metric: str, features: str) -> Figure:
 def gain_against_cost(rows: Sequence[Row]) -> Figure:
     """Difference to the base against trained parameters and against time a step."""
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    trained = [row for row in rows if row.differences]
+    trained = [row for row in rows if row.differences and row.method != "none"]
     costs = {"trained parameters": "trainable", "seconds a step": "seconds_per_step"}
     for place, (label, attribute) in enumerate(costs.items()):
         axes = figure.add_subplot(1, 2, place + 1)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from stagepatch.backbones import build_denoiser
+from stagepatch.backbones.loading import load_scheduler
 from stagepatch.comparing.config import CompareConfig, EntryConfig
 from stagepatch.data.config import DataConfig
 from stagepatch.diffusion import WeightingConfig, make_weighting
@@ -20,6 +21,7 @@ from stagepatch.files import read_json
 from stagepatch.methods import LoRAConfig, Method, make_method
 from stagepatch.patch import PatchConfig
 from stagepatch.sampling import SamplingConfig
+from stagepatch.sampling.schedule import read_schedule
 from stagepatch.training import TrainingConfig
 
 JOB_NAME = "job.json"
@@ -33,6 +35,8 @@ class Job:
         directory: its own.
         cache: of a model with a VAE.
         checkpoints: steps after which it is measured.
+        schedule: file of experts by timestep, sampled in place of the model alone.
+        is_base: the comparison's own model, untrained, which the others are compared with.
     """
 
     directory: Path
@@ -49,6 +53,8 @@ class Job:
     sampling_seeds: list[int]
     extractor: str
     checkpoints: list[int]
+    schedule: str = ""
+    is_base: bool = False
 
     def __str__(self) -> str:
         return f"'{self.name}' (seed {self.training.seed})"
@@ -61,7 +67,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """All that decides its result."""
         values = asdict(self)
-        del values["directory"], values["cache"]
+        del values["directory"], values["cache"], values["is_base"]
         bookkeeping = ("log_every", "checkpoint_every", "tensorboard")
         values["training"] = {name: value for name, value in values["training"].items() if name not in bookkeeping}
         return values
@@ -92,7 +98,7 @@ def plan_jobs(config: CompareConfig) -> list[Job]:
     if config.launch.workers < 1:
         raise UserError(f"launch.workers={config.launch.workers} must be at least 1.")
     jobs = [job for entry in config.entries for job in _jobs_of(entry, config)]
-    for job in {job.name: job for job in jobs}.values():
+    for job in {(job.name, job.model, job.schedule): job for job in jobs}.values():
         _check_model_takes(job)
     for job in jobs:
         _check_directory(job)
@@ -136,16 +142,19 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[Job]:
     make_weighting(weighting)
     every = config.evaluate_every or training.steps
     checkpoints = sorted({*range(every, training.steps + 1, every), training.steps})
-    is_base = entry.method == "none"
+    if entry.schedule and entry.method != "none":
+        raise UserError(f"{where}: a schedule is sampled as it is: set method='{entry.method}' to none.")
+    is_base = entry.method == "none" and not (entry.model or entry.schedule)
+    is_one = entry.method == "none" and "{seed}" not in entry.model + entry.schedule
     jobs = []
-    for seed in [0] if is_base else config.training_seeds:
-        directory = Path(config.output_dir) / "jobs" / (_slug(entry.name) + ("" if is_base else f"-{seed}"))
-        snapshots = 0 if is_base or checkpoints == [training.steps] else every
+    for seed in [0] if is_one else config.training_seeds:
+        directory = Path(config.output_dir) / "jobs" / (_slug(entry.name) + ("" if is_one else f"-{seed}"))
+        snapshots = 0 if entry.method == "none" or checkpoints == [training.steps] else every
         jobs.append(
             Job(
                 directory,
                 Path(config.cache or Path(config.output_dir) / "cache"),
-                config.model,
+                (entry.model or config.model).replace("{seed}", str(seed)),
                 entry.name,
                 entry.method,
                 patch,
@@ -156,7 +165,9 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[Job]:
                 config.sampling,
                 config.sampling_seeds,
                 config.extractor,
-                [0] if is_base else checkpoints,
+                [0] if is_base else [training.steps] if entry.method == "none" else checkpoints,
+                entry.schedule.replace("{seed}", str(seed)),
+                is_base,
             )
         )
     return jobs
@@ -179,6 +190,8 @@ def _check_model_takes(job: Job) -> None:
     try:
         model: nn.Module = build_denoiser(job.model)
         job.make_method().prepare(model)
+        if job.schedule:
+            read_schedule(Path(job.schedule), load_scheduler(job.model).config.num_train_timesteps)
     except UserError as error:
         raise UserError(f"Entry '{job.name}': {error}") from error
 

@@ -50,6 +50,7 @@ class Row:
 
     name: str
     method: str
+    is_base: bool
     trainable: int
     total: int
     seconds_per_step: float
@@ -70,15 +71,15 @@ def collect(jobs: Sequence[Job], metric: str) -> list[Row]:
     by_name: dict[str, list[Job]] = {}
     for job in jobs:
         by_name.setdefault(job.name, []).append(job)
-    base = next((measured_checkpoints(job)[0] for job in jobs if job.method == "none"), None)
+    base = next((measured_checkpoints(job)[0] for job in jobs if job.is_base), None)
     return [_row(same, base, metric) for same in by_name.values()]
 
 
 def _row(jobs: list[Job], base: list[dict[str, float]] | None, metric: str) -> Row:
     measured = [measured_checkpoints(job) for job in jobs]
-    is_base = jobs[0].method == "none"
+    is_base = jobs[0].is_base
     trainable, total = trainable_parameters(jobs[0])
-    costs = [read_json(job.directory / COST_NAME) for job in jobs] if not is_base else []
+    costs = [read_json(job.directory / COST_NAME) for job in jobs if job.method != "none"]
     curve, differences = {}, {}
     for step in jobs[0].checkpoints:
         values = [[seed[metric] for seed in each[step]] for each in measured]
@@ -91,6 +92,7 @@ def _row(jobs: list[Job], base: list[dict[str, float]] | None, metric: str) -> R
     return Row(
         jobs[0].name,
         jobs[0].method,
+        is_base,
         trainable,
         total,
         _mean(costs, "seconds_per_step"),

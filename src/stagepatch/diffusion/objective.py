@@ -112,7 +112,7 @@ class Objective:
         if self.learn_sigma:
             prediction, interpolation = output.chunk(2, dim=1)
         error = (prediction - self.target(x_start, noise, timesteps)) ** 2
-        loss = self.weighting(self._snr(timesteps), self.prediction_type) * error.flatten(1).mean(dim=1)
+        loss = self.weighting(self.snr(timesteps), self.prediction_type) * error.flatten(1).mean(dim=1)
         if self._posterior is not None:
             x_t = self.add_noise(x_start, noise, timesteps)
             predicted_x_start = self.predict_x_start(prediction.detach(), x_t, timesteps)
@@ -131,7 +131,7 @@ class Objective:
             return (x_t - sigma * prediction) / signal
         return signal * x_t - sigma * prediction
 
-    def _snr(self, timesteps: Tensor) -> Tensor:
+    def snr(self, timesteps: Tensor) -> Tensor:
         """Signal-to-noise ratio [B]: α²/σ² of x_t = α·x_start + σ·noise."""
         like = timesteps.float()
         return (self._signal(timesteps, like) / self._sigma(timesteps, like)) ** 2

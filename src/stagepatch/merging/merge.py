@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stagepatch.backbones.projection import PROJECTION
 from stagepatch.errors import UserError
 from stagepatch.merging.stream import TensorReader, write_stream
 
-_PIECE = 2**18
+# Numbers at a time: in the processor's cache, and too few for torch to share among threads, which costs more.
+_PIECE = 2**15
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -29,7 +31,7 @@ class Ties:
 
 
 def combine(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float], ties: Ties | None = None) -> Tensor:
-    """θ + Σ w_i (θ_i − θ) of one tensor, in float64 and back to the base's dtype.
+    """θ + Σ w_i (θ_i − θ) of one tensor, in float32 or better and back to the base's dtype.
 
     Without TIES it is computed as (1 − Σ w_i)·θ + Σ w_i·θ_i: weights of zero give the base, and a single weight of one
     gives that stage, exactly.
@@ -48,10 +50,11 @@ def combine(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float], ti
 
 
 def _weighted_sum(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    merged = base.double().mul_(1.0 - sum(weights))
+    wide = torch.promote_types(base.dtype, torch.float32)
+    merged = base.to(wide) * (1.0 - sum(weights))
     for stage, weight in zip(stages, weights, strict=True):
         if weight:
-            merged.add_(stage, alpha=weight)
+            merged.add_(stage.to(wide), alpha=weight)
     return merged.to(base.dtype)
 
 
@@ -81,8 +84,8 @@ def merge_models(
     component = next((name for name in ("transformer", "unet") if (base / name).is_dir()), None)
     if component is None:
         raise UserError(f"'{base}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
-    reader = _reader(base / component)
-    readers = [_reader(stage / component) for stage in stages]
+    found = [_reader(directory / component) for directory in (base, *stages)]
+    reader, *readers = [_Projected(each, found) for each in found]
     for stage, other in zip(stages, readers, strict=True):
         _check_same(reader, other, stage)
     for part in base.iterdir():
@@ -101,8 +104,41 @@ def merge_models(
     )
 
 
+class _Projected:
+    """A model's tensors, and the identity for channel projections that it has not and others have."""
+
+    def __init__(self, reader: TensorReader, others: Sequence[TensorReader]) -> None:
+        self._reader = reader
+        own = set(reader.names())
+        self._added = {
+            name: other
+            for other in others
+            for name in other.names()
+            if name.startswith(f"{PROJECTION}.") and name not in own
+        }
+
+    def names(self) -> list[str]:
+        return [*self._reader.names(), *self._added]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._added.get(name, self._reader).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._added.get(name, self._reader).dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        if name in self._added:
+            return torch.eye(self.shape(name)[0], dtype=self.dtype(name))
+        return self._reader.read(name)
+
+    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        if name in self._added:
+            return iter(self.read(name).view(-1).split(size))
+        return self._reader.pieces(name, size)
+
+
 def _merged(
-    name: str, base: TensorReader, stages: Sequence[TensorReader], weights: Sequence[float], ties: Ties | None
+    name: str, base: _Projected, stages: Sequence[_Projected], weights: Sequence[float], ties: Ties | None
 ) -> Iterator[Tensor]:
     """A tensor in pieces that stay in the processor's cache; with TIES, which looks at all of it, whole."""
     if ties is not None:
@@ -121,7 +157,7 @@ def _reader(directory: Path) -> TensorReader:
     return TensorReader(paths)
 
 
-def _check_same(base: TensorReader, other: TensorReader, stage: Path) -> None:
+def _check_same(base: _Projected, other: _Projected, stage: Path) -> None:
     odd = sorted(set(base.names()) ^ set(other.names()))
     odd = odd or [name for name in base.names() if base.shape(name) != other.shape(name)]
     if odd:

@@ -1,5 +1,6 @@
 from .base import Method as Method
 from .config import LoRAConfig as LoRAConfig
+from .consistency import Consistent as Consistent
 from .dmp import DMP as DMP
 from .finetune import BitFit as BitFit
 from .finetune import Finetune as Finetune

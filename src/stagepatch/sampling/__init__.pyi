@@ -1,6 +1,16 @@
 from .config import SamplingConfig as SamplingConfig
+from .experts import AttachedExperts as AttachedExperts
+from .experts import ExpertRange as ExpertRange
+from .experts import Experts as Experts
+from .experts import experts_on as experts_on
 from .generate import Captions as Captions
 from .generate import balanced_labels as balanced_labels
 from .generate import generate as generate
 from .pipeline import generate_with_pipeline as generate_with_pipeline
+from .schedule import ExpertSource as ExpertSource
+from .schedule import load_expert as load_expert
+from .schedule import load_experts as load_experts
+from .schedule import write_schedule as write_schedule
 from .scheduler import make_sampler as make_sampler
+from .steps import pin_timesteps as pin_timesteps
+from .steps import takes_timesteps as takes_timesteps

@@ -12,11 +12,13 @@ import torch
 from accelerate.utils import gather_object
 from torch import Generator, Tensor, nn
 
-from stagepatch.backbones import learns_sigma, null_label, num_classes, predict, sample_shape
+from stagepatch.backbones import find_denoiser, learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.errors import UserError
 from stagepatch.processes import processes
 from stagepatch.sampling.config import SamplingConfig
+from stagepatch.sampling.experts import experts_on
 from stagepatch.sampling.scheduler import make_sampler
+from stagepatch.sampling.steps import pin_timesteps
 
 
 @dataclass
@@ -50,7 +52,8 @@ def generate(
 ) -> Tensor:
     """Images [B, C, H, W] on the CPU, in the range the model was trained on.
 
-    Under `accelerate launch` the processes share the images; each returns all of them.
+    Under `accelerate launch` the processes share the images; each returns all of them. Experts on the model that fix
+    the sampler's timesteps are followed; their number must be the config's, as `Experts.sampling` sees to.
 
     Args:
         model: a denoiser, patched or not, on any device. It is put in eval mode.
@@ -75,7 +78,7 @@ def generate(
     batches = []
     for first in range(0, len(own), config.batch_size):
         indices = own[first : first + config.batch_size]
-        condition, null = _conditions(model, labels, captions, indices)
+        condition, null = conditions(model, labels, captions, indices)
         samples = _denoise(model, scheduler, config, indices, condition, null, shape)
         batches.append((samples if decode is None else decode(samples)).float().cpu())
         if on_batch is not None:
@@ -108,6 +111,9 @@ def _denoise(
     device = next(model.parameters()).device
     generators = [image_generator(config.seed, index) for index in indices]
     sampler = make_sampler(config.scheduler, trained_with)
+    experts = experts_on(find_denoiser(model))
+    if experts is not None and experts.timesteps is not None:
+        pin_timesteps(sampler, experts.timesteps)
     try:
         sampler.set_timesteps(config.num_inference_steps)
     except ValueError as error:
@@ -121,14 +127,14 @@ def _denoise(
     options = {"generator": generators} if takes_generator else {}
     for timestep in sampler.timesteps:
         scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
-        output = _guided(model, scaled, timestep.to(device), condition, null, config).float()
+        output = guided(model, scaled, timestep.to(device), condition, null, config).float()
         if learns_sigma(model) and not keeps_variance:
             output = output.chunk(2, dim=1)[0]
         sample = sampler.step(output, timestep, sample, return_dict=False, **options)[0]
     return sample
 
 
-def _conditions(
+def conditions(
     model: nn.Module, labels: Tensor, captions: Captions | None, indices: list[int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The condition of some images, and none, as guidance needs it."""
@@ -146,7 +152,7 @@ def _conditions(
     return condition, {name: ready(captions.null[name]).expand_as(value) for name, value in condition.items()}
 
 
-def _guided(
+def guided(
     model: nn.Module,
     sample: Tensor,
     timestep: Tensor,

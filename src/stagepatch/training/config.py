@@ -22,6 +22,8 @@ class TrainingConfig:
         adam_beta2: AdamW's second beta.
         max_grad_norm: clip the gradient's norm to this; 0 does not clip (DMP).
         ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
+        ema_power: let the decay rise to ema_decay as 1 − (1 + step)^−power (DeMe's released code: 0.75); 0 lets it
+            rise as (1 + step)/(10 + step).
         label_dropout: share of class labels, or of captions, replaced by none, for guidance (DiT: 0.1).
         mixed_precision: precision of the forward and backward pass, by accelerate; what trains stays in float32.
         compile: run the denoiser through torch.compile.
@@ -43,6 +45,7 @@ class TrainingConfig:
     adam_beta2: float = 0.999
     max_grad_norm: float = 0.0
     ema_decay: float = 0.0
+    ema_power: float = 0.0
     label_dropout: float = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False

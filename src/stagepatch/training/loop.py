@@ -31,11 +31,11 @@ from stagepatch.training.randomness import GLOBAL, BatchOrder, seed_for
 from stagepatch.training.signals import Interrupted, StopSignals
 
 # Settings that may change when a run goes on: they decide nothing of its result.
-_BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")
+BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")
 # Settings, the least and the most that they may be.
 _LIMITS = [
     (("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1, math.inf),
-    (("learning_rate", "warmup_steps", "max_grad_norm", "seed", "snapshot_every"), 0, math.inf),
+    (("learning_rate", "warmup_steps", "max_grad_norm", "seed", "snapshot_every", "ema_power"), 0, math.inf),
     (("label_dropout", "ema_decay"), 0, 1),
 ]
 
@@ -102,7 +102,7 @@ def train(
     )
     rates = [group["lr"] for group in optimizer.param_groups]
     rate_factor = _rate_factor(config, optimizer)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+    ema = _average(parameters, config) if config.ema_decay else None
     identity = {**(identity or {}), "training": _settings(config)}
     state = (identity, parameters, optimizer, ema, accelerator.scaler)
     start = load_checkpoint(directory, *state)
@@ -194,7 +194,12 @@ def _check_settings(config: TrainingConfig, num_processes: int) -> None:
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name not in _BOOKKEEPING}
+    return {name: value for name, value in asdict(config).items() if name not in BOOKKEEPING}
+
+
+def _average(parameters: list[nn.Parameter], config: TrainingConfig) -> Any:
+    warmup = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": config.ema_power} if config.ema_power else {}
+    return EMAModel(parameters, decay=config.ema_decay, foreach=True, **warmup)
 
 
 def _rate_factor(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> Any:

@@ -1,0 +1,17 @@
+from .activation import gate_activation as gate_activation
+from .config import AnalyzeConfig as AnalyzeConfig
+from .gradients import LEAST_RELIABILITY as LEAST_RELIABILITY
+from .gradients import GradientSimilarity as GradientSimilarity
+from .gradients import count_sketch as count_sketch
+from .gradients import gradient_similarity as gradient_similarity
+from .gradients import near_and_far as near_and_far
+from .losses import Estimate as Estimate
+from .losses import difference as difference
+from .losses import estimate as estimate
+from .losses import loss_at_timesteps as loss_at_timesteps
+from .losses import relative_difference as relative_difference
+from .samples import Samples as Samples
+from .samples import even_timesteps as even_timesteps
+from .task_vectors import TaskVectors as TaskVectors
+from .task_vectors import find_stages as find_stages
+from .task_vectors import task_vectors as task_vectors

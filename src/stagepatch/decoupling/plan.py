@@ -1,0 +1,95 @@
+"""From a config to stages; everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stagepatch.backbones import build_denoiser
+from stagepatch.backbones.loading import load_scheduler
+from stagepatch.decoupling.config import DecoupleConfig
+from stagepatch.diffusion import Objective, make_weighting
+from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, equal_in_t, given
+from stagepatch.errors import UserError
+from stagepatch.files import read_json
+from stagepatch.methods import make_method
+from stagepatch.training import BOOKKEEPING
+
+STAGES, STAGE_NAME = "stages", "stage.json"
+
+
+@dataclass
+class Stage:
+    """A range of timesteps, from `first` to `stop` − 1, and how its copy is trained."""
+
+    number: int
+    first: int
+    stop: int
+    config: DecoupleConfig
+
+    @property
+    def directory(self) -> Path:
+        """Where its result and its training run are."""
+        return Path(self.config.output_dir) / STAGES / str(self.number)
+
+    @property
+    def cache(self) -> Path:
+        """Of a model with a VAE."""
+        return Path(self.config.cache or Path(self.config.output_dir) / "cache")
+
+    def __str__(self) -> str:
+        return f"stage {self.number} (timesteps {self.first} to {self.stop - 1})"
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides its result."""
+        values = asdict(self.config)
+        for name in ("output_dir", "num_stages", "split", "boundaries", "stage", "cache", "launch"):
+            del values[name]
+        for name in BOOKKEEPING:
+            del values["training"][name]
+        return {**values, "first": self.first, "stop": self.stop}
+
+
+def plan_stages(config: DecoupleConfig) -> list[Stage]:
+    """The stages, from the image's end to the noise's.
+
+    Raises:
+        UserError: ranges that cannot be had, a method that the model cannot take, or a `stage` that is not there.
+    """
+    scheduler = load_scheduler(config.model)
+    model = build_denoiser(config.model)
+    make_method(config.method, config.patch, config.lora).prepare(model)
+    objective = Objective(scheduler, weighting=make_weighting(config.weighting))
+    total = objective.num_train_timesteps
+    if config.boundaries:
+        ranges = given(total, config.boundaries)
+    elif config.split == "log_snr":
+        ranges = equal_in_log_snr(objective.snr(torch.arange(total)), config.num_stages)
+    else:
+        ranges = equal_in_t(total, config.num_stages)
+    for first, stop in ranges:
+        TimestepSampler(total, first, stop, config.p, bool(config.antithetic))
+    if not -1 <= config.stage < len(ranges):
+        raise UserError(f"stage={config.stage} is none of 0 to {len(ranges) - 1}; -1 is all.")
+    training = replace(config.training, snapshot_every=0)
+    stages = [Stage(number, *ends, replace(config, training=training)) for number, ends in enumerate(ranges)]
+    for stage in stages:
+        _check_directory(stage)
+    return stages
+
+
+def _check_directory(stage: Stage) -> None:
+    path = stage.directory / STAGE_NAME
+    if not path.exists():
+        return
+    then, now = read_json(path), json.loads(json.dumps(stage.identity()))
+    changed = [name for name in now if then.get(name) != now[name]]
+    if changed:
+        raise UserError(
+            f"'{stage.directory}' holds a stage of another config: {', '.join(changed)} differ. Give another "
+            f"output_dir, or delete that directory."
+        )

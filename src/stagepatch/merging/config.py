@@ -1,0 +1,81 @@
+"""What merging takes, and what a search for its weights takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stagepatch.data.config import DataConfig
+from stagepatch.sampling.config import SamplingConfig
+
+
+@dataclass
+class SearchConfig:
+    """A search for the weights of the stages: those whose samples have the lowest FID.
+
+    Every strategy begins with the base (all weights 0) and the mean (1 / stages each), and every evaluation samples
+    from the same noise.
+
+    Args:
+        strategies: any of 'grid', two levels (DeMe); 'tpe' (NeurIPS 2011, Bergstra et al.) and 'cma', CMA-ES
+            (arXiv 1604.00772), by Optuna. Empty for no search.
+        evaluations: of TPE and CMA-ES each. A grid takes as many as it has points: with the defaults and four stages
+            82 and then some 80 (`len(coarse) ** stages`, `len(fine) ** stages`).
+        coarse: weights of the grid's first level, for each stage.
+        fine: what is added to the best weights of the first level, for each stage, to make the second.
+        low: least weight of a stage; at most 0, which is the base.
+        high: greatest weight of a stage.
+        metric: FID against the training images, or against the held-out third of digits. Weights that were chosen on
+            held-out images have seen them: FID against these then says nothing about new images.
+        seed: of TPE and CMA-ES; the noise of the samples is `sampling.seed`.
+        storage: where evaluations are kept: a database's URL as Optuna takes it (postgresql://..., sqlite:///...), or
+            a journal file; empty for 'search.journal' in output_dir. Start the command again, on as many machines as
+            see the storage, to share the work.
+        name: of the search; several searches in one database need several names.
+    """
+
+    strategies: list[Literal["grid", "tpe", "cma"]] = field(default_factory=list)
+    evaluations: int = 60
+    coarse: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
+    fine: list[float] = field(default_factory=lambda: [-0.25, 0.0, 0.25])
+    low: float = 0.0
+    high: float = 1.0
+    metric: Literal["fid_train", "fid_held_out"] = "fid_train"
+    seed: int = 0
+    storage: str = ""
+    name: str = "merge"
+
+
+@dataclass
+class MergeConfig:
+    """Merge models that were trained on from one base, or their LoRAs, into one (DeMe, arXiv 2410.06664).
+
+    With `search.strategies` the weights are searched for, on `data`, `sampling` and `extractor`.
+
+    Args:
+        base: the model that the stages were trained from; may be left out where `stagepatch decouple` wrote the
+            stages, which say so themselves.
+        stages: model directories; or directories of LoRAs, and then all of them; or the one output_dir of
+            `stagepatch decouple`, for all of its stages in order.
+        weights: of each stage's task vector; 1 takes it whole.
+        ties_keep: share of each tensor's task vector that TIES-merging (arXiv 2306.01708) keeps; 0 is the plain sum.
+        output_dir: takes the merged model as an ordinary model directory, or the merged LoRA; and what a search found.
+        extractor: of a search: features for FID, 'digits' (the bundled classifier's) or 'inception' (needs
+            torch-fidelity).
+        cache: of a search: directory of the latents and captions of a model with a VAE, made first if it is not there;
+            empty for 'cache' in output_dir.
+        search: for weights.
+        data: of a search: reference images.
+        sampling: of a search: sampler, count (DeMe: 5,000 images) and the noise's seed.
+    """
+
+    base: str = ""
+    stages: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    ties_keep: float = 0.0
+    output_dir: str = "runs/merged"
+    extractor: str = "digits"
+    cache: str = ""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=5000))

@@ -1,0 +1,312 @@
+"""Several denoisers by range of timesteps: DeMe before merging (arXiv 2410.06664), eDiff-I (arXiv 2211.01324)."""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagepatch.backbones import find_denoiser, learns_sigma, num_classes
+from stagepatch.backbones.registry import family_of
+from stagepatch.errors import UserError
+from stagepatch.sampling.config import SamplingConfig
+
+BASE = "base"
+_TEXT = ("cross_attention_dim", "joint_attention_dim", "caption_channels", "cap_feat_dim", "text_dim")
+
+
+@dataclass(frozen=True)
+class ExpertRange:
+    """The denoiser of timesteps start ≤ t < end.
+
+    Args:
+        start, end: in training timesteps 0…T, from the image's end.
+        denoiser: patched or not; None for the model that the experts are attached to.
+        name: for messages.
+    """
+
+    start: float
+    end: float
+    denoiser: nn.Module | None = None
+    name: str = BASE
+
+
+class Experts:
+    """Denoisers and their ranges; all stay in memory, so that going from one to the next costs nothing.
+
+    Args:
+        ranges: from 0 on, without gap or overlap, in any order. The last one takes all that lies beyond it.
+        timesteps: of the sampler, from noise to image, where these are fixed too.
+        scheduler: the sampler that goes with `timesteps`; '' leaves it open.
+
+    Raises:
+        UserError: no ranges, a gap, or an overlap.
+    """
+
+    def __init__(
+        self, ranges: Sequence[ExpertRange], timesteps: Sequence[float] | None = None, scheduler: str = ""
+    ) -> None:
+        self.ranges = sorted(ranges, key=lambda expert: expert.start)
+        self.timesteps = None if timesteps is None else list(timesteps)
+        self.scheduler = scheduler
+        check_ranges([(expert.start, expert.end) for expert in self.ranges])
+
+    @classmethod
+    def at_steps(
+        cls, steps: Sequence[tuple[float, nn.Module | None, str]], total: float, scheduler: str = ""
+    ) -> Experts:
+        """A denoiser for each step of a sampler; a timestep between two belongs to the nearer.
+
+        Args:
+            steps: timestep, denoiser and name, from noise to image.
+            total: T.
+
+        Raises:
+            UserError: no steps, or timesteps that do not fall.
+        """
+        timesteps = [timestep for timestep, _, _ in steps]
+        if not steps or any(after >= before for before, after in itertools.pairwise(timesteps)):
+            raise UserError(
+                f"The steps' timesteps are {timesteps}: give at least one, each lower than the one before."
+            )
+        between = [(before + after) / 2 for before, after in itertools.pairwise(timesteps)]
+        ends, starts = [total, *between], [*between, 0.0]
+        ranges = [
+            ExpertRange(start, end, denoiser, name)
+            for start, end, (_, denoiser, name) in zip(starts, ends, steps, strict=True)
+        ]
+        return cls(ranges, timesteps, scheduler)
+
+    def sampling(self, config: SamplingConfig) -> SamplingConfig:
+        """A sampling config with the sampler and the number of steps that the experts fix."""
+        if self.timesteps is None:
+            return config
+        return replace(config, scheduler=self.scheduler or config.scheduler, num_inference_steps=len(self.timesteps))
+
+    def attach(self, target: Any, component: str = "") -> AttachedExperts:
+        """Let calls of a model, or of a pipeline's denoiser, go to the expert of their timestep.
+
+        The experts follow to the device of what they are called with, and are put in eval mode.
+
+        Args:
+            component: the denoiser's name in a pipeline that has several.
+
+        Returns:
+            A handle with `detach()`; as a context manager it detaches at the end.
+
+        Raises:
+            UserError: an expert of other inputs or outputs, or a model that has experts already.
+        """
+        model = find_denoiser(target, component)
+        if experts_on(model) is not None:
+            raise UserError("The model has experts attached already: detach these first.")
+        for expert in self.ranges:
+            if expert.denoiser is not None and expert.denoiser is not model:
+                try:
+                    check_fits(model, expert.denoiser)
+                except UserError as error:
+                    raise UserError(f"The expert '{expert.name}': {error}") from error
+                expert.denoiser.eval()
+        return AttachedExperts(self, model)
+
+
+class AttachedExperts:
+    """Handle of attached experts; `detach()`, or the end of a `with` block, restores the model."""
+
+    def __init__(self, experts: Experts, model: nn.Module) -> None:
+        self._model: nn.Module | None = model
+        self._former = model.__dict__.get("forward")
+        self._dispatch = _Dispatch(experts, model)
+        # The instance's attribute hides the class's method, and `model(...)` looks it up on the instance.
+        model.__dict__["forward"] = self._dispatch
+
+    def detach(self) -> None:
+        """Take the experts off; further calls do nothing.
+
+        Raises:
+            UserError: something else has replaced the model's forward since.
+        """
+        if self._model is None:
+            return
+        if self._model.__dict__.get("forward") is not self._dispatch:
+            raise UserError("Something has replaced the model's forward since the experts came: take that off first.")
+        if self._former is None:
+            del self._model.__dict__["forward"]
+        else:
+            self._model.__dict__["forward"] = self._former
+        self._model = None
+
+    def __enter__(self) -> AttachedExperts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def experts_on(model: nn.Module) -> Experts | None:
+    """The experts attached to a model."""
+    dispatch = model.__dict__.get("forward")
+    return dispatch.experts if isinstance(dispatch, _Dispatch) else None
+
+
+def check_ranges(ranges: Sequence[tuple[float, float]], total: float | None = None) -> None:
+    """See that ranges, sorted by their start, cover 0…T once.
+
+    Args:
+        total: T; None leaves the end open.
+
+    Raises:
+        UserError: they are none, or leave a gap, or overlap, or one is empty.
+    """
+    if not ranges:
+        raise UserError("There are no experts: give at least one range.")
+    reached = 0.0
+    for start, end in ranges:
+        if start >= end:
+            raise UserError(f"The range from {start:g} to {end:g} is empty: `from` must be less than `to`.")
+        if start > reached:
+            raise UserError(f"No expert is there for timesteps {reached:g} to {start:g}: leave no gap.")
+        if start < reached:
+            raise UserError(
+                f"Two experts are there for timesteps {start:g} to {min(reached, end):g}, or one starts below 0."
+            )
+        reached = end
+    if total is not None and reached != total:
+        raise UserError(f"The experts' ranges end at {reached:g}; the model has timesteps 0 to {total:g}.")
+
+
+# An object rather than a closure, so that copy.deepcopy(model) copies the experts with it.
+class _Dispatch:
+    """Stands in for a model's forward."""
+
+    def __init__(self, experts: Experts, model: nn.Module) -> None:
+        self.experts = experts
+        self.model = model
+        self.own = model.forward
+        self.noise_level = family_of(type(model)).noise_level
+        self.starts = [expert.start for expert in experts.ranges]
+        self.is_own_turn = False
+        # What reads the model's arguments by their names, as patches do, finds them as before.
+        self.__signature__ = inspect.signature(model.forward)
+        self.names = list(self.__signature__.parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        timestep = (dict(zip(self.names, args, strict=False)) | kwargs).get("timestep")
+        if self.is_own_turn or timestep is None:  # without a timestep the model says itself what it misses
+            return self.own(*args, **kwargs)
+        chosen = self._choose(timestep)
+        if len(set(chosen)) == 1:
+            denoiser = self._denoiser(chosen[0])
+            return self.own(*args, **kwargs) if denoiser is None else _call(denoiser, args, kwargs)
+        return self._call_in_parts(chosen, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _choose(self, timestep: Any) -> list[int]:
+        """The number of each sample's range; of one for all where one timestep is for all."""
+        told = torch.as_tensor(timestep).detach().cpu().double()
+        told = told.flatten(1).amax(dim=1) if told.ndim > 1 else told.reshape(-1)
+        # Rounded, since float32 loses some digits where timesteps are told divided by 1000.
+        timesteps = (self.noise_level(told) * 1000.0).round(decimals=3).tolist()
+        return [max(0, bisect.bisect_right(self.starts, value) - 1) for value in timesteps]
+
+    def _denoiser(self, number: int) -> nn.Module | None:
+        denoiser = self.experts.ranges[number].denoiser
+        return None if denoiser is self.model else denoiser
+
+    def _call_in_parts(self, chosen: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A batch whose samples are of several experts."""
+        outputs, order = [], []
+        for number in sorted(set(chosen)):
+            rows = [row for row, other in enumerate(chosen) if other == number]
+            own_args = tuple(_take(value, rows, len(chosen), "an argument") for value in args)
+            own_kwargs = {name: _take(value, rows, len(chosen), name) for name, value in kwargs.items()}
+            denoiser = self._denoiser(number)
+            outputs.append(
+                self._call_own(own_args, own_kwargs) if denoiser is None else _call(denoiser, own_args, own_kwargs)
+            )
+            order += rows
+        return _join(outputs, order)
+
+    def _call_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model on a part of the batch, with its hooks, which have seen the whole batch."""
+        self.is_own_turn = True
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self.is_own_turn = False
+
+
+def _call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    parameter = next(denoiser.parameters())
+    if tensors and parameter.device != tensors[0].device:
+        denoiser.to(tensors[0].device)  # the model was moved, or is offloaded and computes elsewhere
+    return denoiser(*args, **kwargs)
+
+
+def _take(value: Any, rows: list[int], batch: int, name: str) -> Any:
+    """Some samples' share of an argument: rows of tensors; what is one for all stays."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {key: _take(part, rows, batch, f"{name}['{key}']") for key, part in value.items()}
+    if isinstance(value, Tensor) and (value.ndim == 0 or len(value) in (1, batch)):
+        return value[rows] if value.ndim and len(value) == batch else value
+    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise UserError(
+        f"A batch of {batch} samples is of several experts, and {name} ({shape}) cannot be split among them: call the "
+        f"model with samples of one range of timesteps."
+    )
+
+
+def _join(outputs: list[Any], order: list[int]) -> Any:
+    """The outputs of parts of a batch as one; `order` has the row of each."""
+    first = outputs[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)[torch.tensor(order, device=first.device).argsort()]
+    if isinstance(first, dict):  # diffusers' outputs are
+        return type(first)(**{name: _join([output[name] for output in outputs], order) for name in first})
+    return tuple(_join(list(parts), order) for parts in zip(*outputs, strict=True))
+
+
+def check_fits(model: nn.Module, denoiser: nn.Module) -> None:
+    """See that an expert can be called as the model is.
+
+    Raises:
+        UserError: it cannot, and why.
+    """
+    if family_of(type(model)).noise_level is not family_of(type(denoiser)).noise_level:
+        raise UserError(
+            f"it is a {type(denoiser).__name__}, which counts time otherwise than the base, a {type(model).__name__}."
+        )
+    own, base = _facts(denoiser), _facts(model)
+    odd = [fact for fact in base if None not in (base[fact], own[fact]) and base[fact] != own[fact]]
+    if odd:
+        raise UserError(
+            f"it does not fit the base: its {odd[0]} is {own[odd[0]]}, the base's {base[odd[0]]}. Experts must take "
+            f"and give what the base does."
+        )
+
+
+def _facts(model: nn.Module) -> dict[str, Any]:
+    """Of a model's inputs and outputs, in words."""
+    config: Any = model.config
+    channels = config["in_channels"]
+    size = config.get("sample_size")
+    return {
+        "number of input channels": channels,
+        "sample size": (size, size) if isinstance(size, int) else size and tuple(size),
+        "number of output channels": config.get("out_channels") or channels * (2 if learns_sigma(model) else 1),
+        "number of classes": num_classes(model),
+        "conditioning": config.get("conditioning"),
+        "width of text embeddings": next((config[key] for key in _TEXT if config.get(key)), None),
+        "dtype": next(model.parameters()).dtype,
+    }

@@ -1,0 +1,12 @@
+from .config import ScheduleConfig as ScheduleConfig
+from .config import ZooEntry as ZooEntry
+from .costs import median_seconds as median_seconds
+from .journal import Journal as Journal
+from .pictures import search_picture as search_picture
+from .search import NONE as NONE
+from .search import Choices as Choices
+from .search import Space as Space
+from .search import propose as propose
+from .search import search as search
+from .zoo import Zoo as Zoo
+from .zoo import load_zoo as load_zoo

@@ -1,0 +1,177 @@
+"""Cosines between task vectors against flat vectors, and against what peft itself adds to the weights."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from stagepatch.analysis import find_stages, task_vectors
+from stagepatch.backbones import add_projections, save_denoiser
+from stagepatch.diffusion import ObjectiveConfig, make_scheduler
+from stagepatch.errors import UserError
+from stagepatch.merging import TensorReader
+from stagepatch.methods import LoRAConfig, load_learned, make_method
+from stagepatch.patch import PatchConfig
+from tests.tiny import FAMILIES
+
+TINY = FAMILIES["UNet2DConditionModel"]
+SCHEDULER = make_scheduler(ObjectiveConfig())
+
+
+def save(directory, seed):
+    save_denoiser(TINY.model(seed), SCHEDULER, directory)
+    return directory
+
+
+def learn(directory, name, seed, **choices):
+    """What a method would save, every trained number moved at random."""
+    model = TINY.model(0)
+    method = make_method(name, PatchConfig(), LoRAConfig(rank=3, **choices))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for group in method.prepare(model):
+            for parameter in group["params"]:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    method.save(directory)
+    return directory
+
+
+def flat_difference(model, base, names=""):
+    pairs = zip(model.named_parameters(), base.parameters(), strict=True)
+    return torch.cat([(one - two).double().flatten() for (name, one), two in pairs if names in name])
+
+
+def cosine(one, two):
+    return float(F.cosine_similarity(one, two, dim=0))
+
+
+def test_cosines_and_norms_are_those_of_flat_vectors(tmp_path):
+    stages = {str(seed): save(tmp_path / str(seed), seed) for seed in (1, 2, 3)}
+    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    base = TINY.model(0)
+    vectors = [flat_difference(TINY.model(seed), base) for seed in (1, 2, 3)]
+    for row, one in enumerate(vectors):
+        assert float(found.norms()[row]) == pytest.approx(float(one.norm()))
+        for column, two in enumerate(vectors):
+            assert float(found.cosine()[row, column]) == pytest.approx(cosine(one, two), abs=1e-6)
+    assert sum(found.sizes.values()) == len(vectors[0])
+    for block in ("down_blocks.1", "conv_in"):
+        parts = [flat_difference(TINY.model(seed), base, f"{block}.") for seed in (1, 2)]
+        assert found.sizes[block] == len(parts[0])
+        assert float(found.cosine(block)[0, 1]) == pytest.approx(cosine(*parts), abs=1e-6)
+        assert float(found.norms(block)[0]) == pytest.approx(float(parts[0].norm()))
+
+
+def test_weights_that_were_not_trained_did_not_move(tmp_path):
+    stages = {"biases": learn(tmp_path / "biases", "bitfit", 1), "all": learn(tmp_path / "all", "finetune", 2)}
+    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    vectors = []
+    for directory in stages.values():
+        model = TINY.model(0)
+        load_learned(model, directory)
+        vectors.append(flat_difference(model, TINY.model(0)))
+    assert int((vectors[0] == 0).sum()) > len(vectors[0]) / 2
+    assert float(found.cosine()[0, 1]) == pytest.approx(cosine(*vectors), abs=1e-6)
+    assert found.norms().tolist() == pytest.approx([float(vector.norm()) for vector in vectors])
+
+
+@pytest.mark.parametrize("targets", [None, ["conv1", "to_q"]])  # the second has convolutions of 3×3
+def test_loras_are_what_peft_adds_to_the_weights(tmp_path, targets):
+    stages = {str(seed): learn(tmp_path / str(seed), "lora", seed, targets=targets) for seed in (1, 2)}
+    stages["model"] = save(tmp_path / "model", 3)
+    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    names = [name for name, _ in TINY.model(0).named_parameters()]
+    vectors = []
+    for directory in list(stages.values())[:2]:
+        model = TINY.model(0)
+        load_learned(model, directory)
+        added = {
+            f"{path}.weight": module.get_delta_weight("stagepatch").detach()
+            for path, module in model.named_modules()
+            if hasattr(module, "get_delta_weight")
+        }
+        assert added
+        plain = dict(TINY.model(0).named_parameters())
+        vectors.append(
+            torch.cat([added.get(name, torch.zeros_like(plain[name])).flatten().double() for name in names])
+        )
+    vectors.append(flat_difference(TINY.model(3), TINY.model(0)))
+    for row, one in enumerate(vectors):
+        assert float(found.norms()[row]) == pytest.approx(float(one.norm()), rel=1e-5)
+        for column, two in enumerate(vectors):
+            assert float(found.cosine()[row, column]) == pytest.approx(cosine(one, two), abs=1e-6)
+
+
+def test_a_projection_moved_from_the_identity(tmp_path):
+    maps = []
+    for seed in (1, 2):
+        model = TINY.model(0)
+        projection = add_projections(model)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in projection.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        maps.append(
+            torch.cat([(value.detach() - torch.eye(len(value))).flatten() for value in projection.parameters()])
+        )
+        save_denoiser(model, SCHEDULER, tmp_path / str(seed))
+    stages = {"one": tmp_path / "1", "two": tmp_path / "2", "neither": save(tmp_path / "3", 3)}
+    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    assert float(found.cosine()[0, 1]) == pytest.approx(cosine(*maps), abs=1e-6)
+    assert float(found.norms()[0]) == pytest.approx(float(maps[0].norm()), rel=1e-5)
+    assert float(found.cosine()[0, 2]) == 0.0
+
+
+def test_a_stage_that_did_not_move_has_no_direction(tmp_path):
+    stages = {"same": save(tmp_path / "same", 0), "other": save(tmp_path / "other", 1)}
+    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    assert found.norms()[0] == 0
+    assert found.cosine()[0].isnan().all()
+    assert float(found.cosine()[1, 1]) == pytest.approx(1.0)
+
+
+def test_at_most_one_tensor_of_each_file_is_read_at_a_time(tmp_path):
+    reads = []
+
+    class Reader(TensorReader):
+        def read(self, name):
+            reads.append(name)
+            return super().read(name)
+
+    stages = {str(seed): save(tmp_path / str(seed), seed) for seed in (1, 2)}
+    task_vectors(save(tmp_path / "base", 0), stages, Reader)
+    names = [name for name, _ in TINY.model(0).named_parameters()]
+    assert len(reads) == 3 * len(names)
+    assert all(len(set(reads[place : place + 3])) == 1 for place in range(0, len(reads), 3))
+
+
+def test_stages_are_found_by_number(tmp_path):
+    for name in ("10", "2", "0", "logs"):
+        (tmp_path / "stages" / name).mkdir(parents=True)
+    assert [path.name for path in find_stages(tmp_path)] == ["0", "2", "10"]
+    with pytest.raises(UserError, match="has no 'stages/0'"):
+        find_stages(tmp_path / "stages")
+
+
+def test_what_is_no_stage_is_refused(tmp_path):
+    base, one = save(tmp_path / "base", 0), save(tmp_path / "one", 1)
+    patch = learn(tmp_path / "patch", "prompt_tuning", 1)
+    save_denoiser(FAMILIES["UNet2DModel"].model(), SCHEDULER, tmp_path / "other")
+    lora = tmp_path / "lora"
+    model = FAMILIES["DiTTransformer2DModel"].model()
+    method = make_method("lora", PatchConfig(), LoRAConfig(rank=2))
+    method.prepare(model)
+    method.save(lora)
+    (tmp_path / "empty").mkdir()
+    for path, message in [
+        (patch, "holds a patch.*no task vector.*learned"),
+        (tmp_path / "nowhere", "no such directory"),
+        (tmp_path / "empty", "is no stage"),
+        (tmp_path / "other", "of another model than the base: it lacks"),
+        (lora, "of another model than the base: it holds"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            task_vectors(base, {"one": one, "two": path}, TensorReader)
+    with pytest.raises(UserError, match="1 stages make no pair"):
+        task_vectors(base, {"one": one}, TensorReader)
+    with pytest.raises(UserError, match="not a model directory"):
+        task_vectors(tmp_path / "empty", {"one": one, "two": one}, TensorReader)

@@ -1,0 +1,671 @@
+"""Experts by range of timesteps: which is called when, that the model comes back unchanged, and the file's errors."""
+
+import copy
+import json
+
+import diffusers
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+from stagepatch.backbones import load_denoiser, predict, save_denoiser
+from stagepatch.cli import main
+from stagepatch.diffusion import ObjectiveConfig, make_scheduler
+from stagepatch.errors import UserError
+from stagepatch.files import read_tensors
+from stagepatch.methods import LoRAConfig, make_method
+from stagepatch.patch import Patch, PatchConfig, patches_on
+from stagepatch.sampling import (
+    ExpertRange,
+    Experts,
+    SamplingConfig,
+    experts_on,
+    generate,
+    generate_with_pipeline,
+    load_experts,
+    make_sampler,
+    pin_timesteps,
+)
+from tests.sampling.test_generate import noise
+from tests.tiny import FAMILIES, Family
+from tests.tiny_pipelines import PIPELINES
+
+SCHEDULER = make_scheduler(ObjectiveConfig())
+
+
+def config(**choices):
+    return SamplingConfig(**{"num_inference_steps": 4, "num_images": 4, **choices})
+
+
+def at(*bounds):
+    """Ranges from 0 on: (end, denoiser), …"""
+    starts = [0, *(end for end, _ in bounds)]
+    return Experts([ExpertRange(start, end, model) for start, (end, model) in zip(starts, bounds, strict=False)])
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def drawn_patch(model, seed=0):
+    patch = Patch.create(model, PatchConfig())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in patch.parameters():
+            parameter.normal_(std=2.0, generator=generator)
+    return patch
+
+
+def save_model(model, directory, scheduler=SCHEDULER):
+    save_denoiser(model, scheduler, directory)
+    return directory
+
+
+# Who is called.
+
+
+def test_two_experts_equal_two_models_in_a_loop_by_hand(tiny_dit):
+    base, other = tiny_dit(0, learn_sigma=False), tiny_dit(1, learn_sigma=False)
+    sampler = DDIMScheduler.from_config(SCHEDULER.config)
+    sampler.set_timesteps(4)  # 750, 500, 250, 0
+    assert sampler.timesteps.tolist() == [750, 500, 250, 0]
+    sample, _ = noise(0, 4)
+    with torch.no_grad():
+        for timestep in sampler.timesteps:
+            model = other if timestep < 500 else base
+            output = model(sample, timestep.expand(4), torch.arange(4)).sample
+            sample = sampler.step(output, timestep, sample).prev_sample
+    with at((500, other), (1000, None)).attach(base):
+        images = generate(base, SCHEDULER, config())
+    torch.testing.assert_close(images, sample, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(images, generate(base, SCHEDULER, config()), atol=1e-2)
+    assert not torch.allclose(images, generate(other, SCHEDULER, config()), atol=1e-2)
+
+
+def test_one_expert_of_the_same_weights_is_the_base_bit_for_bit(tiny_dit):
+    base = tiny_dit()
+    expected = generate(base, SCHEDULER, config())
+    for expert in (copy.deepcopy(base), base, None):
+        with at((1000, expert)).attach(base):
+            assert torch.equal(generate(base, SCHEDULER, config()), expected)
+
+
+@pytest.mark.parametrize("timestep", [0, 1, 249, 250, 499.9, 500, 999, 1000])
+def test_a_range_has_its_start_and_not_its_end(tiny_dit, batch, timestep):
+    models = [tiny_dit(seed) for seed in range(3)]
+    sample, _, labels = batch
+    expected = models[0 if timestep < 250 else 1 if timestep < 500 else 2](sample, timestep, labels).sample
+    base = tiny_dit(7)
+    with at((250, models[0]), (500, models[1]), (1000, models[2])).attach(base):
+        assert torch.equal(base(sample, timestep, labels).sample, expected)
+        assert torch.equal(base(sample=sample, timestep=timestep, class_labels=labels).sample, expected)
+        assert torch.equal(base(sample, torch.full((4,), timestep), labels, return_dict=False)[0], expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_dispatched_by_the_noise_that_its_timestep_means(name):
+    """Also those that count time in 0…1, or from noise to image."""
+    family: Family = FAMILIES[name]
+    base, clean, noisy = (family.model(seed) for seed in range(3))
+    time = family.inputs(base, 2, *family.size)["timestep"]
+    is_ones = float(time.max()) <= 1
+    for level, expert in ((0.4999, clean), (0.5, noisy)):
+        told = 1 - level if name.startswith("Lumina2") else level
+        timestep = torch.full((2,), told if is_ones else told * 1000)
+        expected = family.call(expert, timestep=timestep)
+        with at((500, clean), (1000, noisy)).attach(base):
+            assert torch.equal(family.call(base, timestep=timestep), expected)
+
+
+def test_borders_survive_the_division_by_1000_in_float32(tiny_dit):
+    base, low, high = (FAMILIES["FluxTransformer2DModel"].model(seed) for seed in range(3))
+    inputs = FAMILIES["FluxTransformer2DModel"].inputs(base, 1, 8, 8)
+    for border in range(7, 1000, 31):
+        timestep = torch.tensor([float(border)]) / 1000
+        with at((border, low), (1000, high)).attach(base):
+            assert torch.equal(
+                base(**{**inputs, "timestep": timestep})[0], high(**{**inputs, "timestep": timestep})[0]
+            )
+
+
+def test_a_batch_of_several_experts_is_split_and_put_together(tiny_dit):
+    base, other, third = (tiny_dit(seed) for seed in range(3))
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(7, 1, 8, 8, generator=generator)
+    timesteps, labels = torch.tensor([900, 3, 400, 999, 0, 300, 620]), torch.arange(7)
+    experts = at((300, other), (600, None), (1000, third))
+    with experts.attach(base):
+        together = base(sample, timesteps, labels).sample
+        alone = [base(sample[i : i + 1], timesteps[i : i + 1], labels[i : i + 1]).sample for i in range(7)]
+        (tuple_output,) = base(sample, timesteps, labels, return_dict=False)
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert torch.equal(tuple_output, together)
+    by_hand = [(base, other, third)[0 if 300 <= t < 600 else 1 if t < 300 else 2] for t in timesteps.tolist()]
+    for i, model in enumerate(by_hand):
+        expected = model(sample[i : i + 1], timesteps[i : i + 1], labels[i : i + 1]).sample
+        torch.testing.assert_close(together[i : i + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_arguments_in_dicts_are_split_and_what_cannot_be_is_named():
+    family = FAMILIES["UNet2DConditionModel of SDXL"]
+    base, other = family.model(0), family.model(1)
+    timestep = torch.tensor([900, 100])
+    expected = torch.cat([family.call(base, timestep=timestep)[:1], family.call(other, timestep=timestep)[1:]])
+    with at((500, other), (1000, None)).attach(base):
+        torch.testing.assert_close(family.call(base, timestep=timestep), expected, atol=1e-5, rtol=1e-5)
+    family = FAMILIES["FluxTransformer2DModel"]
+    base, other = family.model(0), family.model(1)
+    with at((500, other), (1000, None)).attach(base), pytest.raises(UserError, match=r"img_ids .* cannot be split"):
+        family.call(base, timestep=torch.tensor([0.9, 0.1]))
+
+
+def test_a_patched_base_takes_its_own_part_of_a_batch_with_its_patch(tiny_dit):
+    base, other = tiny_dit(0), tiny_dit(1)
+    drawn_patch(base).attach(base)
+    sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([900, 10, 950, 20]), torch.arange(4)
+    expected = base(sample, timesteps, labels).sample
+    with at((500, other), (1000, None)).attach(base):
+        mixed = base(sample, timesteps, labels).sample
+    torch.testing.assert_close(mixed[::2], expected[::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed[1::2], other(sample, timesteps, labels).sample[1::2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_whose_hooks_go_by_the_sample_takes_its_own_part_too(tiny_dit):
+    """Ranks of a LoRA that are masked by each sample's timestep (T-LoRA)."""
+    base, other = tiny_dit(0), tiny_dit(1)
+    method = make_method("lora", PatchConfig(), LoRAConfig(rank=4, min_rank=1))
+    method.prepare(base)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([20, 990, 10, 510]), torch.arange(4)
+    expected = base(sample, timesteps, labels).sample
+    with at((500, other), (1000, None)).attach(base):
+        mixed = base(sample, timesteps, labels).sample
+    torch.testing.assert_close(mixed[1::2], expected[1::2], atol=1e-5, rtol=1e-5)
+
+
+def test_experts_are_put_in_eval_mode(tiny_dit, batch):
+    """A DiT in train mode drops labels."""
+    sample, timesteps, labels = batch
+    expected = tiny_dit(1)(sample, timesteps, labels).sample
+    base, other = tiny_dit(0), tiny_dit(1, class_dropout_prob=1.0).train()
+    with at((1000, other)).attach(base):
+        assert torch.equal(base(sample, timesteps, labels).sample, expected)
+
+
+def test_experts_of_another_architecture(tiny_dit):
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()
+    base = tiny_dit(learn_sigma=False, conditioning="none", num_classes=1)
+    sample = torch.randn(2, 1, 8, 8)
+    with at((500, unet), (1000, None)).attach(base):
+        torch.testing.assert_close(predict(base, sample, torch.tensor([100, 100]), {}), unet(sample, 100).sample)
+
+
+# The model afterwards.
+
+
+def test_detached_the_model_is_what_it_was(tiny_dit, batch):
+    base = tiny_dit()
+    sample, timesteps, labels = batch
+    before, weights, attributes = base(sample, timesteps, labels).sample, state(base), set(vars(base))
+    handle = at((500, tiny_dit(1)), (1000, None)).attach(base)
+    assert experts_on(base) is not None
+    assert {name: value.shape for name, value in base.state_dict().items()} == {
+        name: value.shape for name, value in weights.items()
+    }
+    assert sum(1 for _ in base.modules()) == sum(1 for _ in tiny_dit().modules())
+    handle.detach()
+    handle.detach()
+    assert experts_on(base) is None
+    assert set(vars(base)) == attributes
+    assert torch.equal(base(sample, timesteps, labels).sample, before)
+    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+
+
+def test_an_instance_s_own_forward_comes_back(tiny_dit, batch):
+    base = tiny_dit()
+    own = base.forward
+    base.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    replaced = base.forward
+    handle = at((1000, tiny_dit(1))).attach(base)
+    handle.detach()
+    assert base.forward is replaced
+    handle = at((1000, tiny_dit(1))).attach(base)
+    base.forward = own
+    with pytest.raises(UserError, match="replaced the model's forward"):
+        handle.detach()
+
+
+def test_a_copy_of_the_model_has_copies_of_the_experts(tiny_dit, batch):
+    base, other = tiny_dit(0), tiny_dit(1)
+    sample, _, labels = batch
+    handle = at((500, other), (1000, None)).attach(base)
+    copied = copy.deepcopy(base)
+    handle.detach()
+    with torch.no_grad():
+        for parameter in (*base.parameters(), *other.parameters()):
+            parameter.zero_()
+    assert torch.equal(copied(sample, 100, labels).sample, tiny_dit(1)(sample, 100, labels).sample)
+    assert torch.equal(copied(sample, 900, labels).sample, tiny_dit(0)(sample, 900, labels).sample)
+
+
+def test_a_compiled_model_meets_the_experts(tiny_dit, batch):
+    base, other = tiny_dit(0), tiny_dit(1)
+    sample, _, labels = batch
+    timesteps = torch.full((4,), 100)
+    compiled = torch.compile(base, backend="eager")
+    before = compiled(sample, timesteps, labels).sample
+    with at((500, other), (1000, None)).attach(compiled):
+        during = compiled(sample, timesteps, labels).sample
+    torch.testing.assert_close(during, other(sample, timesteps, labels).sample)
+    assert torch.equal(compiled(sample, timesteps, labels).sample, before)
+
+
+def test_patches_go_on_a_model_with_experts_and_see_its_arguments(tiny_dit, batch):
+    base, other = tiny_dit(0), tiny_dit(1)
+    sample, _, labels = batch
+    patch = drawn_patch(base)
+    with patch.attach(base):
+        expected = base(sample, 900, labels).sample
+    with at((500, other), (1000, None)).attach(base), patch.attach(base):
+        assert torch.equal(base(sample, 900, labels).sample, expected)
+        assert torch.equal(base(sample, 100, labels).sample, other(sample, 100, labels).sample)
+
+
+# Steps.
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "euler"])
+def test_steps_equal_a_loop_by_hand_over_the_same_timesteps(tiny_dit, name):
+    base, other = tiny_dit(0, learn_sigma=False), tiny_dit(1, learn_sigma=False)
+    steps = [(990, None, "base"), (700, other, "other"), (300, None, "base"), (290, other, "other")]
+    classes = {"ddpm": DDPMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
+    sampler = classes.get(name, diffusers.EulerDiscreteScheduler).from_config(SCHEDULER.config)
+    sampler.set_timesteps(timesteps=[timestep for timestep, _, _ in steps])
+    sample, generators = noise(0, 4)
+    sample = sample * sampler.init_noise_sigma
+    with torch.no_grad():
+        for timestep, (_, model, _) in zip(sampler.timesteps, steps, strict=True):
+            scaled = sampler.scale_model_input(sample, timestep)
+            output = (model or base)(scaled, timestep.expand(4), torch.arange(4)).sample
+            sample = sampler.step(output, timestep, sample, generator=generators).prev_sample
+    experts = Experts.at_steps(steps, 1000, name)
+    with experts.attach(base):
+        images = generate(base, SCHEDULER, experts.sampling(config(scheduler="ddim", num_inference_steps=9)))
+    torch.testing.assert_close(images, sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "dpmsolver++", "euler", "UniPCMultistepScheduler"])
+def test_the_sampler_s_own_timesteps_change_nothing(tiny_dit, name):
+    """Even of samplers that can be told no others."""
+    base = tiny_dit()
+    plain = config(scheduler=name, num_inference_steps=5)
+    expected = generate(base, SCHEDULER, plain)
+    sampler = make_sampler(name, SCHEDULER)
+    sampler.set_timesteps(5)
+    timesteps = sorted({float(timestep) for timestep in sampler.timesteps}, reverse=True)
+    if len(timesteps) < len(sampler.timesteps):
+        pytest.skip("the sampler repeats a timestep")
+    experts = Experts.at_steps([(timestep, None, "base") for timestep in timesteps], 1000, name)
+    with experts.attach(base):
+        assert torch.equal(generate(base, SCHEDULER, experts.sampling(plain)), expected)
+
+
+def test_flow_samplers_take_timesteps_as_they_are(tiny_dit):
+    """diffusers would shift the sigmas of given timesteps a second time."""
+    base = tiny_dit(learn_sigma=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    timesteps = [1000.0, 900.0, 612.5, 200.0]
+    sample, _ = noise(0, 4)
+    with torch.no_grad():
+        for timestep, after in zip(timesteps, [*timesteps[1:], 0.0], strict=True):
+            velocity = base(sample, torch.full((4,), timestep), torch.arange(4)).sample
+            sample = sample + (after - timestep) / 1000 * velocity
+    experts = Experts.at_steps([(timestep, None, "base") for timestep in timesteps], 1000, "flow_euler")
+    with experts.attach(base):
+        images = generate(base, scheduler, experts.sampling(config()))
+    torch.testing.assert_close(images, sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("ddim", {}), ("pndm", {}), ("dpmsolver++", {"use_karras_sigmas": True})]
+)
+def test_samplers_that_cannot_be_told_timesteps(name, options):
+    sampler = make_sampler(name, SCHEDULER)
+    sampler = type(sampler).from_config(sampler.config, **options)
+    pin_timesteps(sampler, [900, 500, 499, 20])
+    with pytest.raises(UserError, match=r"dpmsolver\+\+|cannot take the timesteps"):
+        sampler.set_timesteps(4)
+
+
+@pytest.mark.parametrize("timesteps", [[], [5, 5], [5, 9]])
+def test_steps_that_do_not_fall(timesteps):
+    with pytest.raises(UserError, match="each lower than the one before"):
+        Experts.at_steps([(timestep, None, "base") for timestep in timesteps], 1000)
+
+
+# Pipelines.
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"])
+def test_pipelines_take_experts(name):
+    tiny = PIPELINES[name]
+    pipe, other = tiny.build(0), tiny.build(1)
+    part = "unet" if hasattr(pipe, "unet") else "transformer"
+    prompts = ["a cat", "a red house"] if tiny.is_prompted else []
+    plain = config(num_images=2, num_inference_steps=3)
+    base = generate_with_pipeline(pipe, plain, prompts)
+    expert = getattr(other, part)
+    with at((1000, copy.deepcopy(getattr(pipe, part)))).attach(pipe):
+        assert torch.equal(generate_with_pipeline(pipe, plain, prompts), base)
+    # The pipeline's own loop, its denoiser exchanged by hand at the border.
+    own = getattr(pipe, part)
+    called = []
+
+    class Both(torch.nn.Module):
+        config, dtype, device = own.config, own.dtype, own.device
+
+        def forward(self, *args, **kwargs):
+            timestep = float(torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else None)).max())
+            called.append(timestep < 600)
+            return (expert if timestep < 600 else own)(*args, **kwargs)
+
+    pipe.register_modules(**{part: Both()})
+    expected = generate_with_pipeline(pipe, plain, prompts)
+    assert {True, False} == set(called)
+    pipe.register_modules(**{part: own})
+    with at((600, expert), (1000, None)).attach(pipe):
+        assert torch.equal(generate_with_pipeline(pipe, plain, prompts), expected)
+    assert torch.equal(generate_with_pipeline(pipe, plain, prompts), base)
+    assert not torch.equal(base, expected)
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "SanaTransformer2DModel"])
+def test_pipelines_take_steps_whatever_their_arguments(name):
+    tiny = PIPELINES[name]
+    pipe = tiny.build()
+    seen = []
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs.get("timestep", args[1] if len(args) > 1 else None)),
+        with_kwargs=True,
+    )
+    if name == "UNet2DConditionModel":
+        pipe.scheduler = make_sampler("dpmsolver++", pipe.scheduler)
+    pin_timesteps(pipe.scheduler, [950.0, 300.0, 290.0])
+    tiny.call(pipe, steps=3)
+    scale = 1000 if name.startswith("Flux") else 1
+    told = [float(torch.as_tensor(timestep).max()) * scale for timestep in seen]
+    assert told == pytest.approx([950.0, 300.0, 290.0])
+
+
+# Files.
+
+
+@pytest.fixture
+def stages(tiny_dit, tmp_path):
+    """A base, another model, a patch, a LoRA and weights for the base; the models, with these on, by name."""
+    base, models = tiny_dit(0), {}
+    save_model(base, tmp_path / "base")
+    models["base"] = load_denoiser(tmp_path / "base")[0]
+    models["other"] = tiny_dit(1, hidden_size=16)
+    save_model(models["other"], tmp_path / "other")
+    models["patch"] = copy.deepcopy(base)
+    patch = drawn_patch(models["patch"])
+    patch.save_pretrained(tmp_path / "patch")
+    patch.attach(models["patch"])
+    for name in ("lora", "finetune"):
+        models[name] = copy.deepcopy(base)
+        method = make_method(name, PatchConfig(), LoRAConfig(rank=2))
+        method.prepare(models[name])
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in models[name].parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.2, generator=generator)
+        (tmp_path / name).mkdir()
+        method.save(tmp_path / name)
+    return models
+
+
+def write(path, **content):
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+RANGES = [
+    {"from": 600, "to": 800, "learned": "lora"},
+    {"from": 0, "to": 200, "learned": "patch", "name": "the patch"},
+    {"from": 200, "to": 400, "model": "other"},
+    {"from": 400, "to": 600},
+    {"from": 800, "to": 1000, "learned": "finetune"},
+]
+
+
+def test_a_file_of_patch_lora_weights_model_and_base(stages, tmp_path, batch):
+    base = stages["base"].requires_grad_(True)
+    weights = state(base)
+    experts = load_experts(write(tmp_path / "experts.yaml", experts=RANGES), base, SCHEDULER)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert not patches_on(base)
+    assert [expert.name for expert in experts.ranges] == ["the patch", "other", "base", "lora", "finetune"]
+    sample, _, labels = batch
+    with experts.attach(base), torch.no_grad():
+        for timestep, name in [(0, "patch"), (399, "other"), (400, "base"), (700, "lora"), (999, "finetune")]:
+            output = base(sample, timestep, labels).sample
+            assert torch.equal(output, stages[name](sample, timestep, labels).sample), name
+            if name != "base":
+                assert not torch.equal(output, stages["base"].__class__.forward(base, sample, timestep, labels).sample)
+    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+
+
+def test_what_a_patch_and_a_lora_stand_on_is_the_base_s_memory(stages, tmp_path):
+    experts = load_experts(write(tmp_path / "experts.yaml", experts=RANGES), stages["base"], SCHEDULER)
+    own = {parameter.data_ptr() for parameter in stages["base"].parameters()}
+    memory = {
+        expert.name: {parameter.data_ptr() for parameter in expert.denoiser.parameters()}
+        for expert in experts.ranges
+        if expert.denoiser is not None
+    }
+    assert memory["the patch"] == own
+    assert memory["lora"] > own
+    assert not memory["finetune"] & own
+
+
+def test_a_directory_named_twice_is_loaded_once(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    entries = [
+        {"from": 0, "to": 100, "model": "other"},
+        {"from": 100, "to": 200, "model": str(tmp_path / "other")},
+        {"from": 200, "to": 300, "learned": "patch"},
+        {"from": 300, "to": 1000, "learned": "patch"},
+    ]
+    # The file is elsewhere: then its paths are of the working directory.
+    experts = load_experts(write(tmp_path / "sub" / "experts.yaml", experts=entries), stages["base"], SCHEDULER)
+    first, second, third, fourth = (expert.denoiser for expert in experts.ranges)
+    assert first is second
+    assert third is fourth is not first
+
+
+def test_steps_of_a_file(stages, tmp_path):
+    steps = [{"timestep": 900, "expert": "big"}, {"timestep": 200.5, "expert": "small"}]
+    named = [{"name": "small", "model": "other"}, {"name": "big"}, {"name": "unused", "model": "nowhere"}]
+    path = write(tmp_path / "experts.yaml", experts=named, steps=steps, scheduler="euler")
+    experts = load_experts(path, stages["base"], SCHEDULER)
+    assert experts.timesteps == [900, 200.5]
+    assert experts.sampling(config()) == config(scheduler="euler", num_inference_steps=2)
+    assert [(expert.start, expert.end, expert.name) for expert in experts.ranges] == [
+        (0, 550.25, "small"),
+        (550.25, 1000, "big"),
+    ]
+
+
+def ranges(*bounds, **more):
+    return [{"from": start, "to": end, **more} for start, end in bounds]
+
+
+NAMED = [{"name": "a"}, {"name": "b", "model": "digits"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("experts: [", "Cannot read the schedule"),
+        ("- 1", "the file holds list"),
+        ("", "the file holds NoneType"),
+        ("expert: []", "no key 'expert'"),
+        ("scheduler: ddim", "lacks `experts`"),
+        ({"experts": []}, "at least one expert"),
+        ({"experts": {"from": 0}}, "at least one expert"),
+        ({"experts": ["a"]}, "expert 1 holds str"),
+        ({"experts": [{"from": 0, "to": 1000, "learnt": "x"}]}, "expert 1 has no key 'learnt'"),
+        ({"experts": [{"from": 0}]}, "expert 1 lacks `to`"),
+        ({"experts": [{"from": "0", "to": 1000}]}, "`from` is '0', not a number"),
+        ({"experts": [{"from": 0, "to": True}]}, "`to` is True"),
+        ({"experts": ranges((0, 1000), model=3)}, "`model` is 3"),
+        ({"experts": ranges((0, 1000), model="")}, "`model` is ''"),
+        ({"experts": ranges((0, 1000), model="digits", learned="x")}, "give one of them"),
+        ({"experts": ranges((0, 400), (500, 1000))}, "No expert is there for timesteps 400 to 500"),
+        ({"experts": ranges((100, 1000))}, "No expert is there for timesteps 0 to 100"),
+        ({"experts": ranges((0, 400), (300, 1000))}, "Two experts are there for timesteps 300 to 400"),
+        ({"experts": ranges((-5, 1000))}, "starts below 0"),
+        ({"experts": ranges((0, 400), (400, 400), (400, 1000))}, "The range from 400 to 400 is empty"),
+        ({"experts": ranges((0, 900))}, "end at 900; the model has timesteps 0 to 1000"),
+        ({"experts": ranges((0, 2000))}, "end at 2000"),
+        ({"experts": ranges((0, 1000)), "scheduler": "ddim"}, "`scheduler` goes with `steps`"),
+        ({"experts": ranges((0, 1000)), "steps": []}, "has a range, and the file has steps"),
+        ({"experts": NAMED, "steps": []}, "at least one step"),
+        ({"experts": [{"model": "digits"}], "steps": []}, "lacks `name`"),
+        ({"experts": [*NAMED, {"name": "a"}], "steps": []}, "two experts have one name"),
+        ({"experts": NAMED, "steps": [{"timestep": 3}]}, "step 1 lacks `expert`"),
+        ({"experts": NAMED, "steps": [{"timestep": 3, "expert": "c"}]}, "no expert 'c' to go to. Experts: a, b"),
+        ({"experts": NAMED, "steps": [{"timestep": 1001, "expert": "a"}]}, "within 0 to 1000"),
+        ({"experts": NAMED, "steps": [{"timestep": 3, "expert": "a"}, {"timestep": 3, "expert": "a"}]}, "must fall"),
+        ({"experts": NAMED, "steps": [{"timestep": 3, "expert": "a"}], "scheduler": 5}, "`scheduler` is 5"),
+        ({"experts": ranges((0, 1000), learned="nowhere")}, "The expert 'nowhere': No patch at 'nowhere'"),
+        ({"experts": ranges((0, 1000), model="nowhere", name="it")}, "The expert 'it': No model at 'nowhere'"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tiny_dit, tmp_path, content, message):
+    path = tmp_path / "experts.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    with pytest.raises(UserError) as error:
+        load_experts(path, tiny_dit(), SCHEDULER)
+    assert message in str(error.value)
+
+
+def test_no_file(tiny_dit, tmp_path):
+    with pytest.raises(UserError, match=r"No such schedule: 'nowhere.yaml'"):
+        load_experts("nowhere.yaml", tiny_dit(), SCHEDULER)
+    with pytest.raises(UserError, match="Cannot read the schedule"):
+        load_experts(tmp_path, tiny_dit(), SCHEDULER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scheduler", "message"),
+    [
+        ({"in_channels": 2}, {}, "number of input channels is 2, the base's 1"),
+        ({"learn_sigma": False}, {}, "number of output channels is 1, the base's 2"),
+        ({"num_classes": 7}, {}, "number of classes is 7, the base's 10"),
+        ({"sample_size": 16}, {}, r"sample size is \(16, 16\)"),
+        ({"conditioning": "none"}, {}, "number of classes is 0"),
+        ({}, {"prediction_type": "v_prediction"}, "predicts 'v_prediction', and the base 'epsilon'"),
+        ({}, {"beta_schedule": "squaredcos_cap_v2"}, "another noise schedule"),
+        ({}, {"num_train_timesteps": 500}, "another noise schedule"),
+        ({}, None, "another noise schedule|predicts"),
+    ],
+)
+def test_experts_that_do_not_fit_the_base_are_named(tiny_dit, tmp_path, changes, scheduler, message):
+    trained_with = DDPMScheduler.from_config(SCHEDULER.config, **(scheduler or {}))
+    if scheduler is None:
+        trained_with = FlowMatchEulerDiscreteScheduler()
+    save_model(tiny_dit(**changes), tmp_path / "expert", trained_with)
+    path = write(tmp_path / "experts.yaml", experts=ranges((0, 1000), model="expert"))
+    with pytest.raises(UserError, match=message) as error:
+        load_experts(path, tiny_dit(), SCHEDULER)
+    assert "The expert 'expert'" in str(error.value)
+
+
+def test_models_that_cannot_be_attached(tiny_dit):
+    base = tiny_dit()
+    flux = FAMILIES["FluxTransformer2DModel"].model()
+    with pytest.raises(UserError, match="counts time otherwise"):
+        at((1000, flux)).attach(base)
+    with pytest.raises(UserError, match="dtype"):
+        at((1000, tiny_dit().half())).attach(base)
+    with at((1000, None)).attach(base), pytest.raises(UserError, match="already"):
+        at((1000, None)).attach(base)
+    assert experts_on(base) is None
+
+
+def test_what_was_learned_is_refused_on_a_patched_base(stages, tmp_path):
+    path = write(tmp_path / "experts.yaml", experts=ranges((0, 1000), learned="patch"))
+    with pytest.raises(UserError, match="detach these first"):
+        load_experts(path, stages["patch"], SCHEDULER)
+
+
+# Commands.
+
+
+def test_commands_sample_and_evaluate_a_schedule(stages, tmp_path, capsys):
+    path = write(tmp_path / "experts.yaml", experts=RANGES)
+    given = [f"--model={tmp_path / 'base'}", "--sampling.num_images=12", "--sampling.num_inference_steps=5"]
+    assert main(["sample", *given, f"--schedule={path}", f"--output_dir={tmp_path / 'out'}"]) == 0
+    images = read_tensors(tmp_path / "out" / "samples.safetensors")[0]["images"]
+    base = stages["base"]
+    experts = load_experts(path, base, SCHEDULER)
+    with experts.attach(base):
+        torch.testing.assert_close(images, generate(base, SCHEDULER, config(num_images=12, num_inference_steps=5)))
+    same = write(tmp_path / "same.yaml", experts=ranges((0, 300), (300, 1000)))
+    evaluate = ["evaluate", *given, "--sampling.num_images=60", f"--output_dir={tmp_path / 'eval'}", "--seeds=[4, 5]"]
+    assert main([*evaluate, f"--schedule={same}"]) == 0
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["base"] == metrics["schedule"]  # the base against itself, from the same noise
+    assert main([*evaluate, f"--schedule={path}"]) == 0
+    other = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert other["base"] == metrics["base"]
+    assert other["schedule"] != metrics["schedule"]
+    assert "schedule" in capsys.readouterr().out
+    for command in ("sample", "evaluate"):
+        both = [f"--schedule={path}", f"--patch={tmp_path / 'patch'}", f"--output_dir={tmp_path / 'no'}"]
+        assert main([command, *given, *both]) == 2
+        assert "Give --patch or --schedule" in capsys.readouterr().err
+        assert main([command, *given, "--schedule=nowhere.yaml", f"--output_dir={tmp_path / 'no'}"]) == 2
+        assert "No such schedule: 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def test_command_samples_a_pipeline_by_ranges_and_by_steps(tmp_path, capsys):
+    tiny = PIPELINES["UNet2DConditionModel"]
+    tiny.build(0).save_pretrained(tmp_path / "model")
+    tiny.build(1).save_pretrained(tmp_path / "other")
+    given = ["sample", f"--model={tmp_path / 'model'}", "--prompts=['a cat']", "--sampling.num_images=1"]
+    given += ["--sampling.num_inference_steps=3"]
+    path = write(tmp_path / "a.yaml", experts=[*ranges((0, 500), model="other"), *ranges((500, 1000))])
+    assert main([*given, f"--output_dir={tmp_path / 'base'}"]) == 0
+    assert main([*given, f"--output_dir={tmp_path / 'ranges'}", f"--schedule={path}"]) == 0
+    named = [{"name": "base"}, {"name": "other", "model": "other"}]
+    steps = [{"timestep": 981, "expert": "base"}, {"timestep": 333, "expert": "other"}]
+    path = write(tmp_path / "b.yaml", experts=named, steps=steps, scheduler="dpmsolver++")
+    assert main([*given, f"--output_dir={tmp_path / 'steps'}", f"--schedule={path}"]) == 0
+    images = {
+        name: read_tensors(tmp_path / name / "samples.safetensors")[0]["images"]
+        for name in ("base", "ranges", "steps")
+    }
+    assert not torch.allclose(images["base"], images["ranges"], atol=1e-3)
+    assert not torch.allclose(images["steps"], images["ranges"], atol=1e-3)
+    path = write(tmp_path / "c.yaml", experts=named, steps=steps)
+    assert main([*given, f"--output_dir={tmp_path / 'no'}", f"--schedule={path}"]) == 2
+    assert "PNDMScheduler can be told no timesteps" in capsys.readouterr().err
