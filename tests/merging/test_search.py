@@ -105,6 +105,7 @@ def test_progress_is_told(tmp_path):
     assert told == [("tpe", number, 3) for number in range(4)]
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_weights_that_were_drawn_again_are_looked_up(tmp_path, monkeypatch):
     always = optuna.samplers.PartialFixedSampler({"w0": 0.25}, optuna.samplers.RandomSampler())
     monkeypatch.setattr("stagepatch.merging.search._sampler", lambda strategy, seed: always)
@@ -337,6 +338,22 @@ def test_a_process_that_died_before_it_gave_its_name_is_noticed(tmp_path, monkey
     begun = time.monotonic()
     assert len(search(tmp_path / "journal", evaluations=5)["tpe"]) == 5
     assert time.monotonic() - begun > 0.5
+
+
+def test_a_process_that_was_taken_for_dead_goes_on(tmp_path):
+    def slow(weights):
+        if len(objective.asked) == 3:
+            backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
+            study = optuna.load_study(study_name="merge tpe", storage=optuna.storages.JournalStorage(backend))
+            (running,) = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+            study.tell(running.number, state=optuna.trial.TrialState.FAIL)
+        return quadratic(weights)
+
+    objective = Counted(slow)
+    found = search(tmp_path / "journal", objective, evaluations=6)["tpe"]
+    assert len(found) == 6
+    assert len(objective.asked) == 7
+    assert objective.asked.count(objective.asked[2]) == 2
 
 
 def test_workers_know_who_lives(tmp_path):

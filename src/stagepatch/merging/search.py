@@ -205,20 +205,20 @@ class _Search:
             self.study.enqueue_trial(params, user_attrs={"slot": slot})
 
     def _evaluate_next(self) -> None:
-        is_valued = False
+        valued: list[int] = []
 
         def value_of(trial: Trial) -> float:
-            nonlocal is_valued
             value = self._value_of(trial)
-            is_valued = True
+            valued.append(trial.number)
             return value
 
         try:
             self.study.optimize(value_of, n_trials=1, catch=(_NotWanted,))
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            if not is_valued:
+        except Exception:  # Optuna has several for a trial that is over
+            trials = self.study.get_trials(deepcopy=False)
+            if not any(trials[number].state == TrialState.FAIL for number in valued):
                 raise
-            # Another process took this one for dead, as after a long pause, and evaluates it itself.
+            # Another process took this one for dead, as after a long pause, and the slot is filled again.
 
     def _value_of(self, trial: Trial) -> float:
         slot = trial.user_attrs.get("slot", len(self.slots))
