@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from stagepatch.errors import UserError
-from stagepatch.merging.merge import _reader
+from stagepatch.merging.merge import open_weights
 from stagepatch.merging.stream import TensorReader
 
 _PIECE = 2**18
@@ -44,5 +44,5 @@ def denoiser_reader(directory: Path) -> TensorReader:
     """
     for component in ("transformer", "unet"):
         if (directory / component).is_dir():
-            return _reader(directory / component)
+            return open_weights(directory / component)
     raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")

@@ -15,7 +15,7 @@ from stagepatch.errors import UserError
 from stagepatch.merging.stream import TensorReader, write_stream
 
 # Numbers at a time: in the processor's cache, and too few for torch to share among threads, which costs more.
-_PIECE = 2**15
+PIECE = 2**15
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -84,10 +84,10 @@ def merge_models(
     component = next((name for name in ("transformer", "unet") if (base / name).is_dir()), None)
     if component is None:
         raise UserError(f"'{base}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
-    found = [_reader(directory / component) for directory in (base, *stages)]
-    reader, *readers = [_Projected(each, found) for each in found]
+    found = [open_weights(directory / component) for directory in (base, *stages)]
+    reader, *readers = [ProjectedReader(each, found) for each in found]
     for stage, other in zip(stages, readers, strict=True):
-        _check_same(reader, other, stage)
+        check_same(reader, other, stage)
     for part in base.iterdir():
         if part.is_dir() and part.name != component:
             shutil.copytree(part, output / part.name, dirs_exist_ok=True)
@@ -104,7 +104,7 @@ def merge_models(
     )
 
 
-class _Projected:
+class ProjectedReader:
     """A model's tensors, and the identity for channel projections that it has not and others have."""
 
     def __init__(self, reader: TensorReader, others: Sequence[TensorReader]) -> None:
@@ -118,46 +118,55 @@ class _Projected:
         }
 
     def names(self) -> list[str]:
+        """The model's own, then the added."""
         return [*self._reader.names(), *self._added]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, which is not read."""
         return self._added.get(name, self._reader).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, which is not read."""
         return self._added.get(name, self._reader).dtype(name)
 
     def read(self, name: str) -> Tensor:
+        """A tensor."""
         if name in self._added:
             return torch.eye(self.shape(name)[0], dtype=self.dtype(name))
         return self._reader.read(name)
 
     def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        """A tensor's numbers in order, `size` of them at a time."""
         if name in self._added:
             return iter(self.read(name).view(-1).split(size))
         return self._reader.pieces(name, size)
 
 
 def _merged(
-    name: str, base: _Projected, stages: Sequence[_Projected], weights: Sequence[float], ties: Ties | None
+    name: str, base: ProjectedReader, stages: Sequence[ProjectedReader], weights: Sequence[float], ties: Ties | None
 ) -> Iterator[Tensor]:
     """A tensor in pieces that stay in the processor's cache; with TIES, which looks at all of it, whole."""
     if ties is not None:
         yield combine(base.read(name), [stage.read(name) for stage in stages], weights, ties)
         return
-    for piece, *others in zip(
-        base.pieces(name, _PIECE), *(stage.pieces(name, _PIECE) for stage in stages), strict=True
-    ):
+    for piece, *others in zip(base.pieces(name, PIECE), *(stage.pieces(name, PIECE) for stage in stages), strict=True):
         yield combine(piece, others, weights)
 
 
-def _reader(directory: Path) -> TensorReader:
+def open_weights(directory: Path) -> TensorReader:
+    """The weights in a denoiser's directory.
+
+    Raises:
+        UserError: there are none.
+    """
     paths = sorted(directory.glob("diffusion_pytorch_model*.safetensors"))
     if not paths:
         raise UserError(f"No weights in '{directory}': looked for diffusion_pytorch_model*.safetensors.")
     return TensorReader(paths)
 
 
-def _check_same(base: _Projected, other: _Projected, stage: Path) -> None:
+def check_same(base: ProjectedReader, other: ProjectedReader, stage: Path) -> None:
+    """Refuse a stage whose tensors have other names or shapes than the base's."""
     odd = sorted(set(base.names()) ^ set(other.names()))
     odd = odd or [name for name in base.names() if base.shape(name) != other.shape(name)]
     if odd:

@@ -31,8 +31,7 @@ from stagepatch.evaluation.features import extract_features
 from stagepatch.evaluation.reference import features_of
 from stagepatch.merging.config import MergeConfig
 from stagepatch.merging.fingerprint import denoiser_reader, model_fingerprint, weights_fingerprint
-from stagepatch.merging.merge import _PIECE as PIECE
-from stagepatch.merging.merge import Ties, _check_same, _Projected, combine
+from stagepatch.merging.merge import PIECE, ProjectedReader, Ties, check_same, combine
 from stagepatch.merging.stages import Stages, merge_lora_stages
 from stagepatch.merging.stream import TensorReader
 from stagepatch.methods import load_learned
@@ -66,9 +65,9 @@ class MergedModel:
 
     def __init__(self, stages: Stages, ties: Ties | None = None) -> None:
         found = [denoiser_reader(directory) for directory in (find_model(stages.base), *stages.directories)]
-        base, *others = [_Projected(reader, found) for reader in found]
+        base, *others = [ProjectedReader(reader, found) for reader in found]
         for directory, other in zip(stages.directories, others, strict=True):
-            _check_same(base, other, directory)
+            check_same(base, other, directory)
         model, self.scheduler = load_denoiser(stages.base)
         _add_projections(model, base.names())
         self._model: nn.Module = model.to(processes().device)
