@@ -134,7 +134,17 @@ def test_it_starts_with_each_model_alone_at_as_many_even_steps_as_there_is_room_
     assert Space((1.0, 0.5), 4, 0.6).starts() == [(1, n, n, n)]
     # None may be left out: what is too dear for all steps shares them with the cheapest.
     assert Space((1.0, 0.5), 4, 3.0, drop_steps=False).starts() == [(0, 1, 1, 0), (1,) * 4]
-    assert Space((0.1,) * 10, 10, 0.1 * 10).evenly(0) == (0,) * 10  # ten tenths are one
+
+
+def test_rounding_takes_no_step_away():
+    draw = random.Random(0)
+    for _ in range(500):
+        cost, steps = draw.uniform(0.001, 1.0), draw.randint(2, 30)
+        count = draw.randint(1, steps)
+        space = Space((cost,), steps, count / steps * cost * steps)
+        alone = space.evenly(0)
+        assert alone.count(0) == count
+        assert space.repaired(alone, random.Random(0)) == alone
 
 
 def test_what_is_over_the_budget_is_repaired():
@@ -157,8 +167,9 @@ def test_budgets_that_nothing_is_within():
 
 def test_samples_that_come_out_as_nan_are_the_worst():
     space, error = Space(COSTS, 6, 3.0), toy(6)
-    found = search(space, lambda choices: math.nan if 1 in choices else error(choices), 40, 0, {})
-    assert 1 not in found
+    for bad in (0, 1):  # model 0 is evaluated first
+        found = search(space, lambda choices, bad=bad: math.nan if bad in choices else error(choices), 40, 0, {})
+        assert bad not in found
     assert search(space, lambda choices: math.nan, 20, 0, {}) in set(all_within(space))
 
 
