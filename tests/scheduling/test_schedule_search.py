@@ -346,8 +346,8 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
         assert metrics[name][0] == pytest.approx(expected, rel=1e-2, abs=1e-3)
 
 
-def test_command_stopped_and_started_again_repeats_nothing(models, tmp_path, monkeypatch, capsys):
-    measured, seen = command.measure, []
+def test_command_stopped_and_started_again_repeats_nothing(models, tiny_dit, tmp_path, monkeypatch, capsys):
+    measured, seen, small = command.measure, [], tmp_path / "small"
 
     def stopping(after):
         def measure(model, scheduler, sampling, seeds, references, *rest):
@@ -385,8 +385,9 @@ def test_command_stopped_and_started_again_repeats_nothing(models, tmp_path, mon
     capsys.readouterr()
     assert main([*models, "--sampling.num_images=61"]) == 2
     assert "sampling.num_images was 60, is 61" in capsys.readouterr().err
-    save_denoiser(load_denoiser("digits")[0], SCHEDULER, tmp_path / "base")
+    save_denoiser(tiny_dit(2, learn_sigma=False, hidden_size=16, num_layers=1), SCHEDULER, small)
     assert main(models) == 2  # another model in the same place
+    assert "weights.small was" in capsys.readouterr().err
 
 
 def test_without_a_zoo_the_steps_are_chosen_and_without_dropping_the_models(models, tmp_path):
@@ -394,8 +395,11 @@ def test_without_a_zoo_the_steps_are_chosen_and_without_dropping_the_models(mode
     assert {name for each in found(tmp_path) for name in each["schedule"]} == {"base", None}
     recalls = [evaluation["value"] for evaluation in found(tmp_path)]
     file = yaml.safe_load((tmp_path / "out" / "schedule.yaml").read_text())
+    assert min(recalls) < max(recalls)
     best = found(tmp_path)[recalls.index(max(recalls))]["schedule"]
-    assert len(file["steps"]) == sum(name is not None for name in best)
+    timesteps = json.loads((tmp_path / "out" / "search.json").read_text())["settings"]["timesteps"]
+    kept = [timestep for timestep, name in zip(timesteps, best, strict=True) if name is not None]
+    assert [step["timestep"] for step in file["steps"]] == kept
     write_costs(tmp_path / "kept", base=1.0, small=0.2, patched=1.0)
     kept = [*models, "--drop_steps=false", "--sampling.scheduler=ddim", "--budget=0.9"]
     assert main([*kept, f"--output_dir={tmp_path / 'kept'}", "--evaluations=4"]) == 0
