@@ -182,14 +182,14 @@ def _compare(
     metrics = {name: result.metrics for name, result in results.items()}
     write_json(directory / "metrics.json", {"seeds": config.seeds, **metrics, "seconds per image": seconds})
     *others, base, name = results
-    columns, rows = comparison_table(results[base], results[name], features)
+    rows = [row[:-1] for row in comparison_table(results[base], results[name], features)[1]]  # not in percent too
     for other in reversed(others):
         spreads = comparison_table(results[other], None, features)[1]
         rows = [[label, spread, *rest] for (label, *rest), (_, spread) in zip(rows, spreads, strict=True)]
-    rows.append(["s per image, of the costs", *(f"{value:.3g}" for value in predicted), "", ""])
-    rows.append(["s per image, measured", *(f"{seconds[name]:.3g}" for name in results), "", ""])
+    rows.append(["s per image, of the costs", *(f"{value:.3g}" for value in predicted), ""])
+    rows.append(["s per image, measured", *(f"{seconds[name]:.3g}" for name in results), ""])
     title = (
         f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds that the search did not see; the "
         f"difference is to '{base}'"
     )
-    print_table(["metric", *results, *columns[3:]], rows, title)
+    print_table(["metric", *results, "difference, paired"], rows, title)
