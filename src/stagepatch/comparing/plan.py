@@ -212,6 +212,6 @@ def _check_directory(job: Job) -> None:
 def _saved(job: Job, name: str, then: dict[str, Any], now: dict[str, Any]) -> Any:
     """What a job's file says of a field; an option that did not exist when it was written had its default."""
     if not is_dataclass(getattr(job, name)):
-        return then.get(name)
+        return then.get(name, getattr(Job, name, None))  # a dataclass keeps defaults as its class's attributes
     values = {**asdict(type(getattr(job, name))()), **then.get(name, {})}
     return {key: values[key] for key in now[name]}
