@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock
 
 from stagepatch import config as configs
 from stagepatch.backbones.loading import find_model
@@ -58,8 +59,7 @@ def _search_and_merge(config: configs.MergeConfig, stages: Stages) -> None:
     found = _search(config, stages)
     best = best_of([evaluation for evaluations in found.values() for evaluation in evaluations])
     metric, num_images = config.search.metric, config.sampling.num_images
-    with open(output / "search.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that shared a search end at the same time
+    with FileLock(output / "search.lock"):  # processes that shared a search end at the same time
         write_results(found, metric, num_images, output)
         _merge(config, stages, best.weights)
     print_results(found, metric, num_images)

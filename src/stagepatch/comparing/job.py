@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import resource
 import statistics
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from stagepatch.backbones import has_vae, learns_sigma, load_denoiser
 from stagepatch.comparing.plan import JOB_NAME, Job
@@ -41,10 +41,8 @@ def run_job(job: Job) -> None:
     """Do what is left of a job. A process of an earlier start that still works on it is waited for."""
     job.directory.mkdir(parents=True, exist_ok=True)
     is_main = processes().is_main_process
-    with contextlib.ExitStack() as stack:
+    with FileLock(job.directory / "lock") if is_main else contextlib.nullcontext():
         if is_main:
-            lock = stack.enter_context(open(job.directory / "lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
             write_json(job.directory / JOB_NAME, job.identity())
         processes().wait_for_everyone()
         _run(job, is_main)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from typing import Any
+
+from filelock import FileLock
 
 from stagepatch.backbones import add_projections, fold_projections, has_vae, learns_sigma, load_denoiser
 from stagepatch.backbones.loading import find_model
@@ -28,10 +29,7 @@ def run_stage(stage: Stage) -> None:
     """Train a stage, or what is left of it. A process of an earlier start that still works on it is waited for."""
     stage.directory.mkdir(parents=True, exist_ok=True)
     is_main = processes().is_main_process
-    with contextlib.ExitStack() as stack:
-        if is_main:
-            lock = stack.enter_context(open(stage.directory / "lock", "w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(stage.directory / "lock") if is_main else contextlib.nullcontext():
         processes().wait_for_everyone()
         if not is_done(stage):
             _train(stage, progress=stage.config.stage >= 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy import Connection, Engine, event
@@ -131,24 +131,22 @@ class Workers:
         directory.mkdir(exist_ok=True)
         self.own = uuid.uuid4().hex
         self._directory = directory
-        self._file = open(directory / self.own, "w")  # noqa: SIM115
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._lock = FileLock(directory / self.own)
+        self._lock.acquire()
 
     def is_gone(self, worker: str) -> bool:
         """Whether a process has ended."""
         if worker == self.own:
             return False
         try:
-            with open(self._directory / worker, "r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return True
-        except OSError:
+            with FileLock(self._directory / worker, timeout=0):
+                pass
+        except Timeout:
             return False
         (self._directory / worker).unlink(missing_ok=True)
         return True
 
     def close(self) -> None:
         """This process ends its work."""
+        self._lock.release()
         (self._directory / self.own).unlink(missing_ok=True)
-        self._file.close()
