@@ -13,7 +13,7 @@ PACKAGE = Path(stagepatch.__file__).parent
 ROOMS = ["models", "backbones", "patch", "diffusion", "data", "methods", "training", "sampling"]
 ROOMS += ["evaluation", "analysis", "report", "launching", "scheduling", "merging", "decoupling", "comparing"]
 FACE = {"commands"}
-FOR_ALL = {"errors", "files", "processes", "progress"}
+FOR_ALL = {"errors", "files", "processes", "progress", "settings"}
 NO_ROOMS = {"assets", "__pycache__"}
 TOP = len(ROOMS)  # config, demo, cli and whatever else lies beside the rooms
 

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import diffusers
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from stagepatch.backbones import load_denoiser, save_denoiser
 from stagepatch.cli import main
@@ -235,9 +237,9 @@ def test_bad_input_is_refused_before_any_training(tmp_path, capsys, model, chang
 def test_stage_of_another_config_is_not_taken_for_done(tmp_path, model, capsys):
     assert decouple(tmp_path, model, num_stages=1) == 0
     assert decouple(tmp_path, model, num_stages=1, p=0.5) == 2
-    assert "holds a stage of another config: p differ" in capsys.readouterr().err
+    assert "holds a stage of another config (p was 0.3, is 0.5)" in capsys.readouterr().err
     assert decouple(tmp_path, model, num_stages=1, training={**TRAINING, "steps": 5}) == 2
-    assert "training differ" in capsys.readouterr().err
+    assert "(training.steps was 4, is 5)" in capsys.readouterr().err
 
 
 def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, monkeypatch):
@@ -245,6 +247,20 @@ def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, monkeypa
     (stage,) = plan_stages(DecoupleConfig(**_values(tmp_path, model)))
     monkeypatch.setattr("stagepatch.decoupling.run.train", None)
     run_stage(stage)
+
+
+def test_a_stage_that_another_process_trains_is_waited_for(tmp_path, model, monkeypatch):
+    (stage,) = plan_stages(DecoupleConfig(**_values(tmp_path, model)))
+    stage.directory.mkdir(parents=True)
+    monkeypatch.setattr("stagepatch.decoupling.run.train", None)
+    waiting = threading.Thread(target=run_stage, args=(stage,))
+    with FileLock(stage.directory / "lock"):
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        (stage.directory / "stage.json").write_text("{}")  # the other one is done
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def _values(tmp_path, model):

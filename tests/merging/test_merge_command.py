@@ -136,10 +136,10 @@ def test_searched_model_is_the_merge_by_the_best_weights(decoupled, capsys):
     assert json.loads((out / "search.json").read_text()) == found
     assert (out / "search.journal").stat().st_size - journal < 5000
     capsys.readouterr()
-    refused(capsys, [*given, "--sampling.seed=1"], "holds evaluations of something else: sampling differ")
+    refused(capsys, [*given, "--sampling.seed=1"], "holds evaluations of something else (sampling.seed was 0, is 1)")
     refused(capsys, [*given, "--weights=[1, 1]"], "not both")
     shutil.copytree(stages[0] / "transformer", stages[1] / "transformer", dirs_exist_ok=True)
-    refused(capsys, given, "something else: stages differ")
+    refused(capsys, given, "something else (stages was")
 
 
 def test_search_over_loras_writes_a_lora(decoupled, capsys):

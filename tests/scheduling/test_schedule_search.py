@@ -217,7 +217,7 @@ def test_costs_are_measured_once_and_then_read(tiny_dit, tmp_path, monkeypatch):
 
 
 def test_journal_keeps_evaluations_and_refuses_other_settings(tmp_path):
-    path, settings = tmp_path / "search.json", {"budget": 0.5, "sampling": {"seed": 0, "steps": 4}}
+    path, settings = tmp_path / "search.json", {"budget": 0.5, "sampling": SamplingConfig(seed=0)}
     journal = Journal(path, settings, ["base", "small"])
     journal.add((0, NONE, 1), 1.25, 0.1)
     journal.add((1, 1, 1), math.nan, 0.2)
@@ -231,10 +231,10 @@ def test_journal_keeps_evaluations_and_refuses_other_settings(tmp_path):
         "seconds": 0.1,
     }
     before = path.read_text()
-    with pytest.raises(UserError, match=r"other settings: sampling.seed was 0, is 1\. Go on"):
-        Journal(path, {"budget": 0.5, "sampling": {"seed": 1, "steps": 4}}, ["base", "small"])
+    with pytest.raises(UserError, match=r"other settings \(sampling.seed was 0, is 1\)\. Go on"):
+        Journal(path, {"budget": 0.5, "sampling": SamplingConfig(seed=1)}, ["base", "small"])
     assert path.read_text() == before
-    Journal(path, {**settings, "an option that is new": 3}, ["base", "small"])
+    Journal(path, {**settings, "drop_steps": True}, ["base", "small"])  # an option that is new, at its default
     write_json(tmp_path / "other.json", {"best": 3})
     with pytest.raises(UserError, match="not of a search for a schedule"):
         Journal(tmp_path / "other.json", settings, ["base"])

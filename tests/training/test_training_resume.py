@@ -1,5 +1,6 @@
 """A run that was stopped, however it was stopped, ends as if it had not been."""
 
+import json
 import os
 import random
 import signal
@@ -28,7 +29,7 @@ from training_runs import (
 
 from stagepatch.backbones import save_denoiser
 from stagepatch.errors import UserError
-from stagepatch.files import read_tensors
+from stagepatch.files import read_tensors, write_tensors
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
 from stagepatch.training import Interrupted, TrainingConfig, train
@@ -285,3 +286,15 @@ def test_checkpoint_of_another_model(stopped, other):
     # The settings agree; it is the model that was exchanged.
     with pytest.raises(UserError, match=r"checkpoint\.safetensors' .* trained\."):
         run(stopped, model=make_model(**other), identity={"patch": {"gate": "linear"}}, steps=2)
+
+
+def test_a_checkpoint_written_before_an_option_existed_is_gone_on_from(tmp_path):
+    run(tmp_path, steps=2)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, metadata = read_tensors(path)
+    identity = json.loads(metadata["identity"])
+    del identity["training"]["ema_power"]
+    write_tensors(path, tensors, {**metadata, "identity": json.dumps(identity)})
+    run(tmp_path, steps=2)
+    with pytest.raises(UserError, match=r"training\.ema_power was 0\.0, is 0\.5"):
+        run(tmp_path, steps=2, ema_power=0.5)

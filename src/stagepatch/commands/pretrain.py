@@ -32,7 +32,7 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     model = _make_model(config.model, config.training.label_dropout)
     scheduler = make_scheduler(config.objective, config.model.learn_sigma)
     objective = Objective(scheduler, config.model.learn_sigma)
-    identity = {name: asdict(getattr(config, name)) for name in ("model", "objective", "data")}
+    identity = {"model": config.model, "objective": config.objective, "data": config.data}
     run_training(
         model,
         Pretrain(scheduler),

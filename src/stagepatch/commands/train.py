@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,10 @@ def train(config: configs.TrainConfig, resolved: str) -> None:
         "model": config.model,
         "method": config.method,
         "dtype": config.dtype,
-        "patch": asdict(config.patch),
-        "lora": asdict(config.lora),
-        "weighting": asdict(config.weighting),
-        "data": asdict(config.data),
+        "patch": config.patch,
+        "lora": config.lora,
+        "weighting": config.weighting,
+        "data": config.data,
     }
     run_training(
         model,

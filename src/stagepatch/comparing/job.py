@@ -21,6 +21,7 @@ from stagepatch.files import read_json, write_json, write_tensors
 from stagepatch.methods import load_learned
 from stagepatch.processes import processes
 from stagepatch.sampling import load_experts
+from stagepatch.settings import as_json
 from stagepatch.training import read_log, train
 
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
@@ -43,7 +44,7 @@ def run_job(job: Job) -> None:
     is_main = processes().is_main_process
     with FileLock(job.directory / "lock") if is_main else contextlib.nullcontext():
         if is_main:
-            write_json(job.directory / JOB_NAME, job.identity())
+            write_json(job.directory / JOB_NAME, as_json(job.identity()))
         processes().wait_for_everyone()
         _run(job, is_main)
 

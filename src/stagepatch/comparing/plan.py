@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from stagepatch.methods import LoRAConfig, Method, make_method
 from stagepatch.patch import PatchConfig
 from stagepatch.sampling import SamplingConfig
 from stagepatch.sampling.schedule import read_schedule
-from stagepatch.training import TrainingConfig
+from stagepatch.settings import differences, told
+from stagepatch.training import BOOKKEEPING, TrainingConfig
 
 JOB_NAME = "job.json"
 
@@ -66,11 +67,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """All that decides its result."""
-        values = asdict(self)
-        del values["directory"], values["cache"], values["is_base"]
-        bookkeeping = ("log_every", "checkpoint_every", "tensorboard")
-        values["training"] = {name: value for name, value in values["training"].items() if name not in bookkeeping}
-        return values
+        return {name: value for name, value in vars(self).items() if name not in ("directory", "cache", "is_base")}
 
 
 def plan_jobs(config: CompareConfig) -> list[Job]:
@@ -200,18 +197,10 @@ def _check_directory(job: Job) -> None:
     path = job.directory / JOB_NAME
     if not path.exists():
         return
-    then, now = read_json(path), job.identity()
-    changed = sorted(name for name in now if _saved(job, name, then, now) != now[name])
-    if changed:
+    ignored = set(BOOKKEEPING) - {"snapshot_every"}  # a snapshot is a checkpoint that is measured
+    changes = differences(read_json(path), job.identity(), Job, ignored)
+    if changes:
         raise UserError(
-            f"'{job.directory}' holds a job of another config: {', '.join(changed)} differ. Give another output_dir, "
-            f"or delete that directory."
+            f"'{job.directory}' holds a job of another config ({told(changes)}). Give another output_dir, or delete "
+            f"that directory."
         )
-
-
-def _saved(job: Job, name: str, then: dict[str, Any], now: dict[str, Any]) -> Any:
-    """What a job's file says of a field; an option that did not exist when it was written had its default."""
-    if not is_dataclass(getattr(job, name)):
-        return then.get(name, getattr(Job, name, None))  # a dataclass keeps defaults as its class's attributes
-    values = {**asdict(type(getattr(job, name))()), **then.get(name, {})}
-    return {key: values[key] for key in now[name]}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, eq
 from stagepatch.errors import UserError
 from stagepatch.files import read_json
 from stagepatch.methods import make_method
+from stagepatch.settings import differences, told
 from stagepatch.training import BOOKKEEPING
 
 STAGES, STAGE_NAME = "stages", "stage.json"
@@ -46,11 +46,8 @@ class Stage:
 
     def identity(self) -> dict[str, Any]:
         """All that decides its result."""
-        values = asdict(self.config)
-        for name in ("output_dir", "num_stages", "split", "boundaries", "stage", "cache", "launch"):
-            del values[name]
-        for name in BOOKKEEPING:
-            del values["training"][name]
+        elsewhere = ("output_dir", "num_stages", "split", "boundaries", "stage", "cache", "launch")
+        values = {name: value for name, value in vars(self.config).items() if name not in elsewhere}
         return {**values, "first": self.first, "stop": self.stop}
 
 
@@ -86,10 +83,11 @@ def _check_directory(stage: Stage) -> None:
     path = stage.directory / STAGE_NAME
     if not path.exists():
         return
-    then, now = read_json(path), json.loads(json.dumps(stage.identity()))
-    changed = [name for name in now if then.get(name) != now[name]]
-    if changed:
+    now, facts = stage.identity(), read_json(path)
+    then = {name: facts[name] for name in now if name in facts}
+    changes = differences(then, now, DecoupleConfig(), BOOKKEEPING)
+    if changes:
         raise UserError(
-            f"'{stage.directory}' holds a stage of another config: {', '.join(changed)} differ. Give another "
-            f"output_dir, or delete that directory."
+            f"'{stage.directory}' holds a stage of another config ({told(changes)}). Give another output_dir, or "
+            f"delete that directory."
         )

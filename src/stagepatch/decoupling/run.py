@@ -17,6 +17,7 @@ from stagepatch.files import write_json
 from stagepatch.merging.fingerprint import model_fingerprint
 from stagepatch.methods import Consistent, Method, Pretrain, make_method
 from stagepatch.processes import processes
+from stagepatch.settings import as_json
 from stagepatch.training import train
 
 
@@ -70,4 +71,4 @@ def _train(stage: Stage, progress: bool) -> None:
 def _facts(stage: Stage) -> dict[str, Any]:
     """What merging and schedules need to know of a stage."""
     base = {"source": stage.config.model, "fingerprint": model_fingerprint(find_model(stage.config.model))}
-    return {"number": stage.number, "from": stage.first, "to": stage.stop, "base": base, **stage.identity()}
+    return {"number": stage.number, "from": stage.first, "to": stage.stop, "base": base, **as_json(stage.identity())}

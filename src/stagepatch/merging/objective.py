@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +37,6 @@ from stagepatch.methods import load_learned
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE
 from stagepatch.processes import processes
 from stagepatch.sampling import SamplingConfig, generate
-
-_NO_DIFFERENCE = ("batch_size", "num_workers", "max_broken")  # settings that change no image
 
 
 class Merged(Protocol):
@@ -174,14 +171,10 @@ def objective_identity(config: MergeConfig, stages: Stages) -> dict[str, Any]:
         "ties_keep": config.ties_keep,
         "metric": config.search.metric,
         "extractor": config.extractor,
-        "sampling": _kept(asdict(config.sampling)),
-        "data": _kept(asdict(config.data)),
+        "sampling": config.sampling,
+        "data": config.data,
     }
 
 
 def _fingerprint(directory: Path, is_lora: bool) -> str:
     return weights_fingerprint(TensorReader([directory / LORA_FILE])) if is_lora else model_fingerprint(directory)
-
-
-def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in _NO_DIFFERENCE}

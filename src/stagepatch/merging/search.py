@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,10 +25,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from stagepatch.errors import UserError
 from stagepatch.merging.config import SearchConfig
 from stagepatch.merging.storages import Workers, open_storage, quiet_optuna
+from stagepatch.settings import as_json, differences, told
 
 STRATEGIES = ("grid", "tpe", "cma")
 Slots = list[list[float]]  # of all stages, or empty where the sampler chooses
 Progress = Callable[[str, list["Evaluation"], int], None]
+_NO_DIFFERENCE = ("batch_size", "num_workers", "max_broken")  # settings that change no image
 _POLL = 0.5  # seconds between looks at what other processes do
 _CLAIM = 10.0  # seconds in which a process that begins a trial puts its name to it
 
@@ -284,19 +285,18 @@ def _study(
 ) -> optuna.Study:
     own: dict[str, Any] = {"low": config.low, "high": config.high}
     own |= {"coarse": config.coarse, "fine": config.fine} if strategy == "grid" else {"seed": config.seed}
-    now = json.loads(json.dumps({**identity, **own}))
+    now = {**identity, **own}
     study = optuna.create_study(
         storage=opened,
         study_name=f"{config.name} {strategy}",
         sampler=_sampler(strategy, config.seed),
         load_if_exists=True,
     )
-    then = study.user_attrs.get("identity", now)
-    changed = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
-    if changed:
+    changes = differences(study.user_attrs.get("identity", as_json(now)), now, ignored=_NO_DIFFERENCE)
+    if changes:
         raise UserError(
-            f"The storage of the search '{config.name}' holds evaluations of something else: {', '.join(changed)} "
-            f"differ. Give another search.name, or another output_dir or search.storage."
+            f"The storage of the search '{config.name}' holds evaluations of something else ({told(changes)}). Give "
+            f"another search.name, or another output_dir or search.storage."
         )
-    study.set_user_attr("identity", now)
+    study.set_user_attr("identity", as_json(now))
     return study

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 from stagepatch.backbones.loading import find_model
 from stagepatch.errors import UserError
 from stagepatch.files import read_json, write_json
+from stagepatch.scheduling.config import ScheduleConfig
 from stagepatch.scheduling.search import NONE, Choices
+from stagepatch.settings import as_json, differences, told
 
 
 class Journal:
@@ -19,7 +20,7 @@ class Journal:
 
     Args:
         path: of the file; it is written at once.
-        settings: JSON; what a search that goes on must share.
+        settings: what a search that goes on must share.
         names: of the models, by number.
 
     Attributes:
@@ -31,7 +32,7 @@ class Journal:
 
     def __init__(self, path: Path, settings: dict[str, Any], names: list[str]) -> None:
         self.path = path
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = settings
         self.names = names
         self.known: dict[Choices, float] = {}
         self.seconds: list[float] = []
@@ -56,13 +57,11 @@ class Journal:
             raise UserError(
                 f"'{self.path}' is not of a search for a schedule: move it away, or choose another output_dir."
             )
-        then, now = _flat(former), _flat(self.settings)
-        # An option that one of them lacks is of another version of this package.
-        odd = [key for key in now if key in then and then[key] != now[key]]
-        if odd:
+        changes = differences(former, self.settings, ScheduleConfig())
+        if changes:
             raise UserError(
-                f"'{self.path}' is of a search with other settings: {odd[0]} was {then[odd[0]]}, is {now[odd[0]]}. Go "
-                f"on with the former settings, or choose another output_dir."
+                f"'{self.path}' is of a search with other settings ({told(changes)}). Go on with the former settings, "
+                f"or choose another output_dir."
             )
         numbers = {name: number for number, name in enumerate(self.names)} | {None: NONE}
         for evaluation in saved.get("evaluations", []):
@@ -80,14 +79,7 @@ class Journal:
             }
             for (choices, value), seconds in zip(self.known.items(), self.seconds, strict=True)
         ]
-        write_json(self.path, {"settings": self.settings, "evaluations": evaluations})
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        write_json(self.path, {"settings": as_json(self.settings), "evaluations": evaluations})
 
 
 def weights_digest(source: str) -> str:

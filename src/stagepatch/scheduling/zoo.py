@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,8 @@ class Zoo:
 
     def settings(self, config: ScheduleConfig) -> dict[str, Any]:
         """All that decides what a search finds."""
-        values = asdict(config)
-        for name in ("output_dir", "evaluations", "cache", "seeds", "zoo"):
-            del values[name]
+        elsewhere = ("output_dir", "evaluations", "cache", "seeds", "zoo")
+        values = {name: value for name, value in vars(config).items() if name not in elsewhere}
         places = [config.model, *(entry.learned or entry.model for entry in config.zoo)]
         digests = {name: weights_digest(place) for name, place in zip(self.names, places, strict=True)}
         return {**values, "zoo": self.names, "weights": digests, "timesteps": self.timesteps}

@@ -1,5 +1,5 @@
+from .config import BOOKKEEPING as BOOKKEEPING
 from .config import TrainingConfig as TrainingConfig
 from .log import read_log as read_log
-from .loop import BOOKKEEPING as BOOKKEEPING
 from .loop import train as train
 from .signals import Interrupted as Interrupted

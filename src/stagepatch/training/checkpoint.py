@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from stagepatch.errors import UserError
 from stagepatch.files import read_tensors, write_tensors
+from stagepatch.settings import as_json, differences, told
+from stagepatch.training.config import BOOKKEEPING
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
@@ -28,7 +30,7 @@ def save_checkpoint(
     """Write parameters, optimizer state, average and iteration.
 
     Args:
-        identity: the settings that a resumed run must share; JSON.
+        identity: the settings that a resumed run must share.
     """
     for unfinished in directory.glob(f".{CHECKPOINT_NAME}.*"):
         unfinished.unlink(missing_ok=True)  # A run was killed while it wrote this.
@@ -39,7 +41,7 @@ def save_checkpoint(
         tensors |= {f"ema.{index}": value for index, value in enumerate(ema.shadow_params)}
     metadata = {
         "iteration": str(iteration),
-        "identity": json.dumps(identity, sort_keys=True),
+        "identity": json.dumps(as_json(identity), sort_keys=True),
         "ema_step": str(ema.optimization_step if ema is not None else 0),
         "scaler": json.dumps(scaler.state_dict() if scaler is not None else {}),
     }
@@ -68,7 +70,12 @@ def load_checkpoint(
     tensors, metadata = read_tensors(path)
     if "iteration" not in metadata or "identity" not in metadata:
         raise UserError(f"'{path}' is not a checkpoint of stagepatch: move it away, or choose another output_dir.")
-    _check_identity(path, json.loads(metadata["identity"]), json.loads(json.dumps(identity)))
+    changes = differences(json.loads(metadata["identity"]), identity, ignored=BOOKKEEPING)
+    if changes:
+        raise UserError(
+            f"'{path}' is the checkpoint of a run with other settings ({told(changes)}). Go on with the former "
+            f"settings, or choose another output_dir."
+        )
     _check_shapes(path, tensors, parameters, [] if ema is None else ema.shadow_params)
     for index, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"trained.{index}"])
@@ -91,17 +98,6 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    saved_flat, current_flat = _flatten(saved), _flatten(current)
-    odd = [key for key in sorted({*saved_flat, *current_flat}) if saved_flat.get(key) != current_flat.get(key)]
-    if odd:
-        changes = ", ".join(f"{key} was {saved_flat.get(key)}, is {current_flat.get(key)}" for key in odd[:4])
-        raise UserError(
-            f"'{path}' is the checkpoint of a run with other settings ({changes}). Go on with the former settings, "
-            f"or choose another output_dir."
-        )
-
-
 def _check_shapes(
     path: Path, tensors: dict[str, Tensor], parameters: list[nn.Parameter], averages: list[Tensor]
 ) -> None:
@@ -115,13 +111,3 @@ def _check_shapes(
             f"'{path}' is the checkpoint of another model's run: {odd[0]} is "
             f"{given and list(given)}, expected {wanted and list(wanted)}. Choose another output_dir."
         )
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

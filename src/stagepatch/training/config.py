@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")  # changes nothing that is learned
+
 
 @dataclass
 class TrainingConfig:

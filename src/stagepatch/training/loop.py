@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from stagepatch.training.randomness import GLOBAL, BatchOrder, seed_for
 from stagepatch.training.signals import Interrupted, StopSignals
 
 # Settings that may change when a run goes on: they decide nothing of its result.
-BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")
 # Settings, the least and the most that they may be.
 _LIMITS = [
     (("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1, math.inf),
@@ -103,7 +101,7 @@ def train(
     rates = [group["lr"] for group in optimizer.param_groups]
     rate_factor = _rate_factor(config, optimizer)
     ema = _average(parameters, config) if config.ema_decay else None
-    identity = {**(identity or {}), "training": _settings(config)}
+    identity = {**(identity or {}), "training": config}
     state = (identity, parameters, optimizer, ema, accelerator.scaler)
     start = load_checkpoint(directory, *state)
     if config.compile:
@@ -191,10 +189,6 @@ def _check_settings(config: TrainingConfig, num_processes: int) -> None:
             f"batch_size={config.batch_size} does not divide by {num_processes} processes × "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
         )
-
-
-def _settings(config: TrainingConfig) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config).items() if name not in BOOKKEEPING}
 
 
 def _average(parameters: list[nn.Parameter], config: TrainingConfig) -> Any:
