@@ -147,7 +147,7 @@ def _compare_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
 def _datasets(config: configs.AnalyzeConfig) -> dict[str, Any]:
     if has_vae(config.model):
         directory = Path(config.cache or Path(config.output_dir) / "cache")
-        make_cache(directory, config.model, config.data, 8, torch.float32)
+        make_cache(directory, config.model, config.data)
         return {"training images": CachedLatents(directory)}
     datasets = {"training images": load_dataset(config.data)}
     if config.data.source == "digits":

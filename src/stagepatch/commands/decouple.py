@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import yaml
 
 from stagepatch import config as configs
 from stagepatch.backbones import has_vae
-from stagepatch.commands.common import RUN_CONFIG, say
+from stagepatch.commands.common import RUN_CONFIG, run_jobs, say
 from stagepatch.data import make_cache
 from stagepatch.decoupling import Stage, is_done, plan_stages, run_stage
 from stagepatch.files import write_text
-from stagepatch.launching import launch
 from stagepatch.processes import processes
-from stagepatch.progress import progress_bar
 
 EXPERTS_NAME = "experts.yaml"
 
@@ -26,32 +23,18 @@ def decouple(config: configs.DecoupleConfig, resolved: str) -> None:
     directory = Path(config.output_dir)
     if config.stage < 0:
         write_text(directory / RUN_CONFIG, resolved)
-    left = [stage for stage in stages if not is_done(stage)]
-    if left and has_vae(config.model):
-        make_cache(left[0].cache, config.model, config.data, 8, torch.float32)
+    if has_vae(config.model) and not all(map(is_done, stages)):
+        make_cache(stages[0].cache, config.model, config.data)
     if config.stage >= 0:
         run_stage(stages[config.stage])
     else:
-        _run_all(stages, left, config)
+        run_jobs(run_stage, stages, is_done, config.launch, directory / "logs", "stages")
     if not processes().is_main_process:
         return
     write_text(directory / EXPERTS_NAME, _experts(stages))
     missing = [str(stage.number) for stage in stages if not is_done(stage)]
     more = f" Stages {', '.join(missing)} are still to be trained." if missing else ""
     say(f"The stages are in '{directory / 'stages'}', their schedule in '{directory / EXPERTS_NAME}'.{more}")
-
-
-def _run_all(stages: list[Stage], left: list[Stage], config: configs.DecoupleConfig) -> None:
-    logs = Path(config.output_dir) / "logs"
-    print(f"{len(stages)} stages, {len(stages) - len(left)} of them done; logs in '{logs}'.")
-    with progress_bar() as progress:
-        task = progress.add_task("stages", total=len(stages), completed=len(stages) - len(left), status="")
-
-        def on_done(stage: Stage) -> None:
-            progress.advance(task)
-            progress.console.print(f"done: {stage}", highlight=False)
-
-        launch(run_stage, left, config.launch, logs, on_done)
 
 
 def _experts(stages: list[Stage]) -> str:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from stagepatch import config as configs
-from stagepatch.backbones import has_vae
 from stagepatch.commands.common import RUN_CONFIG, load_on_device, own_share, put_on, sampling_bar
-from stagepatch.data import CachedLatents, make_cache
 from stagepatch.errors import UserError
 from stagepatch.evaluation import Measured, latent_sampling, load_extractor, load_references, measure
 from stagepatch.files import write_json, write_text
@@ -22,11 +18,7 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     """Measure a model; with a patch or a schedule, base and patched (or scheduled) from the same noise."""
     if config.patch and config.schedule:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
-    latents = None
-    if has_vae(config.model):
-        cache_dir = Path(config.cache or Path(config.output_dir) / "cache")
-        make_cache(cache_dir, config.model, config.data, 8, torch.float32)
-        latents = latent_sampling(config.model, CachedLatents(cache_dir))
+    latents = latent_sampling(config.model, config.data, Path(config.cache or Path(config.output_dir) / "cache"))
     model, scheduler = load_on_device(config.model)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
     references = load_references(config.data)

@@ -7,12 +7,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from stagepatch import config as configs
-from stagepatch.backbones import has_vae
 from stagepatch.commands.common import RUN_CONFIG, load_on_device
-from stagepatch.data import CachedLatents, make_cache
 from stagepatch.errors import UserError
 from stagepatch.evaluation import (
     Measured,
@@ -76,11 +72,7 @@ def _check(config: configs.ScheduleConfig) -> None:
 
 
 def _load(config: configs.ScheduleConfig) -> Zoo:
-    latents = None
-    if has_vae(config.model):
-        cache_dir = Path(config.cache or Path(config.output_dir) / "cache")
-        make_cache(cache_dir, config.model, config.data, 8, torch.float32)
-        latents = latent_sampling(config.model, CachedLatents(cache_dir))
+    latents = latent_sampling(config.model, config.data, Path(config.cache or Path(config.output_dir) / "cache"))
     model, scheduler = load_on_device(config.model)
     return load_zoo(config, model, scheduler, latents)
 

@@ -68,7 +68,7 @@ def _run(job: Job, is_main: bool) -> None:
             experts.attach(model)
             sampling = experts.sampling(sampling)
         references, extractor = load_references(job.data), load_extractor(job.extractor)
-        latents = latent_sampling(job.model, CachedLatents(job.cache)) if has_vae(job.model) else None
+        latents = latent_sampling(job.model, job.data, job.cache)
         measured = measure(model, scheduler, sampling, job.sampling_seeds, references, extractor, latents=latents)
         done[step] = measured.metrics
         if is_main:

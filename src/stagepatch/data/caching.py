@@ -19,7 +19,9 @@ from stagepatch.progress import progress_bar
 _PREPROCESSING = ("image_size", "channels", "crop", "bucket_step", "caption_column", "label_column")
 
 
-def make_cache(directory: Path, model: str, data: DataConfig, batch_size: int, dtype: torch.dtype) -> None:
+def make_cache(
+    directory: Path, model: str, data: DataConfig, batch_size: int = 8, dtype: torch.dtype = torch.float32
+) -> None:
     """Make the cache of images and captions for a model with a VAE, or check the one that is there.
 
     A whole cache is only compared with its key: neither images nor encoders are loaded.

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from stagepatch.backbones import load_vae
-from stagepatch.data import CachedLatents, decode_latents
+from stagepatch.backbones import has_vae, load_vae
+from stagepatch.data import CachedLatents, decode_latents, make_cache
+from stagepatch.data.config import DataConfig
 from stagepatch.evaluation.paired import LatentSampling
 from stagepatch.processes import processes
 from stagepatch.sampling import Captions
 
 
-def latent_sampling(model: str, cached: CachedLatents) -> LatentSampling:
-    """How a model with a VAE is sampled: image i has the caption of the cache's item i modulo their number."""
+def latent_sampling(model: str, data: DataConfig, cache: Path) -> LatentSampling | None:
+    """How a model with a VAE is sampled: image i has the caption of the cache's item i modulo their number.
+
+    Args:
+        cache: its directory; it is made first if it is not there.
+
+    Returns:
+        None for a model without a VAE, which needs no more than its own shape.
+
+    Raises:
+        UserError: the directory holds the cache of something else, or the data cannot be had.
+    """
+    if not has_vae(model):
+        return None
+    make_cache(cache, model, data)
+    cached = CachedLatents(cache)
     vae = load_vae(model).to(processes().device)
 
     def condition(indices: list[int]) -> dict[str, Tensor]:

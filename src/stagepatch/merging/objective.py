@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from stagepatch.backbones import add_projections, has_vae, load_denoiser
+from stagepatch.backbones import add_projections, load_denoiser
 from stagepatch.backbones.loading import find_model
 from stagepatch.backbones.projection import PROJECTION
-from stagepatch.data import CachedLatents, ImageDataset, make_cache
+from stagepatch.data import ImageDataset
 from stagepatch.errors import UserError
 from stagepatch.evaluation import (
     FeatureExtractor,
@@ -154,11 +154,7 @@ def make_objective(config: MergeConfig, stages: Stages) -> SampleFID:
     """
     ties = Ties(config.ties_keep) if config.ties_keep else None
     merged: Merged = MergedLoRA(stages) if stages.are_loras else MergedModel(stages, ties)
-    latents = None
-    if has_vae(stages.base):
-        cache = Path(config.cache or Path(config.output_dir) / "cache")
-        make_cache(cache, stages.base, config.data, 8, torch.float32)
-        latents = latent_sampling(stages.base, CachedLatents(cache))
+    latents = latent_sampling(stages.base, config.data, Path(config.cache or Path(config.output_dir) / "cache"))
     references, extractor = load_references(config.data), load_extractor(config.extractor)
     return SampleFID(merged, config.sampling, references, extractor, config.search.metric, latents)
 
