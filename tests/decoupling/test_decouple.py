@@ -91,7 +91,21 @@ def test_p_of_one_is_fine_tuning_on_all_timesteps(tmp_path, model, monkeypatch):
     for half in (seen[:30], seen[30:]):
         timesteps = torch.cat([draws.timesteps for draws in half])
         assert (timesteps < 500).float().mean().sub(0.5).abs() < 0.15
-    assert not differs(weights(tmp_path / "out" / "stages" / "0"), weights(tmp_path / "out" / "stages" / "1"))
+
+
+def test_stages_share_no_draws_and_another_seed_gives_others(tmp_path, model, monkeypatch):
+    from stagepatch.training import loop
+
+    noises, backward = [], loop._backward
+    monkeypatch.setattr(
+        loop, "_backward", lambda step, draws, *rest: noises.append(draws.noise) or backward(step, draws, *rest)
+    )
+    for name, seed in (("one", 0), ("two", 1)):
+        (tmp_path / name).mkdir()
+        training = {**TRAINING, "steps": 1, "seed": seed}
+        assert decouple(tmp_path / name, model, num_stages=2, training=training, projection=False) == 0
+    assert len(noises) == 4
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == 4
 
 
 def test_consistency_holds_a_stage_near_the_original(tmp_path, model):

@@ -53,7 +53,8 @@ class DecoupleConfig:
         lora: what a LoRA learns.
         weighting: of timesteps in the loss.
         data: training images: the ones that the model was trained on.
-        training: of each stage (DeMe: 20,000 steps; LSUN: batch 16 × 4, rate 5e-5; CIFAR-10: batch 64, rate 2e-4).
+        training: of each stage (DeMe: 20,000 steps; LSUN: batch 16 × 4, rate 5e-5; CIFAR-10: batch 64, rate 2e-4);
+            each draws images, noise and timesteps of its own, from `training.seed` and its number.
         launch: where jobs run.
     """
 

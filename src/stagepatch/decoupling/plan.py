@@ -18,6 +18,7 @@ from stagepatch.files import read_json
 from stagepatch.methods import make_method
 from stagepatch.settings import differences, told
 from stagepatch.training import BOOKKEEPING
+from stagepatch.training.randomness import STAGE, seed_for
 
 STAGES, STAGE_NAME = "stages", "stage.json"
 
@@ -72,11 +73,16 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
         TimestepSampler(total, first, stop, config.p, bool(config.antithetic))
     if not -1 <= config.stage < len(ranges):
         raise UserError(f"stage={config.stage} is none of 0 to {len(ranges) - 1}; -1 is all.")
-    training = replace(config.training, snapshot_every=0)
-    stages = [Stage(number, *ends, replace(config, training=training)) for number, ends in enumerate(ranges)]
+    stages = [Stage(number, *ends, _with_own_seed(config, number)) for number, ends in enumerate(ranges)]
     for stage in stages:
         _check_directory(stage)
     return stages
+
+
+def _with_own_seed(config: DecoupleConfig, number: int) -> DecoupleConfig:
+    """From common draws, task vectors would share their noise, which then does not average out in a merge."""
+    seed = seed_for(STAGE, config.training.seed, number)
+    return replace(config, training=replace(config.training, snapshot_every=0, seed=seed))
 
 
 def _check_directory(stage: Stage) -> None:

@@ -12,7 +12,7 @@ from torch import Generator
 from torch.utils.data import Sampler
 
 # First parts of a seed, so that no two uses share a stream.
-ORDER, NOISE, GLOBAL = 1, 2, 3
+ORDER, NOISE, GLOBAL, STAGE = 1, 2, 3, 4
 
 
 def seed_for(*parts: int) -> int:
