@@ -266,15 +266,16 @@ def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, monkeypa
 def test_a_stage_that_another_process_trains_is_waited_for(tmp_path, model, monkeypatch):
     (stage,) = plan_stages(DecoupleConfig(**_values(tmp_path, model)))
     stage.directory.mkdir(parents=True)
-    monkeypatch.setattr("stagepatch.decoupling.run.train", None)
+    trained = []
+    monkeypatch.setattr("stagepatch.decoupling.run._train", lambda *_, **__: trained.append(1))
     waiting = threading.Thread(target=run_stage, args=(stage,))
     with FileLock(stage.directory / "lock"):
         waiting.start()
         waiting.join(0.3)
-        assert waiting.is_alive()
         (stage.directory / "stage.json").write_text("{}")  # the other one is done
     waiting.join(10)
     assert not waiting.is_alive()
+    assert not trained
 
 
 def _values(tmp_path, model):
