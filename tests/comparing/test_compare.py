@@ -7,16 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from scipy import stats
 
 from stagepatch.backbones import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.comparing.config import CompareConfig, EntryConfig
+from stagepatch.comparing.job import run_job
 from stagepatch.comparing.plan import plan_jobs, trainable_parameters
 from stagepatch.comparing.results import difference
 from stagepatch.files import read_tensors
@@ -183,6 +186,21 @@ def test_bad_input_is_refused_before_any_training(tmp_path, capsys, monkeypatch,
     assert compare(tmp_path, **changes) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "jobs").exists()
+
+
+def test_a_job_that_another_process_does_is_waited_for(tmp_path, monkeypatch):
+    entries = [EntryConfig(**ENTRIES[0])]
+    (job,) = plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=entries))
+    job.directory.mkdir(parents=True)
+    begun = []
+    monkeypatch.setattr("stagepatch.comparing.job._run", lambda *_: begun.append(1))
+    waiting = threading.Thread(target=run_job, args=(job,))
+    with FileLock(job.directory / "lock"):
+        waiting.start()
+        waiting.join(0.3)
+        assert not begun
+    waiting.join(10)
+    assert begun
 
 
 def test_job_of_another_config_is_not_taken_for_done(tmp_path, capsys):
