@@ -42,6 +42,18 @@ def merged(models, weights, tmp_path, **more):
     return weights_of(output)
 
 
+def test_the_pipeline_is_copied_and_a_training_run_beside_it_is_not(models, tmp_path):
+    base, stages = models
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    (base / "snapshots" / "0000100").mkdir(parents=True)
+    (base / "search.json").write_text("{}")
+    merge_models(base, stages, [0.0, 0.0, 0.0], tmp_path / "merged")
+    names = sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert names == ["model_index.json", "scheduler", "tokenizer", "unet"]
+    DDPMPipeline.from_pretrained(tmp_path / "merged")
+
+
 def test_no_weight_gives_the_base_and_one_gives_its_stage_exactly(models, tmp_path):
     base, stages = models
     for name, value in merged(models, [0.0, 0.0, 0.0], tmp_path).items():

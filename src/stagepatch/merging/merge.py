@@ -72,7 +72,7 @@ def merge_models(
     """Merge model directories, a tensor at a time, into one that any diffusers code loads.
 
     Args:
-        base: the model that the stages were trained from; whatever lies beside its denoiser is copied.
+        base: the model that the stages were trained from; the other parts of its pipeline are copied.
         stages: directories whose denoiser has the base's architecture.
         weights: w_i, one a stage.
 
@@ -88,13 +88,14 @@ def merge_models(
     reader, *readers = [ProjectedReader(each, found) for each in found]
     for stage, other in zip(stages, readers, strict=True):
         check_same(reader, other, stage)
-    for part in base.iterdir():
-        if part.is_dir() and part.name != component:
-            shutil.copytree(part, output / part.name, dirs_exist_ok=True)
-        elif part.suffix == ".json":
-            output.mkdir(parents=True, exist_ok=True)
-            shutil.copy(part, output / part.name)
     (output / component).mkdir(parents=True, exist_ok=True)
+    for part in base.iterdir():
+        if (
+            part.is_dir() and part.name != component and any(part.glob("*config.json"))
+        ):  # a training run may lie in the same directory
+            shutil.copytree(part, output / part.name, dirs_exist_ok=True)
+        elif part.name == "model_index.json":
+            shutil.copy(part, output)
     shutil.copy(base / component / "config.json", output / component / "config.json")
     shapes = {name: (reader.shape(name), reader.dtype(name)) for name in reader.names()}
     write_stream(
