@@ -20,6 +20,7 @@ from stagepatch.backbones import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.comparing.config import CompareConfig, EntryConfig
 from stagepatch.comparing.job import run_job
+from stagepatch.comparing.page import COLUMNS, short
 from stagepatch.comparing.plan import plan_jobs, trainable_parameters
 from stagepatch.comparing.results import difference
 from stagepatch.files import read_tensors
@@ -135,6 +136,19 @@ def test_job_of_two_processes_ends_with_the_same_patch(tmp_path):
     assert len(list((tmp_path / "2" / "out" / "logs").rglob("*_1_log.out"))) == 2
     for name, alone in results[0].items():
         torch.testing.assert_close(results[1][name], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_terminal_shows_the_last_checkpoint_of_each_entry():
+    columns = [*COLUMNS, "FID at 2", "FID at 4", "difference to base", "in percent", "p"]
+    whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "e", "f"]
+    shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "e", "f"]
+    assert short(columns, [whole]) == (
+        ["method", "share", "FID at 4", "difference to base", "in percent", "p"],
+        [["b", "1%", "0.4", "d", "e", "f"]],
+    )
+    names, cells = short(columns, [whole, shorter])
+    assert names[2] == "FID at the end"
+    assert [row[2] for row in cells] == ["0.4", "0.3"]
 
 
 def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):

@@ -65,9 +65,15 @@ def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
 
 
 def short(columns: list[str], cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """What fits on a terminal: method, share trained, and the last checkpoint."""
-    kept = [0, 2, *range(len(columns) - 4, len(columns))]
-    return [columns[place] for place in kept], [[row[place] for place in kept] for row in cells]
+    """What fits on a terminal: method, share trained, and the last checkpoint, of each entry its own."""
+    measured = slice(len(COLUMNS), -3)
+    last = [next((cell for cell in reversed(row[measured]) if cell), "") for row in cells]
+    is_one = all(row[measured][-1] for row in cells)
+    label = columns[measured][-1] if is_one else columns[measured][-1].rpartition(" at ")[0] + " at the end"
+    return (
+        [columns[0], columns[2], label, *columns[-3:]],
+        [[row[0], row[2], value, *row[-3:]] for row, value in zip(cells, last, strict=True)],
+    )
 
 
 def note(jobs: Sequence[Job]) -> str:
