@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DeMe on digits, three training seeds: decouple, merge with equal weights and by search, compare. Resumes.
+# DeMe on digits, three training seeds: decouple, merge with equal weights and by search, compare. Some 1.5 h on 2 cores. Resumes.
 # For the U-Net: MODEL=unet bash experiments/deme.sh, after stagepatch pretrain --config configs/digits/pretrain-unet.yaml
 set -euo pipefail
 suffix=${MODEL:+-$MODEL}
