@@ -8,6 +8,10 @@ for seed in 0 1 2; do
   stagepatch decouple --config "configs/digits/decouple$suffix.yaml" --training.seed "$seed" --output_dir "$stages"
   stagepatch decouple --config "configs/digits/decouple$suffix.yaml" --training.seed "$seed" --num_stages 1 \
     --output_dir "runs/digits$suffix-one-$seed"
+  if [ -n "$suffix" ]; then
+    stagepatch decouple --config "configs/digits/decouple$suffix.yaml" --training.seed "$seed" --method dmp \
+      --training.learning_rate 1e-2 --output_dir "runs/digits$suffix-patches-$seed"
+  fi
   merge=(stagepatch merge --config "configs/digits/merge$suffix.yaml" --stages "['$stages']")
   "${merge[@]}" --search.strategies '[]' --weights '[0.25, 0.25, 0.25, 0.25]' --output_dir "runs/digits$suffix-mean-$seed"
   "${merge[@]}" --search.strategies '[grid]' --output_dir "runs/digits$suffix-grid-$seed"
