@@ -29,7 +29,6 @@ from stagepatch.training.log import RunLog
 from stagepatch.training.randomness import GLOBAL, BatchOrder, seed_for
 from stagepatch.training.signals import Interrupted, StopSignals
 
-# Settings that may change when a run goes on: they decide nothing of its result.
 # Settings, the least and the most that they may be.
 _LIMITS = [
     (("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1, math.inf),
