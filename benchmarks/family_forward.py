@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch import Patch, PatchConfig
-from stagepatch.backbones import predict
+from stagepatch.families import predict
 
 
 @dataclass

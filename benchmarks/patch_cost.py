@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from stagepatch import DiT, Patch
-from stagepatch.backbones import predict
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
+from stagepatch.families import predict
 
 
 def build(name: str, device: str) -> DiT:

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers import DDIMScheduler, DDPMPipeline
 
 from stagepatch import PatchConfig
-from stagepatch.backbones import load_denoiser
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.data import DataConfig, load_dataset
 from stagepatch.diffusion import Objective
 from stagepatch.methods import DMP

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from stagepatch import PatchConfig
-from stagepatch.backbones import load_denoiser
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.data import CachedLatents, DataConfig, make_cache
 from stagepatch.diffusion import Objective
 from stagepatch.methods import DMP

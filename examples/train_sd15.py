@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stagepatch import Patch, PatchConfig
-from stagepatch.backbones import load_denoiser
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.data import CachedLatents, DataConfig, make_cache
 from stagepatch.diffusion import Objective
 from stagepatch.methods import DMP

@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stagepatch.backbones import learns_sigma, load_denoiser
+from stagepatch.checkpoints import load_denoiser
+from stagepatch.cli.demo_run import demo_plan
+from stagepatch.core.files import write_json, write_text
 from stagepatch.data import DataConfig
-from stagepatch.demo import demo_plan
 from stagepatch.diffusion import Objective
 from stagepatch.evaluation import load_extractor, load_references, measure, paired_difference
-from stagepatch.files import write_json, write_text
+from stagepatch.families import learns_sigma
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
 from stagepatch.report import markdown_table

@@ -1,9 +1,15 @@
 """What most rooms' tests start from."""
 
+import os
+
 import pytest
 import torch
 
 from stagepatch.models import DiT
+from tests.runs import Processes
+
+# What tests compare bit for bit is the CPU's.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 TINY = {
     "sample_size": 8,
@@ -42,3 +48,11 @@ def batch():
     """Sample [4, 1, 8, 8], timesteps [4] and labels [4] (the last is the null label) for `tiny_dit`."""
     sample = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(7))
     return sample, torch.tensor([1, 250, 600, 999]), torch.tensor([0, 3, 9, 10])
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """Starts jobs in processes of their own."""
+    jobs = Processes(tmp_path_factory.mktemp("output"))
+    yield jobs
+    jobs.stop()

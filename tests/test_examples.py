@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stagepatch import Patch
-from stagepatch.backbones import registry
+from stagepatch.families import registry
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
 

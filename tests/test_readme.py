@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stagepatch import Patch
-from stagepatch.backbones import load_denoiser
+from stagepatch.checkpoints import load_denoiser
 
 ROOT = Path(__file__).parent.parent
 PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

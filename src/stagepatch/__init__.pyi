@@ -1,4 +1,4 @@
-from . import backbones as backbones
+from . import families as families
 from . import models as models
 from .models import DiT as DiT
 from .patch import Patch as Patch

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from stagepatch.analysis import Samples, count_sketch, even_timesteps, gradient_similarity, gradients, near_and_far
 from stagepatch.analysis.gradients import compare_halves, gram
+from stagepatch.core.errors import UserError
 from stagepatch.data import ImageDataset
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
-from stagepatch.errors import UserError
 
 TIMESTEPS = [50, 400, 700, 990]
 COUNT = 6  # halves of 3, so that the last batch of 2 is cut

@@ -9,7 +9,7 @@ from stagepatch.analysis import Samples, difference, estimate, loss_at_timesteps
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 from stagepatch.diffusion.timesteps import TimestepSampler
 from stagepatch.methods import load_learned
-from tests.training.training_runs import make_dataset, make_model, make_objective, run
+from tests.runs import make_dataset, make_model, make_objective, run
 
 
 def test_losses_are_the_objective_by_hand():

@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from stagepatch.analysis import find_stages, task_vectors
-from stagepatch.backbones import add_projections, save_denoiser
+from stagepatch.checkpoints import add_projections, save_denoiser
+from stagepatch.core import TensorReader
+from stagepatch.core.errors import UserError
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.errors import UserError
-from stagepatch.merging import TensorReader
 from stagepatch.methods import LoRAConfig, load_learned, make_method
 from stagepatch.patch import PatchConfig
 from tests.tiny import FAMILIES

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from stagepatch.backbones import load_captioner, load_vae
+from stagepatch.checkpoints import load_captioner, load_vae
 from stagepatch.cli import main
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors
 from stagepatch.data import CachedLatents, DataConfig, Images, encode_images, open_source
-from stagepatch.data.caching import make_cache
-from stagepatch.errors import UserError
-from stagepatch.files import read_tensors
+from stagepatch.data.model_cache import make_cache
 from tests.tiny_pipelines import PIPELINES
 
 CAPTIONS = ["a red house", "a blue tree on the old house", "", "a red house"]
@@ -142,7 +142,7 @@ def test_whole_cache_is_opened_without_images_or_encoders(tmp_path, folder, sd, 
     config = data(folder)
     cache(tmp_path / "cache", sd, config)
     for name in ("load_vae", "load_captioner", "Images"):
-        monkeypatch.setattr(f"stagepatch.data.caching.{name}", None)
+        monkeypatch.setattr(f"stagepatch.data.model_cache.{name}", None)
     assert len(cache(tmp_path / "cache", sd, config)) == 4
 
 
@@ -211,10 +211,10 @@ def test_cache_that_is_not_whole_cannot_be_read(tmp_path, folder, sd):
 
 
 def test_killed_while_caching_it_goes_on_and_ends_the_same(tmp_path, folder, sd, monkeypatch):
-    monkeypatch.setattr("stagepatch.data.cache.IMAGES_PER_FILE", 1)
+    monkeypatch.setattr("stagepatch.data.cache_writer.IMAGES_PER_FILE", 1)
     whole = cache(tmp_path / "whole", sd, data(folder))
     script = (
-        "import time, sys, stagepatch.data.cache as c; c.IMAGES_PER_FILE = 1\n"
+        "import time, sys, stagepatch.data.cache_writer as c; c.IMAGES_PER_FILE = 1\n"
         "write = c.write_tensors\n"
         "def slowly(path, *rest):\n    write(path, *rest); print(path.name, flush=True); time.sleep(0.5)\n"
         "c.write_tensors = slowly\n"
@@ -243,11 +243,11 @@ def test_killed_while_caching_it_goes_on_and_ends_the_same(tmp_path, folder, sd,
 
 
 def test_two_processes_share_the_work(tmp_path, folder, sd, monkeypatch):
-    monkeypatch.setattr("stagepatch.data.cache.IMAGES_PER_FILE", 1)
+    monkeypatch.setattr("stagepatch.data.cache_writer.IMAGES_PER_FILE", 1)
     alone = cache(tmp_path / "alone", sd, data(folder))
     script = tmp_path / "two.py"
     script.write_text(
-        "import os, sys, stagepatch.data.cache as c; c.IMAGES_PER_FILE = 1\n"
+        "import os, sys, stagepatch.data.cache_writer as c; c.IMAGES_PER_FILE = 1\n"
         "encode = c._encode_images\n"
         "def counted(*args):\n    print('images of', os.environ['RANK'], flush=True); return encode(*args)\n"
         "c._encode_images = counted\n"

@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
+from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, FolderSource, in_memory, load_dataset, open_source
 from stagepatch.data.dataset import find_format
-from stagepatch.errors import UserError
 
 
 @pytest.mark.parametrize(

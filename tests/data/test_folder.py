@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, FolderSource, in_memory, load_dataset
-from stagepatch.errors import UserError
 
 
 def paint(path, colour, size=(12, 12), **options):

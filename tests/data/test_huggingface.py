@@ -6,8 +6,8 @@ import sys
 import pytest
 from PIL import Image
 
+from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, HuggingFaceSource, load_dataset
-from stagepatch.errors import UserError
 
 datasets = pytest.importorskip("datasets")
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
+from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, FolderSource, Images, in_memory
-from stagepatch.errors import UserError
 
 
 def images(folder, **choices):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from stagepatch.core.errors import UserError
 from stagepatch.data import bucket_sizes, center_crop_adm, fit_to_bucket, nearest_bucket, to_tensor
-from stagepatch.errors import UserError
 
 
 def pixels(image):

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, WebDatasetSource, load_dataset
-from stagepatch.errors import UserError
 
 
 def picture(value, kind="PNG", size=(8, 8)):

@@ -11,8 +11,8 @@ from diffusers import (
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
+from stagepatch.core.errors import UserError
 from stagepatch.diffusion import Objective
-from stagepatch.errors import UserError
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 DIFFUSION = ["epsilon", "v_prediction", "sample"]

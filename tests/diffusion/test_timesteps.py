@@ -4,9 +4,9 @@ import pytest
 import torch
 from scipy import stats
 
+from stagepatch.core.errors import UserError
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
-from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, equal_in_t, given
-from stagepatch.errors import UserError
+from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, equal_in_t, split_at
 
 T, FIRST, STOP = 1000, 250, 500
 
@@ -43,7 +43,7 @@ def test_mirrored_half_stands_opposite():
 def test_ranges_of_equal_length_and_given_ones():
     assert equal_in_t(1000, 4) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
     assert equal_in_t(10, 3) == [(0, 3), (3, 7), (7, 10)]
-    assert given(1000, [100, 600]) == [(0, 100), (100, 600), (600, 1000)]
+    assert split_at(1000, [100, 600]) == [(0, 100), (100, 600), (600, 1000)]
 
 
 def test_ranges_of_equal_log_snr():
@@ -66,8 +66,8 @@ def test_ranges_of_equal_log_snr():
         (lambda: TimestepSampler(T, 0, 1001), "from 0 to 1001"),
         (lambda: TimestepSampler(T, 0, 10, p=1.5), "p=1.5 must be a probability"),
         (lambda: equal_in_t(10, 11), "10 timesteps cannot be split into 11"),
-        (lambda: given(10, [5, 5]), r"boundaries=\[5, 5\] must rise"),
-        (lambda: given(10, [10]), r"boundaries=\[10\] must rise"),
+        (lambda: split_at(10, [5, 5]), r"boundaries=\[5, 5\] must rise"),
+        (lambda: split_at(10, [10]), r"boundaries=\[10\] must rise"),
     ],
 )
 def test_bad_ranges_are_refused(make, message):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from stagepatch.backbones import predict
+from stagepatch.core.errors import UserError
 from stagepatch.diffusion import Objective, ObjectiveConfig, WeightingConfig, make_scheduler, make_weighting
-from stagepatch.errors import UserError
+from stagepatch.families import predict
 
 NAMES = ["snr", "snr_plus_one", "truncated_snr", "min_snr", "p2"]
 SNR = torch.logspace(-4, 4, 33, dtype=torch.float64)

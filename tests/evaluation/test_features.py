@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, in_memory, load_dataset, load_digits
-from stagepatch.errors import UserError
 from stagepatch.evaluation import (
     References,
     digits_classifier,

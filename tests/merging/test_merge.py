@@ -7,9 +7,10 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from stagepatch.backbones import add_projections, load_denoiser, save_denoiser
-from stagepatch.errors import UserError
-from stagepatch.merging import TensorReader, Ties, combine, merge_loras, merge_models, write_stream
+from stagepatch.checkpoints import add_projections, load_denoiser, save_denoiser
+from stagepatch.core import TensorReader, write_stream
+from stagepatch.core.errors import UserError
+from stagepatch.merging import Ties, combine, merge_loras, merge_models
 from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 

@@ -4,9 +4,9 @@ import copy
 
 import torch
 
-from stagepatch.backbones import predict
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 from stagepatch.diffusion.timesteps import equal_in_t
+from stagepatch.families import predict
 from stagepatch.merging import combine
 
 

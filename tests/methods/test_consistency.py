@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from stagepatch.backbones import predict
+from stagepatch.families import predict
 from stagepatch.methods import DMP, Finetune, LoRA, LoRAConfig
 from stagepatch.methods.consistency import Consistent
 from stagepatch.patch import PatchConfig

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagepatch.backbones import load_denoiser, predict
+from stagepatch.checkpoints import load_denoiser
+from stagepatch.core.errors import UserError
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.errors import UserError
+from stagepatch.families import predict
 from stagepatch.methods import DMP, BitFit, Finetune, LoRA, LoRAConfig, Pretrain, load_learned, make_method
 from stagepatch.methods.lora import active_ranks
 from stagepatch.patch import PatchConfig

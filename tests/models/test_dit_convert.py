@@ -6,7 +6,7 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.models.embeddings import sincos_positions
 

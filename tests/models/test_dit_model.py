@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
 from stagepatch.models import DIT_SIZES, DiT
 
 

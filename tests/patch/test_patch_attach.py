@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from stagepatch.backbones import Extent, predict
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import Extent, predict
 from stagepatch.patch import Patch, PatchConfig
 
 ADD_CHOICES = [

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from stagepatch.backbones import predict
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import predict
 from stagepatch.patch import balance
 from stagepatch.patch.patch import Mixture
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stagepatch.backbones import predict
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import predict
 from stagepatch.methods import DMP
 from stagepatch.patch import Patch, PatchConfig, balance
 

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from stagepatch.backbones import load_denoiser
-from stagepatch.errors import UserError
+from stagepatch.checkpoints import load_denoiser
+from stagepatch.core.errors import UserError
 from stagepatch.patch import Patch
 from tests.tiny import FAMILIES, text_unet
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from stagepatch.backbones import has_vae, load_captioner, load_denoiser
-from stagepatch.errors import UserError
+from stagepatch.checkpoints import has_vae, load_captioner, load_denoiser
+from stagepatch.core.errors import UserError
 from stagepatch.patch import Patch
 from tests.tiny_pipelines import PIPELINES
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stagepatch.backbones import predict
+from stagepatch.families import predict
 from stagepatch.patch.gate import LinearGate
 from stagepatch.patch.mixture import hard_weights, mix, soft_weights
 

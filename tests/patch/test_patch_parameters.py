@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from stagepatch.backbones import predict
-from stagepatch.backbones.known import KNOWN, build_known
+from stagepatch.families import predict
+from stagepatch.families.known import KNOWN, build_known
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.patch import Patch, PatchConfig
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stagepatch.backbones import predict
+from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 from tests.tiny import FAMILIES
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stagepatch.backbones import predict
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import predict
 from stagepatch.patch import Patch
 
 L, N, D = 3, 16, 32

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stagepatch.backbones import predict
+from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 from stagepatch.patch.resample import resample, resample_tokens
 

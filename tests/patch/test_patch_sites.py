@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from stagepatch.backbones import Backbone, Site, registry
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import Backbone, Site, registry
 from stagepatch.patch import Patch, PatchConfig
 
 

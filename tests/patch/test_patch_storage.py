@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stagepatch.backbones import predict
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 
 N, D = 16, 32

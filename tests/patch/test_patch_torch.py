@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from stagepatch.backbones import predict
+from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 
 # Without a C++ compiler the graph is still traced, and run as it is.

@@ -9,11 +9,12 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from stagepatch.backbones import load_denoiser, predict, save_denoiser
+from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
-from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.errors import UserError
-from stagepatch.files import read_tensors
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors
+from stagepatch.diffusion import ObjectiveConfig, make_sampler, make_scheduler, pin_timesteps
+from stagepatch.families import predict
 from stagepatch.methods import LoRAConfig, make_method
 from stagepatch.patch import Patch, PatchConfig, patches_on
 from stagepatch.sampling import (
@@ -24,8 +25,6 @@ from stagepatch.sampling import (
     generate,
     generate_with_pipeline,
     load_experts,
-    make_sampler,
-    pin_timesteps,
 )
 from tests.sampling.test_generate import noise
 from tests.tiny import FAMILIES, Family

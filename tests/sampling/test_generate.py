@@ -12,9 +12,9 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from stagepatch.backbones import predict
+from stagepatch.core.errors import UserError
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.errors import UserError
+from stagepatch.families import predict
 from stagepatch.models import DiT
 from stagepatch.sampling import SamplingConfig, generate
 

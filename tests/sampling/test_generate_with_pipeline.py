@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stagepatch.cli import main
+from stagepatch.core.files import read_tensors
 from stagepatch.evaluation import features
-from stagepatch.files import read_tensors
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig, generate_with_pipeline
 from tests.tiny_pipelines import PIPELINES

@@ -83,7 +83,7 @@ def test_training_goes_on_and_ends_the_same_and_loads_no_encoders_again(tmp_path
     cache = f"--cache={tmp_path / 'cache'}"
     assert train(tmp_path / "model", images, tmp_path / "whole", size, cache, "--training.steps=4") == 0
     for loader in ("load_vae", "load_captioner", "Images"):
-        monkeypatch.setattr(f"stagepatch.data.caching.{loader}", None)
+        monkeypatch.setattr(f"stagepatch.data.model_cache.{loader}", None)
     run = tmp_path / "run"
     stopping = [size, cache, "--training.steps=4", "--training.checkpoint_every=2"]
     saved = []
@@ -108,7 +108,7 @@ def test_encoders_are_freed_before_the_denoiser_is_loaded(tmp_path, monkeypatch)
     PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
     images = draw_images(tmp_path / "images")
     alive = []
-    import stagepatch.commands.train as commands
+    import stagepatch.cli.train as commands
     from stagepatch.data import caching
 
     def watched(load):

@@ -5,15 +5,15 @@ import errno
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import TRAINING, assert_same, log_of, make_dataset, make_model, make_objective, patch_of, run
 
-from stagepatch import files
+from stagepatch.core import files
+from stagepatch.core.errors import UserError
 from stagepatch.data import ImageDataset
-from stagepatch.errors import UserError
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
 from stagepatch.training import TrainingConfig, train
 from stagepatch.training.log import read_log
+from tests.runs import TRAINING, assert_same, log_of, make_dataset, make_model, make_objective, patch_of, run
 
 
 class BrokenFrom(ImageDataset):

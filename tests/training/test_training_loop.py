@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from training_runs import (
+
+from stagepatch.checkpoints import load_denoiser
+from stagepatch.core.randomness import GLOBAL, NOISE, BatchOrder, generator_for, seed_for
+from stagepatch.diffusion import Objective
+from stagepatch.families import predict
+from stagepatch.methods import DMP
+from stagepatch.patch import Patch, PatchConfig
+from stagepatch.training import TrainingConfig, train
+from tests.runs import (
     TRAINING,
     assert_same,
     log_of,
@@ -16,13 +24,6 @@ from training_runs import (
     patch_of,
     run,
 )
-
-from stagepatch.backbones import load_denoiser, predict
-from stagepatch.diffusion import Objective
-from stagepatch.methods import DMP
-from stagepatch.patch import Patch, PatchConfig
-from stagepatch.training import TrainingConfig, train
-from stagepatch.training.randomness import GLOBAL, NOISE, BatchOrder, generator_for, seed_for
 
 # What moves
 
@@ -383,7 +384,7 @@ def test_workers_change_nothing(tmp_path):
 
 
 def test_settings_of_the_run_are_in_the_checkpoint(tmp_path):
-    from stagepatch.files import read_tensors
+    from stagepatch.core.files import read_tensors
 
     run(tmp_path, identity={"data": "here"}, steps=2)
     tensors, metadata = read_tensors(tmp_path / "checkpoint.safetensors")

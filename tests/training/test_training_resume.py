@@ -12,7 +12,17 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_runs import (
+
+from stagepatch.checkpoints import save_denoiser
+from stagepatch.core import Interrupted
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors, write_tensors
+from stagepatch.methods import DMP
+from stagepatch.patch import PatchConfig
+from stagepatch.training import TrainingConfig, train
+from stagepatch.training.log import RunLog
+from stagepatch.training.signals import StopSignals
+from tests.runs import (
     EVERYTHING,
     TRAINING,
     Strike,
@@ -26,15 +36,6 @@ from training_runs import (
     run,
     train_job,
 )
-
-from stagepatch.backbones import save_denoiser
-from stagepatch.errors import UserError
-from stagepatch.files import read_tensors, write_tensors
-from stagepatch.methods import DMP
-from stagepatch.patch import PatchConfig
-from stagepatch.training import Interrupted, TrainingConfig, train
-from stagepatch.training.log import RunLog
-from stagepatch.training.signals import StopSignals
 
 RUN = {"patch": {"preset": "released"}, "flip": True, **EVERYTHING}
 

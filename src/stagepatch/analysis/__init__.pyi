@@ -10,6 +10,8 @@ from .losses import difference as difference
 from .losses import estimate as estimate
 from .losses import loss_at_timesteps as loss_at_timesteps
 from .losses import relative_difference as relative_difference
+from .plots import similarity_heatmaps as similarity_heatmaps
+from .plots import timestep_losses as timestep_losses
 from .samples import Samples as Samples
 from .samples import even_timesteps as even_timesteps
 from .task_vectors import TaskVectors as TaskVectors

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stagepatch.backbones import predict, sample_shape
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import predict, sample_shape
 from stagepatch.patch import Patch
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.analysis.samples import Samples, sample_losses
+from stagepatch.core.errors import UserError
+from stagepatch.core.randomness import generator_for
 from stagepatch.diffusion import Objective
-from stagepatch.errors import UserError
-from stagepatch.training.randomness import generator_for
 
 _SKETCH = 102  # first part of the seed
 _PIECE = 2**20

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stagepatch.backbones import predict
+from stagepatch.core.errors import UserError
+from stagepatch.core.randomness import BatchOrder, seed_for
 from stagepatch.diffusion import Objective
-from stagepatch.errors import UserError
+from stagepatch.families import predict
 from stagepatch.training import TrainingConfig
 from stagepatch.training.draws import Conditions, Draws, draw
-from stagepatch.training.randomness import BatchOrder, seed_for
 
 _ANALYSIS = 101  # first part of the seeds, which training does not use
 

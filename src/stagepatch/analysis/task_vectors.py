@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stagepatch.backbones.projection import PROJECTION
-from stagepatch.errors import UserError
-from stagepatch.files import read_json
+from stagepatch.checkpoints.projection import PROJECTION
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_json
 from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE
 from stagepatch.methods.weights import WEIGHTS_NAME

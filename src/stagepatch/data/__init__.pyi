@@ -1,8 +1,7 @@
-from .cache import build_cache as build_cache
-from .cache import cache_key as cache_key
-from .cache import check_key as check_key
-from .cached import CachedLatents as CachedLatents
-from .caching import make_cache as make_cache
+from .cache_dataset import CachedLatents as CachedLatents
+from .cache_writer import build_cache as build_cache
+from .cache_writer import cache_key as cache_key
+from .cache_writer import check_key as check_key
 from .config import DataConfig as DataConfig
 from .dataset import ImageDataset as ImageDataset
 from .dataset import in_memory as in_memory
@@ -14,6 +13,7 @@ from .huggingface import HuggingFaceSource as HuggingFaceSource
 from .images import Images as Images
 from .latents import decode_latents as decode_latents
 from .latents import encode_images as encode_images
+from .model_cache import make_cache as make_cache
 from .preprocess import bucket_sizes as bucket_sizes
 from .preprocess import center_crop_adm as center_crop_adm
 from .preprocess import fit_to_bucket as fit_to_bucket

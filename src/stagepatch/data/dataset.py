@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from stagepatch.core.errors import UserError
 from stagepatch.data.config import DataConfig
 from stagepatch.data.digits import load_digits
 from stagepatch.data.folder import FolderSource
@@ -16,7 +17,6 @@ from stagepatch.data.huggingface import HuggingFaceSource, is_saved_dataset
 from stagepatch.data.images import Images
 from stagepatch.data.source import Source
 from stagepatch.data.webdataset import WebDatasetSource, find_shards
-from stagepatch.errors import UserError
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
 
 _SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 

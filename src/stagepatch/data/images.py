@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from stagepatch.core.errors import UserError
 from stagepatch.data.config import DataConfig
 from stagepatch.data.preprocess import (
     bucket_sizes,
@@ -20,7 +21,6 @@ from stagepatch.data.preprocess import (
     upright_size,
 )
 from stagepatch.data.source import BROKEN, Source
-from stagepatch.errors import UserError
 
 _LOGGER = logging.getLogger("stagepatch")
 _NAMED = 3

@@ -8,10 +8,10 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Generator, Tensor
 
+from stagepatch.core.errors import UserError
 from stagepatch.diffusion.timesteps import TimestepSampler
 from stagepatch.diffusion.variational import Posterior
 from stagepatch.diffusion.weighting import Weighting, constant
-from stagepatch.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def equal_in_log_snr(snr: Tensor, count: int) -> list[tuple[int, int]]:
     log_snr = snr.double().clamp_min(1e-12).log()
     levels = torch.linspace(float(log_snr[0]), float(log_snr[-1]), count + 1, dtype=torch.float64)[1:-1]
     inner = [int((log_snr > level).sum()) for level in levels]
-    return given(len(snr), inner)
+    return split_at(len(snr), inner)
 
 
-def given(num_train_timesteps: int, boundaries: Sequence[int]) -> list[tuple[int, int]]:
+def split_at(num_train_timesteps: int, boundaries: Sequence[int]) -> list[tuple[int, int]]:
     """T split before the given timesteps.
 
     Raises:

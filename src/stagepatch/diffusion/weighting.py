@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stagepatch.core.errors import UserError
 from stagepatch.diffusion.config import WeightingConfig
-from stagepatch.errors import UserError
 
 # (snr [B], prediction type) -> weight [B] on the squared error of the prediction
 Weighting = Callable[[Tensor, str], Tensor]

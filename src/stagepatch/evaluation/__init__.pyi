@@ -1,3 +1,4 @@
+from .comparison import comparison_table as comparison_table
 from .evaluate import References as References
 from .evaluate import evaluate as evaluate
 from .evaluate import metric_names as metric_names

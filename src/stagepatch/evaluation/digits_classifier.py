@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stagepatch.core.files import read_tensors, write_json, write_tensors
 from stagepatch.data.digits import NUM_CLASSES, load_digits
-from stagepatch.files import read_tensors, write_json, write_tensors
 
 ASSET = Path(__file__).parent.parent / "assets" / "digits-classifier"
 NUM_FEATURES = 48
@@ -56,7 +56,7 @@ class DigitsClassifier(nn.Module):
 
 def train_digits_classifier(seed: int = 0, steps: int = STEPS) -> DigitsClassifier:
     """Train on the training digits with a little noise; half a minute on one core."""
-    from stagepatch.progress import progress_bar
+    from stagepatch.core.progress import progress_bar
 
     torch.manual_seed(seed)
     images, labels = load_digits("train")

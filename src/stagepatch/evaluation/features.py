@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
 from stagepatch.evaluation.digits_classifier import NUM_FEATURES, load_classifier
 
 

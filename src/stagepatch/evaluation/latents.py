@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagepatch.backbones import has_vae, load_vae
+from stagepatch.checkpoints import has_vae, load_vae
+from stagepatch.core.processes import processes
 from stagepatch.data import CachedLatents, decode_latents, make_cache
 from stagepatch.data.config import DataConfig
 from stagepatch.evaluation.paired import LatentSampling
-from stagepatch.processes import processes
 from stagepatch.sampling import Captions
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors, write_tensors
 from stagepatch.data import ImageDataset, Images
-from stagepatch.errors import UserError
 from stagepatch.evaluation.features import FeatureExtractor, extract_features
-from stagepatch.files import read_tensors, write_tensors
 
 
 def cache_directory() -> Path:

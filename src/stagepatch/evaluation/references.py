@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, ImageDataset, Images, in_memory, load_dataset
-from stagepatch.errors import UserError
 from stagepatch.evaluation.evaluate import References
 
 _MOST_NUMBERS = 2**28  # a GiB of float32

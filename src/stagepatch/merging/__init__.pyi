@@ -1,17 +1,7 @@
-from .fingerprint import model_fingerprint as model_fingerprint
 from .lora import merge_loras as merge_loras
 from .merge import Ties as Ties
 from .merge import combine as combine
 from .merge import merge_models as merge_models
-from .objective import MergedLoRA as MergedLoRA
-from .objective import MergedModel as MergedModel
-from .objective import SampleFID as SampleFID
-from .search import Evaluation as Evaluation
-from .search import best_of as best_of
-from .search import check_search as check_search
-from .search import search_weights as search_weights
 from .stages import Stages as Stages
 from .stages import find_stages as find_stages
 from .stages import merge_lora_stages as merge_lora_stages
-from .stream import TensorReader as TensorReader
-from .stream import write_stream as write_stream

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from stagepatch.errors import UserError
-from stagepatch.files import read_tensors, write_tensors
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors, write_tensors
 
 
 def merge_loras(stages: Sequence[Path], weights: Sequence[float], output: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagepatch.backbones.projection import PROJECTION
-from stagepatch.errors import UserError
-from stagepatch.merging.stream import TensorReader, write_stream
+from stagepatch.checkpoints.fingerprint import open_weights
+from stagepatch.checkpoints.projection import PROJECTION
+from stagepatch.core.errors import UserError
+from stagepatch.core.tensor_stream import TensorReader, write_stream
 
 # Numbers at a time: in the processor's cache, and too few for torch to share among threads, which costs more.
 PIECE = 2**15
@@ -152,18 +153,6 @@ def _merged(
         return
     for piece, *others in zip(base.pieces(name, PIECE), *(stage.pieces(name, PIECE) for stage in stages), strict=True):
         yield combine(piece, others, weights)
-
-
-def open_weights(directory: Path) -> TensorReader:
-    """The weights in a denoiser's directory.
-
-    Raises:
-        UserError: there are none.
-    """
-    paths = sorted(directory.glob("diffusion_pytorch_model*.safetensors"))
-    if not paths:
-        raise UserError(f"No weights in '{directory}': looked for diffusion_pytorch_model*.safetensors.")
-    return TensorReader(paths)
 
 
 def check_same(base: ProjectedReader, other: ProjectedReader, stage: Path) -> None:

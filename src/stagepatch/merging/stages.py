@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from stagepatch.backbones.loading import find_model
-from stagepatch.errors import UserError
-from stagepatch.files import read_json, write_json
-from stagepatch.merging.fingerprint import model_fingerprint
+from stagepatch.checkpoints.fingerprint import model_fingerprint
+from stagepatch.checkpoints.loading import find_model
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_json, write_json
 from stagepatch.merging.lora import merge_loras
 from stagepatch.methods.config import LoRAConfig
 from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG

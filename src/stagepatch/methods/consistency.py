@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.backbones import learns_sigma
+from stagepatch.families import learns_sigma
 from stagepatch.methods.base import Method
 
 

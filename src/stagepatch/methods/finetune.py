@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stagepatch.backbones import save_denoiser
+from stagepatch.checkpoints import save_denoiser
 from stagepatch.methods.weights import load_weights, save_weights
 
 _NORMS = ("LayerNorm", "GroupNorm", "RMSNorm", "BatchNorm2d")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.backbones.registry import family_of
-from stagepatch.errors import UserError
-from stagepatch.files import read_json, read_tensors, write_json, write_tensors
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_json, read_tensors, write_json, write_tensors
+from stagepatch.families.registry import family_of
 from stagepatch.methods.config import LoRAConfig
 
 ADAPTER = "stagepatch"

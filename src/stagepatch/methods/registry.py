@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from stagepatch.errors import UserError
-from stagepatch.files import read_json
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_json
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import LoRAConfig
 from stagepatch.methods.dmp import DMP

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from stagepatch.errors import UserError
-from stagepatch.files import read_tensors, write_tensors
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors, write_tensors
 
 WEIGHTS_NAME = "weights.safetensors"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stagepatch.errors import UserError
-from stagepatch.files import read_tensors
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors
 from stagepatch.models.dit import DIT_SIZES, DiT
 
 if TYPE_CHECKING:

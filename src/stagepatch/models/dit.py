@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
 from stagepatch.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, sincos_positions
 
 if TYPE_CHECKING:

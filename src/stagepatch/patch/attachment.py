@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from stagepatch.backbones import Backbone, find_denoiser
-from stagepatch.backbones.base import Begin
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import Backbone, find_denoiser
+from stagepatch.families.base import Begin
 from stagepatch.patch.prepending import attend_to_prompts
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
 
 # What a field left at None takes, by preset (PAPERS: the paper's text, the released code).
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
 
 
 def upload(directory: Path, repo_id: str, private: bool, token: str | None, message: str) -> str:

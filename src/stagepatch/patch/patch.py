@@ -10,18 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.backbones import Backbone, Extent, Site, describe, find_denoiser
-from stagepatch.backbones.base import Grid
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import Backbone, Extent, Site, describe, find_denoiser
+from stagepatch.families.base import Grid
 from stagepatch.patch import balance, mixture
 from stagepatch.patch.attachment import Attachment, patches_on
 from stagepatch.patch.config import PatchConfig
-from stagepatch.patch.fingerprint import (
-    Fingerprint,
-    architecture_differences,
-    fingerprint,
-    warn_of_other_weights,
-)
+from stagepatch.patch.fingerprint import Fingerprint, architecture_differences, fingerprint, warn_of_other_weights
 from stagepatch.patch.gate import AttentionGate, LinearGate
 from stagepatch.patch.resample import resample, resample_tokens
 from stagepatch.patch.sites import check_same_sites, select_sites

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from stagepatch.backbones import Attention
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import Attention
 from stagepatch.patch.mixture import mix, no_autocast
 
 if TYPE_CHECKING:

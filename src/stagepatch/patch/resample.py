@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stagepatch.backbones.base import Grid
+from stagepatch.families.base import Grid
 
 
 def resample(values: Tensor, grid: Grid) -> Tensor:

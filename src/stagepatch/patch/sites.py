@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stagepatch.backbones import Backbone, Site
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import Backbone, Site
 from stagepatch.patch.config import PatchConfig
 
 _KINDS = {"stages": "stage", "attention": "attention"}

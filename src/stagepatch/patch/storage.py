@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 import stagepatch
-from stagepatch.backbones import Attention, Backbone, Site
-from stagepatch.errors import UserError
-from stagepatch.files import read_json, read_tensors, write_json, write_tensors, write_text
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_json, read_tensors, write_json, write_tensors, write_text
+from stagepatch.families import Attention, Backbone, Site
 from stagepatch.models.convert import load_original_state_dict
 from stagepatch.patch.card import model_card
 from stagepatch.patch.config import PatchConfig

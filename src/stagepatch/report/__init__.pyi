@@ -1,4 +1,3 @@
-from .comparison import comparison_table as comparison_table
 from .environment import environment as environment
 from .page import Code as Code
 from .page import KeyValues as KeyValues

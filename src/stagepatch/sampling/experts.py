@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.backbones import find_denoiser, learns_sigma, num_classes
-from stagepatch.backbones.registry import family_of
-from stagepatch.errors import UserError
+from stagepatch.core.errors import UserError
+from stagepatch.families import find_denoiser, learns_sigma, num_classes
+from stagepatch.families.registry import family_of
 from stagepatch.sampling.config import SamplingConfig
 
 BASE = "base"

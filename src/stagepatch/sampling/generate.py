@@ -12,13 +12,13 @@ import torch
 from accelerate.utils import gather_object
 from torch import Generator, Tensor, nn
 
-from stagepatch.backbones import find_denoiser, learns_sigma, null_label, num_classes, predict, sample_shape
-from stagepatch.errors import UserError
-from stagepatch.processes import processes
+from stagepatch.core.errors import UserError
+from stagepatch.core.processes import processes
+from stagepatch.diffusion.samplers import make_sampler
+from stagepatch.diffusion.steps import pin_timesteps
+from stagepatch.families import find_denoiser, learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.experts import experts_on
-from stagepatch.sampling.scheduler import make_sampler
-from stagepatch.sampling.steps import pin_timesteps
 
 
 @dataclass

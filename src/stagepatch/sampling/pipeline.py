@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagepatch.errors import UserError
-from stagepatch.processes import processes
+from stagepatch.core.errors import UserError
+from stagepatch.core.processes import processes
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.generate import image_generator, own_indices, shared
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.errors import UserError
-from stagepatch.files import read_tensors, write_tensors
-from stagepatch.settings import as_json, differences, told
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors, write_tensors
+from stagepatch.core.settings import as_json, check_unchanged
 from stagepatch.training.config import BOOKKEEPING
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -70,12 +70,9 @@ def load_checkpoint(
     tensors, metadata = read_tensors(path)
     if "iteration" not in metadata or "identity" not in metadata:
         raise UserError(f"'{path}' is not a checkpoint of stagepatch: move it away, or choose another output_dir.")
-    changes = differences(json.loads(metadata["identity"]), identity, ignored=BOOKKEEPING)
-    if changes:
-        raise UserError(
-            f"'{path}' is the checkpoint of a run with other settings ({told(changes)}). Go on with the former "
-            f"settings, or choose another output_dir."
-        )
+    found = f"'{path}' is the checkpoint of a run with other settings"
+    way_out = "Go on with the former settings, or choose another output_dir."
+    check_unchanged(json.loads(metadata["identity"]), identity, found, way_out, ignored=BOOKKEEPING)
     _check_shapes(path, tensors, parameters, [] if ema is None else ema.shadow_params)
     for index, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"trained.{index}"])

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 
-from stagepatch.backbones import null_label, num_classes
+from stagepatch.core.errors import UserError
+from stagepatch.core.randomness import GLOBAL, NOISE, generator_for, seed_for
 from stagepatch.diffusion import Objective
-from stagepatch.errors import UserError
+from stagepatch.families import null_label, num_classes
 from stagepatch.training.config import TrainingConfig
-from stagepatch.training.randomness import GLOBAL, NOISE, generator_for, seed_for
 
 
 @dataclass

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stagepatch.files import append_text, write_text
-from stagepatch.progress import progress_bar
+from stagepatch.core.files import append_text, write_text
+from stagepatch.core.progress import progress_bar
 
 LOG_NAME = "log.jsonl"
 

@@ -17,17 +17,17 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stagepatch.backbones import predict
+from stagepatch.core.errors import Interrupted, UserError
+from stagepatch.core.processes import processes
+from stagepatch.core.randomness import GLOBAL, BatchOrder, seed_for
 from stagepatch.diffusion import Objective
-from stagepatch.errors import UserError
+from stagepatch.families import predict
 from stagepatch.methods import Method
-from stagepatch.processes import processes
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from stagepatch.training.config import TrainingConfig
 from stagepatch.training.draws import Conditions, Draws, draw
 from stagepatch.training.log import RunLog
-from stagepatch.training.randomness import GLOBAL, BatchOrder, seed_for
-from stagepatch.training.signals import Interrupted, StopSignals
+from stagepatch.training.signals import StopSignals
 
 # Settings, the least and the most that they may be.
 _LIMITS = [

@@ -8,14 +8,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Interrupted(Exception):
-    """A run was stopped by a signal, after writing a checkpoint. `signum` is the signal."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
-
-
 class StopSignals:
     """Within the `with` block, the first signal sets `received`; a second one acts as usual."""
 

@@ -1,0 +1,14 @@
+from .fingerprint import model_fingerprint as model_fingerprint
+from .loading import build_denoiser as build_denoiser
+from .loading import encoder_directories as encoder_directories
+from .loading import find_model as find_model
+from .loading import has_vae as has_vae
+from .loading import load_captioner as load_captioner
+from .loading import load_denoiser as load_denoiser
+from .loading import load_pipeline as load_pipeline
+from .loading import load_scheduler as load_scheduler
+from .loading import load_vae as load_vae
+from .loading import save_denoiser as save_denoiser
+from .loading import takes_captions as takes_captions
+from .projection import add_projections as add_projections
+from .projection import fold_projections as fold_projections

@@ -1,0 +1,235 @@
+"""A model's parts out of a directory laid out as diffusers lays out a pipeline, or out of the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from stagepatch import models
+from stagepatch.checkpoints.projection import PROJECTION, add_projections
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_json, read_tensors, write_tensors
+from stagepatch.families.registry import family_of
+
+BUNDLED = {"digits": Path(__file__).parent.parent / "assets" / "digits-dit"}
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_DENOISERS = ("transformer", "unet")
+
+
+def find_model(source: str | Path, parts: Sequence[str] = ("transformer", "unet", "scheduler")) -> Path:
+    """The directory of a model.
+
+    Args:
+        source: a directory, 'digits' (the bundled model), or a Hub id such as 'name/model'.
+        parts: subdirectories to fetch where it is on the Hub.
+
+    Raises:
+        UserError: nothing there.
+    """
+    directory = BUNDLED.get(str(source), Path(source))
+    if directory.is_dir():
+        return directory
+    is_hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
+    if not is_hub_id:
+        raise UserError(f"No model at '{source}': give a model directory, a Hub id, or one of: {', '.join(BUNDLED)}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:  # a dozen kinds, from HTTP to a missing cache
+        raise UserError(
+            f"No model at '{source}': no such directory, and the Hub does not give it ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]})."
+        ) from error
+
+
+def load_denoiser(source: str | Path) -> tuple[Any, Any]:
+    """The denoiser of a model, in eval mode on the CPU, and its scheduler.
+
+    Args:
+        source: see `find_model`; with `transformer/` (or `unet/`) and `scheduler/`.
+
+    Raises:
+        UserError: no such directory, files missing, truncated or foreign, or an unknown class.
+    """
+    directory = find_model(source)
+    model = _load_model(directory / _denoiser_of(directory))
+    model.register_to_config(_name_or_path=str(source))
+    return model, _read_scheduler(directory / "scheduler")
+
+
+def load_scheduler(source: str | Path) -> Any:
+    """The scheduler of a model."""
+    return _read_scheduler(find_model(source) / "scheduler")
+
+
+def build_denoiser(source: str | Path) -> Any:
+    """The denoiser of a model on the meta device: its shape without its weights."""
+    directory = find_model(source)
+    component = directory / _denoiser_of(directory)
+    model_class: Any = _class_of(component)
+    with torch.device("meta"):
+        return model_class.from_config(read_json(component / "config.json"))
+
+
+def has_vae(source: str | Path) -> bool:
+    """Whether the model works on latents."""
+    return (find_model(source, ("transformer", "unet", "scheduler", "vae")) / "vae").is_dir()
+
+
+def load_vae(source: str | Path) -> Any:
+    """The model's VAE, frozen, in eval mode."""
+    directory = find_model(source, ["vae"]) / "vae"
+    return _load_model(directory).requires_grad_(False)
+
+
+def load_captioner(
+    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[list[str]], dict[str, Tensor]]:
+    """What makes the denoiser's condition of captions: the model's own tokenizers and text encoders.
+
+    Raises:
+        UserError: they cannot be loaded, or the family has no way to use them.
+    """
+    directory = find_model(source, [*_DENOISERS, "scheduler", *_text_parts()])
+    family = family_of(_class_of(directory / _denoiser_of(directory)))
+    if family.encode_captions is None:
+        raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
+    pipe: Any
+    if (directory / "model_index.json").exists():
+        absent = {name: None for name in read_json(directory / "model_index.json") if name in _HEAVY}
+        pipe = _load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
+    else:
+        pipe = _load_clip(directory, dtype, device)
+    encode = family.encode_captions
+    return lambda captions: encode(pipe, captions)
+
+
+def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
+    """`tokenizer/` and `text_encoder/` of a model directory of ours: CLIP, with its projection."""
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+        encoder: Any = CLIPTextModelWithProjection.from_pretrained(directory / "text_encoder")
+    except (OSError, ValueError) as error:
+        raise UserError(f"The text encoder in '{directory}' cannot be loaded: {error}") from error
+    return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
+
+
+def load_pipeline(source: str | Path) -> Any:
+    """The whole pipeline.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    directory = find_model(source, ["*"])
+    if not (directory / "model_index.json").exists():
+        raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
+    return _load_pipeline(directory)
+
+
+def _load_pipeline(directory: Path, **given: Any) -> Any:
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(directory, **given)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"The pipeline in '{directory}' cannot be loaded: {error}") from error
+
+
+def takes_captions(source: str | Path) -> bool:
+    """Whether the model's condition is made of captions."""
+    directory = find_model(source)
+    has_encoders = any(directory.glob("text_encoder*")) or any(directory.glob("tokenizer*"))
+    return has_encoders and family_of(_class_of(directory / _denoiser_of(directory))).encode_captions is not None
+
+
+def encoder_directories(source: str | Path) -> dict[str, Path]:
+    """Directories of VAE, text encoders and tokenizers, by name."""
+    directory = find_model(source, ["vae", *_text_parts()])
+    return {
+        path.name: path
+        for path in sorted(directory.iterdir())
+        if path.is_dir() and path.name.startswith(("vae", "text_encoder", "tokenizer"))
+    }
+
+
+_HEAVY = ("transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker")
+
+
+def _text_parts() -> list[str]:
+    return [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3")]
+
+
+def save_denoiser(model: Any, scheduler: Any, directory: str | Path) -> None:
+    """Write `transformer/` (a U-Net: `unet/`) and `scheduler/`; the weights' file is whole or absent."""
+    directory = Path(directory)
+    component = directory / ("unet" if type(model).__name__.startswith("UNet") else "transformer")
+    component.mkdir(parents=True, exist_ok=True)
+    model.save_config(component)
+    write_tensors(component / _WEIGHTS, model.state_dict())
+    scheduler.save_pretrained(directory / "scheduler")
+
+
+def _denoiser_of(directory: Path) -> str:
+    for component in _DENOISERS:
+        if (directory / component).is_dir():
+            return component
+    raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
+
+
+def _class_of(directory: Path) -> type:
+    name = str(read_json(directory / "config.json").get("_class_name"))
+    model_class: Any = getattr(models, name, None) or getattr(diffusers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin)):
+        raise UserError(f"'{directory / 'config.json'}' names the class '{name}', which is no model known here.")
+    return model_class
+
+
+def _load_model(directory: Path) -> Any:
+    model_class: Any = _class_of(directory)
+    if not (directory / _WEIGHTS).exists() and any(directory.glob("diffusion_pytorch_model*")):
+        return _load_in_parts(model_class, directory)
+    tensors, _ = read_tensors(directory / _WEIGHTS)
+    model: Any = model_class.from_config(read_json(directory / "config.json"))
+    projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
+    if projected:
+        add_projections(model, projected)
+    expected = model.state_dict()
+    odd = sorted(set(expected) ^ set(tensors)) or sorted(
+        key for key in expected if expected[key].shape != tensors[key].shape
+    )
+    if odd:
+        raise UserError(
+            f"'{directory / _WEIGHTS}' does not hold the {model_class.__name__} that its config.json describes: "
+            f"{len(odd)} tensors differ, first '{odd[0]}'."
+        )
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _load_in_parts(model_class: Any, directory: Path) -> nn.Module:
+    """Weights in several files, or of a variant or format that diffusers knows."""
+    variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
+    variant = next((name for name in ("fp16", "bf16") if name in variants), None)
+    try:
+        model: nn.Module = model_class.from_pretrained(directory, variant=variant, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"The weights in '{directory}' cannot be loaded: {error}") from error
+    return model.eval()
+
+
+def _read_scheduler(directory: Path) -> Any:
+    config = read_json(directory / "scheduler_config.json")
+    scheduler_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
+    if not is_scheduler:
+        raise UserError(f"'{directory}' names the scheduler '{config.get('_class_name')}', which diffusers lacks.")
+    return scheduler_class.from_config(config)

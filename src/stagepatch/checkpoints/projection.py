@@ -1,0 +1,141 @@
+"""DeMe's channel-wise projection (arXiv 2410.06664, supplement): a C×C map after each stage, the identity at first.
+
+In a U-Net a bias-free 1×1 convolution on what each stage hands on, its skip connection included; in a token model a
+D×D linear map on the input of each site. They are a part of the model, `stagepatch_projection`, so whatever moves,
+averages, saves or merges its parameters takes them along. Where a stage ends in a convolution, the map can be folded
+into it, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from stagepatch.families.base import Site
+from stagepatch.families.registry import describe
+
+# Where a model holds its projections; their names in its weights' file begin with this.
+PROJECTION = "stagepatch_projection"
+
+
+def add_projections(model: nn.Module, numbers: Iterable[int] | None = None) -> ChannelProjection:
+    """Put projections on a model, as a part of it.
+
+    Args:
+        model: a U-Net, or a model of tokens, of a family that `describe` knows.
+        numbers: of the stages or sites that get one, by default all.
+    """
+    projection = ChannelProjection(model, numbers)
+    model.add_module(PROJECTION, projection)
+    return projection
+
+
+def fold_projections(model: nn.Module) -> list[str]:
+    """Multiply projections into the convolutions that stages end in, and take those off the model.
+
+    Returns:
+        Paths of the stages or sites that do not end in a convolution, whose projections stay.
+    """
+    projection: Any = getattr(model, PROJECTION, None)
+    if projection is None:
+        return []
+    left: list[str] = projection.fold(model)
+    if not left:
+        delattr(model, PROJECTION)
+    return left
+
+
+class ChannelProjection(nn.Module):
+    """The maps [C, C], one a stage or site, and the hooks that apply them. Made by `add_projections`."""
+
+    def __init__(self, model: nn.Module, numbers: Iterable[int] | None = None) -> None:
+        super().__init__()
+        sites = [site for site in describe(model).sites if site.kind != "attention"]
+        self.is_map = sites[0].layout == "map"
+        self.paths = [site.module for site in sites]
+        widths = _widths_after(model, self.paths) if self.is_map else _widths_of(sites)
+        numbers = range(len(sites)) if numbers is None else sorted(numbers)
+        self.maps = nn.ParameterDict({str(number): nn.Parameter(torch.eye(widths[number])) for number in numbers})
+        self._handles = {number: self._attach(model, number) for number in self.maps}
+
+    def _attach(self, model: nn.Module, number: str) -> RemovableHandle:
+        module = model.get_submodule(self.paths[int(number)])
+        if self.is_map:
+            return module.register_forward_hook(_After(self.maps[number]))
+        return module.register_forward_pre_hook(_Before(self.maps[number]), with_kwargs=True)
+
+    def fold(self, model: nn.Module) -> list[str]:
+        """See `fold_projections`."""
+        for number in list(self.maps):
+            last = _last_convolution(model.get_submodule(self.paths[int(number)])) if self.is_map else None
+            if last is None:
+                continue
+            weight = self.maps.pop(number).detach().double()
+            last.weight.data.copy_(torch.einsum("oc,cihw->oihw", weight, last.weight.detach().double()))
+            if last.bias is not None:
+                last.bias.data.copy_(weight @ last.bias.detach().double())
+            self._handles.pop(number).remove()
+        return [self.paths[int(number)] for number in self.maps]
+
+
+class _After:
+    """On a stage's output: a map, or (map, skip connections), of which the last is that map."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return self._project(output)
+        hidden_states, skips = output[0], output[1]
+        projected = self._project(hidden_states)
+        if skips and skips[-1] is hidden_states:
+            skips = (*skips[:-1], projected)
+        return (projected, skips, *output[2:])
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        return F.conv2d(hidden_states, self.weight.to(hidden_states.dtype)[:, :, None, None])
+
+
+class _Before:
+    """On a block's input [B, N, D]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = "hidden_states"
+        if args:
+            return (self._project(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, name: self._project(kwargs[name])}
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.weight.to(hidden_states.dtype))
+
+
+def _widths_of(sites: Iterable[Site]) -> list[int]:
+    return [site.channels for site in sites]
+
+
+def _widths_after(model: Any, paths: list[str]) -> list[int]:
+    """Channels that each stage of a U-Net puts out."""
+    widths = list(model.config.block_out_channels)
+    down = dict(zip((f"down_blocks.{number}" for number in range(len(widths))), widths, strict=True))
+    up = dict(zip((f"up_blocks.{number}" for number in range(len(widths))), reversed(widths), strict=True))
+    after = {**down, "mid_block": widths[-1], **up}
+    return [after[path] for path in paths]
+
+
+def _last_convolution(stage: Any) -> nn.Conv2d | None:
+    """The convolution that makes a stage's output, if it ends in one."""
+    for name in ("downsamplers", "upsamplers"):
+        samplers = getattr(stage, name, None)
+        if samplers is not None:
+            convolution = getattr(samplers[-1], "conv", None)
+            return convolution if isinstance(convolution, nn.Conv2d) else None
+    return None

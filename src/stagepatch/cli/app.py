@@ -1,0 +1,131 @@
+"""The command line: `stagepatch COMMAND --config FILE.yaml --key value`. Nothing heavy is imported for help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = {
+    "demo": "patch the bundled digits model and report what it gained",
+    "train": "train a patch on a converged model's own data",
+    "cache": "encode images and captions once, for training on latents",
+    "sample": "generate images with a model, patched or not",
+    "evaluate": "measure a model, or a patch against its base",
+    "compare": "train and measure many methods alike, in one table",
+    "decouple": "train one copy of a model for each range of timesteps",
+    "merge": "merge models of one architecture, or LoRAs, into one",
+    "analyze": "show where over the timesteps a model has room, and a patch used it",
+    "schedule": "search which model of a zoo to use for each step, under a time budget",
+    "params": "count a patch's parameters for a named model",
+    "inspect": "say what a patch, model, run or checkpoint holds",
+    "pretrain": "train a DiT, or a U-Net, from scratch",
+}
+_ALIASES = {"-h": "--help", "-V": "--version"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a user's mistake, 128 + signal when stopped."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = _ALIASES.get(arguments[0], arguments[0]) if arguments else "--help"
+    if command == "--help":
+        print(_usage())
+        return 0
+    if command == "--version":
+        import stagepatch
+
+        print(f"stagepatch {stagepatch.__version__}")
+        return 0
+    if command not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        print(f"stagepatch: no command '{command}'.{hint}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    return _run(command, arguments[1:])
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: stagepatch COMMAND [--config FILE.yaml] [--key value ...]\n\n"
+        "Stage-specific skill for a converged diffusion model, from its own training data.\n\n"
+        f"commands:\n{lines}\n\n"
+        "stagepatch COMMAND --help explains every key of a command."
+    )
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    from stagepatch.core.errors import Interrupted, UserError
+
+    if command == "inspect" and arguments and not arguments[0].startswith("-"):
+        arguments = ["--path", *arguments]
+    if command == "demo":
+        arguments = ["--quick=true" if argument == "--quick" else argument for argument in arguments]
+    try:
+        config, resolved = _parse(command, arguments)
+        from importlib import import_module
+
+        getattr(import_module(f"stagepatch.cli.{command}"), command)(config, resolved)
+    except UserError as error:
+        print(f"stagepatch {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstagepatch {command}: stopped.", file=sys.stderr)
+        return 130
+    except Interrupted as error:
+        print(f"\nstagepatch {command}: {error}", file=sys.stderr)
+        return 128 + error.signum
+    return 0
+
+
+def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
+    """The command's config object, and the same as YAML."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    from stagepatch.cli import config as configs
+    from stagepatch.core.errors import UserError
+
+    config_class = getattr(configs, f"{command.capitalize()}Config")
+    parser = ArgumentParser(
+        prog=f"stagepatch {command}",
+        usage=f"stagepatch {command} [--config FILE.yaml] [--key value ...]",
+        description=config_class.__doc__.split("\n")[0],
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(config_class)
+    _check_config_files(arguments)
+    try:
+        namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(f"{error}\nstagepatch {command} --help explains every key.") from error
+    resolved = parser.dump(namespace)
+    namespace = parser.instantiate_classes(namespace)
+    values = {name: value for name, value in vars(namespace).items() if name != "config"}
+    try:
+        return config_class(**values), resolved
+    except TypeError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_config_files(arguments: list[str]) -> None:
+    """Name the file that is missing or not YAML: the parser's own messages do not."""
+    import yaml
+
+    from stagepatch.core.errors import UserError
+
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name != "--config":
+            continue
+        value = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
+        try:
+            yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"No such config file: '{value}'.") from error
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"Cannot read the config file '{value}': {error}") from error

@@ -1,0 +1,26 @@
+"""Encode images and captions once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stagepatch.checkpoints import has_vae
+from stagepatch.cli import config as configs
+from stagepatch.cli.common import RUN_CONFIG, say
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import write_text
+from stagepatch.core.processes import processes
+from stagepatch.data import CachedLatents, make_cache
+
+
+def cache(config: configs.CacheConfig, resolved: str) -> None:
+    """Encode images and captions once."""
+    directory = Path(config.output_dir)
+    if not config.model or not has_vae(config.model):
+        raise UserError(f"model='{config.model}' has no VAE, so there is nothing to cache: give a latent model.")
+    make_cache(directory, config.model, config.data, config.batch_size, getattr(torch, config.dtype))
+    if processes().is_main_process:
+        write_text(directory / RUN_CONFIG, resolved)
+    say(f"The cache of {len(CachedLatents(directory)):,} images is in '{directory}'.")

@@ -1,0 +1,85 @@
+"""Train a DiT or a U-Net from scratch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from stagepatch.cli import config as configs
+from stagepatch.cli.common import RUN_CONFIG, say
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import write_text
+from stagepatch.core.randomness import GLOBAL, seed_for
+from stagepatch.data import load_dataset
+from stagepatch.diffusion import Objective, make_scheduler
+from stagepatch.methods import Pretrain
+from stagepatch.models import DIT_SIZES, DiT
+from stagepatch.training import train as run_training
+
+_OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages")
+
+
+def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
+    """Train a model from scratch and save it as a model directory."""
+    directory = Path(config.output_dir)
+    dataset = load_dataset(config.data)
+    torch.manual_seed(seed_for(GLOBAL, config.training.seed))
+    model = _make_model(config.model, config.training.label_dropout)
+    scheduler = make_scheduler(config.objective, config.model.learn_sigma)
+    objective = Objective(scheduler, config.model.learn_sigma)
+    identity = {"model": config.model, "objective": config.objective, "data": config.data}
+    run_training(
+        model,
+        Pretrain(scheduler),
+        objective,
+        dataset,
+        config.training,
+        directory,
+        identity,
+        config.data.horizontal_flip,
+        config.data.num_workers,
+        on_start=lambda: write_text(directory / RUN_CONFIG, resolved),
+    )
+    say(f"The model is in '{directory}'.")
+
+
+def _make_model(config: configs.ModelConfig, label_dropout: float) -> nn.Module:
+    if config.block_out_channels:
+        return _make_unet(config)
+    options = {key: value for key, value in asdict(config).items() if key not in _OF_UNETS}
+    name = options.pop("name")
+    if name:
+        # A named size sets these itself.
+        options = {key: value for key, value in options.items() if key not in DIT_SIZES["DiT-S/2"]}
+        model: DiT = DiT.from_name(name, class_dropout_prob=label_dropout, **options)
+    else:
+        model = DiT(class_dropout_prob=label_dropout, **options)
+    return model
+
+
+def _make_unet(config: configs.ModelConfig) -> nn.Module:
+    stages, channels = len(config.block_out_channels), config.block_out_channels
+    if config.name or config.learn_sigma or config.conditioning != "none":
+        raise UserError(
+            f"name='{config.name}', learn_sigma={config.learn_sigma} and conditioning='{config.conditioning}' are a "
+            f"DiT's: with block_out_channels, which makes a U-Net, set them to '', false and none."
+        )
+    if config.sample_size % 2 ** (stages - 1):
+        raise UserError(f"sample_size={config.sample_size} cannot be halved {stages - 1} times, once between stages.")
+    kinds = ["Attn" if stage in config.attention_stages else "" for stage in range(stages)]
+    model: nn.Module = UNet2DModel(
+        sample_size=config.sample_size,
+        in_channels=config.in_channels,
+        out_channels=config.in_channels,
+        block_out_channels=tuple(channels),
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=math.gcd(32, *channels),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+    )
+    return model

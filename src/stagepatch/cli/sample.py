@@ -1,0 +1,61 @@
+"""Generate images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stagepatch.checkpoints import has_vae, load_pipeline
+from stagepatch.cli import config as configs
+from stagepatch.cli.common import RUN_CONFIG, load_on_device, own_share, put_on, sampling_bar
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import write_atomically, write_tensors, write_text
+from stagepatch.core.processes import processes
+from stagepatch.diffusion import make_sampler, pin_timesteps
+from stagepatch.families import find_denoiser
+from stagepatch.report import image_grid
+from stagepatch.sampling import SamplingConfig, generate, generate_with_pipeline, load_experts
+
+
+def sample(config: configs.SampleConfig, resolved: str) -> None:
+    """Generate images, and write them as tensors and as a grid."""
+    if config.patch and config.schedule:
+        raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
+    directory = Path(config.output_dir)
+    is_latent = has_vae(config.model)
+    model, scheduler = (
+        (load_pipeline(config.model).to(processes().device), None) if is_latent else load_on_device(config.model)
+    )
+    sampling = config.sampling
+    if config.patch:
+        put_on(config.patch, config.patch_scale, find_denoiser(model))
+    if config.schedule:
+        sampling = _put_experts_on(config, model, scheduler)
+    with sampling_bar() as progress:
+        task = progress.add_task("sampling", total=own_share(sampling.num_images), status="")
+
+        def on_batch(count: int) -> None:
+            progress.advance(task, count)
+
+        if is_latent:
+            images = generate_with_pipeline(model, sampling, config.prompts, on_batch)
+        else:
+            images = generate(model, scheduler, sampling, on_batch=on_batch)
+    if not processes().is_main_process:
+        return
+    write_text(directory / RUN_CONFIG, resolved)
+    write_tensors(directory / "samples.safetensors", {"images": images})
+    grid = image_grid(images[:100], columns=10)
+    write_atomically(directory / "grid.png", lambda path: grid.save(path, format="PNG"))
+    print(f"{len(images)} images are in '{directory / 'samples.safetensors'}', a grid in '{directory / 'grid.png'}'.")
+
+
+def _put_experts_on(config: configs.SampleConfig, model: Any, scheduler: Any) -> SamplingConfig:
+    """The schedule's experts, on a denoiser or on a pipeline's; returns how it is to be sampled."""
+    experts = load_experts(config.schedule, find_denoiser(model), scheduler or model.scheduler)
+    experts.attach(model)
+    if scheduler is None and experts.timesteps is not None:
+        if experts.scheduler:
+            model.scheduler = make_sampler(experts.scheduler, model.scheduler)
+        pin_timesteps(model.scheduler, experts.timesteps)
+    return experts.sampling(config.sampling)

@@ -1,1 +1,0 @@
-"""Many methods on one model, trained and measured alike, in one table."""

@@ -1,0 +1,119 @@
+"""safetensors files a tensor at a time: neither reading nor writing holds more than one in memory.
+
+The library maps a whole file, and writes one only when it has all of it. The format is a length (8 bytes, little
+endian), a JSON header of names, dtypes, shapes and offsets, and the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import write_atomically
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorReader:
+    """Tensors of one safetensors file, or of several that hold one model's, read when they are asked for.
+
+    Args:
+        paths: files whose names do not overlap.
+
+    Raises:
+        UserError: no such file, or one that is truncated or of another format.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+        for path in paths:
+            header, start = _read_header(path)
+            self._places |= {name: (path, start, entry) for name, entry in header.items() if name != "__metadata__"}
+
+    def names(self) -> list[str]:
+        """Names of the tensors, in the order of the files."""
+        return list(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, which is not read."""
+        return tuple(self._places[name][2]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, which is not read."""
+        return _DTYPES[self._places[name][2]["dtype"]]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor."""
+        size = math.prod(self.shape(name))
+        if not size:
+            return torch.empty(self.shape(name), dtype=self.dtype(name))
+        return next(self.pieces(name, size)).view(self.shape(name))
+
+    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        """A tensor's numbers in order, `size` of them at a time: [size], the last shorter."""
+        path, start, entry = self._places[name]
+        first, last = entry["data_offsets"]
+        with open(path, "rb") as file:
+            file.seek(start + first)
+            for place in range(first, last, size * self.dtype(name).itemsize):
+                content = torch.empty(min(last - place, size * self.dtype(name).itemsize), dtype=torch.uint8)
+                file.readinto(memoryview(content.numpy()))  # type: ignore[arg-type]
+                yield content.view(self.dtype(name))
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length)) if length <= size else {}
+    except FileNotFoundError as error:
+        raise UserError(f"No such file: '{path}'.") from error
+    except (OSError, ValueError, struct.error) as error:
+        raise UserError(f"'{path}' is not a safetensors file: {error}.") from error
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=-1)
+    if end < 0 or size < 8 + length + end:
+        raise UserError(f"'{path}' is not a whole safetensors file: fetch or write it again.")
+    return header, 8 + length
+
+
+def write_stream(
+    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], pieces: Callable[[str], Iterable[Tensor]]
+) -> None:
+    """Write a safetensors file whole or not at all, asking for one tensor after the other.
+
+    Args:
+        shapes: shape and dtype of each tensor by name.
+        pieces: gives the tensor of a name, whole or its numbers in order a piece at a time.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, (shape, dtype) in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            file.write(struct.pack("<Q", len(encoded)))
+            file.write(encoded)
+            for name, (shape, dtype) in shapes.items():
+                written = 0
+                for piece in pieces(name):
+                    content = piece.to(dtype).contiguous().flatten().view(torch.uint8)
+                    written += file.write(memoryview(content.numpy()))  # type: ignore[arg-type]
+                assert written == math.prod(shape) * dtype.itemsize
+
+    write_atomically(path, write)

@@ -1,0 +1,94 @@
+"""A cache as a dataset: latents and captions, mapped from its files as they are asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors
+from stagepatch.data.cache_writer import CAPTIONS_PER_FILE, INDEX_NAME
+
+_OPEN_FILES = 128
+
+
+class CachedLatents(Dataset[dict[str, Any]]):
+    """Items as `training.draws.draw` takes them: mean, standard deviation, label, and the caption's condition.
+
+    Args:
+        directory: of a whole cache.
+
+    Attributes:
+        null_condition: condition of the empty caption; None where the model takes no captions.
+
+    Raises:
+        UserError: no cache there, or one whose making was stopped.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        if not (directory / INDEX_NAME).exists():
+            raise UserError(f"No whole cache at '{directory}': make it, or finish it, with stagepatch cache.")
+        self.index, metadata = read_tensors(directory / INDEX_NAME)
+        self._open: dict[str, Any] = {}
+        self._lengths: dict[str, int] = json.loads(metadata["lengths"])
+        self.null_condition = self._condition(0) if self._lengths else None
+
+    def __len__(self) -> int:
+        return len(self.index["file"])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        latents = self._file("latents", int(self.index["file"][index]))
+        row = int(self.index["row"][index])
+        item: dict[str, Any] = {
+            "image": latents.get_slice("mean")[row],
+            "std": latents.get_slice("std")[row],
+            "image_flipped": latents.get_slice("mean_flipped")[row],
+            "std_flipped": latents.get_slice("std_flipped")[row],
+            "label": int(self.index["label"][index]),
+        }
+        if self._lengths:
+            item["condition"] = self._condition(int(self.index["caption"][index]))
+        return item
+
+    def groups(self) -> list[list[int]]:
+        """Indices of items with images of one size each."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, size in enumerate(self.index["size"].tolist()):
+            by_size.setdefault(tuple(size), []).append(index)
+        return list(by_size.values())
+
+    def _condition(self, caption: int) -> dict[str, Tensor]:
+        file = self._file("captions", caption // CAPTIONS_PER_FILE)
+        row = caption % CAPTIONS_PER_FILE
+        return {name: self._padded(file.get_tensor(f"{row}.{name}"), name) for name in self._lengths}
+
+    def _padded(self, value: Tensor, name: str) -> Tensor:
+        """In float32, with zeros to the length of the longest caption, which masks tell from tokens."""
+        value = value.float() if value.is_floating_point() else value
+        missing = self._lengths[name] - len(value)
+        return F.pad(value, (*[0, 0] * (value.ndim - 1), 0, missing)) if missing else value
+
+    def _file(self, kind: str, number: int) -> Any:
+        name = f"{kind}-{number:05d}.safetensors"
+        if name not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.pop(next(iter(self._open)))
+            try:
+                self._open[name] = safe_open(self.directory / name, framework="pt")
+            except Exception as error:  # safetensors raises its own kind, and OSError
+                raise UserError(
+                    f"The cache's file '{self.directory / name}' cannot be read ({error}): delete it and "
+                    f"'{INDEX_NAME}', and run stagepatch cache again."
+                ) from error
+        return self._open[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Files are opened anew in each loading process.
+        return {**self.__dict__, "_open": {}}

@@ -1,0 +1,188 @@
+"""The vocabulary of a backbone's description."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from stagepatch.core.errors import UserError
+
+Grid = tuple[int, ...]
+"""Height and width of hidden states; for video frames, height and width."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A block's self-attention, by paths of its modules, for prompts that are prepended behind a gate.
+
+    Args:
+        query, key, value: the linear layers; one path for all three where they are fused in one layer.
+        out: the linear layer that takes the heads' outputs [B, N, heads · d].
+        heads: number of heads.
+        query_norm, key_norm: norms on the heads [B, heads, N, d]; '' where there are none.
+    """
+
+    query: str
+    key: str
+    value: str
+    out: str
+    heads: int
+    query_norm: str = ""
+    key_norm: str = ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where hidden states enter a block.
+
+    Args:
+        name: how the site is called in a patch's file, such as 'blocks.0'.
+        module: path of the block in the model; its first input (or `argument`) is the hidden states.
+        index: the block's number, which the gate sees.
+        channels: D.
+        grid: of the hidden states at the reference size.
+        layout: 'tokens' [B, N, D] with N = the product of the grid, or 'map' [B, D, height, width].
+        argument: the hidden states' name where the block takes them by keyword.
+        kind: 'block' of a transformer; a U-Net has sites at each 'stage' and at each 'attention'.
+        image_tokens: where the image lies among tokens of text and other images: 'first', 'last', or 'after_text',
+            which differs from sample to sample.
+        attention: the block's self-attention, where prompts can be prepended to it.
+    """
+
+    name: str
+    module: str
+    index: int
+    channels: int
+    grid: Grid
+    layout: Literal["tokens", "map"] = "tokens"
+    argument: str = "hidden_states"
+    kind: Literal["block", "stage", "attention"] = "block"
+    image_tokens: Literal["first", "last", "after_text"] = "first"
+    attention: Attention | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """N at the reference size."""
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What one forward works on.
+
+    Args:
+        grid: of the image tokens.
+        text_lengths: tokens of text before the image's in each sample, [B], for sites 'after_text'.
+    """
+
+    grid: Grid
+    text_lengths: Tensor | None = None
+
+
+# Called before each forward with the model and its arguments by name.
+Begin = Callable[[Any, dict[str, Any]], Extent]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where a model can be patched.
+
+    Args:
+        model_class: the model's class.
+        sites: in the order in which the forward pass meets them. The first one's kind is what 'all' means.
+        time_tap: path of the module whose output [B, C] is the timestep embedding t.
+        condition_taps: paths of the modules whose outputs [B, C], summed and added to t, give t+c.
+        condition_channels: C.
+        grid: reference grid of the gate's logits.
+        begin: reads the extent of a forward off its arguments. It may run a tapped module early, in a model that
+            would run it too late for the first site. A patch's file does not hold it.
+    """
+
+    model_class: str
+    sites: tuple[Site, ...]
+    time_tap: str
+    condition_taps: tuple[str, ...]
+    condition_channels: int
+    grid: Grid
+    begin: Begin | None = field(default=None, compare=False, repr=False)
+
+
+def reference_size(given: int | Sequence[int] | None, default: Sequence[int]) -> Grid:
+    """Size of the model's input [latent pixels] that grids are counted at; a single number is height and width.
+
+    Raises:
+        UserError: as many numbers as the model has dimensions were not given.
+    """
+    if given is None:
+        return tuple(default)
+    size = (*default[:-2], given, given) if isinstance(given, int) else tuple(given)
+    if len(size) != len(default) or any(type(number) is not int or number < 1 for number in size):
+        names = "frames, height and width" if len(default) == 3 else "height and width"
+        raise UserError(f"sample_size={given} must be one number, or {names}, each at least 1.")
+    return size
+
+
+def square(side: int | Sequence[int]) -> Grid:
+    """A config's sample_size as height and width."""
+    return (side, side) if isinstance(side, int) else tuple(side)
+
+
+def patches(size: Sequence[int], patch_size: Sequence[int]) -> Grid:
+    """Tokens along each dimension of an input."""
+    return tuple(length // patch for length, patch in zip(size, patch_size, strict=True))
+
+
+def cut_image(
+    config: Any, sample_size: int | Sequence[int] | None, argument: str = "hidden_states"
+) -> tuple[Grid, Begin]:
+    """Reference grid, and `begin`, of a model that cuts an image [B, C, H, W], its `argument`, into patches."""
+    patch_size = square(config.patch_size)
+
+    def begin(model: Any, arguments: dict[str, Any]) -> Extent:
+        return Extent(patches(arguments[argument].shape[2:], patch_size))
+
+    return patches(reference_size(sample_size, square(config.sample_size)), patch_size), begin
+
+
+def width(config: Any) -> int:
+    """D, as most of diffusers' transformers give it."""
+    return int(config.num_attention_heads * config.attention_head_dim)
+
+
+def block_sites(
+    path: str,
+    count: int,
+    channels: int,
+    grid: Grid,
+    first_index: int = 0,
+    image_tokens: Literal["first", "last", "after_text"] = "first",
+    attention: Callable[[str], Attention] | None = None,
+) -> tuple[Site, ...]:
+    """A site before each of `count` transformer blocks `{path}.0`, `{path}.1`, …"""
+    names = [f"{path}.{number}" for number in range(count)]
+    return tuple(
+        Site(
+            name,
+            name,
+            first_index + number,
+            channels,
+            grid,
+            image_tokens=image_tokens,
+            attention=attention(name) if attention else None,
+        )
+        for number, name in enumerate(names)
+    )
+
+
+def separate_attention(module: Any, path: str) -> Attention:
+    """Description of diffusers' usual attention module, found at `path`."""
+    norms = {
+        f"{name}_norm": f"{path}.norm_{name[0]}"
+        for name in ("query", "key")
+        if getattr(module, f"norm_{name[0]}", None) is not None
+    }
+    return Attention(f"{path}.to_q", f"{path}.to_k", f"{path}.to_v", f"{path}.to_out.0", module.heads, **norms)

@@ -1,2 +1,0 @@
-from .config import LaunchConfig as LaunchConfig
-from .launch import launch as launch

@@ -1,0 +1,152 @@
+"""Where the evaluations of a search are kept: Optuna's journal file, or a database."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from sqlalchemy import Connection, Engine, event
+
+from stagepatch.core.errors import UserError
+
+_HEARTBEAT, _GRACE = 30, 120  # seconds, of a database
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Optuna says nothing of each trial meanwhile, nor that what it does is an experiment."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def open_storage(storage: str) -> Iterator[tuple[BaseStorage, Workers | None]]:
+    """A storage, and who works on it, if it is a journal: a database sees that by heartbeats.
+
+    Args:
+        storage: a database's URL, or a journal file.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    if "://" in storage:
+        yield _open_database(storage), None
+        return
+    journal = JournalStorage(_open_journal(Path(storage)))
+    workers = Workers(Path(f"{storage}.workers"))
+    try:
+        yield journal, workers
+    finally:
+        workers.close()
+
+
+class _Journal(JournalFileBackend):
+    """A journal that says when it cannot be written."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            raise UserError(
+                f"Cannot write the search's journal: {error}. Free space, and start again: what is evaluated is kept."
+            ) from error
+
+
+def _open_journal(path: Path) -> _Journal:
+    """A journal; of a line that was not wholly written, as on a full disk, nothing is kept."""
+    lock = JournalFileSymlinkLock(str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        try:
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            whole = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
+            for line in whole:
+                json.loads(line)["op_code"]
+            if whole != lines:
+                os.truncate(path, sum(map(len, whole)))
+        finally:
+            lock.release()
+        return _Journal(str(path))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"'{path}' is no journal of a search that can be used: {error}. Give another.") from error
+
+
+def _open_database(url: str) -> RDBStorage:
+    """A database; that another process makes the tables at the same moment is waited for."""
+    for seconds in (0.5, 2.0, None):
+        try:
+            storage = RDBStorage(url, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+        except Exception as error:  # as many kinds as there are databases
+            if seconds is None or isinstance(error, ImportError):
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(f"The storage of the search cannot be opened: {reason}") from error
+            time.sleep(seconds)
+        else:
+            if storage.engine.dialect.name == "sqlite":
+                _lock_at_once(storage.engine)
+            return storage
+    raise AssertionError
+
+
+def _lock_at_once(engine: Engine) -> None:
+    """SQLite locks nothing when a row is read to be changed, so two processes could begin one trial."""
+
+    def on_connect(connection: Any, record: Any) -> None:
+        connection.isolation_level = None
+
+    def on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "begin", on_begin)
+    engine.dispose()
+
+
+class Workers:
+    """Who works on a journal. Each process locks a file of its own, and the system unlocks it when the process ends.
+
+    Args:
+        directory: of those files.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self.own = uuid.uuid4().hex
+        self._directory = directory
+        self._lock = FileLock(directory / self.own)
+        self._lock.acquire()
+
+    def is_gone(self, worker: str) -> bool:
+        """Whether a process has ended."""
+        if worker == self.own:
+            return False
+        try:
+            with FileLock(self._directory / worker, timeout=0):
+                pass
+        except Timeout:
+            return False
+        (self._directory / worker).unlink(missing_ok=True)
+        return True
+
+    def close(self) -> None:
+        """This process ends its work."""
+        self._lock.release()
+        (self._directory / self.own).unlink(missing_ok=True)

@@ -1,0 +1,9 @@
+from .compare_config import CompareConfig as CompareConfig
+from .compare_config import EntryConfig as EntryConfig
+from .decouple_config import DecoupleConfig as DecoupleConfig
+from .decouple_plan import Stage as Stage
+from .decouple_plan import plan_stages as plan_stages
+from .decouple_run import is_done as is_done
+from .decouple_run import run_stage as run_stage
+from .launch_config import LaunchConfig as LaunchConfig
+from .launching import launch as launch

@@ -1,0 +1,79 @@
+"""What a comparison takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from stagepatch.data.config import DataConfig
+from stagepatch.sampling.config import SamplingConfig
+from stagepatch.studies.launch_config import LaunchConfig
+from stagepatch.training.config import TrainingConfig
+
+
+@dataclass
+class EntryConfig:
+    """A row of the comparison. What it leaves out is as for all.
+
+    Args:
+        name: how the row is called.
+        method: 'dmp', 'prompt_tuning', 'finetune', 'bitfit', 'lora', or 'none', the base.
+        patch: fields of the patch's config.
+        lora: fields of the LoRA's config.
+        weighting: fields of the loss weighting's config.
+        training: fields of the training config that differ from the common one.
+        model: what the entry starts from, if not the comparison's own model; '{seed}' in it stands for the training
+            seed, as in 'runs/merged-{seed}'.
+        schedule: experts by timestep (see docs/experts.md) that are sampled in place of the model alone; '{seed}' as
+            above. Only with method 'none'.
+    """
+
+    name: str
+    method: str
+    patch: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    weighting: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    schedule: str = ""
+
+
+@dataclass
+class CompareConfig:
+    """Train and measure methods alike, and put them in one table.
+
+    The same command again goes on with what is unfinished and skips what is done.
+
+    Args:
+        output_dir: takes a directory a job, and the table as Markdown, CSV, JSON and a page.
+        model: a model directory, or 'digits'.
+        entries: the rows: each with a name, a method, and what it has of its own under patch, lora, weighting and
+            training.
+        training_seeds: each entry is trained with each.
+        sampling_seeds: each checkpoint is measured with each: at least 3, the same noise for all.
+        evaluate_every: steps between checkpoints that are measured; 0 measures the last alone.
+        metric: the table's metric, a key of the metrics; lower is better.
+        extractor: features for FID, KID, precision and recall.
+        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
+            'cache' in output_dir.
+        data: training images and references.
+        training: common to all entries; its seed and snapshot_every are set by the comparison.
+        sampling: common to all; its seed is set by the comparison.
+        launch: where jobs run.
+        quick: a fortieth of the steps, one training seed, few samples: to see that it works.
+    """
+
+    output_dir: str = "runs/compare"
+    model: str = "digits"
+    entries: list[EntryConfig] = field(default_factory=list)
+    training_seeds: list[int] = field(default_factory=lambda: [0])
+    sampling_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    evaluate_every: int = 0
+    metric: str = "fid_held_out"
+    extractor: str = "digits"
+    cache: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=3000))
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    quick: bool = False

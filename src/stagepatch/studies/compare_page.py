@@ -1,0 +1,170 @@
+"""A comparison as Markdown, CSV, JSON and one page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from stagepatch.core.files import read_tensors, write_text
+from stagepatch.evaluation import metric_names
+from stagepatch.report import (
+    Code,
+    KeyValues,
+    Picture,
+    Section,
+    Table,
+    environment,
+    figure_to_data_uri,
+    format_mean,
+    image_grid,
+    image_to_data_uri,
+    markdown_table,
+    write_page,
+)
+from stagepatch.studies.compare_job import SAMPLES_NAME
+from stagepatch.studies.compare_plan import Job
+from stagepatch.studies.compare_results import SIGNIFICANCE, Row
+
+COLUMNS = ["method", "trained", "share", "s/step", "peak MiB", "file MiB"]
+
+
+def table(rows: Sequence[Row], metric: str, features: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of text, one column for each checkpoint."""
+    steps = sorted({step for row in rows for step in row.curve if step})
+    label = metric_names(features)[metric]
+    columns = [*COLUMNS, *(f"{label} at {step}" for step in steps), "difference to base", "in percent", "p"]
+    return columns, [_cells(row, rows, steps) for row in rows]
+
+
+def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
+    cells = [row.name, f"{row.trainable:,}", f"{100 * row.trainable / row.total:.2f}%"]
+    if row.is_base:
+        cells += ["", "", ""]
+        value = format_mean(*row.curve[0], 4)
+        return [*cells, *([value] * len(steps) or [value]), "", "", ""]
+    if row.method == "none":
+        cells += ["", "", ""]
+    else:
+        cells += [f"{row.seconds_per_step:.3f}", f"{row.peak_memory / 2**20:.0f}", f"{row.file_size / 2**20:.2f}"]
+    cells += [format_mean(*row.curve[step], 4) if step in row.curve else "" for step in steps]
+    change = row.differences.get(row.last)
+    if change is None:
+        return [*cells, "", "", ""]
+    base = next(other.curve[0][0] for other in rows if other.is_base)
+    sign = " *" if change.is_significant else ""
+    p_value = "" if math.isnan(change.p_value) else f"{change.p_value:.3f}"
+    percent = f"{100 * change.mean / base:+.1f} ± {100 * change.error / base:.1f} %"
+    return [*cells, f"{change.mean:+.4f} ± {change.error:.4f}{sign}", percent, p_value]
+
+
+def short(columns: list[str], cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """What fits on a terminal: method, share trained, and the last checkpoint, of each entry its own."""
+    measured = slice(len(COLUMNS), -3)
+    last = [next((cell for cell in reversed(row[measured]) if cell), "") for row in cells]
+    is_one = all(row[measured][-1] for row in cells)
+    label = columns[measured][-1] if is_one else columns[measured][-1].rpartition(" at ")[0] + " at the end"
+    return (
+        [columns[0], columns[2], label, *columns[-3:]],
+        [[row[0], row[2], value, *row[-3:]] for row, value in zip(cells, last, strict=True)],
+    )
+
+
+def note(jobs: Sequence[Job]) -> str:
+    """How the table is to be read."""
+    seeds = len({job.training.seed for job in jobs if not job.is_base})
+    sampling = jobs[0].sampling
+    unit = "training run" if seeds > 1 else "sampling seed, of one training run"
+    return (
+        f"Mean ± standard deviation over {seeds} training seed(s), each the mean of {len(jobs[0].sampling_seeds)} "
+        f"sampling seeds of {sampling.num_images} images ({sampling.num_inference_steps} steps of "
+        f"{sampling.scheduler}), the same noise for all. Differences are paired by sampling seed, ± standard error; "
+        f"* marks p < {SIGNIFICANCE} of a two-sided t-test whose unit is a {unit}. Lower is better."
+    )
+
+
+def write_results(directory: Path, jobs: Sequence[Job], rows: Sequence[Row], metric: str, resolved: str) -> None:
+    """table.md, table.csv, results.json and report.html."""
+    features = jobs[0].extractor + " features"
+    columns, cells = table(rows, metric, features)
+    write_text(directory / "table.md", markdown_table(columns, cells) + "\n" + note(jobs) + "\n")
+    sheet = io.StringIO()
+    csv.writer(sheet).writerows([columns, *cells])
+    write_text(directory / "table.csv", sheet.getvalue())
+    write_text(directory / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    sections: list[Section] = [
+        Table("All methods", columns, cells, note(jobs)),
+        Picture("Over iterations", figure_to_data_uri(curves(rows, metric, features)), "Bars: standard deviation."),
+        Picture(
+            "Gain against cost", figure_to_data_uri(gain_against_cost(rows)), "Below zero is better than the base."
+        ),
+        Table("All metrics at the last checkpoint", *_all_metrics(rows, features)),
+        *_grids(jobs),
+        Code("Config", resolved),
+        KeyValues("Environment", environment()),
+        Code("Again", "stagepatch compare --config run.yaml\n"),
+    ]
+    lead = f"{len(rows)} methods on '{jobs[0].model}', trained on the same batches, noise and timesteps."
+    write_page(directory / "report.html", "stagepatch compare", lead, sections)
+
+
+def _all_metrics(rows: Sequence[Row], features: str) -> tuple[list[str], list[list[str]]]:
+    names = {key: label for key, label in metric_names(features).items() if key in rows[0].metrics}
+    return ["method", *names.values()], [[row.name, *(f"{row.metrics[key]:.4f}" for key in names)] for row in rows]
+
+
+def _grids(jobs: Sequence[Job]) -> list[Section]:
+    first = {job.name: job for job in reversed(jobs)}
+    pictures: list[Section] = []
+    for name in dict.fromkeys(job.name for job in jobs):
+        images = read_tensors(first[name].directory / SAMPLES_NAME)[0]["images"]
+        grid = image_to_data_uri(image_grid(images[:40], columns=20))
+        pictures.append(Picture(f"Samples: {name}", grid, "From the same noise in every row."))
+    return pictures
+
+
+def curves(rows: Sequence[Row], metric: str, features: str) -> Figure:
+    """The metric over iterations, a line an entry from the base's value on (as in Fig. 1 of arXiv 2405.17825)."""
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    base = next((row.curve[0] for row in rows if row.is_base), None)
+    for row in rows:
+        if row.is_base:
+            axes.axhline(row.curve[0][0], color="black", linewidth=0.8, linestyle="--", label=row.name)
+            continue
+        points = ([(0, base[0], 0.0)] if base else []) + [(step, *row.curve[step]) for step in sorted(row.curve)]
+        steps, means, spreads = zip(*points, strict=True)
+        axes.errorbar(
+            steps, means, [0.0 if math.isnan(s) else s for s in spreads], marker="o", markersize=3, label=row.name
+        )
+    axes.set_xlabel("further iterations")
+    axes.set_ylabel(metric_names(features)[metric])
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def gain_against_cost(rows: Sequence[Row]) -> Figure:
+    """Difference to the base against trained parameters and against time a step."""
+    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
+    trained = [row for row in rows if row.differences and row.method != "none"]
+    costs = {"trained parameters": "trainable", "seconds a step": "seconds_per_step"}
+    for place, (label, attribute) in enumerate(costs.items()):
+        axes = figure.add_subplot(1, 2, place + 1)
+        for row in trained:
+            change, cost = row.differences[row.last], getattr(row, attribute)
+            axes.errorbar(cost, change.mean, 0.0 if math.isnan(change.error) else change.error, marker="o")
+            axes.annotate(row.name, (cost, change.mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        axes.axhline(0.0, color="black", linewidth=0.8, linestyle="--")
+        axes.set_xlabel(label)
+        axes.set_ylabel("difference to the base")
+        if place == 0 and trained:
+            axes.set_xscale("log")
+        axes.grid(alpha=0.25)
+    return figure

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+from stagepatch.checkpoints import load_denoiser, loading, save_denoiser
+from stagepatch.core.errors import UserError
+from stagepatch.families import predict
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def saved(tiny_dit, tmp_path):
+    save_denoiser(tiny_dit(), DDPMScheduler(beta_schedule="squaredcos_cap_v2"), tmp_path)
+    return tmp_path
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("conditioning", ["class", "none"])
+def test_saved_denoiser_comes_back_with_its_scheduler(tiny_dit, batch, tmp_path, conditioning):
+    model = tiny_dit(conditioning=conditioning)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", num_train_timesteps=500)
+    save_denoiser(model.train(), scheduler, tmp_path / "new")
+    loaded, loaded_scheduler = load_denoiser(str(tmp_path / "new"))
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert torch.equal(predict(loaded, *batch), predict(model.eval(), *batch))
+    assert isinstance(loaded_scheduler, DDIMScheduler)
+    assert loaded_scheduler.config.num_train_timesteps == 500
+    assert torch.equal(loaded_scheduler.alphas_cumprod, scheduler.alphas_cumprod)
+
+
+def test_directory_is_laid_out_as_a_pipelines(saved):
+    files = sorted(str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file())
+    assert files == ["scheduler/scheduler_config.json", "transformer/config.json", WEIGHTS]
+
+
+def test_denoiser_may_be_called_unet(saved, batch):
+    expected = predict(load_denoiser(saved)[0], *batch)
+    (saved / "transformer").rename(saved / "unet")
+    assert torch.equal(predict(load_denoiser(saved)[0], *batch), expected)
+
+
+def test_model_class_of_diffusers_is_loaded(tmp_path):
+    model = DiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, in_channels=1, num_layers=1, sample_size=4, num_embeds_ada_norm=3
+    )
+    save_denoiser(model, DDPMScheduler(), tmp_path)
+    loaded, _ = load_denoiser(tmp_path)
+    assert isinstance(loaded, DiTTransformer2DModel)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_bundled_name_stands_for_its_directory(saved, batch, monkeypatch):
+    monkeypatch.setitem(loading.BUNDLED, "digits", saved)
+    assert torch.equal(predict(load_denoiser("digits")[0], *batch), predict(load_denoiser(saved)[0], *batch))
+
+
+def test_missing_directory_is_refused_with_the_bundled_names(tmp_path):
+    with pytest.raises(
+        UserError, match=r"No model at '.*nowhere': give a model directory, a Hub id, or one of: digits"
+    ):
+        load_denoiser(tmp_path / "nowhere")
+
+
+def test_directory_of_something_else_is_refused(tmp_path):
+    with pytest.raises(UserError, match="neither 'transformer/' nor 'unet/'"):
+        load_denoiser(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["transformer/config.json", WEIGHTS, "scheduler/scheduler_config.json"])
+def test_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(UserError, match=f"No such file: '.*{name}'"):
+        load_denoiser(saved)
+
+
+@pytest.mark.parametrize("kept", [0, 50, -1])
+def test_truncated_weights_are_refused(saved, kept):
+    path = saved / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"safetensors' is not a whole safetensors file"):
+        load_denoiser(saved)
+
+
+@pytest.mark.parametrize("name", ["MyUNet", "DIT_SIZES", "DDPMScheduler", None])
+def test_class_that_is_no_model_is_refused(saved, name):
+    edit_json(saved / "transformer/config.json", _class_name=name)
+    with pytest.raises(UserError, match=f"names the class '{name}', which is no model known here"):
+        load_denoiser(saved)
+
+
+@pytest.mark.parametrize("name", ["MyScheduler", "UNet2DModel", None])
+def test_class_that_is_no_scheduler_is_refused(saved, name):
+    edit_json(saved / "scheduler/scheduler_config.json", _class_name=name)
+    with pytest.raises(UserError, match=f"names the scheduler '{name}'"):
+        load_denoiser(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("x_embedder.proj.bias"), "1 tensors differ, first 'x_embedder.proj.bias'"),
+        (lambda tensors: tensors.update(extra=torch.ones(2)), "1 tensors differ, first 'extra'"),
+        (
+            lambda tensors: tensors.update({"x_embedder.proj.bias": torch.ones(7)}),
+            "1 tensors differ, first 'x_embedder.proj.bias'",
+        ),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_of_another_model_are_refused(saved, change, message):
+    tensors = load_file(saved / WEIGHTS)
+    change(tensors)
+    save_file(tensors, saved / WEIGHTS)
+    with pytest.raises(UserError, match=f"does not hold the DiT that its config.json describes: {message}"):
+        load_denoiser(saved)
+
+
+def test_config_of_another_width_is_refused(saved):
+    edit_json(saved / "transformer/config.json", hidden_size=48)
+    with pytest.raises(UserError, match="does not hold the DiT"):
+        load_denoiser(saved)

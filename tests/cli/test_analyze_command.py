@@ -1,0 +1,160 @@
+"""`stagepatch analyze` from end to end: files, numbers, and a message for each mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from stagepatch.checkpoints import load_denoiser
+from stagepatch.cli import main
+from stagepatch.methods import LoRAConfig, make_method
+from stagepatch.patch import PatchConfig
+from tests.runs import make_model, make_objective, run
+from tests.tiny_pipelines import PIPELINES
+from tests.training.test_train_on_pipelines import draw_images
+
+SHORT = ["--timesteps=3", "--samples=4", "--batch_size=2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base, a patch for it, a LoRA, and two models that were trained on from it, laid out as stages."""
+    root = tmp_path_factory.mktemp("trained")
+    run(root / "base", method="pretrain", steps=1)
+
+    def base():
+        return load_denoiser(root / "base")[0]
+
+    run(root / "patch", model=base(), steps=4, learning_rate=0.1)
+    for number in (0, 1):
+        run(root / "stages" / str(number), method="pretrain", model=base(), steps=2, seed=number)
+    lora = make_method("lora", PatchConfig(), LoRAConfig(rank=2))
+    (group,) = lora.prepare(base())
+    with torch.no_grad():
+        for parameter in group["params"]:
+            parameter.normal_(std=0.3)
+    lora.save(root / "lora" / "learned")
+    return root
+
+
+def analyze(trained, output, *more):
+    return main(["analyze", f"--model={trained / 'base'}", f"--output_dir={output}", *SHORT, *more])
+
+
+def test_everything_at_once(trained, tmp_path, capsys):
+    learned = (
+        f"--learned=['{trained / 'patch'}', '{trained / 'lora' / 'learned'}', 'stage={trained / 'stages' / '0'}']"
+    )
+    assert analyze(trained, tmp_path, learned, f"--stages=['{trained}']") == 0
+    text = capsys.readouterr().out
+    for expected in ("Cosine between task vectors", "Cosine between gradients", "Loss, held-out images", "Report:"):
+        assert expected in text
+    numbers = json.loads((tmp_path / "analysis.json").read_text())
+    assert numbers["gradients"]["timesteps"] == [166, 500, 833]
+    assert numbers["task_vectors"]["stages"] == ["0", "1"]
+    for images in ("training images", "held-out images"):
+        assert set(numbers["losses"][images]) == {"base", "patch", "lora", "stage"}
+        for name in ("patch", "lora", "stage"):
+            assert all(value != 0 for value in numbers["losses"][images][name]["difference"]["mean"])
+    for name in ("gradients", "losses", "task_vectors"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 300
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") == 3
+    assert "http" not in page.replace("http-equiv", "")
+    before = (tmp_path / "analysis.json").read_text()
+    assert main(["analyze", f"--config={tmp_path / 'run.yaml'}"]) == 0  # the resolved config is itself a config
+    assert (tmp_path / "analysis.json").read_text() == before
+
+
+def test_only_what_was_asked_is_computed(trained, tmp_path):
+    def parts(*more):
+        assert analyze(trained, tmp_path, *more) == 0
+        return set(json.loads((tmp_path / "analysis.json").read_text()))
+
+    stages = f"--stages=['a={trained / 'stages' / '0'}', 'b={trained / 'stages' / '1'}']"
+    assert parts("--losses=false", "--projection=64", "--parameters=attn") == {"gradients"}
+    assert parts("--gradients=false") == {"losses"}
+    assert parts("--gradients=false", "--losses=false", stages) == {"task_vectors"}
+
+
+def test_what_is_not_a_number_is_null(trained, tmp_path):
+    stages = f"--stages=['same={trained / 'base'}', 'moved={trained / 'stages' / '0'}']"
+    assert analyze(trained, tmp_path, stages, "--gradients=false", "--losses=false") == 0
+    text = (tmp_path / "analysis.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["task_vectors"]["cosine"] == [[None, None], [None, pytest.approx(1.0)]]
+
+
+def test_no_learned_gives_the_curve_of_the_base(trained, tmp_path):
+    assert analyze(trained, tmp_path, "--gradients=false") == 0
+    losses = json.loads((tmp_path / "analysis.json").read_text())["losses"]
+    assert set(losses["training images"]) == {"base"}
+    assert losses["training images"]["base"] != losses["held-out images"]["base"]
+
+
+def test_a_latent_model_of_captions(tmp_path):
+    PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
+    images = draw_images(tmp_path / "images", count=4, size=(32, 32))
+    given = [f"--data.source={images}", "--data.image_size=32", "--data.horizontal_flip=true"]
+    given += [f"--model={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}", "--projection=256", *SHORT]
+    assert main(["analyze", *given]) == 0
+    numbers = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert set(numbers["losses"]) == {"timesteps", "samples", "training images"}
+    assert numbers["gradients"]["projection"] == 256
+    assert numbers["gradients"]["projection_error"] == 1 / 16
+    assert all(norm > 0 for norm in numbers["gradients"]["norms"])
+    assert (tmp_path / "out" / "cache").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--gradients=false", "--losses=false"], "Nothing to analyse"),
+        (["--parameters=nowhere"], "in no weight's name"),
+        (["--memory_gib=0.00001"], "memory_gib=1e-05"),
+        (["--samples=3"], "even number"),
+        (["--samples=1", "--gradients=false"], "samples=1"),
+        (["--batch_size=0"], "batch_size=0"),
+        (["--timesteps=1"], "timesteps=1"),
+        (["--timesteps=1001"], "timesteps=1001"),
+        (["--seed=-1"], "seed=-1"),
+        (["--learned=[nowhere]"], "No directory 'nowhere', given as one of `learned`"),
+        (["--learned=[x=nowhere]"], "No directory 'nowhere', given as one of `learned`"),
+        (["--stages=[nowhere]"], "No directory 'nowhere', given as one of `stages`"),
+        (["--learned=[TRAINED/patch, TRAINED/patch]"], "Two of `learned` are called 'patch'"),
+        (["--learned=[TRAINED/base]"], "is called 'base'"),
+        (["--learned=[TRAINED/patch]", "--losses=false"], "set losses to true"),
+        (["--learned=[EMPTY]"], "holds nothing that a method learned"),
+        (["--stages=[EMPTY]"], "has no 'stages/0'"),
+        (["--stages=[TRAINED/base, TRAINED/patch]"], "holds a patch"),
+        (["--model=nowhere"], "No model at 'nowhere'"),
+        (["--data.source=nowhere"], "No images at 'nowhere'"),
+    ],
+)
+def test_mistakes_are_named(trained, tmp_path, capsys, given, message):
+    (tmp_path / "empty").mkdir()
+    given = [text.replace("TRAINED", str(trained)).replace("EMPTY", str(tmp_path / "empty")) for text in given]
+    assert analyze(trained, tmp_path / "out", *given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("stagepatch analyze: ")
+    assert message in error
+
+
+def test_a_model_of_another_objective_is_not_compared(trained, tmp_path, capsys):
+    other = tmp_path / "other"
+    objective = make_objective(prediction_type="v_prediction")
+    run(other, method="pretrain", model=make_model(), objective=objective, steps=1)
+    assert analyze(trained, tmp_path / "out", f"--learned=['{other}']", "--gradients=false") == 2
+    assert "cannot be compared: prediction_type is v_prediction, not epsilon" in capsys.readouterr().err
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from stagepatch.cli import main\n"
+        "try: main(['analyze', '--help'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

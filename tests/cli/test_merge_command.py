@@ -1,0 +1,233 @@
+"""`stagepatch merge`."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stagepatch.checkpoints import load_denoiser, model_fingerprint, save_denoiser
+from stagepatch.cli import main
+from stagepatch.core.processes import processes
+from stagepatch.diffusion import ObjectiveConfig, make_scheduler
+from stagepatch.merging import merge_models
+from stagepatch.methods import LoRAConfig, load_learned, make_method
+from stagepatch.patch import Patch, PatchConfig
+from tests.tiny_pipelines import PIPELINES
+
+TINY = PIPELINES["UNet2DConditionModel"]
+
+
+def test_merged_model_is_a_pipeline(tmp_path, capsys):
+    for seed, name in enumerate(("base", "one", "two")):
+        TINY.build(seed=seed).save_pretrained(tmp_path / name)
+    stages = f"--stages=['{tmp_path / 'one'}', '{tmp_path / 'two'}']"
+    given = [f"--base={tmp_path / 'base'}", stages, f"--output_dir={tmp_path / 'out'}"]
+    assert main(["merge", *given, "--weights=[0.0, 1.0]"]) == 0
+    assert "The merged model is in" in capsys.readouterr().out
+    merged, expected = (load_denoiser(tmp_path / name)[0] for name in ("out", "two"))
+    for ours, theirs in zip(merged.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert TINY.call(TINY.load(tmp_path / "out")).isfinite().all()
+    assert main(["merge", *given, "--weights=[0.5, 0.5]", "--ties_keep=0.3"]) == 0
+    assert main(["merge", *given, "--weights=[0.5]"]) == 2
+    assert "1 weights for 2 stages" in capsys.readouterr().err
+    assert main(["merge", *given, "--weights=[0.5, 0.5]", "--ties_keep=3"]) == 2
+    assert main(["merge", "--base=nowhere/at/all", stages, "--weights=[1, 1]"]) == 2
+    assert "No model at" in capsys.readouterr().err
+
+
+def test_merged_lora_is_the_weighted_sum_of_the_stages(tmp_path, capsys):
+    pipe = TINY.build()
+    directories = []
+    for number in range(2):
+        method = make_method("lora", PatchConfig(), LoRAConfig(rank=2))
+        (group,) = method.prepare(TINY.build().unet)
+        with torch.no_grad():
+            for parameter in group["params"]:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+        directories.append(tmp_path / str(number))
+        method.save(directories[-1])
+    stages = f"--stages=['{directories[0]}', '{directories[1]}']"
+    assert main(["merge", stages, "--weights=[1.0, 0.0]", f"--output_dir={tmp_path / 'out'}"]) == 0
+    assert "The merged LoRA" in capsys.readouterr().out
+    shapes = {value.shape for name, value in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors").items()}
+    assert any(4 in shape for shape in shapes)
+    load_learned(pipe.unet, tmp_path / "out")
+    first = TINY.build()
+    load_learned(first.unet, directories[0])
+    torch.testing.assert_close(TINY.call(pipe), TINY.call(first), rtol=1e-4, atol=1e-5)
+    ties = [stages, "--weights=[1.0, 0.0]", "--ties_keep=0.5", f"--output_dir={tmp_path / 'ties'}"]
+    assert main(["merge", *ties]) == 2
+    assert "would not be a LoRA" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stages", ["[]", "['nowhere']"])
+def test_missing_stages_are_named(tmp_path, capsys, stages):
+    TINY.build().save_pretrained(tmp_path / "base")
+    given = [f"--base={tmp_path / 'base'}", f"--stages={stages}", "--weights=[]", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["merge", *given]) == 2
+    assert "stagepatch merge:" in capsys.readouterr().err
+
+
+SEARCH = [
+    "--search.strategies=[grid, tpe, cma]",
+    "--search.evaluations=4",
+    "--search.coarse=[0.0, 1.0]",
+    "--search.fine=[-0.5, 0.0]",
+    "--sampling.num_images=12",
+    "--sampling.num_inference_steps=2",
+]
+
+
+@pytest.fixture
+def decoupled(tiny_dit, tmp_path):
+    """A base, and two stages as `stagepatch decouple` leaves them in 'run'."""
+    scheduler = make_scheduler(ObjectiveConfig())
+    save_denoiser(tiny_dit(0), scheduler, tmp_path / "base")
+    for number in range(2):
+        stage = tmp_path / "run" / "stages" / str(number)
+        save_denoiser(tiny_dit(number + 1), scheduler, stage)
+        write_facts(stage, tmp_path / "base")
+    return tmp_path
+
+
+def write_facts(stage, base):
+    facts = {"base": {"source": str(base), "fingerprint": model_fingerprint(base)}}
+    (stage / "stage.json").write_text(json.dumps(facts))
+
+
+def refused(capsys, arguments, *expected):
+    assert main(["merge", *arguments]) == 2
+    message = capsys.readouterr().err
+    for text in expected:
+        assert text in message
+
+
+def test_searched_model_is_the_merge_by_the_best_weights(decoupled, capsys):
+    out = decoupled / "out"
+    given = [f"--stages=['{decoupled / 'run'}']", f"--output_dir={out}", *SEARCH]
+    assert main(["merge", *given]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("grid", "tpe", "cma", "best weights", "fid_train", "The merged model"))
+    found = json.loads((out / "search.json").read_text())
+    assert {name: len(evaluations) for name, evaluations in found["strategies"].items()} == {
+        "grid": len({tuple(one["weights"]) for one in found["strategies"]["grid"]}),
+        "tpe": 4,
+        "cma": 4,
+    }
+    everything = [one for evaluations in found["strategies"].values() for one in evaluations]
+    assert found["best"]["value"] == min(one["value"] for one in everything)
+    assert all(evaluations[0]["weights"] == [0.0, 0.0] for evaluations in found["strategies"].values())
+    assert len({evaluations[0]["value"] for evaluations in found["strategies"].values()}) == 1
+    assert (out / "search.png").stat().st_size > 1000
+    assert yaml.safe_load((out / "run.yaml").read_text())["search"]["evaluations"] == 4
+    stages = [decoupled / "run" / "stages" / str(number) for number in range(2)]
+    merge_models(decoupled / "base", stages, found["best"]["weights"], decoupled / "expected")
+    merged, expected = (load_denoiser(path)[0] for path in (out, decoupled / "expected"))
+    for ours, theirs in zip(merged.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    journal = (out / "search.journal").stat().st_size
+    assert main(["merge", *given, "--sampling.batch_size=5"]) == 0  # all is there already
+    assert json.loads((out / "search.json").read_text()) == found
+    assert (out / "search.journal").stat().st_size - journal < 5000
+    capsys.readouterr()
+    refused(capsys, [*given, "--sampling.seed=1"], "holds evaluations of something else (sampling.seed was 0, is 1)")
+    refused(capsys, [*given, "--weights=[1, 1]"], "not both")
+    shutil.copytree(stages[0] / "transformer", stages[1] / "transformer", dirs_exist_ok=True)
+    refused(capsys, given, "something else (stages was")
+
+
+def test_search_over_loras_writes_a_lora(decoupled, capsys):
+    for number in range(2):
+        method = make_method("lora", PatchConfig(), LoRAConfig(rank=2))
+        (group,) = method.prepare(load_denoiser(decoupled / "base")[0])
+        with torch.no_grad():
+            for parameter in group["params"]:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+        method.save(decoupled / f"lora{number}")
+    loras = f"--stages=['{decoupled / 'lora0'}', '{decoupled / 'lora1'}']"
+    given = [loras, f"--output_dir={decoupled / 'out'}", *SEARCH, "--search.strategies=[grid]"]
+    refused(capsys, given, "No base to merge the stages into")
+    assert main(["merge", f"--base={decoupled / 'base'}", *given]) == 0
+    assert "The merged LoRA" in capsys.readouterr().out
+    found = json.loads((decoupled / "out" / "search.json").read_text())
+    assert len({one["value"] for one in found["strategies"]["grid"]}) == len(found["strategies"]["grid"])
+    weights = f"--weights={found['best']['weights']}"
+    assert main(["merge", loras, weights, f"--output_dir={decoupled / 'expected'}"]) == 0
+    ours, theirs = (load_file(decoupled / name / "pytorch_lora_weights.safetensors") for name in ("out", "expected"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_searching_processes_of_a_launch_are_refused(decoupled, capsys, monkeypatch):
+    monkeypatch.setattr(processes(), "num_processes", 2)
+    given = [f"--stages=['{decoupled / 'run'}']", f"--output_dir={decoupled / 'out'}", *SEARCH]
+    refused(capsys, given, "start `stagepatch merge` several times instead")
+
+
+def test_stages_of_another_base_are_refused_by_name(decoupled, tiny_dit, capsys):
+    other = decoupled / "other"
+    save_denoiser(tiny_dit(7), make_scheduler(ObjectiveConfig()), other)
+    stages = f"--stages=['{decoupled / 'run'}']"
+    out = f"--output_dir={decoupled / 'out'}"
+    names = (f"The stage '{decoupled / 'run' / 'stages' / '0'}'", f"from '{decoupled / 'base'}'", f"from '{other}'")
+    refused(capsys, [f"--base={other}", stages, "--weights=[1, 1]", out], "another base", *names)
+    refused(capsys, [f"--base={other}", stages, out, *SEARCH], "another base", *names)
+    write_facts(decoupled / "run" / "stages" / "1", other)
+    refused(capsys, [stages, "--weights=[1, 1]", out], f"stages/1' was trained from another base: from '{other}'")
+    assert not (decoupled / "out").exists()
+
+
+def test_stages_of_another_architecture_are_refused_before_searching(decoupled, tiny_dit, capsys):
+    stage = decoupled / "run" / "stages" / "1"
+    save_denoiser(tiny_dit(1, num_layers=2), make_scheduler(ObjectiveConfig()), stage)
+    given = [f"--stages=['{decoupled / 'run'}']", f"--output_dir={decoupled / 'out'}", *SEARCH]
+    refused(capsys, given, f"'{stage}' has another architecture than the base")
+    assert not (decoupled / "out").exists()
+
+
+def test_stages_are_taken_in_their_order_and_their_base_from_them(decoupled, tiny_dit):
+    for number in range(2, 11):
+        shutil.copytree(decoupled / "run" / "stages" / "0", decoupled / "run" / "stages" / str(number))
+    save_denoiser(tiny_dit(9), make_scheduler(ObjectiveConfig()), decoupled / "run" / "stages" / "10")
+    weights = f"--weights={[0.0] * 10 + [1.0]}"
+    assert main(["merge", f"--stages=['{decoupled / 'run'}']", weights, f"--output_dir={decoupled / 'out'}"]) == 0
+    merged, expected = load_denoiser(decoupled / "out")[0], tiny_dit(9)
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(merged.parameters(), expected.parameters(), strict=True)
+    )
+
+
+def test_what_cannot_be_merged_is_named(decoupled, capsys):
+    model, _ = load_denoiser(decoupled / "base")
+    Patch.create(model, PatchConfig()).save_pretrained(decoupled / "patch")
+    method = make_method("bitfit", PatchConfig(), LoRAConfig())
+    method.prepare(model)
+    method.save(decoupled / "biases")
+    method = make_method("lora", PatchConfig(), LoRAConfig())
+    method.prepare(model)
+    method.save(decoupled / "lora")
+    one = decoupled / "run" / "stages" / "0"
+    base = f"--base={decoupled / 'base'}"
+    refused(capsys, [base, f"--stages=['{decoupled / 'patch'}']"], "patch' is a patch", "sample --schedule")
+    refused(capsys, [base, f"--stages=['{decoupled / 'biases'}']"], "holds some of a model's weights")
+    refused(capsys, [base, f"--stages=['{decoupled / 'lora'}', '{one}']"], "is a LoRA and", "of one kind")
+    (one / "stage.json").unlink()
+    refused(capsys, [f"--stages=['{one}']", "--weights=[1]"], "No base to merge")
+
+
+def test_merging_by_given_weights_does_not_import_what_searching_needs(decoupled):
+    given = [f"--stages=['{decoupled / 'run'}']", "--weights=[1, 0]", f"--output_dir={decoupled / 'out'}"]
+    script = (
+        "import sys\n"
+        "from stagepatch.cli import main\n"
+        "code = main(['merge', *sys.argv[1:]])\n"
+        "heavy = {'optuna', 'sqlalchemy', 'cmaes', 'matplotlib', 'torchmetrics'} & set(sys.modules)\n"
+        "sys.exit(code or (f'imported: {sorted(heavy)}' if heavy else 0))"
+    )
+    result = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

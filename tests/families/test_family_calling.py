@@ -1,0 +1,125 @@
+import inspect
+
+import diffusers
+import pytest
+import torch
+
+from stagepatch.core.errors import UserError
+from stagepatch.families import learns_sigma, null_label, num_classes, predict, sample_shape
+from stagepatch.families.packing import pack, unpack
+from stagepatch.families.registry import family_of
+from tests.tiny import FAMILIES
+from tests.tiny_pipelines import PIPELINES
+
+
+def test_class_conditional_model_gets_its_labels(tiny_dit, batch):
+    model = tiny_dit()
+    sample, timesteps, labels = batch
+    assert num_classes(model)
+    assert torch.equal(predict(model, *batch), model(sample, timesteps, class_labels=labels).sample)
+    assert not torch.equal(predict(model, *batch), predict(model, sample, timesteps, labels.flip(0)))
+
+
+def test_unconditional_model_ignores_the_labels(tiny_dit, batch):
+    model = tiny_dit(conditioning="none")
+    sample, timesteps, labels = batch
+    assert not num_classes(model)
+    assert torch.equal(predict(model, *batch), model(sample, timesteps).sample)
+    assert torch.equal(predict(model, *batch), predict(model, sample, timesteps, labels.flip(0)))
+
+
+def test_text_model_is_not_called_without_its_text(tiny_dit, batch):
+    model = tiny_dit(conditioning="text", pooled_projection_dim=6)
+    assert not num_classes(model)
+    with pytest.raises(UserError, match="pooled_projections"):
+        predict(model, *batch)
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_learned_variance_doubles_the_channels(tiny_dit, batch, learn_sigma):
+    model = tiny_dit(learn_sigma=learn_sigma)
+    assert learns_sigma(model) == learn_sigma
+    assert predict(model, *batch).shape == (4, 1 + learn_sigma, 8, 8)
+
+
+def test_null_label_and_sample_shape_are_the_models(tiny_dit):
+    model = tiny_dit(num_classes=7, in_channels=3, sample_size=16)
+    assert null_label(model) == 7
+    assert sample_shape(model) == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "null"),
+    [("DiTTransformer2DModel", 10, 10), ("UNet2DModel", 0, None), ("PixArtTransformer2DModel", 0, None)],
+)
+def test_classes_of_diffusers_models(name, classes, null):
+    model = FAMILIES[name].build()
+    assert (num_classes(model), null_label(model)) == (classes, null)
+
+
+def test_unet_with_classes_has_no_label_for_none():
+    model = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        norm_num_groups=8,
+        num_class_embeds=5,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    assert (num_classes(model), null_label(model)) == (5, None)
+
+
+def test_learned_variance_of_diffusers_models_shows_in_their_channels():
+    learned = {name for name, family in FAMILIES.items() if learns_sigma(family.build())}
+    assert learned == {"DiT", "PixArtTransformer2DModel"}
+
+
+def test_packing_is_the_pipelines():
+    latents = torch.randn(2, 4, 6, 8)
+    packed = diffusers.FluxPipeline._pack_latents(latents, 2, 4, 6, 8)
+    assert torch.equal(pack(latents), packed)
+    assert torch.equal(unpack(packed, 6, 8), latents)
+
+
+# Told to the pipeline where its default is not what training does.
+CALLS = {
+    "UNet2DConditionModel of SDXL": {"original_size": (64, 64), "target_size": (64, 64)},
+    "FluxTransformer2DModel": {"guidance_scale": 1.0},
+    "QwenImageTransformer2DModel": {"true_cfg_scale": 1.0},
+    "SanaTransformer2DModel": {"use_resolution_binning": False},
+    "PixArtTransformer2DModel": {"use_resolution_binning": False},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("DiTTransformer2DModel", "UNet2DModel")])
+def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
+    """What the pipeline's scheduler is given, from the sample and the timestep that it was given with."""
+    tiny = PIPELINES[name]
+    pipe = tiny.build()
+    seen = []
+    step = type(pipe.scheduler).step
+
+    def noted(self, output, timestep, sample, *args, **kwargs):
+        seen.append((output, timestep, sample))
+        return step(self, output, timestep, sample, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.scheduler), "step", noted)
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    length = {key: defaults[key].default for key in ("max_sequence_length",) if key in tiny.arguments}
+    tiny.call(pipe, **{"guidance_scale": 1.0, **length, **CALLS.get(name, {})})
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    condition = family_of(type(model)).encode_captions(pipe, [tiny.arguments["prompt"]])
+    assert len(seen) >= 2
+    for output, timestep, sample in seen[:1]:
+        if "Euler" in type(pipe.scheduler).__name__ and hasattr(pipe.scheduler, "scale_model_input"):
+            sigma = pipe.scheduler.sigmas[0]
+            sample = sample / (sigma**2 + 1) ** 0.5
+        is_packed = sample.ndim == 3
+        if is_packed:
+            sample, output = (unpack(tokens, *(2 * side for side in (4, 4))) for tokens in (sample, output))
+        timesteps = timestep.float().expand(len(sample))
+        ours = predict(model, sample.float(), timesteps, condition)
+        if ours.shape[1] == 2 * output.shape[1]:
+            ours = ours.chunk(2, dim=1)[0]
+        torch.testing.assert_close(ours, output.float(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,374 @@
+"""The search for weights: it finds optima, is never done twice, and is shared."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+
+from stagepatch.core.errors import UserError
+from stagepatch.search import storages
+from stagepatch.search.config import SearchConfig
+from stagepatch.search.engine import Evaluation, best_of, search_weights
+from stagepatch.search.merge_results import print_results, write_results
+
+OPTIMUM = [0.62, 0.15, 0.4]
+
+
+def quadratic(weights):
+    return sum((weight - best) ** 2 for weight, best in zip(weights, OPTIMUM, strict=False))
+
+
+class Counted:
+    """An objective that remembers what it was asked."""
+
+    def __init__(self, objective=quadratic):
+        self.objective, self.asked = objective, []
+
+    def __call__(self, weights):
+        self.asked.append(tuple(weights))
+        return self.objective(weights)
+
+
+def search(path, objective=quadratic, count=2, identity=None, **options):
+    options = {"strategies": ["tpe"], "evaluations": 12, **options}
+    return search_weights(objective, count, SearchConfig(**options), str(path), identity or {})
+
+
+def test_grid_finds_the_best_point_of_both_levels(tmp_path):
+    objective = Counted()
+    found = search(tmp_path / "journal", objective, count=3, strategies=["grid"])["grid"]
+    coarse = [(0.0, 0.0, 0.0), (1 / 3, 1 / 3, 1 / 3)]
+    coarse += [point for point in itertools.product([0.0, 0.5, 1.0], repeat=3) if point not in coarse]
+    assert objective.asked[:28] == coarse
+    assert min(coarse, key=quadratic) == (0.5, 0.0, 0.5)
+    around = itertools.product([0.25, 0.5, 0.75], [0.0, 0.25], [0.25, 0.5, 0.75])
+    assert sorted(objective.asked[28:]) == sorted(point for point in around if point not in coarse)
+    assert best_of(found).weights == [0.5, 0.25, 0.5]
+    assert len(found) == len(set(objective.asked)) == len(objective.asked)
+
+
+@pytest.mark.parametrize(("strategy", "within"), [("tpe", 0.1), ("cma", 0.1)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_samplers_find_the_optimum(tmp_path, strategy, within, count):
+    found = search(tmp_path / "journal", count=count, strategies=[strategy], evaluations=80)[strategy]
+    assert len(found) == 80
+    for weight, expected in zip(best_of(found).weights, OPTIMUM, strict=False):
+        assert abs(weight - expected) < within
+    drawn_alone = min(quadratic(one.weights) for one in found[:12])
+    assert best_of(found).value < drawn_alone / 2
+
+
+def test_every_strategy_begins_with_the_base_and_the_mean(tmp_path):
+    found = search(tmp_path / "journal", strategies=["grid", "tpe", "cma"])
+    for evaluations in found.values():
+        assert [one.weights for one in evaluations[:2]] == [[0.0, 0.0], [0.5, 0.5]]
+        assert evaluations[0].value == quadratic([0.0, 0.0])
+
+
+def test_the_same_seed_gives_the_same_search_and_another_another(tmp_path):
+    first, again, other = (
+        search(tmp_path / name, seed=seed) for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    weights = [[one.weights for one in found["tpe"]] for found in (first, again, other)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_longer_search_goes_on_from_a_shorter_one(tmp_path):
+    objective = Counted()
+    search(tmp_path / "journal", objective, strategies=["tpe", "cma"], evaluations=8)
+    assert len(objective.asked) == 16
+    found = search(tmp_path / "journal", objective, strategies=["tpe", "cma"], evaluations=12)
+    assert len(objective.asked) == 24
+    assert [len(evaluations) for evaluations in found.values()] == [12, 12]
+    for evaluations in found.values():
+        assert len({tuple(one.weights) for one in evaluations}) == 12
+
+
+def test_progress_is_told(tmp_path):
+    told = []
+    config = SearchConfig(strategies=["tpe"], evaluations=3)
+    search_weights(
+        quadratic,
+        1,
+        config,
+        str(tmp_path / "journal"),
+        {},
+        lambda strategy, done, total: told.append((strategy, len(done), total)),
+    )
+    assert told == [("tpe", number, 3) for number in range(4)]
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_weights_that_were_drawn_again_are_looked_up(tmp_path, monkeypatch):
+    always = optuna.samplers.PartialFixedSampler({"w0": 0.25}, optuna.samplers.RandomSampler())
+    monkeypatch.setattr("stagepatch.search.engine._sampler", lambda strategy, seed: always)
+    objective = Counted()
+    found = search(tmp_path / "journal", objective, count=1, evaluations=5)["tpe"]
+    assert objective.asked == [(0.0,), (1.0,), (0.25,)]
+    assert [one.value for one in found[2:]] == [quadratic([0.25])] * 3
+
+
+def test_an_error_ends_the_search_and_its_weights_are_evaluated_again(tmp_path):
+    broken = []
+
+    def breaks(weights):
+        if len(objective.asked) == 5:
+            broken.append(tuple(weights))
+            raise RuntimeError("no memory")
+        return quadratic(weights)
+
+    objective = Counted(breaks)
+    with pytest.raises(RuntimeError, match="no memory"):
+        search(tmp_path / "journal", objective)
+    assert len(objective.asked) == 5
+    again = Counted()
+    found = search(tmp_path / "journal", again)["tpe"]
+    assert broken[0] in again.asked
+    assert not set(again.asked) & set(objective.asked[:4])
+    assert len(again.asked) == 8
+    assert len(found) == 12
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_merges_that_sample_no_numbers_are_worst(tmp_path, value):
+    objective = Counted(lambda weights: value if max(weights) > 0.4 else quadratic(weights))
+    found = search(tmp_path / "journal", objective, strategies=["grid", "tpe", "cma"])
+    assert len(found["tpe"]) == 12
+    for evaluations in found.values():
+        assert any(one.value == math.inf for one in evaluations)
+        assert math.isfinite(best_of(evaluations).value)
+    write_results(found, "fid_train", 5, tmp_path)
+    print_results(found, "fid_train", 5)
+    written = json.loads((tmp_path / "search.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert None in [one["value"] for one in written["strategies"]["tpe"]]
+    assert (tmp_path / "search.png").stat().st_size > 1000
+
+
+def test_another_objective_or_grid_is_refused_by_name(tmp_path):
+    search(tmp_path / "journal", identity={"base": "a", "metric": "fid_train"}, strategies=["grid", "tpe"])
+    with pytest.raises(UserError, match=r"something else \(base was a, is b, metric was fid_train, is fid_held_out\)"):
+        search(tmp_path / "journal", identity={"base": "b", "metric": "fid_held_out"})
+    same = {"identity": {"base": "a", "metric": "fid_train"}}
+    with pytest.raises(UserError, match=r"something else \(coarse was"):
+        search(tmp_path / "journal", **same, strategies=["grid"], coarse=[0.0, 1.0])
+    with pytest.raises(UserError, match=r"something else \(seed was"):
+        search(tmp_path / "journal", **same, seed=3)
+    search(tmp_path / "journal", identity={"base": "b"}, name="other")
+    objective = Counted()
+    search(tmp_path / "journal", objective, **same, strategies=["grid", "tpe"])
+    assert objective.asked == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategies": ["tpe", "tpe"]}, "once each"),
+        ({"strategies": ["random"]}, "must be some of grid, tpe, cma"),
+        ({"low": 0.5}, "low ≤ 0 < high"),
+        ({"high": 0.0}, "low ≤ 0 < high"),
+        ({"coarse": [0.0, 2.0]}, r"coarse=\[0.0, 2.0\] must be within"),
+        ({"evaluations": 1}, "2 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        search(tmp_path / "journal", **options)
+    assert not (tmp_path / "journal").exists()
+
+
+def test_a_line_that_was_not_wholly_written_is_forgotten(tmp_path):
+    objective = Counted()
+    search(tmp_path / "journal", objective, evaluations=5)
+    with open(tmp_path / "journal", "a") as file:
+        file.write('{"op_code":5,"worker')
+    found = search(tmp_path / "journal", objective, evaluations=7)["tpe"]
+    assert len(found) == len(objective.asked) == 7
+
+
+@pytest.mark.parametrize("content", ["not a journal\n", '{"a": 1}\n', "[]\n", "\x00\x01\n"])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "journal").write_text(content)
+    with pytest.raises(UserError, match="is no journal of a search"):
+        search(tmp_path / "journal")
+    assert (tmp_path / "journal").read_text() == content
+
+
+def test_storages_that_cannot_be_opened_are_refused(tmp_path):
+    for url in ("nosuchdatabase://host/name", "sqlite:////nowhere/at/all.db"):
+        with pytest.raises(UserError, match="cannot be opened"):
+            search(url)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is no journal"):
+        search(tmp_path / "file" / "journal")
+
+
+def test_a_journal_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(self, logs):
+        raise OSError(28, "No space left on device")
+
+    search(tmp_path / "journal", evaluations=4)
+    monkeypatch.setattr(optuna.storages.journal.JournalFileBackend, "append_logs", full)
+    with pytest.raises(UserError, match=r"Cannot write the search's journal: .*No space left"):
+        search(tmp_path / "journal", evaluations=6)
+
+
+PROCESS = """
+import os, signal, sys, time
+from stagepatch.search import storages
+from stagepatch.search.config import SearchConfig
+from stagepatch.search.engine import search_weights
+
+storage, log, dies_at, seconds, evaluations, grace, *strategies = sys.argv[1:]
+storages._HEARTBEAT, storages._GRACE = 1, int(grace)
+asked = 0
+
+def note(what, weights):
+    with open(log, "a") as file:
+        file.write(f"{what} {os.getpid()} {weights}\\n")
+
+def objective(weights):
+    global asked
+    asked += 1
+    note("begin", weights)
+    time.sleep(float(seconds))
+    if asked == int(dies_at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    note("end", weights)
+    return sum((weight - 0.3) ** 2 for weight in weights)
+
+config = SearchConfig(strategies=strategies, evaluations=int(evaluations))
+found = search_weights(objective, 2, config, storage, {})
+print({name: [one.weights for one in evaluations] for name, evaluations in found.items()})
+"""
+
+
+def start(storage, log, dies_at=0, seconds=0.0, evaluations=15, grace=60, strategies=("grid", "tpe", "cma")):
+    arguments = [storage, log, dies_at, seconds, evaluations, grace, *strategies]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines(log, what):
+    """(process, weights) of each time that an evaluation began or ended."""
+    noted = [line.split(" ", 2) for line in log.read_text().splitlines()]
+    return [(process, weights) for kind, process, weights in noted if kind == what]
+
+
+def storage_of(kind, directory):
+    return str(directory / "journal") if kind == "journal" else f"sqlite:///{directory / 'search.db'}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("journal", "grid"), ("journal", "tpe"), ("journal", "cma"), ("database", "tpe")]
+)
+def test_nothing_is_evaluated_twice_after_sigkill(tmp_path, kind, strategy):
+    storage, log = storage_of(kind, tmp_path), tmp_path / "log"
+    for dies_at in (6, 3):
+        process = start(storage, log, dies_at, grace=2, strategies=[strategy])
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    assert len(lines(log, "end")) == 5 + 2
+    process = start(storage, log, grace=2, strategies=[strategy])
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    ended = [weights for _, weights in lines(log, "end")]
+    begun = [weights for _, weights in lines(log, "begin")]
+    assert len(ended) == len(set(ended))
+    assert set(begun) == set(ended)  # what was interrupted was done again, with its weights
+    assert len(begun) == len(ended) + 2
+    assert {str(weights) for weights in eval(output)[strategy]} == set(ended)
+    if strategy != "grid":
+        assert len(ended) == 15
+
+
+@pytest.mark.parametrize("kind", ["journal", "database"])
+def test_processes_share_a_search(tmp_path, kind):
+    storage, log = storage_of(kind, tmp_path), tmp_path / "log"
+    strategies = ("grid", "tpe", "cma") if kind == "journal" else ("cma",)
+    processes = [start(storage, log, seconds=0.1, strategies=strategies) for _ in range(2)]
+    outputs = []
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        outputs.append(eval(output))
+    assert outputs[0] == outputs[1]
+    assert all(len(outputs[0][name]) == 15 for name in strategies if name != "grid")
+    ended = lines(log, "end")
+    assert len(ended) == sum(len(evaluations) for evaluations in outputs[0].values())
+    for process in processes:
+        assert sum(name == str(process.pid) for name, _ in ended) > len(ended) / 5
+
+
+def test_the_work_of_a_process_that_dies_is_done_by_the_other(tmp_path):
+    storage, log = storage_of("journal", tmp_path), tmp_path / "log"
+    dies, lives = start(storage, log, 4, 0.1, strategies=["cma"]), start(storage, log, 0, 0.1, strategies=["cma"])
+    dies.communicate(timeout=60)
+    output, errors = lives.communicate(timeout=60)
+    assert (dies.returncode, lives.returncode) == (-signal.SIGKILL, 0), errors
+    assert len(eval(output)["cma"]) == len(lines(log, "end")) == 15
+
+
+def test_what_a_longer_search_has_waiting_is_left(tmp_path):
+    storage, log = storage_of("journal", tmp_path), tmp_path / "log"
+    start(storage, log, dies_at=3, evaluations=20, strategies=["tpe"]).communicate(timeout=60)
+    objective = Counted()
+    found = search_weights(objective, 2, SearchConfig(strategies=["tpe"], evaluations=8), storage, {})["tpe"]
+    assert len(objective.asked) == 6
+    assert len(found) == 8
+
+
+def test_a_process_that_died_before_it_gave_its_name_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr("stagepatch.search.engine._CLAIM", 1.0)
+    search(tmp_path / "journal", evaluations=4)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal")))
+    study = optuna.load_study(study_name="merge tpe", storage=storage)
+    study.enqueue_trial({}, user_attrs={"slot": 4})
+    study.ask()
+    begun = time.monotonic()
+    assert len(search(tmp_path / "journal", evaluations=5)["tpe"]) == 5
+    assert time.monotonic() - begun > 0.5
+
+
+def test_a_process_that_was_taken_for_dead_goes_on(tmp_path):
+    def slow(weights):
+        if len(objective.asked) == 3:
+            backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
+            study = optuna.load_study(study_name="merge tpe", storage=optuna.storages.JournalStorage(backend))
+            (running,) = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
+            study.tell(running.number, state=optuna.trial.TrialState.FAIL)
+        return quadratic(weights)
+
+    objective = Counted(slow)
+    found = search(tmp_path / "journal", objective, evaluations=6)["tpe"]
+    assert len(found) == 6
+    assert len(objective.asked) == 7
+    assert objective.asked.count(objective.asked[2]) == 2
+
+
+def test_workers_know_who_lives(tmp_path):
+    one, two = (storages.Workers(tmp_path / "workers") for _ in range(2))
+    assert not one.is_gone(two.own)
+    assert not one.is_gone(one.own)
+    two.close()
+    assert one.is_gone(two.own)
+    (tmp_path / "workers" / "killed").touch()
+    assert one.is_gone("killed")
+    assert not (tmp_path / "workers" / "killed").exists()
+    one.close()
+    assert os.listdir(tmp_path / "workers") == []
+
+
+def test_best_is_the_first_of_the_lowest():
+    evaluations = [Evaluation([float(number)], value, 1.0) for number, value in enumerate([3.0, 1.0, 1.0])]
+    assert best_of(evaluations).weights == [1.0]

@@ -1,0 +1,453 @@
+"""The search for a schedule: it finds what is best, keeps to the budget, and goes on as if it had never stopped."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+import yaml
+from diffusers import DPMSolverMultistepScheduler
+
+from stagepatch.checkpoints import load_denoiser, save_denoiser
+from stagepatch.cli import main
+from stagepatch.cli import schedule as command
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_tensors, write_json
+from stagepatch.diffusion import ObjectiveConfig, make_scheduler
+from stagepatch.evaluation import evaluate, features, load_extractor, load_references
+from stagepatch.patch import Patch
+from stagepatch.sampling import SamplingConfig
+from stagepatch.search import NONE, Journal, ScheduleConfig, Space, ZooEntry, load_zoo, median_seconds, propose, search
+from stagepatch.search.model_schedule import _features, _predicted
+from tests.sampling.test_generate import noise
+from tests.tiny_pipelines import PIPELINES
+from tests.training.test_train_on_pipelines import draw_images
+
+SCHEDULER = make_scheduler(ObjectiveConfig())
+COSTS = (1.0, 0.5, 0.25)
+
+
+def toy(steps, seed=0):
+    """An error that each model adds at its step, and that a gap between steps adds by its length squared."""
+    draw = random.Random(seed)
+    own = [[draw.uniform(0.02, 0.15) * factor for _ in range(steps)] for factor in (1.0, 1.6, 2.5)]
+    weights = [draw.uniform(0.02, 0.1) for _ in range(steps + 1)]
+
+    def error(choices):
+        total, last = 0.0, -1
+        for step in (*(step for step, choice in enumerate(choices) if choice != NONE), steps):
+            total += weights[step] * (step - last) ** 2 + (own[choices[step]][step] if step < steps else 0.0)
+            last = step
+        return total
+
+    return error
+
+
+def all_within(space):
+    for choices in itertools.product(space.options(), repeat=space.steps):
+        if any(choice != NONE for choice in choices) and space.holds(space.seconds(choices)):
+            yield choices
+
+
+# The search.
+
+
+@pytest.mark.parametrize("drop_steps", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_of_all_is_found_in_a_fraction_of_the_evaluations(drop_steps, seed):
+    space, error = Space(COSTS, 7, 3.5, drop_steps), toy(7, seed)
+    everything = {choices: error(choices) for choices in all_within(space)}
+    best = min(everything, key=everything.get)
+    found = search(space, error, 120, seed, {})
+    assert len(everything) > (5000 if drop_steps else 600)
+    assert everything[found] <= everything[best] * 1.02
+    ranks = sorted(everything.values())
+    assert ranks.index(everything[found]) < 8
+    draw = random.Random(seed)
+    at_random = min(draw.sample(list(everything.values()), 120))
+    assert everything[found] < at_random
+
+
+def test_small_spaces_are_searched_through_and_then_it_stops():
+    space, error = Space(COSTS, 3, 1.0), toy(3)
+    known = {}
+    found = search(space, error, 10_000, 0, known)
+    assert set(known) == set(all_within(space))
+    assert found == min(known, key=known.get)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_proposal_is_new_and_within_the_budget(seed):
+    draw = random.Random(seed)
+    costs = tuple(draw.uniform(0.01, 2.0) for _ in range(draw.randint(1, 4)))
+    steps, drop_steps = draw.randint(2, 12), draw.random() < 0.7 or len(costs) == 1
+    least = min(costs) * (1 if drop_steps else steps)
+    space = Space(costs, steps, draw.uniform(least, max(least, costs[0] * steps)), drop_steps)
+    known = {}
+    for _ in range(60):
+        choices = propose(space, known, seed)
+        if choices is None:
+            break
+        assert choices not in known
+        assert len(choices) == steps
+        assert set(choices) <= set(space.options())
+        assert any(choice != NONE for choice in choices)
+        assert sum(costs[choice] for choice in choices if choice != NONE) <= space.budget * (1 + 1e-6)
+        known[choices] = draw.random()
+    assert known
+
+
+def test_a_search_that_stopped_goes_on_as_it_would_have():
+    space, error = Space(COSTS, 8, 4.0), toy(8)
+    whole = {}
+    search(space, error, 40, 5, whole)
+    for stop in (0, 1, 4, 12, 39):
+        seen = dict(itertools.islice(whole.items(), stop))
+        calls = []
+
+        def counted(choices, calls=calls):
+            calls.append(choices)
+            return error(choices)
+
+        search(space, counted, 40, 5, seen)
+        assert seen == whole
+        assert calls == list(whole)[stop:]
+
+
+def test_it_starts_with_each_model_alone_at_as_many_even_steps_as_there_is_room_for():
+    n = NONE
+    assert Space((1.0, 0.5), 9, 3.0).starts() == [(0, n, n, n, 0, n, n, n, 0), (1, n, 1, 1, n, 1, 1, n, 1)]
+    assert Space((1.0, 0.5), 4, 4.0).starts() == [(0,) * 4, (1,) * 4]
+    assert Space((1.0, 0.5), 4, 100.0).starts() == [(0,) * 4, (1,) * 4]
+    assert Space((1.0, 0.5), 4, 0.6).starts() == [(1, n, n, n)]
+    # None may be left out: what is too dear for all steps shares them with the cheapest.
+    assert Space((1.0, 0.5), 4, 3.0, drop_steps=False).starts() == [(0, 1, 1, 0), (1,) * 4]
+
+
+def test_rounding_takes_no_step_away():
+    draw = random.Random(0)
+    for _ in range(500):
+        cost, steps = draw.uniform(0.001, 1.0), draw.randint(2, 30)
+        count = draw.randint(1, steps)
+        space = Space((cost,), steps, count / steps * cost * steps)
+        alone = space.evenly(0)
+        assert alone.count(0) == count
+        assert space.repaired(alone, random.Random(0)) == alone
+
+
+def test_what_is_over_the_budget_is_repaired():
+    space = Space((1.0, 0.1), 6, 2.0)
+    mended = space.repaired((0,) * 6, random.Random(0))
+    assert sorted(mended) == [NONE] * 4 + [0, 0]
+    assert space.repaired(mended, random.Random(1)) == mended
+    assert {space.repaired((0,) * 6, random.Random(seed)) for seed in range(9)} != {mended}
+    assert sorted(space.repaired((NONE,) * 6, random.Random(0))) == [NONE] * 5 + [1]
+    every = Space((1.0, 0.1), 6, 2.0, drop_steps=False)
+    assert sorted(every.repaired((0,) * 6, random.Random(0))) == [0, 1, 1, 1, 1, 1]
+
+
+def test_budgets_that_nothing_is_within():
+    with pytest.raises(UserError, match=r"the cheapest takes 0.5 s. Give a larger budget\."):
+        Space((1.0, 0.5), 4, 0.4)
+    with pytest.raises(UserError, match=r"the cheapest takes 2 s.*drop_steps=true"):
+        Space((1.0, 0.5), 4, 1.9, drop_steps=False)
+
+
+def test_samples_that_come_out_as_nan_are_the_worst():
+    space, error = Space(COSTS, 6, 3.0), toy(6)
+    for bad in (0, 1):  # model 0 is evaluated first
+        found = search(space, lambda choices, bad=bad: math.nan if bad in choices else error(choices), 40, 0, {})
+        assert bad not in found
+    assert search(space, lambda choices: math.nan, 20, 0, {}) in set(all_within(space))
+
+
+def test_predictor_ranks_what_it_has_not_seen():
+    space, error, draw = Space(COSTS, 8, 8.0), toy(8), random.Random(0)
+    everything = [space.repaired(tuple(draw.choices(space.options(), k=8)), draw) for _ in range(300)]
+    known = {choices: error(choices) for choices in everything[:150]}
+    predicted = torch.tensor(_predicted(everything[150:], known, 3))
+    true = torch.tensor([error(choices) for choices in everything[150:]])
+    assert torch.corrcoef(torch.stack([predicted.double(), true.double()]))[0, 1] > 0.9
+    assert _features((0, NONE, 1), 2) == [1, 0, 0, 0, 0, 1, 1, 2, 2, 1]
+
+
+# Costs.
+
+
+def test_calls_take_turns_and_the_first_round_is_not_counted(monkeypatch):
+    order, now = [], [0.0]
+    monkeypatch.setattr("stagepatch.search.costs._now", lambda: now[0])
+
+    def call(name, times):
+        order.append(name)
+        now[0] += times.pop(0)
+
+    first, second = [100.0, 1.0, 9.0, 2.0], [100.0, 5.0, 4.0, 6.0]
+    seconds = median_seconds({"a": lambda: call("a", first), "b": lambda: call("b", second)}, 3)
+    assert seconds == pytest.approx({"a": 2.0, "b": 5.0})
+    assert order == ["a", "b"] * 4
+
+
+def test_costs_are_measured_once_and_then_read(tiny_dit, tmp_path, monkeypatch):
+    save_denoiser(tiny_dit(hidden_size=16, num_layers=1), SCHEDULER, tmp_path / "small")
+    config = ScheduleConfig(zoo=[ZooEntry("small", str(tmp_path / "small"))], sampling=SamplingConfig("ddpm", 5))
+    zoo = load_zoo(config, tiny_dit(hidden_size=256, num_layers=8), SCHEDULER, None)
+    costs = zoo.costs(tmp_path / "costs.json")
+    assert costs[0] > 3 * costs[1] > 0
+    monkeypatch.setattr("stagepatch.search.zoo.median_seconds", lambda *_: pytest.fail("measured again"))
+    assert zoo.costs(tmp_path / "costs.json") == costs
+    write_costs(tmp_path, base=1.0)
+    with pytest.raises(UserError, match="has not the costs of base, small: delete it"):
+        zoo.costs(tmp_path / "costs.json")
+
+
+# The journal.
+
+
+def test_journal_keeps_evaluations_and_refuses_other_settings(tmp_path):
+    path, settings = tmp_path / "search.json", {"budget": 0.5, "sampling": SamplingConfig(seed=0)}
+    journal = Journal(path, settings, ["base", "small"])
+    journal.add((0, NONE, 1), 1.25, 0.1)
+    journal.add((1, 1, 1), math.nan, 0.2)
+    again = Journal(path, settings, ["base", "small"])
+    assert list(again.known) == [(0, NONE, 1), (1, 1, 1)]
+    assert again.known[0, NONE, 1] == 1.25
+    assert math.isnan(again.known[1, 1, 1])
+    assert json.loads(path.read_text())["evaluations"][0] == {
+        "schedule": ["base", None, "small"],
+        "value": 1.25,
+        "seconds": 0.1,
+    }
+    before = path.read_text()
+    with pytest.raises(UserError, match=r"other settings \(sampling.seed was 0, is 1\)\. Go on"):
+        Journal(path, {"budget": 0.5, "sampling": SamplingConfig(seed=1)}, ["base", "small"])
+    assert path.read_text() == before
+    Journal(path, {**settings, "drop_steps": True}, ["base", "small"])  # an option that is new, at its default
+    write_json(tmp_path / "other.json", {"best": 3})
+    with pytest.raises(UserError, match="not of a search for a schedule"):
+        Journal(tmp_path / "other.json", settings, ["base"])
+
+
+# The command.
+
+
+@pytest.fixture
+def models(tiny_dit, tmp_path):
+    """A base, a cheaper model, and a patch for the base."""
+    base = tiny_dit(0, learn_sigma=False)
+    save_denoiser(base, SCHEDULER, tmp_path / "base")
+    save_denoiser(tiny_dit(1, learn_sigma=False, hidden_size=16, num_layers=1), SCHEDULER, tmp_path / "small")
+    patch = Patch.create(base)
+    with torch.no_grad():
+        for prompts in patch.prompts:
+            prompts.normal_(std=5.0, generator=torch.Generator().manual_seed(0))
+    patch.save_pretrained(tmp_path / "patch")
+    zoo = [
+        {"name": "small", "model": str(tmp_path / "small")},
+        {"name": "patched", "learned": str(tmp_path / "patch")},
+    ]
+    return [
+        "schedule",
+        f"--model={tmp_path / 'base'}",
+        f"--zoo={json.dumps(zoo)}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--evaluations=7",
+        "--seeds=[5, 6]",
+        "--sampling.num_images=60",
+        "--sampling.num_inference_steps=6",
+    ]
+
+
+def write_costs(directory, **seconds):
+    """Costs that do not hang on what else the machine does."""
+    write_json(directory / "costs.json", {"seconds": seconds})
+
+
+def found(tmp_path):
+    return json.loads((tmp_path / "out" / "search.json").read_text())["evaluations"]
+
+
+def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
+    assert main(models) == 0
+    printed = capsys.readouterr().out
+    evaluations, costs = found(tmp_path), json.loads((tmp_path / "out" / "costs.json").read_text())["seconds"]
+    budget = 0.5 * 6 * costs["base"]
+    assert len({tuple(evaluation["schedule"]) for evaluation in evaluations}) == len(evaluations) == 7
+    for evaluation in evaluations:
+        seconds = sum(costs[name] for name in evaluation["schedule"] if name is not None)
+        assert evaluation["seconds"] == pytest.approx(seconds)
+        assert 0 < seconds <= budget * (1 + 1e-6)
+    assert evaluations[0]["schedule"].count("base") == 3
+    for text in ("base, 6 steps", "base, 3 steps", "base, 3 of the 6", "schedule, ", "s per image", "50%"):
+        assert text in printed
+    # The best schedule, by hand: its own steps and models, in diffusers' loop.
+    best = min(evaluations, key=lambda evaluation: evaluation["value"])
+    file = yaml.safe_load((tmp_path / "out" / "schedule.yaml").read_text())
+    # Out of its file: diffusers takes over settings that were written, and not those that are a class's defaults.
+    sampler = DPMSolverMultistepScheduler.from_config(load_denoiser(tmp_path / "base")[1].config)
+    sampler.set_timesteps(6)
+    six = sampler.timesteps
+    steps = [
+        {"timestep": timestep, "expert": name}
+        for timestep, name in zip(six.tolist(), best["schedule"], strict=True)
+        if name is not None
+    ]
+    assert file["steps"] == steps
+    assert file["scheduler"] == "dpmsolver++"
+    base = load_denoiser(tmp_path / "base")[0]
+    patched = load_denoiser(tmp_path / "base")[0]
+    Patch.from_pretrained(tmp_path / "patch").attach(patched)
+    by_name = {"base": base, "patched": patched, "small": load_denoiser(tmp_path / "small")[0]}
+
+    def by_hand(steps, seed, count, labels):
+        sampler.set_timesteps(timesteps=[step["timestep"] for step in steps])
+        sample, _ = noise(seed, count)
+        with torch.no_grad():
+            for timestep, step in zip(sampler.timesteps, steps, strict=True):
+                output = by_name[step["expert"]](sample, timestep.expand(count), labels).sample
+                sample = sampler.step(output, timestep, sample).prev_sample
+        return sample
+
+    given = ["sample", f"--model={tmp_path / 'base'}", f"--schedule={tmp_path / 'out' / 'schedule.yaml'}"]
+    assert main([*given, "--sampling.num_images=4", f"--output_dir={tmp_path / 'samples'}"]) == 0
+    images = read_tensors(tmp_path / "samples" / "samples.safetensors")[0]["images"]
+    torch.testing.assert_close(images, by_hand(steps, 0, 4, torch.arange(4)), atol=1e-4, rtol=1e-4)
+    # The value that the search gave it, and those of the comparison.
+    references, extractor = load_references(command.configs.ScheduleConfig().data), load_extractor("digits")
+    labels = references.train.labels[:60]
+    assert evaluate(by_hand(steps, 0, 60, labels), references, extractor)["fid_train"] == pytest.approx(
+        best["value"], rel=1e-3
+    )
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    expected = evaluate(by_hand(steps, 6, 60, labels), references, extractor)
+    name = next(name for name in metrics if name.startswith("schedule"))
+    assert metrics[name][1] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    assert metrics["seeds"] == [5, 6]
+    # The base within the same budget: the sampler's own three steps, and three of the six.
+    sampler.set_timesteps(3)
+    for name, timesteps in [
+        ("base, 3 steps", sampler.timesteps.tolist()),
+        ("base, 3 of the 6", six[[0, 2, 5]].tolist()),
+    ]:
+        alone = [{"timestep": timestep, "expert": "base"} for timestep in timesteps]
+        expected = evaluate(by_hand(alone, 5, 60, labels), references, extractor)
+        assert metrics[name][0] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+
+def test_command_stopped_and_started_again_repeats_nothing(models, tiny_dit, tmp_path, monkeypatch, capsys):
+    measured, seen, small = command.measure, [], tmp_path / "small"
+
+    def stopping(after):
+        def measure(model, scheduler, sampling, seeds, references, *rest):
+            if seeds == [0]:
+                if len(seen) == after:
+                    raise KeyboardInterrupt
+                seen.append(sampling)
+                assert references.held_out is None  # what it is judged by later
+            else:
+                assert references.held_out is not None
+            return measured(model, scheduler, sampling, seeds, references, *rest)
+
+        return measure
+
+    monkeypatch.setattr(command, "measure", stopping(3))
+    assert main(models) == 130
+    first, costs = found(tmp_path), (tmp_path / "out" / "costs.json").read_text()
+    assert len(first) == 3
+    monkeypatch.setattr(command, "measure", stopping(-1))
+    assert main(models) == 0
+    assert len(seen) == 7
+    assert found(tmp_path)[:3] == first
+    assert (tmp_path / "out" / "costs.json").read_text() == costs
+    whole = found(tmp_path)
+    assert main(models) == 0  # done: only the comparison is made again
+    assert len(seen) == 7
+    assert main([*models, "--evaluations=9"]) == 0
+    assert len(seen) == 9
+    assert found(tmp_path)[:7] == whole
+    # A run that was not stopped, of the same costs, finds the same.
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "costs.json").write_text(costs)
+    assert main([*models, "--evaluations=9", f"--output_dir={tmp_path / 'again'}"]) == 0
+    assert (tmp_path / "again" / "search.json").read_text() == (tmp_path / "out" / "search.json").read_text()
+    capsys.readouterr()
+    assert main([*models, "--sampling.num_images=61"]) == 2
+    assert "sampling.num_images was 60, is 61" in capsys.readouterr().err
+    save_denoiser(tiny_dit(2, learn_sigma=False, hidden_size=16, num_layers=1), SCHEDULER, small)
+    assert main(models) == 2  # another model in the same place
+    assert "weights.small was" in capsys.readouterr().err
+
+
+def test_without_a_zoo_the_steps_are_chosen_and_without_dropping_the_models(models, tmp_path):
+    assert main([*models, "--zoo=[]", "--metric=recall", "--evaluations=4"]) == 0
+    assert {name for each in found(tmp_path) for name in each["schedule"]} == {"base", None}
+    recalls = [evaluation["value"] for evaluation in found(tmp_path)]
+    file = yaml.safe_load((tmp_path / "out" / "schedule.yaml").read_text())
+    assert min(recalls) < max(recalls)
+    best = found(tmp_path)[recalls.index(max(recalls))]["schedule"]
+    timesteps = json.loads((tmp_path / "out" / "search.json").read_text())["settings"]["timesteps"]
+    kept = [timestep for timestep, name in zip(timesteps, best, strict=True) if name is not None]
+    assert [step["timestep"] for step in file["steps"]] == kept
+    write_costs(tmp_path / "kept", base=1.0, small=0.2, patched=1.0)
+    kept = [*models, "--drop_steps=false", "--sampling.scheduler=ddim", "--budget=0.9"]
+    assert main([*kept, f"--output_dir={tmp_path / 'kept'}", "--evaluations=4"]) == 0
+    evaluations = json.loads((tmp_path / "kept" / "search.json").read_text())["evaluations"]
+    assert all(None not in evaluation["schedule"] for evaluation in evaluations)
+    # All steps are there, so that even a sampler that can be told none takes them.
+    given = ["sample", f"--model={tmp_path / 'base'}", f"--schedule={tmp_path / 'kept' / 'schedule.yaml'}"]
+    assert main([*given, "--sampling.num_images=2", f"--output_dir={tmp_path / 'samples'}"]) == 0
+
+
+def test_model_of_latents_is_searched_by_its_images(tmp_path, monkeypatch, capsys):
+    class Pixels:
+        name = fingerprint = "pixels"
+
+        def __call__(self, images):
+            return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+    monkeypatch.setitem(features._EXTRACTORS, "digits", Pixels)
+    monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path / "features"))
+    tiny = PIPELINES["UNet2DConditionModel"]
+    tiny.build(0).save_pretrained(tmp_path / "model")
+    tiny.build(1).save_pretrained(tmp_path / "other")
+    images = draw_images(tmp_path / "images", count=6, size=(32, 32))
+    given = [f"--model={tmp_path / 'model'}", f"--data.source={images}", "--data.image_size=32"]
+    given += [f"--zoo=[{{name: other, model: {tmp_path / 'other'}}}]", "--evaluations=3", "--seeds=[4]"]
+    given += ["--sampling.num_images=6", "--sampling.num_inference_steps=4", "--sampling.guidance_scale=3"]
+    assert main(["schedule", *given, f"--output_dir={tmp_path / 'out'}"]) == 0
+    assert len(found(tmp_path)) == 3
+    path = tmp_path / "out" / "schedule.yaml"
+    capsys.readouterr()
+    sample = [f"--model={tmp_path / 'model'}", "--prompts=['a cat']", "--sampling.num_images=1", f"--schedule={path}"]
+    assert main(["sample", *sample, f"--output_dir={tmp_path / 'samples'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--budget=0"], "must be above 0"),
+        (["--budget=0.001"], "Give a larger budget"),
+        (["--evaluations=0"], "must be at least 1"),
+        (["--seeds=[3, 0]"], "without 0, the search's own seed"),
+        (["--seeds=[]"], "must be some"),
+        (["--sampling.scheduler=ddim"], "'ddim' can be told no timesteps"),
+        (["--sampling.scheduler=dimm"], "no scheduler 'dimm'"),
+        (["--sampling.scheduler=flow_euler"], "does not fit a model trained with"),
+        (["--sampling.scheduler=HeunDiscreteScheduler"], "otherwise than once"),
+        (["--sampling.scheduler=ddpm", "--sampling.num_inference_steps=2000"], "cannot sample in 2000 steps"),
+        (["--zoo=[]", "--drop_steps=false"], "nothing to choose"),
+        (["--zoo=[{name: a}]"], "one of `model` and `learned`"),
+        (["--zoo=[{name: base, model: digits}]"], "'base' is empty, or taken"),
+        (["--zoo=[{name: a, model: nowhere}]"], "The expert 'a': No model at 'nowhere'"),
+        (["--zoo=[{name: a, learned: nowhere}]"], "The expert 'a': No patch at 'nowhere'"),
+        (["--zoo=[{name: a, model: digits}]"], "The expert 'a': it was trained on another noise schedule"),
+        (["--zoo=[{name: a, modle: digits}]"], "modle"),
+        (["--metric=fid_held_out"], "fid_held_out"),
+        (["--extractor=nothing"], "No feature extractor"),
+    ],
+)
+def test_mistakes_are_named(models, capsys, changes, message):
+    assert main([*models, *changes]) == 2
+    assert message in capsys.readouterr().err

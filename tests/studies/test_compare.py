@@ -1,0 +1,323 @@
+"""`stagepatch compare`: what it refuses, what it resumes, what it says."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from scipy import stats
+
+from stagepatch.checkpoints import load_denoiser, save_denoiser
+from stagepatch.cli import main
+from stagepatch.core.files import read_tensors
+from stagepatch.sampling import SamplingConfig
+from stagepatch.studies import LaunchConfig
+from stagepatch.studies.compare_config import CompareConfig, EntryConfig
+from stagepatch.studies.compare_job import run_job
+from stagepatch.studies.compare_page import COLUMNS, short
+from stagepatch.studies.compare_plan import plan_jobs, trainable_parameters
+from stagepatch.studies.compare_results import difference
+from stagepatch.training import TrainingConfig
+
+ENTRIES = [
+    {"name": "base", "method": "none"},
+    {"name": "DMP", "method": "dmp", "training": {"learning_rate": 0.01}},
+    {"name": "bias", "method": "bitfit", "training": {"learning_rate": 0.01}},
+]
+
+
+def config_file(tmp_path, **changes):
+    config = {
+        "output_dir": str(tmp_path / "out"),
+        "entries": ENTRIES,
+        "training": {"steps": 4, "batch_size": 8, "log_every": 1},
+        "sampling": {"num_images": 60, "num_inference_steps": 2, "batch_size": 60},
+        "evaluate_every": 2,
+        "launch": {"executor": "debug"},
+        **changes,
+    }
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def compare(tmp_path, *more, **changes):
+    return main(["compare", f"--config={config_file(tmp_path, **changes)}", *more])
+
+
+def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
+    assert compare(tmp_path, training_seeds=[0, 1]) == 0
+    out = tmp_path / "out"
+    results = {row["name"]: row for row in json.loads((out / "results.json").read_text())}
+    assert list(results) == ["base", "DMP", "bias"]
+    assert set(results["base"]["curve"]) == {"0"}
+    assert set(results["DMP"]["curve"]) == set(results["DMP"]["differences"]) == {"2", "4"}
+    assert results["bias"]["trainable"] < results["bias"]["total"]
+    assert results["DMP"]["seconds_per_step"] > 0
+    assert results["DMP"]["peak_memory"] > 1e7
+    assert results["DMP"]["file_size"] == (out / "jobs" / "dmp-0" / "learned" / "model.safetensors").stat().st_size
+    # The difference is that of the jobs' own metrics, paired by sampling seed.
+    metrics = {
+        name: json.loads((out / "jobs" / name / "metrics.json").read_text()) for name in ("base", "dmp-0", "dmp-1")
+    }
+    runs = [
+        sum(v["fid_held_out"] - b["fid_held_out"] for v, b in zip(metrics[n]["4"], metrics["base"]["0"], strict=True))
+        / 3
+        for n in ("dmp-0", "dmp-1")
+    ]
+    assert math.isclose(results["DMP"]["differences"]["4"]["mean"], sum(runs) / 2)
+    assert math.isclose(results["DMP"]["differences"]["4"]["p_value"], stats.ttest_1samp(runs, 0).pvalue)
+    assert metrics["dmp-0"] != metrics["dmp-1"]
+    rows = list(csv.reader((out / "table.csv").open()))
+    assert [row[0] for row in rows] == ["method", "base", "DMP", "bias"]
+    assert "two-sided t-test whose unit is a training run" in (out / "table.md").read_text()
+    page = (out / "report.html").read_text()
+    for text in ("Over iterations", "Gain against cost", "Samples: DMP", "Samples: base"):
+        assert text in page
+    assert "held-out images at 4" in " ".join(capsys.readouterr().out.replace("┃", " ").split())
+
+
+def test_what_is_done_is_skipped_and_the_table_is_the_same(tmp_path, monkeypatch, capsys):
+    assert compare(tmp_path) == 0
+    first = (tmp_path / "out" / "results.json").read_text()
+    monkeypatch.setattr("stagepatch.studies.compare_job.train", None)
+    monkeypatch.setattr("stagepatch.studies.compare_job.measure", None)
+    assert compare(tmp_path) == 0
+    assert (tmp_path / "out" / "results.json").read_text() == first
+    assert "3 jobs, 3 of them done" in capsys.readouterr().out
+
+
+def test_killed_in_two_processes_it_goes_on_and_ends_with_the_same_table(tmp_path):
+    changes = {
+        "training": {"steps": 400, "batch_size": 32, "checkpoint_every": 20, "log_every": 10},
+        "evaluate_every": 0,
+        "launch": {"executor": "local", "workers": 2},
+    }
+    command = [sys.executable, "-m", "stagepatch", "compare", f"--config={config_file(tmp_path, **changes)}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / "out" / "jobs" / "dmp-0" / "learned" / "checkpoint.safetensors"
+    deadline = time.time() + 120
+    while not checkpoint.exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists()
+    assert not (tmp_path / "out" / "results.json").exists()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    killed = json.loads((tmp_path / "out" / "results.json").read_text())
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    config = config_file(whole, **{**changes, "launch": {"executor": "debug"}})
+    assert main(["compare", f"--config={config}"]) == 0
+    expected = json.loads((whole / "out" / "results.json").read_text())
+    for ours, theirs in zip(killed, expected, strict=True):
+        for name in ("curve", "differences", "metrics", "trainable"):
+            assert ours[name] == theirs[name]
+
+
+def test_job_of_two_processes_ends_with_the_same_patch(tmp_path):
+    results = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        directory.mkdir()
+        launch = {"executor": "local", "workers": 1, "processes": processes}
+        assert compare(directory, entries=ENTRIES[:2], launch=launch) == 0
+        results.append(read_tensors(directory / "out" / "jobs" / "dmp-0" / "learned" / "model.safetensors")[0])
+    assert len(list((tmp_path / "2" / "out" / "logs").rglob("*_1_log.out"))) == 2
+    for name, alone in results[0].items():
+        torch.testing.assert_close(results[1][name], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_terminal_shows_the_last_checkpoint_of_each_entry():
+    columns = [*COLUMNS, "FID at 2", "FID at 4", "difference to base", "in percent", "p"]
+    whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "e", "f"]
+    shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "e", "f"]
+    assert short(columns, [whole]) == (
+        ["method", "share", "FID at 4", "difference to base", "in percent", "p"],
+        [["b", "1%", "0.4", "d", "e", "f"]],
+    )
+    names, cells = short(columns, [whole, shorter])
+    assert names[2] == "FID at the end"
+    assert [row[2] for row in cells] == ["0.4", "0.3"]
+
+
+def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
+    training = {"steps": 80, "batch_size": 8, "log_every": 1}
+    entries = [*ENTRIES[:2], {"name": "long", "method": "dmp", "training": {"steps": 4000}}]
+    assert compare(tmp_path, "--quick=true", training=training, entries=entries, training_seeds=[0, 1]) == 0
+    jobs = tmp_path / "out-quick" / "jobs"
+    assert {path.name for path in jobs.iterdir()} == {"base", "dmp-0", "long-0"}
+    assert json.loads((jobs / "long-0" / "job.json").read_text())["training"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"entries": []}, "entries is empty"),
+        ({"entries": [{"name": "a", "method": "dpm"}]}, "Entry 'a': No method 'dpm'. Methods: dmp"),
+        ({"entries": [{"name": "A b", "method": "dmp"}, {"name": "a-b", "method": "lora"}]}, "Two entries are called"),
+        (
+            {"entries": [{"name": "a", "method": "dmp", "patch": {"gaet": "none"}}]},
+            "Entry 'a', patch: no key 'gaet'. Keys: balance",
+        ),
+        ({"entries": [{"name": "a", "method": "dmp", "patch": {"gate": "mlp"}}]}, "gate='mlp' is none of"),
+        (
+            {"entries": [{"name": "a", "method": "lora", "lora": {"targets": ["to_q"]}}]},
+            "Entry 'a': lora targets=['to_q']",
+        ),
+        (
+            {"entries": [{"name": "a", "method": "dmp", "patch": {"sites": "attention"}}]},
+            "Entry 'a': sites='attention'",
+        ),
+        ({"entries": [{"name": "a", "method": "dmp", "weighting": {"name": "snr2"}}]}, "weighting 'snr2' is none of"),
+        (
+            {"entries": [{"name": "a", "method": "dmp", "training": {"stepz": 2}}]},
+            "Entry 'a', training: no key 'stepz'",
+        ),
+        ({"sampling_seeds": [0, 1]}, "sampling_seeds=[0, 1] must be at least 3"),
+        ({"model": "nowhere"}, "No model at 'nowhere'"),
+        ({"entries": [{"name": "a", "method": "none", "model": "gone-{seed}"}]}, "No model at 'gone-0'"),
+        ({"entries": [{"name": "a", "method": "none", "schedule": "gone.yaml"}]}, "gone.yaml"),
+        ({"entries": [{"name": "a", "method": "dmp", "schedule": "x.yaml"}]}, "a schedule is sampled as it is"),
+        ({"metric": "fiddle"}, "metric='fiddle' is none of"),
+        ({"launch": {"executor": "debug", "workers": 0}}, "launch.workers=0"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_any_training(tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr("stagepatch.cli.compare.run_job", None)
+    message = message.replace("Keys: balance", "Keys: ")
+    assert compare(tmp_path, **changes) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "jobs").exists()
+
+
+def test_a_job_that_another_process_does_is_waited_for(tmp_path, monkeypatch):
+    entries = [EntryConfig(**ENTRIES[0])]
+    (job,) = plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=entries))
+    job.directory.mkdir(parents=True)
+    begun = []
+    monkeypatch.setattr("stagepatch.studies.compare_job._run", lambda *_: begun.append(1))
+    waiting = threading.Thread(target=run_job, args=(job,))
+    with FileLock(job.directory / "lock"):
+        waiting.start()
+        waiting.join(0.3)
+        assert not begun
+    waiting.join(10)
+    assert begun
+
+
+def test_job_of_another_config_is_not_taken_for_done(tmp_path, capsys):
+    assert compare(tmp_path) == 0
+    assert compare(tmp_path, sampling={"num_images": 80, "num_inference_steps": 2}) == 2
+    error = capsys.readouterr().err
+    assert "holds a job of another config" in error
+    assert "sampling.num_images was 60, is 80" in error
+
+
+def test_jobs_written_before_an_option_existed_count_as_done(tmp_path, capsys):
+    assert compare(tmp_path) == 0
+    path = tmp_path / "out" / "jobs" / "dmp-0" / "job.json"
+    then = json.loads(path.read_text())
+    del then["patch"]["num_experts"], then["training"]["max_grad_norm"], then["schedule"]
+    path.write_text(json.dumps(then))
+    assert compare(tmp_path) == 0
+    then["patch"]["num_experts"] = 3
+    path.write_text(json.dumps(then))
+    assert compare(tmp_path) == 2
+    assert "(patch.num_experts was 3, is 1)" in capsys.readouterr().err
+
+
+def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
+    for seed in (0, 1):
+        model, scheduler = load_denoiser("digits")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.0 + 0.2 * (1 + seed))
+        save_denoiser(model, scheduler, tmp_path / f"other-{seed}")
+        (tmp_path / f"experts-{seed}.yaml").write_text(
+            f"experts: [{{from: 0, to: 500}}, {{from: 500, to: 1000, model: other-{seed}}}]"
+        )
+    other, schedule = (str(tmp_path / name) for name in ("other-{seed}", "experts-{seed}.yaml"))
+    entries = [
+        {"name": "base", "method": "none"},
+        {"name": "other", "method": "none", "model": other},
+        {"name": "experts", "method": "none", "schedule": schedule},
+        {"name": "DMP on other", "method": "dmp", "model": other},
+    ]
+    assert compare(tmp_path, entries=entries, training_seeds=[0, 1], evaluate_every=0) == 0
+    values = {row["name"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
+    jobs = tmp_path / "out" / "jobs"
+    metrics = {path.parent.name: json.loads(path.read_text()) for path in jobs.glob("*/metrics.json")}
+    assert set(metrics) == {"base", *(f"{n}-{s}" for n in ("other", "experts", "dmp-on-other") for s in (0, 1))}
+    distinct = {json.dumps(list(each.values())[-1]) for each in metrics.values()}
+    assert len(distinct) == 7
+    assert values["base"]["is_base"]
+    assert values["base"]["differences"] == {}
+    assert set(values["experts"]["differences"]) == {"4"}
+    assert (values["experts"]["trainable"], values["experts"]["file_size"]) == (0, 0)
+    assert values["DMP on other"]["trainable"] > 0
+
+
+def test_failed_job_is_named_with_its_log_and_the_others_are_finished(tmp_path, capsys, monkeypatch):
+    entries = [*ENTRIES, {"name": "wild", "method": "finetune", "training": {"learning_rate": 1e30}}]
+    assert compare(tmp_path, entries=entries) == 2
+    error = capsys.readouterr().err
+    assert "1 of 4 jobs failed: 'wild' (seed 0)" in error
+    assert "is nan" in error or "is inf" in error
+    assert (tmp_path / "out" / "jobs" / "bias-0" / "metrics.json").exists()
+
+
+def test_all_methods_train_on_the_same_batches_noise_and_timesteps(tmp_path, monkeypatch):
+    seen = {}
+    from stagepatch.training import loop
+
+    backward = loop._backward
+
+    def noted(step, draws, *rest):
+        name = step.method.name
+        seen.setdefault(name, []).append(
+            (draws.x_start.sum().item(), draws.noise.sum().item(), draws.timesteps.tolist())
+        )
+        return backward(step, draws, *rest)
+
+    monkeypatch.setattr(loop, "_backward", noted)
+    assert compare(tmp_path) == 0
+    assert seen["dmp"] == seen["bitfit"]
+    assert len(seen["dmp"]) == 4
+
+
+def test_trainable_parameters_are_counted_on_the_meta_device():
+    config = CompareConfig(
+        entries=[EntryConfig("a", "dmp"), EntryConfig("b", "finetune"), EntryConfig("c", "none")],
+        training=TrainingConfig(steps=2),
+        sampling=SamplingConfig(num_images=10),
+        launch=LaunchConfig("debug"),
+    )
+    counts = [trainable_parameters(job) for job in plan_jobs(config)]
+    assert counts[1] == (329_224, 329_224)
+    assert counts[2] == (0, 329_224)
+    assert 0 < counts[0][0] < 20_000
+
+
+def test_difference_is_judged_by_training_runs_where_there_are_several():
+    paired = [[1.0, 3.0], [2.0, 4.0], [3.0, 5.0]]
+    change = difference(paired)
+    assert change.mean == 3.0
+    assert math.isclose(change.error, 1 / math.sqrt(3))
+    assert math.isclose(change.p_value, stats.ttest_1samp([2.0, 3.0, 4.0], 0).pvalue)
+    assert change.is_significant
+    alone = difference([[1.0, 3.0, -2.0]])
+    assert math.isclose(alone.p_value, stats.ttest_1samp([1.0, 3.0, -2.0], 0).pvalue)
+    assert not alone.is_significant
+    assert difference([[0.0, 0.0, 0.0]]).p_value == 1.0
