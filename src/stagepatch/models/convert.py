@@ -1,4 +1,4 @@
-"""Others' DiT checkpoints, read into ours."""
+"""Others' DiT checkpoints as the config and the weights of ours."""
 
 from __future__ import annotations
 
@@ -11,10 +11,26 @@ from torch import Tensor
 
 from stagepatch.core.errors import UserError
 from stagepatch.core.files import read_tensors
-from stagepatch.models.dit import DIT_SIZES, DiT
+from stagepatch.models.sizes import DIT_SIZES
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
+
+
+# Of diffusers' DiT: what its config must say, what both configs have, and a block's layers by our names.
+_REQUIRED = {
+    "activation_fn": "gelu-approximate",
+    "norm_elementwise_affine": False,
+    "attention_bias": True,
+    "norm_type": "ada_norm_zero",
+}
+_BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+_SHARED = ("sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "norm_eps")
 
 
 def load_original_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -48,24 +64,12 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
     return checkpoint
 
 
-def from_original(checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None) -> DiT:
-    """See `DiT.from_original`."""
+def read_original(
+    checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and state dict of a checkpoint of facebookresearch/DiT; see `DiT.from_original`."""
     state = load_original_state_dict(checkpoint)
-    config = _infer_config(state, num_attention_heads)
-    model: DiT = DiT(**config)
-    expected = model.state_dict()
-    missing = sorted(set(expected) - set(state))
-    if missing:
-        raise UserError(f"Not a whole DiT checkpoint: {len(missing)} keys are missing, first '{missing[0]}'.")
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise UserError(
-                f"Not a DiT checkpoint of this shape: '{name}' is {list(state[name].shape)}, expected "
-                f"{list(tensor.shape)}."
-            )
-    model.load_state_dict({name: state[name] for name in expected})
-    model.eval()
-    return model
+    return _infer_config(state, num_attention_heads), state
 
 
 def _infer_config(state: Mapping[str, Tensor], num_attention_heads: int | None) -> dict[str, Any]:
@@ -80,14 +84,12 @@ def _infer_config(state: Mapping[str, Tensor], num_attention_heads: int | None) 
         ) from error
     hidden_size, in_channels, patch_size, _ = embedder.shape
     num_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    if num_attention_heads is None:
-        num_attention_heads = _named_heads(hidden_size, num_layers)
     config: dict[str, Any] = {
         "patch_size": patch_size,
         "in_channels": in_channels,
         "hidden_size": hidden_size,
         "num_layers": num_layers,
-        "num_attention_heads": num_attention_heads,
+        "num_attention_heads": num_attention_heads or _named_heads(hidden_size, num_layers),
         "mlp_ratio": mlp_size / hidden_size,
         "learn_sigma": out_features == 2 * in_channels * patch_size**2,
         "conditioning": "none",
@@ -113,16 +115,10 @@ def _named_heads(hidden_size: int, num_layers: int) -> int:
     )
 
 
-def from_diffusers(model: DiTTransformer2DModel) -> DiT:
-    """See `DiT.from_diffusers`."""
+def read_diffusers(model: DiTTransformer2DModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and state dict of diffusers' DiT; see `DiT.from_diffusers`."""
     config = model.config
-    unsupported = {
-        "activation_fn": "gelu-approximate",
-        "norm_elementwise_affine": False,
-        "attention_bias": True,
-        "norm_type": "ada_norm_zero",
-    }
-    for name, expected in unsupported.items():
+    for name, expected in _REQUIRED.items():
         if config[name] != expected:
             raise UserError(f"Cannot convert a DiT with {name}={config[name]!r}: expected {expected!r}.")
     out_channels = config.out_channels or config.in_channels
@@ -131,29 +127,17 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiT:
             f"Cannot convert a DiT with out_channels={out_channels} for in_channels={config.in_channels}: "
             f"expected as many, or twice as many (learned variance)."
         )
-    converted: DiT = DiT(
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        hidden_size=config.num_attention_heads * config.attention_head_dim,
-        num_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_classes=config.num_embeds_ada_norm,
-        learn_sigma=out_channels == 2 * config.in_channels,
-        downscale_freq_shift=1.0,
-        norm_eps=config.norm_eps,
-    )
-    converted.load_state_dict(_rename_diffusers(model.state_dict(), config.num_layers))
-    converted.eval()
-    return converted
+    ours = {
+        **{name: config[name] for name in _SHARED},
+        "hidden_size": config.num_attention_heads * config.attention_head_dim,
+        "num_classes": config.num_embeds_ada_norm,
+        "learn_sigma": out_channels == 2 * config.in_channels,
+        "downscale_freq_shift": 1.0,
+    }
+    return ours, _rename_diffusers(model.state_dict(), config.num_layers)
 
 
 def _rename_diffusers(state: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
-    def copy(target: str, source: str) -> None:
-        for kind in ("weight", "bias"):
-            renamed[f"{target}.{kind}"] = state[f"{source}.{kind}"]
-
-    renamed: dict[str, Tensor] = {}
     embedder = "transformer_blocks.0.norm1.emb"
     for name in (name for name in state if name.startswith(embedder)):
         for index in range(1, num_layers):
@@ -162,19 +146,20 @@ def _rename_diffusers(state: Mapping[str, Tensor], num_layers: int) -> dict[str,
                     f"Cannot convert: block {index} has an embedder of its own ('{name}' differs from block 0's). "
                     f"A DiT has one for all blocks."
                 )
-    copy("x_embedder.proj", "pos_embed.proj")
-    copy("t_embedder.mlp.0", f"{embedder}.timestep_embedder.linear_1")
-    copy("t_embedder.mlp.2", f"{embedder}.timestep_embedder.linear_2")
-    renamed["y_embedder.embedding_table.weight"] = state[f"{embedder}.class_embedder.embedding_table.weight"]
+    sources = {
+        "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": f"{embedder}.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": f"{embedder}.timestep_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "proj_out_1",
+        "final_layer.linear": "proj_out_2",
+    }
+    renamed = {"y_embedder.embedding_table.weight": state[f"{embedder}.class_embedder.embedding_table.weight"]}
     for index in range(num_layers):
         ours, theirs = f"blocks.{index}", f"transformer_blocks.{index}"
+        sources |= {f"{ours}.{name}": f"{theirs}.{source}" for name, source in _BLOCK.items()}
         for kind in ("weight", "bias"):
             parts = [state[f"{theirs}.attn1.to_{letter}.{kind}"] for letter in "qkv"]
             renamed[f"{ours}.attn.qkv.{kind}"] = torch.cat(parts)
-        copy(f"{ours}.attn.proj", f"{theirs}.attn1.to_out.0")
-        copy(f"{ours}.mlp.fc1", f"{theirs}.ff.net.0.proj")
-        copy(f"{ours}.mlp.fc2", f"{theirs}.ff.net.2")
-        copy(f"{ours}.adaLN_modulation.1", f"{theirs}.norm1.linear")
-    copy("final_layer.adaLN_modulation.1", "proj_out_1")
-    copy("final_layer.linear", "proj_out_2")
+    for name, source in sources.items():
+        renamed |= {f"{name}.{kind}": state[f"{source}.{kind}"] for kind in ("weight", "bias")}
     return renamed

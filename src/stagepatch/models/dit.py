@@ -12,29 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stagepatch.core.errors import UserError
-from stagepatch.models.embeddings import LabelEmbedder, TextEmbedder, TimestepEmbedder, sincos_positions
+from stagepatch.models import convert
+from stagepatch.models.embeddings import TextEmbedder, TimestepEmbedder, sincos_positions
+from stagepatch.models.sizes import DIT_SIZES
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
-
-# hidden size, layers, heads (arXiv 2212.09748, Table 1)
-_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-DIT_SIZES = {
-    f"DiT-{name}/{patch_size}": {
-        "hidden_size": hidden_size,
-        "num_layers": num_layers,
-        "num_attention_heads": num_attention_heads,
-        "patch_size": patch_size,
-    }
-    for name, (hidden_size, num_layers, num_attention_heads) in _SIZES.items()
-    for patch_size in (2, 4, 8)
-}
 
 
 @dataclass
@@ -108,7 +98,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         self.t_embedder = TimestepEmbedder(hidden_size, downscale_freq_shift=downscale_freq_shift)
         self.y_embedder: nn.Module | None = None
         if conditioning == "class":
-            self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+            self.y_embedder = LabelEmbedding(num_classes, hidden_size, class_dropout_prob)
         elif conditioning == "text":
             self.y_embedder = TextEmbedder(pooled_projection_dim, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(
@@ -142,9 +132,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         Raises:
             UserError: no such file, missing keys, or a head count that cannot be inferred.
         """
-        from stagepatch.models.convert import from_original
-
-        return from_original(checkpoint, num_attention_heads)
+        return cls._of_weights(*convert.read_original(checkpoint, num_attention_heads))
 
     @classmethod
     def from_diffusers(cls, model: DiTTransformer2DModel) -> DiT:
@@ -153,9 +141,25 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         Raises:
             UserError: a configuration that this DiT cannot express.
         """
-        from stagepatch.models.convert import from_diffusers
+        return cls._of_weights(*convert.read_diffusers(model))
 
-        return from_diffusers(model)
+    @classmethod
+    def _of_weights(cls, config: dict[str, Any], state: Mapping[str, Tensor]) -> DiT:
+        """A model in eval mode; names that it does not have are left out."""
+        model: DiT = cls(**config)
+        expected = model.state_dict()
+        missing = sorted(set(expected) - set(state))
+        if missing:
+            raise UserError(f"Not a whole DiT checkpoint: {len(missing)} keys are missing, first '{missing[0]}'.")
+        for name, tensor in expected.items():
+            if state[name].shape != tensor.shape:
+                raise UserError(
+                    f"Not a DiT checkpoint of this shape: '{name}' is {list(state[name].shape)}, expected "
+                    f"{list(tensor.shape)}."
+                )
+        model.load_state_dict({name: state[name] for name in expected})
+        model.eval()
+        return model
 
     def forward(
         self,
@@ -203,11 +207,11 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         return DiTOutput(sample=output) if return_dict else (output,)
 
     def _condition(self, batch: int, class_labels: Tensor | None, pooled_projections: Tensor | None) -> Tensor:
-        name = "class_labels" if self.config.conditioning == "class" else "pooled_projections"
-        condition = class_labels if self.config.conditioning == "class" else pooled_projections
+        name, condition, width = "class_labels", class_labels, []
+        if self.config.conditioning == "text":
+            name, condition, width = "pooled_projections", pooled_projections, [self.config.pooled_projection_dim]
         if condition is None:
             raise UserError(f"This DiT is conditioned on {self.config.conditioning}: pass `{name}`.")
-        width = [] if self.config.conditioning == "class" else [self.config.pooled_projection_dim]
         if condition.ndim == 0 or condition.shape[0] not in (1, batch) or list(condition.shape[1:]) != width:
             raise UserError(f"`{name}` of shape {list(condition.shape)}: expected {[batch, *width]}.")
         return condition
@@ -231,7 +235,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.hidden_size, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
-        if isinstance(self.y_embedder, LabelEmbedder):
+        if isinstance(self.y_embedder, LabelEmbedding):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name, parameter in self.named_parameters():
             if name.startswith("t_embedder.mlp") and name.endswith("weight"):

@@ -1,4 +1,4 @@
-"""The conditioning embeddings of DiT: timestep, class label, pooled text, and fixed positions."""
+"""The conditioning embeddings of DiT: timestep, pooled text, and fixed positions."""
 
 from __future__ import annotations
 
@@ -26,22 +26,6 @@ class TimestepEmbedder(nn.Module):
             downscale_freq_shift=self.downscale_freq_shift,
         )
         return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
-
-
-class LabelEmbedder(nn.Module):
-    """Class labels [B] to vectors [B, D]. Label `num_classes` is the null label, used for guidance."""
-
-    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.dropout_prob = dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
-            labels = torch.where(dropped, self.num_classes, labels)
-        return self.embedding_table(labels)  # type: ignore[no-any-return]
 
 
 class TextEmbedder(nn.Module):
