@@ -12,10 +12,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_tensors
+from stagepatch.core.tensors import read_tensors
 from stagepatch.diffusion import ObjectiveConfig, make_sampler, make_scheduler, pin_timesteps
 from stagepatch.families import predict
-from stagepatch.methods import LoRAConfig, make_method
+from stagepatch.methods import LoRAConfig, MethodConfig, make_method
 from stagepatch.patch import Patch, PatchConfig, patches_on
 from stagepatch.sampling import (
     ExpertRange,
@@ -173,7 +173,7 @@ def test_a_patched_base_takes_its_own_part_of_a_batch_with_its_patch(tiny_dit):
 def test_a_base_whose_hooks_go_by_the_sample_takes_its_own_part_too(tiny_dit):
     """Ranks of a LoRA that are masked by each sample's timestep (T-LoRA)."""
     base, other = tiny_dit(0), tiny_dit(1)
-    method = make_method("lora", PatchConfig(), LoRAConfig(rank=4, min_rank=1))
+    method = make_method(MethodConfig("lora", lora=LoRAConfig(rank=4, min_rank=1)))
     method.prepare(base)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
@@ -427,7 +427,7 @@ def stages(tiny_dit, tmp_path):
     patch.attach(models["patch"])
     for name in ("lora", "finetune"):
         models[name] = copy.deepcopy(base)
-        method = make_method(name, PatchConfig(), LoRAConfig(rank=2))
+        method = make_method(MethodConfig(name, lora=LoRAConfig(rank=2)))
         method.prepare(models[name])
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
@@ -667,4 +667,4 @@ def test_command_samples_a_pipeline_by_ranges_and_by_steps(tmp_path, capsys):
     assert not torch.allclose(images["steps"], images["ranges"], atol=1e-3)
     path = write(tmp_path / "c.yaml", experts=named, steps=steps)
     assert main([*given, f"--output_dir={tmp_path / 'no'}", f"--schedule={path}"]) == 2
-    assert "PNDMScheduler can be told no timesteps" in capsys.readouterr().err
+    assert "PNDMScheduler takes no timesteps" in capsys.readouterr().err

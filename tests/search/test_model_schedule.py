@@ -14,7 +14,8 @@ from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.cli import schedule as command
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_tensors, write_json
+from stagepatch.core.files import write_json
+from stagepatch.core.tensors import read_tensors
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.evaluation import evaluate, features, load_extractor, load_references
 from stagepatch.patch import Patch
@@ -432,7 +433,7 @@ def test_model_of_latents_is_searched_by_its_images(tmp_path, monkeypatch, capsy
         (["--evaluations=0"], "must be at least 1"),
         (["--seeds=[3, 0]"], "without 0, the search's own seed"),
         (["--seeds=[]"], "must be some"),
-        (["--sampling.scheduler=ddim"], "'ddim' can be told no timesteps"),
+        (["--sampling.scheduler=ddim"], "'ddim' takes no timesteps"),
         (["--sampling.scheduler=dimm"], "no scheduler 'dimm'"),
         (["--sampling.scheduler=flow_euler"], "does not fit a model trained with"),
         (["--sampling.scheduler=HeunDiscreteScheduler"], "otherwise than once"),

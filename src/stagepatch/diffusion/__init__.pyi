@@ -3,8 +3,8 @@ from .config import WeightingConfig as WeightingConfig
 from .noise_schedule import make_scheduler as make_scheduler
 from .objective import Objective as Objective
 from .samplers import make_sampler as make_sampler
-from .steps import pin_timesteps as pin_timesteps
-from .steps import takes_timesteps as takes_timesteps
+from .samplers import pin_timesteps as pin_timesteps
+from .samplers import takes_timesteps as takes_timesteps
 from .timesteps import TimestepSampler as TimestepSampler
 from .weighting import Weighting as Weighting
 from .weighting import make_weighting as make_weighting

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from stagepatch.diffusion.config import ObjectiveConfig
 
@@ -18,12 +21,28 @@ def make_scheduler(config: ObjectiveConfig, learn_sigma: bool = False) -> Any:
     """
     if config.prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
-    return DDPMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        prediction_type=config.prediction_type,
-        clip_sample=config.clip_sample,
-        variance_type="learned_range" if learn_sigma else "fixed_small",
-    )
+    # The config's fields are the scheduler's own.
+    return DDPMScheduler(**asdict(config), variance_type="learned_range" if learn_sigma else "fixed_small")
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is of rectified flow, rather than of diffusion."""
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def flow_sigmas(scheduler: Any) -> Tensor:
+    """Sigmas of a flow's training timesteps, from low to high: [T]."""
+    config = scheduler.config
+    if "FlowMatch" not in type(scheduler).__name__:
+        # A solver that can also do flows has no training sigmas of its own.
+        scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.get("flow_shift", 1.0))
+    # A scheduler that has sampled holds the sigmas of its steps, and any holds them from high to low.
+    sigmas: Tensor = type(scheduler).from_config(scheduler.config).sigmas[: config.num_train_timesteps]
+    return sigmas.flip(0)
+
+
+def at_timesteps(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+    """Values [T] at timesteps [B], shaped to be multiplied with `like` [B, …], in its type or at least float32."""
+    # Cast before it moves: some accelerators have no float64.
+    picked = values.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)[timesteps]
+    return picked.view(-1, *[1] * (like.ndim - 1))

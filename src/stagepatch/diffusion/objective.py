@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler
 from torch import Generator, Tensor
 
 from stagepatch.core.errors import UserError
+from stagepatch.diffusion.noise_schedule import at_timesteps, flow_sigmas, is_flow
 from stagepatch.diffusion.timesteps import TimestepSampler
 from stagepatch.diffusion.variational import Posterior
 from stagepatch.diffusion.weighting import Weighting, constant
@@ -16,6 +18,7 @@ from stagepatch.diffusion.weighting import Weighting, constant
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
+@dataclass(eq=False)
 class Objective:
     """What a scheduler's config asks of a denoiser.
 
@@ -32,15 +35,14 @@ class Objective:
             has no training schedule for it.
     """
 
-    def __init__(
-        self,
-        scheduler: Any,
-        learn_sigma: bool = False,
-        weighting: Weighting = constant,
-        timesteps: TimestepSampler | None = None,
-    ) -> None:
-        self.scheduler = scheduler
-        self.is_flow = "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+    scheduler: Any
+    learn_sigma: bool = False
+    weighting: Weighting = constant
+    timesteps: TimestepSampler | None = None
+
+    def __post_init__(self) -> None:
+        scheduler = self.scheduler
+        self.is_flow = is_flow(scheduler)
         self.prediction_type = "flow_prediction" if self.is_flow else scheduler.config.prediction_type
         if self.prediction_type not in PREDICTION_TYPES:
             raise UserError(f"prediction_type='{self.prediction_type}' is none of {', '.join(PREDICTION_TYPES)}.")
@@ -52,20 +54,17 @@ class Objective:
                 f"expected a scheduler with alphas_cumprod, such as DDPMScheduler, or for a flow "
                 f"FlowMatchEulerDiscreteScheduler."
             )
-        if learn_sigma and self.is_flow:
+        if self.learn_sigma and self.is_flow:
             raise UserError("A flow has no posterior variance to learn: set learn_sigma to false.")
-        self.learn_sigma = learn_sigma
-        self.weighting = weighting
-        self.timesteps = timesteps
         self.num_train_timesteps: int = scheduler.config.num_train_timesteps
-        self._posterior = Posterior(scheduler.betas) if learn_sigma else None
+        self._posterior = Posterior(scheduler.betas) if self.learn_sigma else None
+        # Not every sampler has get_velocity; the one made for training has, and shares their config.
+        self._training_scheduler = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
         # x_t = signal·x_start + sigma·noise. In float64: in half precision, the first timesteps' 1 − ᾱ vanishes.
         if self.is_flow:
-            self._sigmas = _flow_sigmas(scheduler).double()
+            self._sigmas = flow_sigmas(scheduler).double()
             self._signals = 1.0 - self._sigmas
         else:
-            # Not every sampler has get_velocity; the one made for training has, and shares their config.
-            self._training_scheduler = DDPMScheduler.from_config(scheduler.config)
             alphas_cumprod = scheduler.alphas_cumprod.double()
             self._sigmas = (1.0 - alphas_cumprod).sqrt()
             self._signals = alphas_cumprod.sqrt()
@@ -78,18 +77,20 @@ class Objective:
 
     def add_noise(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t [B, C, H, W] of x_start and noise of that shape, at timesteps [B]."""
-        if self.is_flow:
-            sigma = self._sigma(timesteps, x_start)
-            return (1.0 - sigma) * x_start + sigma * noise
-        # In half precision, diffusers would lose the noise of the first timesteps: 1 − ᾱ vanishes.
+        # In half precision, the noise of the first timesteps would be lost: 1 − ᾱ vanishes.
         dtype = torch.promote_types(x_start.dtype, torch.float32)
-        x_t: Tensor = self._training_scheduler.add_noise(x_start.to(dtype), noise.to(dtype), timesteps)
+        images, noise = x_start.to(dtype), noise.to(dtype)
+        if self._training_scheduler is not None:
+            x_t: Tensor = self._training_scheduler.add_noise(images, noise, timesteps)
+        else:
+            signal, sigma = self._signal_and_sigma(timesteps, images)
+            x_t = signal * images + sigma * noise
         return x_t.to(x_start.dtype)
 
     def model_timesteps(self, timesteps: Tensor) -> Tensor:
-        """The timesteps as the model is told them: [B]."""
+        """The timesteps as the model takes them: [B]."""
         if self.is_flow:
-            return self._sigma(timesteps, timesteps.float()) * self.num_train_timesteps
+            return at_timesteps(self._sigmas, timesteps, timesteps) * self.num_train_timesteps
         return timesteps
 
     def target(self, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class Objective:
             return noise
         if self.prediction_type == "sample":
             return x_start
-        if self.prediction_type == "flow_prediction":
+        if self._training_scheduler is None:
             return noise - x_start
         return self._training_scheduler.get_velocity(x_start, noise, timesteps)  # type: ignore[no-any-return]
 
@@ -124,7 +125,7 @@ class Objective:
         """x_start as the model's prediction implies it: [B, C, H, W]."""
         if self.prediction_type == "sample":
             return prediction
-        signal, sigma = self._signal(timesteps, x_t), self._sigma(timesteps, x_t)
+        signal, sigma = self._signal_and_sigma(timesteps, x_t)
         if self.prediction_type == "flow_prediction":
             return x_t - sigma * prediction
         if self.prediction_type == "epsilon":
@@ -133,29 +134,8 @@ class Objective:
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """Signal-to-noise ratio [B]: α²/σ² of x_t = α·x_start + σ·noise."""
-        like = timesteps.float()
-        return (self._signal(timesteps, like) / self._sigma(timesteps, like)) ** 2
+        signal, sigma = self._signal_and_sigma(timesteps, timesteps)
+        return (signal / sigma) ** 2
 
-    def _signal(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        return _at(self._signals, timesteps, like)
-
-    def _sigma(self, timesteps: Tensor, like: Tensor) -> Tensor:
-        return _at(self._sigmas, timesteps, like)
-
-
-def _at(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-    """The values at timesteps [B], in the type of `like` and shaped to be multiplied with it."""
-    # Cast before it moves: some accelerators have no float64.
-    picked = values.to(like.dtype).to(like.device)[timesteps]
-    return picked.view(-1, *[1] * (like.ndim - 1))
-
-
-def _flow_sigmas(scheduler: Any) -> Tensor:
-    """Sigmas of the training timesteps, from low to high: [T]."""
-    config = scheduler.config
-    if "FlowMatch" not in type(scheduler).__name__:
-        # A solver that can also do flows has no training sigmas of its own.
-        scheduler = FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.get("flow_shift", 1.0))
-    # A scheduler that has sampled holds the sigmas of its steps, and any holds them from high to low.
-    sigmas: Tensor = type(scheduler).from_config(scheduler.config).sigmas[: config.num_train_timesteps]
-    return sigmas.flip(0)
+    def _signal_and_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        return at_timesteps(self._signals, timesteps, like), at_timesteps(self._sigmas, timesteps, like)

@@ -1,10 +1,15 @@
-"""Samplers by name."""
+"""Samplers by name, and their timesteps one by one."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
+import numpy as np
+import torch
 
 from stagepatch.core.errors import UserError
 
@@ -39,3 +44,52 @@ def make_sampler(name: str, trained_with: Any) -> Any:
         # The variance is split off before the sampler; some samplers would split off three channels themselves.
         config.pop("variance_type", None)
     return scheduler_class.from_config(config)
+
+
+def takes_timesteps(sampler: Any) -> bool:
+    """Whether a sampler takes any timesteps, rather than their number alone."""
+    return _is_flow(sampler) or "timesteps" in inspect.signature(sampler.set_timesteps).parameters
+
+
+def pin_timesteps(sampler: Any, timesteps: Sequence[float]) -> None:
+    """Let a sampler of diffusers take these timesteps whenever it is set to a number of steps, which must be theirs.
+
+    Args:
+        timesteps: in training timesteps, from noise to image. Those that the sampler takes by itself it always takes.
+
+    Raises:
+        UserError: when they are set, by a sampler that cannot take them.
+    """
+    original = sampler.set_timesteps
+
+    @functools.wraps(original)  # pipelines look for its arguments
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        own = sampler.timesteps.tolist()
+        if len(own) != len(timesteps) or not np.allclose(own, timesteps, rtol=0.0, atol=1e-2):
+            _replace(sampler, original, list(timesteps))
+
+    sampler.set_timesteps = set_timesteps
+
+
+def _replace(sampler: Any, set_timesteps: Any, timesteps: list[float]) -> None:
+    if _is_flow(sampler):
+        # Set to timesteps, these samplers would shift their sigmas a second time, or fail.
+        sigmas = torch.tensor([*timesteps, 0.0], dtype=torch.float64) / sampler.config.num_train_timesteps
+        sampler.timesteps = torch.tensor(timesteps, dtype=torch.float64).to(sampler.timesteps)
+        sampler.sigmas = sigmas.to(sampler.sigmas)
+        return
+    name = type(sampler).__name__
+    if not takes_timesteps(sampler):
+        raise UserError(
+            f"{name} takes no timesteps, only their number: use 'dpmsolver++', 'euler' or 'ddpm', or give the experts "
+            f"ranges in place of steps."
+        )
+    try:
+        set_timesteps(timesteps=timesteps, device=sampler.timesteps.device)
+    except ValueError as error:
+        raise UserError(f"{name} cannot take the timesteps {timesteps}: {error}") from error
+
+
+def _is_flow(sampler: Any) -> bool:
+    return "FlowMatchEuler" in type(sampler).__name__ or bool(sampler.config.get("use_flow_sigmas"))

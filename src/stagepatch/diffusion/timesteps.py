@@ -56,7 +56,7 @@ class TimestepSampler:
 def equal_in_t(num_train_timesteps: int, count: int) -> list[tuple[int, int]]:
     """T split into `count` ranges of equal length, from the image's end to the noise's (DeMe)."""
     _check_count(num_train_timesteps, count)
-    return _between([round(place * num_train_timesteps / count) for place in range(count + 1)])
+    return split_at(num_train_timesteps, [round(place * num_train_timesteps / count) for place in range(1, count)])
 
 
 def equal_in_log_snr(snr: Tensor, count: int) -> list[tuple[int, int]]:
@@ -68,8 +68,7 @@ def equal_in_log_snr(snr: Tensor, count: int) -> list[tuple[int, int]]:
     _check_count(len(snr), count)
     log_snr = snr.double().clamp_min(1e-12).log()
     levels = torch.linspace(float(log_snr[0]), float(log_snr[-1]), count + 1, dtype=torch.float64)[1:-1]
-    inner = [int((log_snr > level).sum()) for level in levels]
-    return split_at(len(snr), inner)
+    return split_at(len(snr), [int((log_snr > level).sum()) for level in levels])
 
 
 def split_at(num_train_timesteps: int, boundaries: Sequence[int]) -> list[tuple[int, int]]:
@@ -81,10 +80,6 @@ def split_at(num_train_timesteps: int, boundaries: Sequence[int]) -> list[tuple[
     edges = [0, *boundaries, num_train_timesteps]
     if any(later <= earlier for earlier, later in itertools.pairwise(edges)):
         raise UserError(f"boundaries={list(boundaries)} must rise between 0 and {num_train_timesteps}.")
-    return _between(edges)
-
-
-def _between(edges: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 

@@ -7,16 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from stagepatch.diffusion.noise_schedule import at_timesteps
+
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N(mean1, e^log_variance1) ‖ N(mean2, e^log_variance2)) per element, in nats."""
-    return 0.5 * (
-        log_variance2
-        - log_variance1
-        - 1.0
-        + torch.exp(log_variance1 - log_variance2)
-        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    )
+    error = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 - 1.0 + torch.exp(log_variance1 - log_variance2) + error)
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -53,14 +50,13 @@ class Posterior:
 
     def mean(self, x_start: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """[B, C, H, W]"""
-        first = _at(self.coefficient_x_start, timesteps, x_t)
-        second = _at(self.coefficient_x_t, timesteps, x_t)
-        return first * x_start + second * x_t
+        of_x_t = at_timesteps(self.coefficient_x_t, timesteps, x_t)
+        return at_timesteps(self.coefficient_x_start, timesteps, x_t) * x_start + of_x_t * x_t
 
     def learned_log_variance(self, interpolation: Tensor, timesteps: Tensor) -> Tensor:
         """The model's log-variance from its output in [−1, 1] (arXiv 2102.09672, Eq. 15)."""
-        smallest = _at(self.log_variance, timesteps, interpolation)
-        largest = _at(self.log_betas, timesteps, interpolation)
+        smallest = at_timesteps(self.log_variance, timesteps, interpolation)
+        largest = at_timesteps(self.log_betas, timesteps, interpolation)
         fraction = (interpolation + 1.0) / 2.0
         return fraction * largest + (1.0 - fraction) * smallest
 
@@ -76,13 +72,8 @@ class Posterior:
         mean = self.mean(predicted_x_start, x_t, timesteps)
         log_variance = self.learned_log_variance(interpolation, timesteps)
         true_mean = self.mean(x_start, x_t, timesteps)
-        true_log_variance = _at(self.log_variance, timesteps, x_t).expand_as(x_t)
+        true_log_variance = at_timesteps(self.log_variance, timesteps, x_t).expand_as(x_t)
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         likelihood = -discretized_gaussian_log_likelihood(x_start, mean, log_variance)
         first = (timesteps == 0).view(-1, *[1] * (x_t.ndim - 1))
         return torch.where(first, likelihood, kl).flatten(1).mean(dim=1) / math.log(2.0)
-
-
-def _at(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-    picked = values.to(like.device)[timesteps]
-    return picked.view(-1, *[1] * (like.ndim - 1))

@@ -55,15 +55,15 @@ def constant(snr: Tensor, prediction_type: str) -> Tensor:
 
 def error_factor(snr: Tensor, prediction_type: str) -> Tensor:
     """c: a prediction's squared error over that of x_start, [B]."""
-    if prediction_type == "sample":
-        return torch.ones_like(snr)
-    if prediction_type == "epsilon":
-        return snr
-    if prediction_type == "v_prediction":
-        return snr + 1.0
-    return (1.0 + snr.sqrt()) ** 2
+    return _ERROR_FACTORS[prediction_type](snr)
 
 
+_ERROR_FACTORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sample": torch.ones_like,
+    "epsilon": lambda snr: snr,
+    "v_prediction": lambda snr: snr + 1.0,
+    "flow_prediction": lambda snr: (1.0 + snr.sqrt()) ** 2,
+}
 _ON_X_START: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "snr": lambda snr, config: snr,
     "snr_plus_one": lambda snr, config: snr + 1.0,

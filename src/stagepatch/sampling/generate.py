@@ -14,8 +14,7 @@ from torch import Generator, Tensor, nn
 
 from stagepatch.core.errors import UserError
 from stagepatch.core.processes import processes
-from stagepatch.diffusion.samplers import make_sampler
-from stagepatch.diffusion.steps import pin_timesteps
+from stagepatch.diffusion import make_sampler, pin_timesteps
 from stagepatch.families import find_denoiser, learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.experts import experts_on
