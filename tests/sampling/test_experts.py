@@ -517,6 +517,7 @@ def ranges(*bounds, **more):
 
 
 NAMED = [{"name": "a"}, {"name": "b", "model": "digits"}]
+STEPS = [{"timestep": 3, "expert": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -527,12 +528,12 @@ NAMED = [{"name": "a"}, {"name": "b", "model": "digits"}]
         ("", "the file holds NoneType"),
         ("expert: []", "no key 'expert'"),
         ("scheduler: ddim", "lacks `experts`"),
-        ({"experts": []}, "at least one expert"),
-        ({"experts": {"from": 0}}, "at least one expert"),
+        ({"experts": []}, "`experts` is []: give a list of at least one"),
+        ({"experts": {"from": 0}}, "give a list of at least one entry"),
         ({"experts": ["a"]}, "expert 1 holds str"),
         ({"experts": [{"from": 0, "to": 1000, "learnt": "x"}]}, "expert 1 has no key 'learnt'"),
         ({"experts": [{"from": 0}]}, "expert 1 lacks `to`"),
-        ({"experts": [{"from": "0", "to": 1000}]}, "`from` is '0', not a number"),
+        ({"experts": [{"from": "0", "to": 1000}]}, "`from` is '0': give a number"),
         ({"experts": [{"from": 0, "to": True}]}, "`to` is True"),
         ({"experts": ranges((0, 1000), model=3)}, "`model` is 3"),
         ({"experts": ranges((0, 1000), model="")}, "`model` is ''"),
@@ -545,15 +546,15 @@ NAMED = [{"name": "a"}, {"name": "b", "model": "digits"}]
         ({"experts": ranges((0, 900))}, "end at 900; the model has timesteps 0 to 1000"),
         ({"experts": ranges((0, 2000))}, "end at 2000"),
         ({"experts": ranges((0, 1000)), "scheduler": "ddim"}, "`scheduler` goes with `steps`"),
-        ({"experts": ranges((0, 1000)), "steps": []}, "has a range, and the file has steps"),
-        ({"experts": NAMED, "steps": []}, "at least one step"),
-        ({"experts": [{"model": "digits"}], "steps": []}, "lacks `name`"),
-        ({"experts": [*NAMED, {"name": "a"}], "steps": []}, "two experts have one name"),
+        ({"experts": ranges((0, 1000)), "steps": STEPS}, "has a range, and the file has steps"),
+        ({"experts": NAMED, "steps": []}, "`steps` is []: give a list of at least one"),
+        ({"experts": [{"model": "digits"}], "steps": STEPS}, "lacks `name`"),
+        ({"experts": [*NAMED, {"name": "a"}], "steps": STEPS}, "two experts have one name"),
         ({"experts": NAMED, "steps": [{"timestep": 3}]}, "step 1 lacks `expert`"),
         ({"experts": NAMED, "steps": [{"timestep": 3, "expert": "c"}]}, "no expert 'c' to go to. Experts: a, b"),
         ({"experts": NAMED, "steps": [{"timestep": 1001, "expert": "a"}]}, "within 0 to 1000"),
-        ({"experts": NAMED, "steps": [{"timestep": 3, "expert": "a"}, {"timestep": 3, "expert": "a"}]}, "must fall"),
-        ({"experts": NAMED, "steps": [{"timestep": 3, "expert": "a"}], "scheduler": 5}, "`scheduler` is 5"),
+        ({"experts": NAMED, "steps": STEPS * 2}, "must fall"),
+        ({"experts": NAMED, "steps": STEPS, "scheduler": 5}, "`scheduler` is 5"),
         ({"experts": ranges((0, 1000), learned="nowhere")}, "The expert 'nowhere': No patch at 'nowhere'"),
         ({"experts": ranges((0, 1000), model="nowhere", name="it")}, "The expert 'it': No model at 'nowhere'"),
     ],

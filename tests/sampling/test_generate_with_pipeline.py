@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stagepatch.cli import main
-from stagepatch.core.files import read_tensors
+from stagepatch.core.tensors import read_tensors
 from stagepatch.evaluation import features
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig, generate_with_pipeline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class ExpertRange:
     name: str = BASE
 
 
+@dataclass(eq=False)
 class Experts:
     """Denoisers and their ranges; all stay in memory, so that going from one to the next costs nothing.
 
@@ -49,12 +50,12 @@ class Experts:
         UserError: no ranges, a gap, or an overlap.
     """
 
-    def __init__(
-        self, ranges: Sequence[ExpertRange], timesteps: Sequence[float] | None = None, scheduler: str = ""
-    ) -> None:
-        self.ranges = sorted(ranges, key=lambda expert: expert.start)
-        self.timesteps = None if timesteps is None else list(timesteps)
-        self.scheduler = scheduler
+    ranges: Sequence[ExpertRange]
+    timesteps: Sequence[float] | None = None
+    scheduler: str = ""
+
+    def __post_init__(self) -> None:
+        self.ranges = sorted(self.ranges, key=lambda expert: expert.start)
         check_ranges([(expert.start, expert.end) for expert in self.ranges])
 
     @classmethod
@@ -76,10 +77,10 @@ class Experts:
                 f"The steps' timesteps are {timesteps}: give at least one, each lower than the one before."
             )
         between = [(before + after) / 2 for before, after in itertools.pairwise(timesteps)]
-        ends, starts = [total, *between], [*between, 0.0]
+        borders = itertools.pairwise([total, *between, 0.0])
         ranges = [
             ExpertRange(start, end, denoiser, name)
-            for start, end, (_, denoiser, name) in zip(starts, ends, steps, strict=True)
+            for (end, start), (_, denoiser, name) in zip(borders, steps, strict=True)
         ]
         return cls(ranges, timesteps, scheduler)
 
@@ -116,15 +117,25 @@ class Experts:
         return AttachedExperts(self, model)
 
 
+# It stands in for the model's forward itself: an object rather than a closure, so that copy.deepcopy(model) copies the
+# experts with it.
 class AttachedExperts:
     """Handle of attached experts; `detach()`, or the end of a `with` block, restores the model."""
 
     def __init__(self, experts: Experts, model: nn.Module) -> None:
-        self._model: nn.Module | None = model
-        self._former = model.__dict__.get("forward")
-        self._dispatch = _Dispatch(experts, model)
+        self.experts = experts
+        self._model = model
+        self._forward = model.forward
+        self._had_own_forward = "forward" in vars(model)  # such as a hook of accelerate
+        self._noise_level = family_of(type(model)).noise_level
+        self._starts = [expert.start for expert in experts.ranges]
+        self._takes_whole_batch = True
+        # What reads the model's arguments by their names, as patches do, finds them as before.
+        self.__signature__ = inspect.signature(model.forward)
+        self._names = list(self.__signature__.parameters)
         # The instance's attribute hides the class's method, and `model(...)` looks it up on the instance.
-        model.__dict__["forward"] = self._dispatch
+        model.forward = self
+        self._is_attached = True
 
     def detach(self) -> None:
         """Take the experts off; further calls do nothing.
@@ -132,15 +143,14 @@ class AttachedExperts:
         Raises:
             UserError: something else has replaced the model's forward since.
         """
-        if self._model is None:
+        if not self._is_attached:
             return
-        if self._model.__dict__.get("forward") is not self._dispatch:
+        if self._model.forward is not self:
             raise UserError("Something has replaced the model's forward since the experts came: take that off first.")
-        if self._former is None:
-            del self._model.__dict__["forward"]
-        else:
-            self._model.__dict__["forward"] = self._former
-        self._model = None
+        del self._model.forward
+        if self._had_own_forward:
+            self._model.forward = self._forward
+        self._is_attached = False
 
     def __enter__(self) -> AttachedExperts:
         return self
@@ -148,11 +158,55 @@ class AttachedExperts:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        timestep = (dict(zip(self._names, args, strict=False)) | kwargs).get("timestep")
+        # Without a timestep the model says itself what it misses.
+        if not self._takes_whole_batch or timestep is None:
+            return self._forward(*args, **kwargs)
+        chosen = self._choose(timestep)
+        if len(set(chosen)) == 1:
+            return self._call(chosen[0], self._forward, args, kwargs)
+        outputs, order = [], []
+        for number in sorted(set(chosen)):
+            rows = [row for row, other in enumerate(chosen) if other == number]
+            own_args = tuple(_take(value, rows, len(chosen), "an argument") for value in args)
+            own_kwargs = {name: _take(value, rows, len(chosen), name) for name, value in kwargs.items()}
+            outputs.append(self._call(number, self._call_model, own_args, own_kwargs))
+            order += rows
+        return _join(outputs, order)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _choose(self, timestep: Any) -> list[int]:
+        """The number of each sample's range; of one for all where one timestep is for all."""
+        values = torch.as_tensor(timestep).detach().cpu().double()
+        values = values.flatten(1).amax(dim=1) if values.ndim > 1 else values.reshape(-1)
+        # Rounded, since float32 loses some digits where a model takes timesteps divided by 1000.
+        timesteps = (self._noise_level(values) * 1000.0).round(decimals=3).tolist()
+        return [max(0, bisect.bisect_right(self._starts, value) - 1) for value in timesteps]
+
+    def _call(self, number: int, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A range's denoiser, or `own` where that is the model itself."""
+        denoiser = self.experts.ranges[number].denoiser
+        if denoiser is None or denoiser is self._model:
+            return own(*args, **kwargs)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if tensors and next(denoiser.parameters()).device != tensors[0].device:
+            denoiser.to(tensors[0].device)  # the model was moved, or is offloaded and computes elsewhere
+        return denoiser(*args, **kwargs)
+
+    def _call_model(self, *args: Any, **kwargs: Any) -> Any:
+        """The model on a part of the batch, with its hooks, which have seen the whole batch."""
+        self._takes_whole_batch = False
+        try:
+            return self._model(*args, **kwargs)
+        finally:
+            self._takes_whole_batch = True
+
 
 def experts_on(model: nn.Module) -> Experts | None:
     """The experts attached to a model."""
-    dispatch = model.__dict__.get("forward")
-    return dispatch.experts if isinstance(dispatch, _Dispatch) else None
+    return model.forward.experts if isinstance(model.forward, AttachedExperts) else None
 
 
 def check_ranges(ranges: Sequence[tuple[float, float]], total: float | None = None) -> None:
@@ -179,75 +233,6 @@ def check_ranges(ranges: Sequence[tuple[float, float]], total: float | None = No
         reached = end
     if total is not None and reached != total:
         raise UserError(f"The experts' ranges end at {reached:g}; the model has timesteps 0 to {total:g}.")
-
-
-# An object rather than a closure, so that copy.deepcopy(model) copies the experts with it.
-class _Dispatch:
-    """Stands in for a model's forward."""
-
-    def __init__(self, experts: Experts, model: nn.Module) -> None:
-        self.experts = experts
-        self.model = model
-        self.own = model.forward
-        self.noise_level = family_of(type(model)).noise_level
-        self.starts = [expert.start for expert in experts.ranges]
-        self.is_own_turn = False
-        # What reads the model's arguments by their names, as patches do, finds them as before.
-        self.__signature__ = inspect.signature(model.forward)
-        self.names = list(self.__signature__.parameters)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        timestep = (dict(zip(self.names, args, strict=False)) | kwargs).get("timestep")
-        if self.is_own_turn or timestep is None:  # without a timestep the model says itself what it misses
-            return self.own(*args, **kwargs)
-        chosen = self._choose(timestep)
-        if len(set(chosen)) == 1:
-            denoiser = self._denoiser(chosen[0])
-            return self.own(*args, **kwargs) if denoiser is None else _call(denoiser, args, kwargs)
-        return self._call_in_parts(chosen, args, kwargs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _choose(self, timestep: Any) -> list[int]:
-        """The number of each sample's range; of one for all where one timestep is for all."""
-        told = torch.as_tensor(timestep).detach().cpu().double()
-        told = told.flatten(1).amax(dim=1) if told.ndim > 1 else told.reshape(-1)
-        # Rounded, since float32 loses some digits where timesteps are told divided by 1000.
-        timesteps = (self.noise_level(told) * 1000.0).round(decimals=3).tolist()
-        return [max(0, bisect.bisect_right(self.starts, value) - 1) for value in timesteps]
-
-    def _denoiser(self, number: int) -> nn.Module | None:
-        denoiser = self.experts.ranges[number].denoiser
-        return None if denoiser is self.model else denoiser
-
-    def _call_in_parts(self, chosen: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A batch whose samples are of several experts."""
-        outputs, order = [], []
-        for number in sorted(set(chosen)):
-            rows = [row for row, other in enumerate(chosen) if other == number]
-            own_args = tuple(_take(value, rows, len(chosen), "an argument") for value in args)
-            own_kwargs = {name: _take(value, rows, len(chosen), name) for name, value in kwargs.items()}
-            denoiser = self._denoiser(number)
-            outputs.append(
-                self._call_own(own_args, own_kwargs) if denoiser is None else _call(denoiser, own_args, own_kwargs)
-            )
-            order += rows
-        return _join(outputs, order)
-
-    def _call_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model on a part of the batch, with its hooks, which have seen the whole batch."""
-        self.is_own_turn = True
-        try:
-            return self.model(*args, **kwargs)
-        finally:
-            self.is_own_turn = False
-
-
-def _call(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    parameter = next(denoiser.parameters())
-    if tensors and parameter.device != tensors[0].device:
-        denoiser.to(tensors[0].device)  # the model was moved, or is offloaded and computes elsewhere
-    return denoiser(*args, **kwargs)
 
 
 def _take(value: Any, rows: list[int], batch: int, name: str) -> Any:
@@ -283,7 +268,7 @@ def check_fits(model: nn.Module, denoiser: nn.Module) -> None:
     Raises:
         UserError: it cannot, and why.
     """
-    if family_of(type(model)).noise_level is not family_of(type(denoiser)).noise_level:
+    if family_of(type(model)).timestep_range != family_of(type(denoiser)).timestep_range:
         raise UserError(
             f"it is a {type(denoiser).__name__}, which counts time otherwise than the base, a {type(model).__name__}."
         )

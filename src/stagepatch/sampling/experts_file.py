@@ -1,4 +1,4 @@
-"""Experts out of a YAML file."""
+"""Experts out of a YAML file, the model schedule: which model denoises which steps."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.checkpoints.loading import BUNDLED
+from stagepatch.checkpoints.layout import BUNDLED
 from stagepatch.core.errors import UserError
 from stagepatch.core.files import write_text
 from stagepatch.methods import load_learned
-from stagepatch.methods.weights import WEIGHTS_NAME
+from stagepatch.methods.finetune import WEIGHTS_NAME
 from stagepatch.patch import patches_on
 from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, check_ranges, experts_on
 
-_KEYS = ("experts", "steps", "scheduler")
-_RANGE, _NAMED, _STEP = (
-    ("from", "to", "name", "learned", "model"),
-    ("name", "learned", "model"),
-    ("timestep", "expert"),
-)
+_NUMBER, _TEXT, _LIST = "a number", "a text", "a list of at least one entry"
+_TYPES = {_NUMBER: (int, float), _TEXT: (str,), _LIST: (list,)}
+_FILE = {"experts": _LIST, "steps": _LIST, "scheduler": _TEXT}
+_NAMED = {"name": _TEXT, "learned": _TEXT, "model": _TEXT}
+_RANGE = {"from": _NUMBER, "to": _NUMBER, **_NAMED}
+_STEP = {"timestep": _NUMBER, "expert": _TEXT}
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,17 @@ class ExpertSource:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """What a file of experts says.
+class ModelSchedule:
+    """What a file of experts says; it has ranges or steps.
 
     Args:
-        experts: where each comes from.
-        ranges: start, end, and the expert's number.
-        steps: timestep, and the expert's number; empty where ranges are given.
-        scheduler: of the steps.
+        ranges: start, end, and where the expert comes from.
+        steps: timestep, and where the expert comes from.
+        scheduler: the steps' sampler.
     """
 
-    experts: tuple[ExpertSource, ...]
-    ranges: tuple[tuple[float, float, int], ...] = ()
-    steps: tuple[tuple[float, int], ...] = ()
+    ranges: tuple[tuple[float, float, ExpertSource], ...] = ()
+    steps: tuple[tuple[float, ExpertSource], ...] = ()
     scheduler: str = ""
 
 
@@ -74,30 +72,26 @@ def load_experts(path: str | Path, model: nn.Module, scheduler: Any) -> Experts:
     Raises:
         UserError: no such file, a mistake in it, or an expert that does not fit the base.
     """
-    path = Path(path)
     total = int(scheduler.config.num_train_timesteps)
-    schedule = read_schedule(path, total)
-    used = {number for *_, number in schedule.ranges} | {number for _, number in schedule.steps}
+    schedule = read_schedule(Path(path), total)
     loaded: dict[tuple[str, str], nn.Module | None] = {}
-    denoisers: dict[int, nn.Module | None] = {}
-    for number in sorted(used):
-        source = schedule.experts[number]
-        key = (whole_path(source.learned), whole_path(source.model))
-        if key not in loaded:
-            loaded[key] = load_expert(source, model, scheduler)
-        denoisers[number] = loaded[key]
-    names = [source.name for source in schedule.experts]
+
+    def load(source: ExpertSource) -> nn.Module | None:
+        place = (whole_path(source.learned), whole_path(source.model))
+        if place not in loaded:
+            loaded[place] = load_expert(source, model, scheduler)
+        return loaded[place]
+
     if schedule.steps:
-        steps = [(timestep, denoisers[number], names[number]) for timestep, number in schedule.steps]
+        steps = [(timestep, load(source), source.name) for timestep, source in schedule.steps]
         return Experts.at_steps(steps, total, schedule.scheduler)
-    return Experts(
-        [ExpertRange(start, end, denoisers[number], names[number]) for start, end, number in schedule.ranges]
-    )
+    return Experts([ExpertRange(start, end, load(source), source.name) for start, end, source in schedule.ranges])
 
 
-def whole_path(source: str) -> str:
-    """A local directory's; a Hub id, 'digits' and '' stay."""
-    return str(Path(source).resolve()) if source not in ("", *BUNDLED) and Path(source).is_dir() else source
+def whole_path(source: str, directory: str | Path = "") -> str:
+    """A local directory's, relative to another one; a Hub id, 'digits' and '' stay."""
+    is_local = source not in ("", *BUNDLED) and Path(directory, source).is_dir()
+    return str(Path(directory, source).resolve()) if is_local else source
 
 
 def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Module | None:
@@ -143,17 +137,13 @@ def _check_trained_alike(scheduler: Any, base: Any) -> None:
     own, theirs = (getattr(each.config, "prediction_type", None) for each in (scheduler, base))
     if own != theirs:
         raise UserError(f"it predicts '{own}', and the base '{theirs}'.")
-    if not _is_same(getattr(scheduler, "alphas_cumprod", None), getattr(base, "alphas_cumprod", None)):
+    none = torch.empty(0)  # a flow has none
+    alphas, base_alphas = (getattr(each, "alphas_cumprod", none) for each in (scheduler, base))
+    if alphas.shape != base_alphas.shape or not torch.allclose(alphas, base_alphas, atol=1e-4):
         raise UserError("it was trained on another noise schedule than the base.")
 
 
-def _is_same(alphas: Tensor | None, base: Tensor | None) -> bool:
-    if alphas is None or base is None:  # a flow has none
-        return alphas is base
-    return alphas.shape == base.shape and torch.allclose(alphas, base, atol=1e-4)
-
-
-def read_schedule(path: Path, total: float) -> Schedule:
+def read_schedule(path: Path, total: float) -> ModelSchedule:
     """A file of experts.
 
     Args:
@@ -174,102 +164,80 @@ def read_schedule(path: Path, total: float) -> Schedule:
         raise UserError(f"'{path}': {error}") from error
 
 
-def _parse(content: Any, directory: Path, total: float) -> Schedule:
-    values = _mapping(content, _KEYS, "the file", "experts")
-    if "steps" not in values and "scheduler" in values:
+def _parse(content: Any, directory: Path, total: float) -> ModelSchedule:
+    values = _check_keys(content, _FILE, "the file", "experts")
+    has_steps = "steps" in values
+    if "scheduler" in values and not has_steps:
         raise UserError("`scheduler` goes with `steps`; with ranges, --sampling.scheduler chooses the sampler.")
-    entries = values["experts"]
-    if not isinstance(entries, list) or not entries:
-        raise UserError("`experts` must be a list of at least one expert.")
-    if "steps" in values:
-        return _parse_steps(entries, values, directory, total)
-    sources, ranges = [], []
-    for number, entry in enumerate(entries):
-        where = f"expert {number + 1}"
-        entry = _mapping(entry, _RANGE, where, "from", "to")
-        ranges.append((_number(entry, "from", where), _number(entry, "to", where), number))
-        sources.append(_source(entry, directory, where))
-    ranges.sort()
-    check_ranges([(start, end) for start, end, _ in ranges], total)
-    return Schedule(tuple(sources), ranges=tuple(ranges))
-
-
-def _parse_steps(entries: list[Any], values: dict[str, Any], directory: Path, total: float) -> Schedule:
     sources = []
-    for number, entry in enumerate(entries):
-        where = f"expert {number + 1}"
-        if isinstance(entry, dict) and {"from", "to"} & set(entry):
-            raise UserError(f"{where} has a range, and the file has steps: give one or the other.")
-        sources.append(_source(_mapping(entry, _NAMED, where, "name"), directory, where))
-    numbers = {source.name: number for number, source in enumerate(sources)}
-    if len(numbers) < len(sources):
+    for number, entry in enumerate(values["experts"], 1):
+        if has_steps and isinstance(entry, dict) and {"from", "to"} & set(entry):
+            raise UserError(f"expert {number} has a range, and the file has steps: give one or the other.")
+        keys, required = (_NAMED, ("name",)) if has_steps else (_RANGE, ("from", "to"))
+        sources.append(_source(_check_keys(entry, keys, f"expert {number}", *required), directory, number))
+    if has_steps:
+        return ModelSchedule(steps=_steps(values["steps"], sources, total), scheduler=values.get("scheduler", ""))
+    ranges = [(entry["from"], entry["to"], source) for entry, source in zip(values["experts"], sources, strict=True)]
+    ranges.sort(key=lambda each: each[:2])
+    check_ranges([(start, end) for start, end, _ in ranges], total)
+    return ModelSchedule(tuple(ranges))
+
+
+def _steps(entries: list[Any], sources: list[ExpertSource], total: float) -> tuple[tuple[float, ExpertSource], ...]:
+    experts = {source.name: source for source in sources}
+    if len(experts) < len(sources):
         raise UserError("two experts have one name.")
-    if not isinstance(values["steps"], list) or not values["steps"]:
-        raise UserError("`steps` must be a list of at least one step.")
-    steps: list[tuple[float, int]] = []
-    for number, entry in enumerate(values["steps"]):
-        where = f"step {number + 1}"
-        entry = _mapping(entry, _STEP, where, *_STEP)
-        timestep, name = _number(entry, "timestep", where), entry["expert"]
-        if name not in numbers:
-            raise UserError(f"{where} has no expert '{name}' to go to. Experts: {', '.join(numbers)}.")
+    steps: list[tuple[float, ExpertSource]] = []
+    for number, entry in enumerate(entries, 1):
+        step = _check_keys(entry, _STEP, f"step {number}", *_STEP)
+        timestep, name = step["timestep"], step["expert"]
+        if name not in experts:
+            raise UserError(f"step {number} has no expert '{name}' to go to. Experts: {', '.join(experts)}.")
         if not 0 <= timestep <= total or (steps and timestep >= steps[-1][0]):
-            raise UserError(f"{where} is at timestep {timestep:g}: they must fall, within 0 to {total:g}.")
-        steps.append((timestep, numbers[name]))
-    scheduler = values.get("scheduler", "")
-    if not isinstance(scheduler, str):
-        raise UserError(f"`scheduler` is {scheduler!r}: give a sampler's name.")
-    return Schedule(tuple(sources), steps=tuple(steps), scheduler=scheduler)
+            raise UserError(f"step {number} is at timestep {timestep:g}: they must fall, within 0 to {total:g}.")
+        steps.append((timestep, experts[name]))
+    return tuple(steps)
 
 
-def _mapping(value: Any, known: Sequence[str], where: str, *required: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{where} holds {type(value).__name__}, not keys such as `{required[0]}`.")
-    unknown = [key for key in value if key not in known]
-    if unknown:
-        raise UserError(f"{where} has no key '{unknown[0]}'. Keys: {', '.join(known)}.")
-    missing = [key for key in required if key not in value]
-    if missing:
-        raise UserError(f"{where} lacks `{missing[0]}`.")
-    return value
+def _check_keys(entry: Any, keys: dict[str, str], where: str, *required: str) -> dict[str, Any]:
+    """An entry of the file whose keys, and the types of their values, are those of a table.
+
+    Raises:
+        UserError: they are not.
+    """
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} holds {type(entry).__name__}, not keys such as `{required[0]}`.")
+    for key, value in entry.items():
+        if key not in keys:
+            raise UserError(f"{where} has no key '{key}'. Keys: {', '.join(keys)}.")
+        if isinstance(value, bool) or not isinstance(value, _TYPES[keys[key]]) or value in ("", []):
+            raise UserError(f"{where}: `{key}` is {value!r}: give {keys[key]}.")
+    for key in required:
+        if key not in entry:
+            raise UserError(f"{where} lacks `{key}`.")
+    return entry
 
 
-def _number(entry: dict[str, Any], key: str, where: str) -> float:
-    value = entry[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{where}: `{key}` is {value!r}, not a number.")
-    return value
-
-
-def _source(entry: dict[str, Any], directory: Path, where: str) -> ExpertSource:
-    for key in ("name", "learned", "model"):
-        if key in entry and (not isinstance(entry[key], str) or not entry[key]):
-            raise UserError(f"{where}: `{key}` is {entry[key]!r}: give a text, or leave it out.")
-    if "learned" in entry and "model" in entry:
-        raise UserError(f"{where} has `learned` and `model`: what was learned goes on the base; give one of them.")
-    learned, model = (_beside(entry.get(key, ""), directory) for key in ("learned", "model"))
-    return ExpertSource(entry.get("name") or entry.get("learned") or entry.get("model") or BASE, learned, model)
-
-
-def _beside(source: str, directory: Path) -> str:
+def _source(entry: dict[str, Any], directory: Path, number: int) -> ExpertSource:
     """A path is the file's neighbour where there is such a directory."""
-    is_beside = source not in ("", *BUNDLED) and (directory / source).is_dir()
-    return str(directory / source) if is_beside else source
+    learned, model = entry.get("learned", ""), entry.get("model", "")
+    if learned and model:
+        raise UserError(
+            f"expert {number} has `learned` and `model`: what was learned goes on the base; give one of them."
+        )
+    name = entry.get("name") or learned or model or BASE
+    return ExpertSource(name, whole_path(learned, directory), whole_path(model, directory))
 
 
 def write_schedule(
     path: Path, experts: Sequence[ExpertSource], steps: Sequence[tuple[float, int]], scheduler: str, comment: str
 ) -> None:
     """Write steps and the experts that they use; local directories by their whole paths."""
-    used = sorted({number for _, number in steps})
-    sources = []
-    for number in used:
-        source = experts[number]
-        given = {"learned": whole_path(source.learned), "model": whole_path(source.model)}
-        sources.append({"name": source.name} | {key: value for key, value in given.items() if value})
+    used = [experts[number] for number in sorted({number for _, number in steps})]
+    entries = [(each.name, whole_path(each.learned), whole_path(each.model)) for each in used]
     content = {
         "scheduler": scheduler,
-        "experts": sources,
+        "experts": [{key: value for key, value in zip(_NAMED, entry, strict=True) if value} for entry in entries],
         "steps": [{"timestep": timestep, "expert": experts[number].name} for timestep, number in steps],
     }
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True)

@@ -73,42 +73,59 @@ def generate(
         raise UserError(f"{len(labels)} labels for num_images={config.num_images}.")
     shape = shape or sample_shape(model)
     model.eval()
-    own = own_indices(config.num_images)
+
+    def denoise(indices: list[int]) -> Tensor:
+        generators = [image_generator(config.seed, index) for index in indices]
+        condition, null = conditions(model, labels, captions, indices)
+        sampler = _set_sampler(model, scheduler, config)
+        device = next(model.parameters()).device
+        sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        sample = (sample * sampler.init_noise_sigma if hasattr(sampler, "init_noise_sigma") else sample).to(device)
+        keeps_variance = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
+        takes_generator = "generator" in inspect.signature(sampler.step).parameters
+        options = {"generator": generators} if takes_generator else {}
+        for timestep in sampler.timesteps:
+            scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
+            output = guided(model, scaled, timestep.to(device), condition, null, config).float()
+            if learns_sigma(model) and not keeps_variance:
+                output = output.chunk(2, dim=1)[0]
+            sample = sampler.step(output, timestep, sample, return_dict=False, **options)[0]
+        return sample if decode is None else decode(sample)
+
+    return in_batches(denoise, config, on_batch, torch.empty(0, *shape))
+
+
+def in_batches(
+    make: Callable[[list[int]], Tensor],
+    config: SamplingConfig,
+    on_batch: Callable[[int], None] | None,
+    empty: Tensor | None = None,
+) -> Tensor:
+    """All images, on the CPU and in their order; the processes share them, a batch at a time.
+
+    Args:
+        make: the numbers of a batch's images -> the images.
+        empty: what a process gives that has no image to make.
+
+    Raises:
+        UserError: there is such a process, and no `empty`.
+    """
+    state = processes()
+    own: list[int] = np.array_split(np.arange(config.num_images), state.num_processes)[state.process_index].tolist()
     batches = []
     for first in range(0, len(own), config.batch_size):
         indices = own[first : first + config.batch_size]
-        condition, null = conditions(model, labels, captions, indices)
-        samples = _denoise(model, scheduler, config, indices, condition, null, shape)
-        batches.append((samples if decode is None else decode(samples)).float().cpu())
+        batches.append(make(indices).float().cpu())
         if on_batch is not None:
             on_batch(len(indices))
-    images = torch.cat(batches) if batches else torch.empty(0, *shape)
-    return shared(images)
+    if not batches and empty is None:
+        raise UserError(f"num_images={config.num_images} are too few for {state.num_processes} processes.")
+    images = empty if empty is not None and not batches else torch.cat(batches)
+    return torch.cat(gather_object([images])) if state.num_processes > 1 else images
 
 
-def own_indices(num_images: int) -> list[int]:
-    """This process's share of the images."""
-    state = processes()
-    own: list[int] = np.array_split(np.arange(num_images), state.num_processes)[state.process_index].tolist()
-    return own
-
-
-def shared(images: Tensor) -> Tensor:
-    """The images of all processes, in their order."""
-    return torch.cat(gather_object([images])) if processes().num_processes > 1 else images
-
-
-def _denoise(
-    model: nn.Module,
-    trained_with: Any,
-    config: SamplingConfig,
-    indices: list[int],
-    condition: dict[str, Tensor],
-    null: dict[str, Tensor],
-    shape: tuple[int, int, int],
-) -> Tensor:
-    device = next(model.parameters()).device
-    generators = [image_generator(config.seed, index) for index in indices]
+def _set_sampler(model: nn.Module, trained_with: Any, config: SamplingConfig) -> Any:
+    """The config's sampler, set to its steps or to those that experts fix."""
     sampler = make_sampler(config.scheduler, trained_with)
     experts = experts_on(find_denoiser(model))
     if experts is not None and experts.timesteps is not None:
@@ -119,18 +136,7 @@ def _denoise(
         raise UserError(
             f"'{config.scheduler}' cannot sample in {config.num_inference_steps} steps: {error}"
         ) from error
-    sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    sample = (sample * sampler.init_noise_sigma if hasattr(sampler, "init_noise_sigma") else sample).to(device)
-    keeps_variance = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
-    takes_generator = "generator" in inspect.signature(sampler.step).parameters
-    options = {"generator": generators} if takes_generator else {}
-    for timestep in sampler.timesteps:
-        scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
-        output = guided(model, scaled, timestep.to(device), condition, null, config).float()
-        if learns_sigma(model) and not keeps_variance:
-            output = output.chunk(2, dim=1)[0]
-        sample = sampler.step(output, timestep, sample, return_dict=False, **options)[0]
-    return sample
+    return sampler
 
 
 def conditions(

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from stagepatch.core.errors import UserError
-from stagepatch.core.processes import processes
 from stagepatch.sampling.config import SamplingConfig
-from stagepatch.sampling.generate import image_generator, own_indices, shared
+from stagepatch.sampling.generate import image_generator, in_batches
 
 
 @torch.no_grad()
@@ -37,22 +36,16 @@ def generate_with_pipeline(
     if "prompt" in takes and not prompts:
         raise UserError(f"{type(pipe).__name__} makes images of captions: give --prompts '[\"a caption\", …]'.")
     pipe.set_progress_bar_config(disable=True)
-    own = own_indices(config.num_images)
-    batches = []
-    for first in range(0, len(own), config.batch_size):
-        indices = own[first : first + config.batch_size]
-        given: dict[str, Any] = {"generator": [image_generator(config.seed, index) for index in indices]}
+
+    def make(indices: list[int]) -> Tensor:
+        options: dict[str, Any] = {"generator": [image_generator(config.seed, index) for index in indices]}
         if "prompt" in takes:
-            given["prompt"] = [prompts[index % len(prompts)] for index in indices]
+            options["prompt"] = [prompts[index % len(prompts)] for index in indices]
         elif "class_labels" in takes:
-            classes = pipe.transformer.config.num_embeds_ada_norm
-            given["class_labels"] = [index % classes for index in indices]
+            options["class_labels"] = [index % pipe.transformer.config.num_embeds_ada_norm for index in indices]
         if "guidance_scale" in takes:
-            given["guidance_scale"] = config.guidance_scale
-        made = pipe(**given, num_inference_steps=config.num_inference_steps, output_type="pt", return_dict=False)[0]
-        batches.append(made.float().cpu() * 2.0 - 1.0)
-        if on_batch is not None:
-            on_batch(len(indices))
-    if not batches:
-        raise UserError(f"num_images={config.num_images} are too few for {processes().num_processes} processes.")
-    return shared(torch.cat(batches))
+            options["guidance_scale"] = config.guidance_scale
+        steps = config.num_inference_steps
+        return pipe(**options, num_inference_steps=steps, output_type="pt", return_dict=False)[0]  # type: ignore[no-any-return]
+
+    return in_batches(make, config, on_batch) * 2.0 - 1.0
