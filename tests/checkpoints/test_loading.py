@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from stagepatch.checkpoints import load_denoiser, loading, save_denoiser
+from stagepatch.checkpoints import layout, load_denoiser, save_denoiser
 from stagepatch.core.errors import UserError
 from stagepatch.families import predict
 
@@ -59,7 +59,7 @@ def test_model_class_of_diffusers_is_loaded(tmp_path):
 
 
 def test_bundled_name_stands_for_its_directory(saved, batch, monkeypatch):
-    monkeypatch.setitem(loading.BUNDLED, "digits", saved)
+    monkeypatch.setitem(layout.BUNDLED, "digits", saved)
     assert torch.equal(predict(load_denoiser("digits")[0], *batch), predict(load_denoiser(saved)[0], *batch))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stagepatch.families import predict
-from stagepatch.families.known import KNOWN, build_known
+from stagepatch.families.named_models import NAMED_MODELS, build_named
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.patch import Patch, PatchConfig
 
@@ -40,7 +40,7 @@ def test_patch_on_the_meta_device_runs_a_forward(tiny_dit, batch):
 def test_patch_of_stable_diffusion_has_the_papers_parameter_count(sites, gate, count):
     """Table 1: +0.32% of 890M, at 256×256."""
     with torch.device("meta"):
-        model = build_known("SD-1.5")
+        model = build_named("SD-1.5")
         patch = Patch.create(model, PatchConfig(sample_size=32, sites=sites, gate=gate))
     assert len(patch.prompts) == {"stages": 9, "attention": 16}[sites]
     assert patch.num_parameters() == count
@@ -59,8 +59,8 @@ def test_patch_of_stable_diffusion_has_the_papers_parameter_count(sites, gate, c
     ],
 )
 def test_small_grids_keep_patches_of_large_models_small(name, base, share):
-    model = build_known(name)
+    model = build_named(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == base
     with torch.device("meta"):
-        patch = Patch.create(model, PatchConfig(grid=list(KNOWN[name].grid)))
+        patch = Patch.create(model, PatchConfig(grid=list(NAMED_MODELS[name].grid)))
     assert abs(patch.num_parameters() / base - share) < 1e-4

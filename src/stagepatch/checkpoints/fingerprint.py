@@ -1,4 +1,7 @@
-"""Which weights a model has, as one number."""
+"""Fingerprints: numbers (SHA-256, in hex) that change with weights, or with what a directory holds.
+
+Each kind has its own reach; caches, journals and stages keep them, so none may change.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import hashlib
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.tensor_stream import TensorReader
+from stagepatch.checkpoints.layout import denoiser_reader
+from stagepatch.core.tensors import TensorReader
 
 _PIECE = 2**18
 
 
 def model_fingerprint(directory: Path) -> str:
-    """SHA-256 of a denoiser's weights, in hex: the same however they are divided into files.
+    """Of a denoiser's weights, wholly: the same however they are divided into files.
 
     Args:
         directory: a model directory, with 'transformer/' or 'unet/'.
@@ -26,7 +30,7 @@ def model_fingerprint(directory: Path) -> str:
 
 
 def weights_fingerprint(reader: TensorReader) -> str:
-    """SHA-256 of tensors' names, shapes, dtypes and bytes, by name; they are read a piece at a time."""
+    """Of tensors' names, shapes, dtypes and bytes, by name; they are read a piece at a time."""
     digest = hashlib.sha256()
     for name in sorted(reader.names()):
         digest.update(f"{name} {list(reader.shape(name))} {reader.dtype(name)}\n".encode())
@@ -35,25 +39,35 @@ def weights_fingerprint(reader: TensorReader) -> str:
     return digest.hexdigest()
 
 
-def denoiser_reader(directory: Path) -> TensorReader:
-    """The weights of a model directory's denoiser.
-
-    Raises:
-        UserError: it has none.
-    """
-    for component in ("transformer", "unet"):
-        if (directory / component).is_dir():
-            return open_weights(directory / component)
-    raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
+def module_fingerprint(module: nn.Module) -> str:
+    """Of a loaded module's weights and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def open_weights(directory: Path) -> TensorReader:
-    """The weights in a denoiser's directory.
+def files_fingerprint(directory: Path) -> str:
+    """Of the safetensors files below a directory, wholly: other when they are divided otherwise."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*.safetensors")):
+        digest.update(str(path.relative_to(directory)).encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
-    Raises:
-        UserError: there are none.
-    """
-    paths = sorted(directory.glob("diffusion_pytorch_model*.safetensors"))
-    if not paths:
-        raise UserError(f"No weights in '{directory}': looked for diffusion_pytorch_model*.safetensors.")
-    return TensorReader(paths)
+
+def sampled_fingerprint(directory: Path) -> str:
+    """Of all files below a directory: names, sizes and samples of the content, since weights are many gigabytes."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)} {size}\n".encode())
+        with open(path, "rb") as file:
+            for place in range(17):
+                file.seek(max(0, size - 65536) * place // 16)
+                digest.update(file.read(65536))
+    return digest.hexdigest()

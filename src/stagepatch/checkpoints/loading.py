@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,76 +14,56 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from stagepatch import models
+from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, component_of, find_model
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, read_tensors, write_tensors
+from stagepatch.core.files import read_json
+from stagepatch.core.tensors import read_tensors, write_tensors
 from stagepatch.families.registry import family_of
 
-BUNDLED = {"digits": Path(__file__).parent.parent / "assets" / "digits-dit"}
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_DENOISERS = ("transformer", "unet")
+# What a pipeline does without to encode captions.
+_HEAVY = ("transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker")
 
 
-def find_model(source: str | Path, parts: Sequence[str] = ("transformer", "unet", "scheduler")) -> Path:
-    """The directory of a model.
-
-    Args:
-        source: a directory, 'digits' (the bundled model), or a Hub id such as 'name/model'.
-        parts: subdirectories to fetch where it is on the Hub.
-
-    Raises:
-        UserError: nothing there.
-    """
-    directory = BUNDLED.get(str(source), Path(source))
-    if directory.is_dir():
-        return directory
-    is_hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
-    if not is_hub_id:
-        raise UserError(f"No model at '{source}': give a model directory, a Hub id, or one of: {', '.join(BUNDLED)}.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:  # a dozen kinds, from HTTP to a missing cache
-        raise UserError(
-            f"No model at '{source}': no such directory, and the Hub does not give it ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})."
-        ) from error
-
-
-def load_denoiser(source: str | Path) -> tuple[Any, Any]:
+def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The denoiser of a model, in eval mode on the CPU, and its scheduler.
 
     Args:
         source: see `find_model`; with `transformer/` (or `unet/`) and `scheduler/`.
+        dtype: of its weights.
 
     Raises:
         UserError: no such directory, files missing, truncated or foreign, or an unknown class.
     """
     directory = find_model(source)
-    model = _load_model(directory / _denoiser_of(directory))
+    model = _load_model(directory / component_of(directory))
     model.register_to_config(_name_or_path=str(source))
-    return model, _read_scheduler(directory / "scheduler")
+    return model.to(dtype), load_scheduler(directory)
 
 
 def load_scheduler(source: str | Path) -> Any:
-    """The scheduler of a model."""
-    return _read_scheduler(find_model(source) / "scheduler")
+    """The scheduler of a model.
+
+    Raises:
+        UserError: there is none, or of a class that diffusers lacks.
+    """
+    directory = find_model(source) / "scheduler"
+    config = read_json(directory / "scheduler_config.json")
+    scheduler_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
+    if not is_scheduler:
+        raise UserError(f"'{directory}' names the scheduler '{config.get('_class_name')}', which diffusers lacks.")
+    return scheduler_class.from_config(config)
 
 
 def build_denoiser(source: str | Path) -> Any:
     """The denoiser of a model on the meta device: its shape without its weights."""
     directory = find_model(source)
-    component = directory / _denoiser_of(directory)
+    component = directory / component_of(directory)
     model_class: Any = _class_of(component)
     with torch.device("meta"):
         return model_class.from_config(read_json(component / "config.json"))
-
-
-def has_vae(source: str | Path) -> bool:
-    """Whether the model works on latents."""
-    return (find_model(source, ("transformer", "unet", "scheduler", "vae")) / "vae").is_dir()
 
 
 def load_vae(source: str | Path) -> Any:
@@ -99,18 +80,16 @@ def load_captioner(
     Raises:
         UserError: they cannot be loaded, or the family has no way to use them.
     """
-    directory = find_model(source, [*_DENOISERS, "scheduler", *_text_parts()])
-    family = family_of(_class_of(directory / _denoiser_of(directory)))
+    directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
+    family = family_of(_class_of(directory / component_of(directory)))
     if family.encode_captions is None:
         raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
-    pipe: Any
     if (directory / "model_index.json").exists():
         absent = {name: None for name in read_json(directory / "model_index.json") if name in _HEAVY}
-        pipe = _load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
+        pipe: Any = load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
     else:
         pipe = _load_clip(directory, dtype, device)
-    encode = family.encode_captions
-    return lambda captions: encode(pipe, captions)
+    return partial(family.encode_captions, pipe)
 
 
 def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
@@ -125,8 +104,11 @@ def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) 
     return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
 
 
-def load_pipeline(source: str | Path) -> Any:
+def load_pipeline(source: str | Path, **options: Any) -> Any:
     """The whole pipeline.
+
+    Args:
+        options: of diffusers' `from_pretrained`.
 
     Raises:
         UserError: it cannot be loaded.
@@ -134,12 +116,8 @@ def load_pipeline(source: str | Path) -> Any:
     directory = find_model(source, ["*"])
     if not (directory / "model_index.json").exists():
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
-    return _load_pipeline(directory)
-
-
-def _load_pipeline(directory: Path, **given: Any) -> Any:
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(directory, **given)
+        return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"The pipeline in '{directory}' cannot be loaded: {error}") from error
 
@@ -148,41 +126,17 @@ def takes_captions(source: str | Path) -> bool:
     """Whether the model's condition is made of captions."""
     directory = find_model(source)
     has_encoders = any(directory.glob("text_encoder*")) or any(directory.glob("tokenizer*"))
-    return has_encoders and family_of(_class_of(directory / _denoiser_of(directory))).encode_captions is not None
-
-
-def encoder_directories(source: str | Path) -> dict[str, Path]:
-    """Directories of VAE, text encoders and tokenizers, by name."""
-    directory = find_model(source, ["vae", *_text_parts()])
-    return {
-        path.name: path
-        for path in sorted(directory.iterdir())
-        if path.is_dir() and path.name.startswith(("vae", "text_encoder", "tokenizer"))
-    }
-
-
-_HEAVY = ("transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker")
-
-
-def _text_parts() -> list[str]:
-    return [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3")]
+    return has_encoders and family_of(_class_of(directory / component_of(directory))).encode_captions is not None
 
 
 def save_denoiser(model: Any, scheduler: Any, directory: str | Path) -> None:
     """Write `transformer/` (a U-Net: `unet/`) and `scheduler/`; the weights' file is whole or absent."""
     directory = Path(directory)
-    component = directory / ("unet" if type(model).__name__.startswith("UNet") else "transformer")
+    component = directory / component_for(model)
     component.mkdir(parents=True, exist_ok=True)
     model.save_config(component)
     write_tensors(component / _WEIGHTS, model.state_dict())
     scheduler.save_pretrained(directory / "scheduler")
-
-
-def _denoiser_of(directory: Path) -> str:
-    for component in _DENOISERS:
-        if (directory / component).is_dir():
-            return component
-    raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
 
 
 def _class_of(directory: Path) -> type:
@@ -224,12 +178,3 @@ def _load_in_parts(model_class: Any, directory: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"The weights in '{directory}' cannot be loaded: {error}") from error
     return model.eval()
-
-
-def _read_scheduler(directory: Path) -> Any:
-    config = read_json(directory / "scheduler_config.json")
-    scheduler_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
-    if not is_scheduler:
-        raise UserError(f"'{directory}' names the scheduler '{config.get('_class_name')}', which diffusers lacks.")
-    return scheduler_class.from_config(config)

@@ -9,6 +9,7 @@ into it, exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from stagepatch.families.base import Site
 from stagepatch.families.registry import describe
 
 # Where a model holds its projections; their names in its weights' file begin with this.
@@ -53,12 +53,14 @@ def fold_projections(model: nn.Module) -> list[str]:
 class ChannelProjection(nn.Module):
     """The maps [C, C], one a stage or site, and the hooks that apply them. Made by `add_projections`."""
 
-    def __init__(self, model: nn.Module, numbers: Iterable[int] | None = None) -> None:
+    def __init__(self, model: Any, numbers: Iterable[int] | None = None) -> None:
         super().__init__()
         sites = [site for site in describe(model).sites if site.kind != "attention"]
         self.is_map = sites[0].layout == "map"
         self.paths = [site.module for site in sites]
-        widths = _widths_after(model, self.paths) if self.is_map else _widths_of(sites)
+        widths = [site.channels for site in sites]
+        if self.is_map:  # what a stage puts out is what the next one takes
+            widths = [*widths[1:], model.config.block_out_channels[0]]
         numbers = range(len(sites)) if numbers is None else sorted(numbers)
         self.maps = nn.ParameterDict({str(number): nn.Parameter(torch.eye(widths[number])) for number in numbers})
         self._handles = {number: self._attach(model, number) for number in self.maps}
@@ -66,8 +68,25 @@ class ChannelProjection(nn.Module):
     def _attach(self, model: nn.Module, number: str) -> RemovableHandle:
         module = model.get_submodule(self.paths[int(number)])
         if self.is_map:
-            return module.register_forward_hook(_After(self.maps[number]))
-        return module.register_forward_pre_hook(_Before(self.maps[number]), with_kwargs=True)
+            return module.register_forward_hook(partial(self._project_output, number))
+        return module.register_forward_pre_hook(partial(self._project_input, number), with_kwargs=True)
+
+    def _project_output(self, number: str, module: nn.Module, args: Any, output: Any) -> Any:
+        """Of a stage: a map, or (map, skip connections), of which the last is that map."""
+        hidden_states, *others = (output,) if isinstance(output, Tensor) else output
+        projected = F.conv2d(hidden_states, self.maps[number].to(hidden_states.dtype)[:, :, None, None])
+        if isinstance(output, Tensor):
+            return projected
+        skips = others[0]
+        if skips and skips[-1] is hidden_states:
+            skips = (*skips[:-1], projected)
+        return (projected, skips, *others[1:])
+
+    def _project_input(self, number: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Of a block: [B, N, D]."""
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        projected = F.linear(hidden_states, self.maps[number].to(hidden_states.dtype))
+        return ((projected, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": projected})
 
     def fold(self, model: nn.Module) -> list[str]:
         """See `fold_projections`."""
@@ -81,54 +100,6 @@ class ChannelProjection(nn.Module):
                 last.bias.data.copy_(weight @ last.bias.detach().double())
             self._handles.pop(number).remove()
         return [self.paths[int(number)] for number in self.maps]
-
-
-class _After:
-    """On a stage's output: a map, or (map, skip connections), of which the last is that map."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, torch.Tensor):
-            return self._project(output)
-        hidden_states, skips = output[0], output[1]
-        projected = self._project(hidden_states)
-        if skips and skips[-1] is hidden_states:
-            skips = (*skips[:-1], projected)
-        return (projected, skips, *output[2:])
-
-    def _project(self, hidden_states: Tensor) -> Tensor:
-        return F.conv2d(hidden_states, self.weight.to(hidden_states.dtype)[:, :, None, None])
-
-
-class _Before:
-    """On a block's input [B, N, D]."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = "hidden_states"
-        if args:
-            return (self._project(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, name: self._project(kwargs[name])}
-
-    def _project(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.weight.to(hidden_states.dtype))
-
-
-def _widths_of(sites: Iterable[Site]) -> list[int]:
-    return [site.channels for site in sites]
-
-
-def _widths_after(model: Any, paths: list[str]) -> list[int]:
-    """Channels that each stage of a U-Net puts out."""
-    widths = list(model.config.block_out_channels)
-    down = dict(zip((f"down_blocks.{number}" for number in range(len(widths))), widths, strict=True))
-    up = dict(zip((f"up_blocks.{number}" for number in range(len(widths))), reversed(widths), strict=True))
-    after = {**down, "mid_block": widths[-1], **up}
-    return [after[path] for path in paths]
 
 
 def _last_convolution(stage: Any) -> nn.Conv2d | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from stagepatch.core.errors import UserError
 
@@ -111,14 +111,19 @@ class Backbone:
     begin: Begin | None = field(default=None, compare=False, repr=False)
 
 
-def reference_size(given: int | Sequence[int] | None, default: Sequence[int]) -> Grid:
-    """Size of the model's input [latent pixels] that grids are counted at; a single number is height and width.
+Size = int | Sequence[int]
+"""A number for height and width, or a number for each dimension."""
+
+
+def reference_size(given: Size | None, default: Size) -> Grid:
+    """Size of the model's input [latent pixels] that grids are counted at.
 
     Raises:
         UserError: as many numbers as the model has dimensions were not given.
     """
+    default = square(default)
     if given is None:
-        return tuple(default)
+        return default
     size = (*default[:-2], given, given) if isinstance(given, int) else tuple(given)
     if len(size) != len(default) or any(type(number) is not int or number < 1 for number in size):
         names = "frames, height and width" if len(default) == 3 else "height and width"
@@ -126,63 +131,26 @@ def reference_size(given: int | Sequence[int] | None, default: Sequence[int]) ->
     return size
 
 
-def square(side: int | Sequence[int]) -> Grid:
-    """A config's sample_size as height and width."""
+def square(side: Size) -> Grid:
+    """A number for each dimension."""
     return (side, side) if isinstance(side, int) else tuple(side)
 
 
-def patches(size: Sequence[int], patch_size: Sequence[int]) -> Grid:
+def patches(size: Sequence[int], patch_size: Size) -> Grid:
     """Tokens along each dimension of an input."""
-    return tuple(length // patch for length, patch in zip(size, patch_size, strict=True))
+    return tuple(length // patch for length, patch in zip(size, square(patch_size), strict=True))
 
 
-def cut_image(
-    config: Any, sample_size: int | Sequence[int] | None, argument: str = "hidden_states"
-) -> tuple[Grid, Begin]:
-    """Reference grid, and `begin`, of a model that cuts an image [B, C, H, W], its `argument`, into patches."""
-    patch_size = square(config.patch_size)
+def self_attention(block: nn.Module, name: str, path: str) -> Attention:
+    """Description of a block's attention module `name`: diffusers' usual one, or one whose layers are fused.
 
-    def begin(model: Any, arguments: dict[str, Any]) -> Extent:
-        return Extent(patches(arguments[argument].shape[2:], patch_size))
-
-    return patches(reference_size(sample_size, square(config.sample_size)), patch_size), begin
-
-
-def width(config: Any) -> int:
-    """D, as most of diffusers' transformers give it."""
-    return int(config.num_attention_heads * config.attention_head_dim)
-
-
-def block_sites(
-    path: str,
-    count: int,
-    channels: int,
-    grid: Grid,
-    first_index: int = 0,
-    image_tokens: Literal["first", "last", "after_text"] = "first",
-    attention: Callable[[str], Attention] | None = None,
-) -> tuple[Site, ...]:
-    """A site before each of `count` transformer blocks `{path}.0`, `{path}.1`, …"""
-    names = [f"{path}.{number}" for number in range(count)]
-    return tuple(
-        Site(
-            name,
-            name,
-            first_index + number,
-            channels,
-            grid,
-            image_tokens=image_tokens,
-            attention=attention(name) if attention else None,
-        )
-        for number, name in enumerate(names)
-    )
-
-
-def separate_attention(module: Any, path: str) -> Attention:
-    """Description of diffusers' usual attention module, found at `path`."""
-    norms = {
-        f"{name}_norm": f"{path}.norm_{name[0]}"
-        for name in ("query", "key")
-        if getattr(module, f"norm_{name[0]}", None) is not None
-    }
-    return Attention(f"{path}.to_q", f"{path}.to_k", f"{path}.to_v", f"{path}.to_out.0", module.heads, **norms)
+    Args:
+        path: of the block in the model.
+    """
+    module: Any = block.get_submodule(name)
+    path = f"{path}.{name}" if name else path
+    if hasattr(module, "qkv"):
+        fused = f"{path}.qkv"
+        return Attention(fused, fused, fused, f"{path}.proj", module.num_attention_heads)
+    norms = [f"{path}.{norm}" if getattr(module, norm, None) is not None else "" for norm in ("norm_q", "norm_k")]
+    return Attention(f"{path}.to_q", f"{path}.to_k", f"{path}.to_v", f"{path}.to_out.0", module.heads, *norms)

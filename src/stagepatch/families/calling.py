@@ -32,8 +32,7 @@ def learns_sigma(model: nn.Module) -> bool:
     config = _config(model)
     if "learn_sigma" in config:
         return bool(config["learn_sigma"])
-    is_packed = type(model).__name__ in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
-    return not is_packed and config.get("out_channels") == 2 * config["in_channels"]
+    return bool(config.get("out_channels") == 2 * config["in_channels"])
 
 
 def sample_shape(model: nn.Module) -> tuple[int, int, int]:
@@ -45,14 +44,15 @@ def sample_shape(model: nn.Module) -> tuple[int, int, int]:
 
 
 def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor | dict[str, Tensor]) -> Tensor:
-    """The model's output [B, C or 2C, H, W] for a sample [B, C, H, W] at timesteps [B].
+    """The model's output [B, C or 2C, H, W] for a sample [B, C, H, W] at timesteps [B] of 0 to 1000.
 
     Args:
         condition: class labels [B], which an unconditional model is not told, or tensors by keyword, a row a sample.
     """
     if isinstance(condition, torch.Tensor):
         condition = {"class_labels": condition} if num_classes(model) else {}
-    return family_of(type(uncompiled(model))).call(model, sample, timesteps, condition)
+    family = family_of(type(uncompiled(model)))
+    return family.call(model, sample, family.own_timesteps(timesteps), condition)
 
 
 def _is_diffusers_dit(config: dict[str, Any]) -> bool:

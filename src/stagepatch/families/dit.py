@@ -6,61 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from stagepatch.families.base import Attention, Backbone, Extent, block_sites, cut_image, separate_attention, width
-
-
-def describe_dit(model: Any, sample_size: Any = None) -> Backbone:
-    """See `Backbone`."""
-    config = model.config
-    grid, begin = cut_image(config, sample_size, "sample")
-
-    def attention(block: str) -> Attention:
-        fused = f"{block}.attn.qkv"
-        return Attention(fused, fused, fused, f"{block}.attn.proj", config.num_attention_heads)
-
-    return Backbone(
-        model_class="DiT",
-        sites=block_sites("blocks", len(model.blocks), model.hidden_size, grid, attention=attention),
-        time_tap="t_embedder",
-        condition_taps=() if model.y_embedder is None else ("y_embedder",),
-        condition_channels=model.hidden_size,
-        grid=grid,
-        begin=begin,
-    )
-
-
-def describe_diffusers_dit(model: Any, sample_size: Any = None) -> Backbone:
-    """See `Backbone`.
-
-    Every block embeds timestep and class itself, and drops classes on its own draw in train mode: keep the model in
-    eval mode. The gate sees the first block's embedding, which is computed once more before that block.
-    """
-    config = model.config
-    grid, begin_with_image = cut_image(config, sample_size)
-    channels = width(config)
-    blocks = model.transformer_blocks
-
-    def begin(model: Any, arguments: dict[str, Any]) -> Extent:
-        model.transformer_blocks[0].norm1.emb(
-            arguments["timestep"], arguments["class_labels"], hidden_dtype=arguments["hidden_states"].dtype
-        )
-        return begin_with_image(model, arguments)
-
-    return Backbone(
-        model_class="DiTTransformer2DModel",
-        sites=block_sites(
-            "transformer_blocks",
-            len(blocks),
-            channels,
-            grid,
-            attention=lambda block: separate_attention(blocks[0].attn1, f"{block}.attn1"),
-        ),
-        time_tap="transformer_blocks.0.norm1.emb.timestep_embedder",
-        condition_taps=("transformer_blocks.0.norm1.emb.class_embedder",),
-        condition_channels=channels,
-        grid=grid,
-        begin=begin,
-    )
+from stagepatch.families.base import Extent
+from stagepatch.families.registry import Family
+from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
 
 def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
@@ -74,3 +22,33 @@ def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
     )
     pooled: Tensor = pipe.text_encoder(tokens.input_ids.to(pipe.device)).text_embeds
     return {"pooled_projections": pooled}
+
+
+def embed_early(model: Any, arguments: dict[str, Any]) -> Extent:
+    """Every block embeds timestep and class itself, and drops classes on its own draw in train mode: keep the model in
+    eval mode. The gate sees the first block's embedding, which is computed once more before that block.
+    """
+    model.transformer_blocks[0].norm1.emb(
+        arguments["timestep"], arguments["class_labels"], hidden_dtype=arguments["hidden_states"].dtype
+    )
+    return image_extent(model, arguments)
+
+
+_EMBEDDING = "transformer_blocks.0.norm1.emb"
+
+FAMILIES = [
+    Family(
+        "DiT",
+        Transformer((Blocks("blocks", attention="attn"),), "t_embedder", optional_taps=("y_embedder",)),
+        encode_captions=encode_captions,
+    ),
+    Family(
+        "DiTTransformer2DModel",
+        Transformer(
+            (Blocks("transformer_blocks", attention="attn1"),),
+            f"{_EMBEDDING}.timestep_embedder",
+            (f"{_EMBEDDING}.class_embedder",),
+            begin=embed_early,
+        ),
+    ),
+]

@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import weakref
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stagepatch.families.base import Backbone, Extent, Grid, block_sites, patches, reference_size, width
-from stagepatch.families.packing import pack, unpack
-
-_PACKING = (2, 2)  # latent pixels that the pipeline packs into a token
-
-
-def describe_flux(model: Any, sample_size: Any = None) -> Backbone:
-    """See `Backbone`. The sample size is that of the latents before packing; 128 is an image of 1024×1024."""
-    grid = patches(reference_size(sample_size, (128, 128)), _PACKING)
-    channels = width(model.config)
-    double, single = len(model.transformer_blocks), len(model.single_transformer_blocks)
-    conditions = ("text_embedder", "guidance_embedder")
-    return Backbone(
-        model_class="FluxTransformer2DModel",
-        sites=(
-            *block_sites("transformer_blocks", double, channels, grid),
-            *block_sites("single_transformer_blocks", single, channels, grid, double),
-        ),
-        time_tap="time_text_embed.timestep_embedder",
-        condition_taps=tuple(f"time_text_embed.{name}" for name in conditions if hasattr(model.time_text_embed, name)),
-        condition_channels=channels,
-        grid=grid,
-        begin=_Begin(),
-    )
+from stagepatch.families.base import Extent, Grid
+from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
+from stagepatch.families.registry import Family, prompt_encoder
+from stagepatch.families.transformer import Blocks, Transformer
 
 
-class _Begin:
-    """Reads rows and columns off the tokens' positions. A pipeline gives the same tensor at every step, so that an
-    accelerator is waited for but once."""
-
-    def __init__(self) -> None:
-        self.ids: Any = lambda: None
-        self.grid: Grid = ()
-
-    def __call__(self, model: Any, arguments: dict[str, Any]) -> Extent:
-        ids = arguments["img_ids"]
-        if self.ids() is not ids:
-            self.grid = _grid(ids)
-            self.ids = weakref.ref(ids)
-        return Extent(self.grid)
+def flux_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """Rows and columns, read off the tokens' positions."""
+    return Extent(_grid(arguments["img_ids"]))
 
 
+# A pipeline gives the same tensor at every step, so that an accelerator is waited for but once.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+@lru_cache(maxsize=1)
 def _grid(ids: Tensor) -> Grid:
     """Of the image that is made, from positions [N, 3]; tokens of images to edit have another first number."""
     ids = ids[0] if ids.ndim == 3 else ids
@@ -64,21 +35,26 @@ def call_flux(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str
     ids = sample.new_zeros(height // 2, width // 2, 3)
     ids[..., 1] += torch.arange(height // 2, device=sample.device)[:, None]
     ids[..., 2] += torch.arange(width // 2, device=sample.device)
-    text_ids = sample.new_zeros(condition["encoder_hidden_states"].shape[1], 3)
-    guidance = sample.new_ones(batch) if model.config.guidance_embeds else None
-    output: tuple[Tensor, ...] = model(
-        pack(sample),
-        timestep=timesteps / 1000.0,
-        img_ids=ids.flatten(0, 1),
-        txt_ids=text_ids,
-        guidance=guidance,
-        return_dict=False,
-        **condition,
-    )
-    return unpack(output[0], height, width)
+    added = {
+        "img_ids": ids.flatten(0, 1),
+        "txt_ids": sample.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
+        "guidance": sample.new_ones(batch) if model.config.guidance_embeds else None,
+    }
+    return call_packed(model, sample, timesteps, {**condition, **added})
 
 
-def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
-    """See `EncodeCaptions`."""
-    embeds, pooled, _ = pipe.encode_prompt(captions, None, pipe.device)
-    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+FAMILY = Family(
+    "FluxTransformer2DModel",
+    Transformer(
+        (Blocks("transformer_blocks"), Blocks("single_transformer_blocks")),
+        "time_text_embed.timestep_embedder",
+        ("time_text_embed.text_embedder",),
+        optional_taps=("time_text_embed.guidance_embedder",),
+        sample_size=SAMPLE_SIZE,
+        patch_size=PATCH_SIZE,
+        begin=flux_extent,
+    ),
+    call_flux,
+    prompt_encoder("encoder_hidden_states", "pooled_projections"),
+    timestep_range=(0.0, 1.0),
+)

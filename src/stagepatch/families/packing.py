@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+
+from stagepatch.families.registry import call_by_keywords
+
+# Latent pixels in a token, and in the images of 1024×1024 that these models are made for.
+PATCH_SIZE, SAMPLE_SIZE = (2, 2), (128, 128)
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -16,3 +23,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """[B, H/2 · W/2, 4C] -> [B, C, H, W]"""
     cells = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2)
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+
+def call_packed(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. Of a model that takes and gives tokens."""
+    height, width = sample.shape[2:]
+    return unpack(call_by_keywords(model, pack(sample), timesteps, condition), height, width)

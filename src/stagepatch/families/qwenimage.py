@@ -8,53 +8,45 @@ import torch
 from torch import Tensor
 
 from stagepatch.core.errors import UserError
-from stagepatch.families.base import Backbone, Extent, block_sites, patches, reference_size, width
-from stagepatch.families.packing import pack, unpack
-
-_PACKING = (2, 2)  # latent pixels that the pipeline packs into a token
-
-
-def describe_qwenimage(model: Any, sample_size: Any = None) -> Backbone:
-    """See `Backbone`. The sample size is that of the latents before packing; 128 is an image of 1024×1024.
-
-    Raises:
-        UserError: a model whose forward embeds two timesteps, as some that edit images do.
-    """
-    config = model.config
-    if getattr(config, "zero_cond_t", False):
-        raise UserError("QwenImageTransformer2DModel with zero_cond_t embeds two timesteps: it cannot be patched yet.")
-    grid = patches(reference_size(sample_size, (128, 128)), _PACKING)
-    channels = width(config)
-    return Backbone(
-        model_class="QwenImageTransformer2DModel",
-        sites=block_sites("transformer_blocks", len(model.transformer_blocks), channels, grid),
-        time_tap="time_text_embed.timestep_embedder",
-        condition_taps=(),
-        condition_channels=channels,
-        grid=grid,
-        begin=_begin,
-    )
+from stagepatch.families.base import Backbone, Extent
+from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
+from stagepatch.families.registry import Family
+from stagepatch.families.transformer import Blocks, Transformer
 
 
-def _begin(model: Any, arguments: dict[str, Any]) -> Extent:
-    # Shapes (frames, height, width) of each sample's images, the one that is made first; in older pipelines,
-    # of one sample for all.
+def qwenimage_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """Read off the shapes (frames, height, width) of each sample's images, the one that is made first; older pipelines
+    give those of one sample for all."""
     shape = arguments["img_shapes"][0]
     frames, height, width = shape[0] if isinstance(shape, list) else shape
     return Extent((frames * height, width))
 
 
+_DESCRIBE = Transformer(
+    (Blocks("transformer_blocks"),),
+    "time_text_embed.timestep_embedder",
+    sample_size=SAMPLE_SIZE,
+    patch_size=PATCH_SIZE,
+    begin=qwenimage_extent,
+)
+
+
+def describe_qwenimage(model: Any, sample_size: Any = None) -> Backbone:
+    """See `Backbone`.
+
+    Raises:
+        UserError: a model whose forward embeds two timesteps, as some that edit images do.
+    """
+    if getattr(model.config, "zero_cond_t", False):
+        raise UserError("QwenImageTransformer2DModel with zero_cond_t embeds two timesteps: it cannot be patched yet.")
+    return _DESCRIBE(model, sample_size)
+
+
 def call_qwenimage(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """See `Call`."""
     batch, _, height, width = sample.shape
-    output: tuple[Tensor, ...] = model(
-        pack(sample),
-        timestep=timesteps / 1000.0,
-        img_shapes=[[(1, height // 2, width // 2)]] * batch,
-        return_dict=False,
-        **condition,
-    )
-    return unpack(output[0], height, width)
+    shapes = [[(1, height // 2, width // 2)]] * batch
+    return call_packed(model, sample, timesteps, {**condition, "img_shapes": shapes})
 
 
 def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
@@ -62,3 +54,8 @@ def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
     embeds, mask = pipe.encode_prompt(captions, pipe.device)
     mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
     return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask.bool()}
+
+
+FAMILY = Family(
+    "QwenImageTransformer2DModel", describe_qwenimage, call_qwenimage, encode_captions, timestep_range=(0.0, 1.0)
+)

@@ -2,74 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from stagepatch.core.errors import UserError
-from stagepatch.families.base import Backbone
+from stagepatch.families.base import Backbone, Begin, Grid, Site
+
+NUM_TIMESTEPS = 1000.0  # of schedulers
 
 # (model, sample_size) -> description
 Describe = Callable[[Any, Any], Backbone]
-# (model, sample [B, C, H, W], timesteps [B] on the scheduler's scale, condition) -> output [B, C or 2C, H, W]
+# (model, sample [B, C, H, W], the model's timesteps [B], condition) -> output [B, C or 2C, H, W]
 Call = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 # (pipeline without denoiser and VAE, captions) -> a denoiser's condition, each tensor a row per caption
 EncodeCaptions = Callable[[Any, list[str]], dict[str, Tensor]]
 
 
-# the model's `timestep` argument [B] -> 0 (an image) to 1 (noise)
-NoiseLevel = Callable[[Tensor], Tensor]
-
-
-def in_thousands(timestep: Tensor) -> Tensor:
-    """The noise level of a model that is told timesteps of 0 to 1000."""
-    return timestep / 1000.0
-
-
-def in_ones(timestep: Tensor) -> Tensor:
-    """The noise level of a model that is told timesteps of 0 to 1."""
-    return timestep
-
-
-def call_plainly(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
-    """The way most models are called: the condition by keywords."""
+def call_by_keywords(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """The way most models are called."""
     output: tuple[Tensor, ...] = model(sample, timestep=timesteps, return_dict=False, **condition)
     return output[0]
 
 
+# How every pipeline's `encode_prompt` is called, as far as it has these: for captions alone, one row each.
+_ENCODE_PROMPT = {
+    "prompt_2": None,
+    "prompt_3": None,
+    "num_images_per_prompt": 1,
+    "do_classifier_free_guidance": False,
+}
+
+
+def prompt_encoder(*names: str, **arguments: Any) -> EncodeCaptions:
+    """What encodes captions by the pipeline's own `encode_prompt`.
+
+    Args:
+        names: what the model calls each of its results; '' leaves one out.
+        arguments: further ones of `encode_prompt`.
+    """
+
+    def encode(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+        taken = inspect.signature(pipe.encode_prompt).parameters
+        usual = {name: value for name, value in _ENCODE_PROMPT.items() if name in taken}
+        results = pipe.encode_prompt(captions, device=pipe.device, **usual, **arguments)
+        return {name: result for name, result in zip(names, results, strict=False) if name}
+
+    return encode
+
+
 @dataclass(frozen=True)
 class Family:
-    """What there is to know of a class of models. To patch them, `describe` alone is needed; to train, all."""
+    """What there is to know of a class of models. To patch them, `describe` alone is needed; to train, all.
 
+    Args:
+        model_class: its `__name__`.
+        describe: takes a model, on any device, and the reference size of its input (None: the model's own), and
+            returns its description.
+        call: how training calls the model; see `Call`.
+        encode_captions: how training makes its condition of text; see `EncodeCaptions`.
+        timestep_range: the model's `timestep` for an image and for pure noise.
+    """
+
+    model_class: str
     describe: Describe
-    call: Call = call_plainly
+    call: Call = call_by_keywords
     encode_captions: EncodeCaptions | None = None
-    noise_level: NoiseLevel = in_thousands
+    timestep_range: tuple[float, float] = (0.0, NUM_TIMESTEPS)
+
+    def noise_level(self, timestep: Tensor) -> Tensor:
+        """0 (an image) to 1 (noise), of the model's `timestep`."""
+        start, end = self.timestep_range
+        return (timestep - start) / (end - start)
+
+    def own_timesteps(self, timesteps: Tensor) -> Tensor:
+        """The model's `timestep` for timesteps of 0 to 1000, as schedulers have them."""
+        start, end = self.timestep_range
+        if (start, end) == (0.0, NUM_TIMESTEPS):
+            return timesteps
+        return start + timesteps / NUM_TIMESTEPS * (end - start)
 
 
 _FAMILIES: dict[str, Family] = {}
 
 
+def add_families(families: Iterable[Family]) -> None:
+    """Let models of these families be patched."""
+    _FAMILIES.update({family.model_class: family for family in families})
+
+
 def register(
     class_name: str,
     describe: Describe,
-    call: Call = call_plainly,
+    call: Call = call_by_keywords,
     encode_captions: EncodeCaptions | None = None,
-    noise_level: NoiseLevel = in_thousands,
+    timestep_range: tuple[float, float] = (0.0, NUM_TIMESTEPS),
 ) -> None:
-    """Let models of a class (and its subclasses) be patched.
-
-    Args:
-        class_name: the class's `__name__`.
-        describe: takes a model, on any device, and the reference size of its input (None: the model's own), and
-            returns its description.
-        call: how training calls the model; see `Call`.
-        encode_captions: how training makes its condition of text; see `EncodeCaptions`.
-        noise_level: of the timestep that the model is told, for methods that go by it.
-    """
-    _FAMILIES[class_name] = Family(describe, call, encode_captions, noise_level)
+    """Let models of a class (and its subclasses) be patched. The arguments are those of `Family`."""
+    add_families([Family(class_name, describe, call, encode_captions, timestep_range)])
 
 
 def family_of(model_class: type) -> Family:
@@ -84,7 +117,7 @@ def family_of(model_class: type) -> Family:
     name = model_class.__name__
     raise UserError(
         f"No description of {name} is known, so its sites cannot be found. Known: {', '.join(sorted(_FAMILIES))}. "
-        f"Describe it with stagepatch.families.register('{name}', function), as docs/adding-a-backbone.md shows."
+        f"Describe it with stagepatch.families.register('{name}', function), as docs/adding-a-family.md shows."
     )
 
 
@@ -98,6 +131,27 @@ def describe(model: nn.Module, sample_size: Any = None) -> Backbone:
         UserError: no family is registered for the model's class or one of its parents.
     """
     return family_of(type(model)).describe(model, sample_size)
+
+
+def make_backbone(
+    model: nn.Module,
+    sites: Sequence[Site],
+    grid: Grid,
+    begin: Begin | None,
+    time_tap: str,
+    condition_taps: Sequence[str] = (),
+    optional_taps: Sequence[str] = (),
+) -> Backbone:
+    """A model's description; its class and the width of its embeddings are read off the model.
+
+    Args:
+        optional_taps: condition taps that count where the model has them.
+    """
+    modules = dict(model.named_modules())
+    taps = (*condition_taps, *(path for path in optional_taps if path in modules))
+    layers = [layer for layer in model.get_submodule(time_tap).modules() if isinstance(layer, nn.Linear)]
+    channels = layers[-1].out_features
+    return Backbone(family_of(type(model)).model_class, tuple(sites), time_tap, taps, channels, grid, begin)
 
 
 DENOISERS = ("transformer", "unet", "transformer_2", "prior", "decoder")

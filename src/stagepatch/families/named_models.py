@@ -14,7 +14,7 @@ from stagepatch.models import DIT_SIZES, DiT
 
 
 @dataclass(frozen=True)
-class Known:
+class Named:
     """A model's class and config, as its authors published them.
 
     Args:
@@ -28,9 +28,9 @@ class Known:
     grid: tuple[int, ...] = (16, 16)
 
 
-KNOWN = {
-    "SD-1.5": Known("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
-    "SDXL": Known(
+NAMED_MODELS = {
+    "SD-1.5": Named("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
+    "SDXL": Named(
         "UNet2DConditionModel",
         {
             "sample_size": 128,
@@ -46,33 +46,28 @@ KNOWN = {
             "projection_class_embeddings_input_dim": 2816,
         },
     ),
-    "SD3-medium": Known(
+    "SD3-medium": Named(
         "SD3Transformer2DModel",
-        {
-            "num_layers": 24,
-            "num_attention_heads": 24,
-            "caption_projection_dim": 1536,
-            "pos_embed_max_size": 192,
-        },
+        {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192},
     ),
-    "FLUX.1-dev": Known("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "PixArt-Sigma": Known("PixArtTransformer2DModel", {"caption_channels": 4096, "use_additional_conditions": False}),
-    "Wan2.1-1.3B": Known(
+    "FLUX.1-dev": Named("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "PixArt-Sigma": Named("PixArtTransformer2DModel", {"caption_channels": 4096, "use_additional_conditions": False}),
+    "Wan2.1-1.3B": Named(
         "WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, grid=(4, 8, 8)
     ),
 }
 
 
-def build_known(name: str) -> nn.Module:
-    """A DiT size or one of KNOWN, on the meta device.
+def build_named(name: str) -> nn.Module:
+    """A DiT size or one of NAMED_MODELS, on the meta device.
 
     Raises:
         UserError: an unknown name.
     """
-    if name not in KNOWN and name not in DIT_SIZES:
-        raise UserError(f"No model '{name}' is known by name. Known: {', '.join([*DIT_SIZES, *KNOWN])}.")
+    if name not in NAMED_MODELS and name not in DIT_SIZES:
+        raise UserError(f"No model '{name}' is known by name. Known: {', '.join([*DIT_SIZES, *NAMED_MODELS])}.")
     with torch.device("meta"):
         if name in DIT_SIZES:
             return DiT.from_name(name)  # type: ignore[no-any-return]
-        known = KNOWN[name]
-        return getattr(diffusers, known.model_class)(**known.config)  # type: ignore[no-any-return]
+        model = NAMED_MODELS[name]
+        return getattr(diffusers, model.model_class)(**model.config)  # type: ignore[no-any-return]

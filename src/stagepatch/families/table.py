@@ -1,0 +1,113 @@
+"""Transformers that differ from each other by little more than names: a row each, after its functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from stagepatch.families.base import Backbone, Extent
+from stagepatch.families.registry import Family, call_by_keywords, prompt_encoder
+from stagepatch.families.transformer import Blocks, Transformer, image_extent
+
+
+def call_pixart(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """Models that embed resolution and aspect ratio are told the sample's own, as an image of eight times its size."""
+    added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+    if model.config.use_additional_conditions or (
+        model.config.use_additional_conditions is None and model.config.sample_size == 128
+    ):
+        height, width = (8.0 * length for length in sample.shape[2:])
+        added["resolution"] = sample.new_tensor([height, width]).repeat(len(sample), 1)
+        added["aspect_ratio"] = sample.new_tensor([height / width]).repeat(len(sample), 1)
+    return call_by_keywords(model, sample, timesteps, {**condition, "added_cond_kwargs": added})
+
+
+def describe_sana(model: Any, sample_size: Any = None) -> Backbone:
+    """A model that embeds guidance has its timestep's embedding elsewhere, and t+c adds guidance."""
+    is_guided = hasattr(model.time_embed, "guidance_embedder")
+    time_tap = "time_embed.timestep_embedder" if is_guided else "time_embed.emb.timestep_embedder"
+    condition_taps = ("time_embed.guidance_embedder",) if is_guided else ()
+    return Transformer((Blocks("transformer_blocks"),), time_tap, condition_taps)(model, sample_size)
+
+
+def call_sana(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """The model has a scale of its own for timesteps."""
+    return call_by_keywords(model, sample, timesteps * model.config.timestep_scale, condition)
+
+
+def lumina2_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """In the joint blocks each sample's image follows its own text, however long."""
+    text_lengths = arguments["encoder_attention_mask"].sum(dim=1).long()
+    return replace(image_extent(model, arguments), text_lengths=text_lengths)
+
+
+def call_lumina2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """The model predicts x_start − noise."""
+    return -call_by_keywords(model, sample, timesteps, condition)
+
+
+def call_wan(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """A picture [B, C, H, W] is a video of one frame."""
+    if sample.ndim == 5:
+        return call_by_keywords(model, sample, timesteps, condition)
+    return call_by_keywords(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
+
+
+FAMILIES = [
+    # PixArt-α and PixArt-Σ. Text enters by cross-attention alone, so t+c is t; so it is in Sana and Wan.
+    Family(
+        "PixArtTransformer2DModel",
+        Transformer((Blocks("transformer_blocks", attention="attn1"),), "adaln_single.emb.timestep_embedder"),
+        call_pixart,
+        prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
+    ),
+    # Stable Diffusion 3 and 3.5: only the image's stream is prompted. Prepended prompts are attended to by the image's
+    # tokens, not by the text's.
+    Family(
+        "SD3Transformer2DModel",
+        Transformer(
+            (Blocks("transformer_blocks", attention="attn"),),
+            "time_text_embed.timestep_embedder",
+            ("time_text_embed.text_embedder",),
+        ),
+        encode_captions=prompt_encoder("encoder_hidden_states", "", "pooled_projections"),
+    ),
+    # In the single blocks the image follows the text and the register tokens. Padding of text is zeroed, not masked.
+    Family(
+        "AuraFlowTransformer2DModel",
+        Transformer(
+            (Blocks("joint_transformer_blocks"), Blocks("single_transformer_blocks", "last")), "time_step_proj"
+        ),
+        encode_captions=prompt_encoder("encoder_hidden_states"),
+        timestep_range=(0.0, 1.0),
+    ),
+    # Captions without the instruction that the pipeline puts before short prompts.
+    Family(
+        "SanaTransformer2DModel",
+        describe_sana,
+        call_sana,
+        prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
+    ),
+    # Lumina-Image 2.0: refiners of the image, then joint blocks. Time runs from noise to image.
+    Family(
+        "Lumina2Transformer2DModel",
+        Transformer(
+            (Blocks("noise_refiner"), Blocks("layers", "after_text")),
+            "time_caption_embed.timestep_embedder",
+            begin=lumina2_extent,
+        ),
+        call_lumina2,
+        prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
+        timestep_range=(1.0, 0.0),
+    ),
+    # Wan 2.1, tokens of frames × height × width; the sample size is that of 81 frames of 480×832. As many tokens of
+    # text as the pipeline's call makes; its encode_prompt alone would make fewer.
+    Family(
+        "WanTransformer3DModel",
+        Transformer((Blocks("blocks"),), "condition_embedder.time_embedder", sample_size=(21, 60, 104)),
+        call_wan,
+        prompt_encoder("encoder_hidden_states", max_sequence_length=512),
+    ),
+]

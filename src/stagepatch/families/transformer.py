@@ -1,0 +1,67 @@
+"""The description that most transformers share, as data: where their blocks are, and their embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stagepatch.families.base import Backbone, Begin, Extent, Grid, Site, Size, patches, reference_size, self_attention
+from stagepatch.families.registry import make_backbone
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list of blocks, with a site before each.
+
+    Args:
+        path: of the list in the model.
+        image_tokens: where the image lies in the blocks' input; see `Site`.
+        attention: path in a block of its self-attention, where prompts can be prepended to it.
+    """
+
+    path: str
+    image_tokens: Literal["first", "last", "after_text"] = "first"
+    attention: str = ""
+
+
+def image_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """That of a model that cuts an image or video, [B, C, H, W] or [B, C, F, H, W], into patches."""
+    image = arguments["hidden_states"] if "hidden_states" in arguments else arguments["sample"]
+    return Extent(patches(image.shape[2:], model.config.patch_size))
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Describes the transformers of a class; see `Describe`.
+
+    Their config has `hidden_size`, or `num_attention_heads` and `attention_head_dim`.
+
+    Args:
+        blocks: in the order of the forward.
+        time_tap, condition_taps, begin: see `Backbone`.
+        optional_taps: condition taps that only some models of the class have.
+        sample_size: of the model's input [latent pixels], where its config has none.
+        patch_size: of a token, where it is not the config's.
+    """
+
+    blocks: tuple[Blocks, ...]
+    time_tap: str
+    condition_taps: tuple[str, ...] = ()
+    optional_taps: tuple[str, ...] = ()
+    sample_size: Grid | None = None
+    patch_size: Grid | None = None
+    begin: Begin = image_extent
+
+    def __call__(self, model: Any, sample_size: Size | None = None) -> Backbone:
+        config = model.config
+        size = reference_size(sample_size, self.sample_size or config.sample_size)
+        grid = patches(size, self.patch_size or config.patch_size)
+        width = config.get("hidden_size") or config.num_attention_heads * config.attention_head_dim
+        sites: list[Site] = []
+        for blocks in self.blocks:
+            for number, block in enumerate(model.get_submodule(blocks.path)):
+                path = f"{blocks.path}.{number}"
+                attention = self_attention(block, blocks.attention, path) if blocks.attention else None
+                tokens = blocks.image_tokens
+                sites.append(Site(path, path, len(sites), width, grid, image_tokens=tokens, attention=attention))
+        return make_backbone(model, sites, grid, self.begin, self.time_tap, self.condition_taps, self.optional_taps)
