@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from stagepatch.checkpoints import load_captioner, load_vae
 from stagepatch.cli import main
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_tensors
+from stagepatch.core.tensors import read_tensors
 from stagepatch.data import CachedLatents, DataConfig, Images, encode_images, open_source
 from stagepatch.data.model_cache import make_cache
 from tests.tiny_pipelines import PIPELINES

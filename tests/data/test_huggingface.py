@@ -90,6 +90,8 @@ def test_files_in_a_folder_by_load_dataset(tmp_path, monkeypatch):
     build({"text": ["a", "b", "c"]}).to_parquet(tmp_path / "files" / "part.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     dataset = load(tmp_path / "files", format="datasets")
+    own = datasets.load_dataset(str(tmp_path / "files"), split="train")._fingerprint
+    assert dataset.source.stamp()[0].startswith(f"{own}:")  # caches that were made with it still open
     assert [caption for _, _, caption in summary(dataset)] == ["a", "b", "c"]
 
 
@@ -152,9 +154,9 @@ def test_images_by_path(tmp_path, saved):
         ({"image_column": "label"}, "column 'label' .*not images"),
         ({"caption_column": "said"}, r"no column 'said': choose data\.caption_column"),
         ({"label_column": "kind"}, r"no column 'kind': choose data\.label_column"),
-        ({"caption_column": "label"}, r"caption column holds strings: choose data\.caption_column"),
-        ({"caption_column": "many"}, r"caption column holds strings"),
-        ({"label_column": "text"}, r"label column holds whole numbers .*choose data\.label_column"),
+        ({"caption_column": "label"}, r"not strings: choose data\.caption_column, '' for none"),
+        ({"caption_column": "many"}, "not strings"),
+        ({"label_column": "text"}, r"not whole numbers .*choose data\.label_column"),
     ],
 )
 def test_columns_that_do_not_fit(saved, choices, message):
@@ -179,6 +181,7 @@ def test_no_rows(monkeypatch):
 def test_stamps_follow_the_content(saved, tmp_path):
     path = saved(build({"text": ["a", "b", "c"]}))
     first = HuggingFaceSource(str(path)).stamp()
+    assert first[0] == f"{datasets.load_from_disk(path)._fingerprint}:image:text:label:0"
     assert len(set(first)) == 3
     assert HuggingFaceSource(str(path)).stamp() == first
     build({"text": ["a", "b", "d"]}).save_to_disk(tmp_path / "other")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_tensors
+from stagepatch.core.tensors import read_tensors
 from stagepatch.data.cache_writer import CAPTIONS_PER_FILE, INDEX_NAME
 
 _OPEN_FILES = 128

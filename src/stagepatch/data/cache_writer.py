@@ -11,17 +11,21 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from stagepatch.checkpoints.fingerprint import sampled_fingerprint
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, read_tensors, write_json, write_tensors
+from stagepatch.core.files import read_json, write_json
 from stagepatch.core.processes import processes
+from stagepatch.core.progress import progress_bar
+from stagepatch.core.tensors import read_tensors, write_tensors
 from stagepatch.data.images import Images
 from stagepatch.data.latents import encode_images
 
+T = TypeVar("T")
 IMAGES_PER_FILE = 256
 CAPTIONS_PER_FILE = 64
 PLAN_NAME, INDEX_NAME = "plan.json", "index.safetensors"
@@ -32,13 +36,11 @@ EncodeCaptions = Callable[[list[str]], dict[str, Tensor]]
 
 def build_cache(
     directory: Path,
-    images: Images,
     key: dict[str, str],
+    images: Images,
     load_vae: Callable[[], Any],
     load_captioner: Callable[[], EncodeCaptions] | None,
     batch_size: int,
-    on_image: Callable[[int], None] = lambda count: None,
-    on_caption: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Encode what is not yet encoded. Processes under `accelerate launch` share the files.
 
@@ -47,43 +49,45 @@ def build_cache(
         load_vae, load_captioner: called once where there is something to encode; what they give is freed after. No
             `load_captioner`: the model takes no captions.
         batch_size: images encoded at a time; captions by eights.
-        on_image, on_caption: called with the number done.
 
     Raises:
         UserError: the directory holds the cache of something else.
     """
     state = processes()
     if state.is_main_process:
-        _claim(directory, key)
+        if (directory / PLAN_NAME).exists():
+            check_key(directory, key)
+        else:
+            write_json(directory / PLAN_NAME, key)
     state.wait_for_everyone()
     if (directory / INDEX_NAME).exists():
         return
-    has_captions = load_captioner is not None
     image_files = _image_files(images)
     captions = ["", *sorted(set(images.captions()) - {""})]
-    caption_files = [
-        captions[first : first + CAPTIONS_PER_FILE] for first in range(0, len(captions), CAPTIONS_PER_FILE)
-    ]
+    caption_files = _chunks(captions, CAPTIONS_PER_FILE) if load_captioner is not None else []
+    with progress_bar(disable=not state.is_main_process) as progress:
 
-    missing = _missing(directory, "latents", image_files)
-    if missing:
-        vae = load_vae()
-        for path, indices in missing:
-            write_tensors(path, _encode_images(vae, images, indices, batch_size, on_image))
-        del vae
-        gc.collect()
-    missing_captions = _missing(directory, "captions", caption_files) if has_captions else []
-    if missing_captions:
-        assert load_captioner is not None
-        encode = load_captioner()
-        for path, texts in missing_captions:
-            write_tensors(path, _encode_captions(encode, texts, on_caption))
-        del encode
-    gc.collect()
+        def bar(name: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(name, total=total, status="")
+            return lambda count: progress.advance(task, count)
+
+        on_images = bar("images", len(images))
+
+        def encode_latents(vae: Any, indices: list[int]) -> dict[str, Tensor]:
+            return _encode_images(vae, images, indices, batch_size, on_images)
+
+        _write_missing(directory, "latents", image_files, load_vae, encode_latents)
+        if load_captioner is not None:
+            on_captions = bar("captions", len(captions))
+
+            def encode_captions(encode: EncodeCaptions, texts: list[str]) -> dict[str, Tensor]:
+                return _encode_captions(encode, texts, on_captions)
+
+            _write_missing(directory, "captions", caption_files, load_captioner, encode_captions)
     state.wait_for_everyone()
     if state.is_main_process:
-        lengths = _longest(directory, len(caption_files)) if has_captions else {}
-        write_tensors(directory / INDEX_NAME, _index(images, image_files, captions), {"lengths": json.dumps(lengths)})
+        lengths = json.dumps(_longest(directory, len(caption_files)))
+        write_tensors(directory / INDEX_NAME, _index(images, image_files, captions), {"lengths": lengths})
     state.wait_for_everyone()
 
 
@@ -98,7 +102,7 @@ def cache_key(source_stamps: list[str], preprocessing: dict[str, Any], encoders:
         "images": hashlib.sha256("\n".join(source_stamps).encode()).hexdigest(),
         "preprocessing": json.dumps(preprocessing, sort_keys=True),
     }
-    return key | {name: _fingerprint(directory) for name, directory in encoders.items()}
+    return key | {name: sampled_fingerprint(directory) for name, directory in encoders.items()}
 
 
 def check_key(directory: Path, key: dict[str, str]) -> None:
@@ -122,77 +126,63 @@ def check_key(directory: Path, key: dict[str, str]) -> None:
         )
 
 
-def _claim(directory: Path, key: dict[str, str]) -> None:
-    if (directory / PLAN_NAME).exists():
-        check_key(directory, key)
-    else:
-        write_json(directory / PLAN_NAME, key)
-
-
-def _fingerprint(directory: Path) -> str:
-    """Of a directory's files: names, sizes and samples of the content, since weights are many gigabytes."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.rglob("*")):
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory)} {size}\n".encode())
-        with open(path, "rb") as file:
-            for place in range(17):
-                file.seek(max(0, size - 65536) * place // 16)
-                digest.update(file.read(65536))
-    return digest.hexdigest()
-
-
 def _image_files(images: Images) -> list[list[int]]:
     """Indices of each file's images, all of one size."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(images.sizes()):
         by_size.setdefault(size, []).append(index)
-    return [
-        group[first : first + IMAGES_PER_FILE]
-        for group in by_size.values()
-        for first in range(0, len(group), IMAGES_PER_FILE)
-    ]
+    return [file for group in by_size.values() for file in _chunks(group, IMAGES_PER_FILE)]
 
 
-def _missing(directory: Path, name: str, files: list[Any]) -> list[tuple[Path, Any]]:
-    """This process's files that are not there."""
+def _chunks(items: list[T], size: int) -> list[list[T]]:
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def _write_missing(
+    directory: Path,
+    kind: str,
+    files: list[list[T]],
+    load: Callable[[], Any],
+    encode: Callable[[Any, list[T]], dict[str, Tensor]],
+) -> None:
+    """Encode this process's files that are not there; what encodes is loaded for it and freed after."""
     state = processes()
-    paths = [(directory / f"{name}-{number:05d}.safetensors", content) for number, content in enumerate(files)]
-    return [
-        (path, content) for path, content in paths[state.process_index :: state.num_processes] if not path.exists()
-    ]
+    paths = [(directory / f"{kind}-{number:05d}.safetensors", items) for number, items in enumerate(files)]
+    missing = [each for each in paths[state.process_index :: state.num_processes] if not each[0].exists()]
+    if missing:
+        encoder = load()
+        for path, items in missing:
+            write_tensors(path, encode(encoder, items))
+        del encoder
+    gc.collect()
 
 
 def _encode_images(
-    vae: Any, images: Images, indices: list[int], batch_size: int, on_image: Callable[[int], None]
+    vae: Any, images: Images, indices: list[int], batch_size: int, on_images: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """float16: 'mean', 'std' [B, C, h, w], and the same of the mirrored images."""
     parts: dict[str, list[Tensor]] = {name: [] for name in ("mean", "std", "mean_flipped", "std_flipped")}
-    for first in range(0, len(indices), batch_size):
-        pixels = torch.stack([images[index]["image"] for index in indices[first : first + batch_size]])
+    for batch in _chunks(indices, batch_size):
+        pixels = torch.stack([images[index]["image"] for index in batch])
         for ending, shown in (("", pixels), ("_flipped", pixels.flip(-1))):
             mean, std = encode_images(vae, shown)
             parts[f"mean{ending}"].append(mean.half().cpu())
             parts[f"std{ending}"].append(std.half().cpu())
-        on_image(len(pixels))
+        on_images(len(pixels))
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
 def _encode_captions(
-    encode: EncodeCaptions, captions: list[str], on_caption: Callable[[int], None]
+    encode: EncodeCaptions, captions: list[str], on_captions: Callable[[int], None]
 ) -> dict[str, Tensor]:
     """'{row}.{name}' for each tensor of each caption's condition."""
-    tensors = {}
-    for first in range(0, len(captions), 8):
-        texts = captions[first : first + 8]
+    tensors: dict[str, Tensor] = {}
+    for number, texts in enumerate(_chunks(captions, 8)):
         with torch.no_grad():
             condition = encode(texts)
         for name, value in condition.items():
-            for row, of_caption in enumerate(value):
-                tensors[f"{first + row}.{name}"] = _compact(of_caption)
-        on_caption(len(texts))
+            tensors |= {f"{8 * number + row}.{name}": _compact(of_caption) for row, of_caption in enumerate(value)}
+        on_captions(len(texts))
     return tensors
 
 

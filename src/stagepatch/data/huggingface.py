@@ -11,6 +11,12 @@ from PIL import Image
 from stagepatch.core.errors import UserError
 
 _SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
+# By kind of column: the name that may be absent, what its dtype begins with, and what it holds, in words.
+_COLUMNS = {
+    "image": (None, (), "images"),
+    "caption": ("text", ("string", "large_string"), "strings"),
+    "label": ("label", ("int", "uint"), "whole numbers (see class_encode_column)"),
+}
 
 
 class HuggingFaceSource:
@@ -36,12 +42,14 @@ class HuggingFaceSource:
         label_column: str = "label",
     ) -> None:
         self.path = path
+        self._names = (image_column, caption_column, label_column)
         dataset = _load(path, split)
-        self._columns = (image_column, caption_column, label_column)
+        # The library documents it and has no other name for it; caches that exist go by it.
         self._fingerprint = dataset._fingerprint
-        self._images = _image_files(dataset, image_column, path)
-        self._captions = _column(dataset, caption_column, "caption", "text", path)
-        self._labels = _column(dataset, label_column, "label", "label", path)
+        # Each alone, so that to read a label is not to read an image.
+        self._images, self._captions, self._labels = (
+            _column(dataset, kind, name, path) for kind, name in zip(_COLUMNS, self._names, strict=True)
+        )
         if not len(dataset):
             raise UserError(f"No image in '{path}', split '{split}': it has no rows.")
 
@@ -49,7 +57,7 @@ class HuggingFaceSource:
         return len(self._images)
 
     def load(self, index: int) -> Image.Image:
-        file = self._images[index][self._columns[0]]
+        file = self._images[index][self._names[0]]
         if file is None or (file["bytes"] is None and file["path"] is None):
             raise OSError("the row has no image")
         return Image.open(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"]))
@@ -57,7 +65,7 @@ class HuggingFaceSource:
     def label(self, index: int) -> int:
         if self._labels is None:
             return 0
-        label = self._labels[index][self._columns[2]]
+        label = self._labels[index][self._names[2]]
         if label is None or label < 0:
             raise UserError(
                 f"{self.name(index)} has the label {label}: choose a split that has labels, or data.label_column=''."
@@ -65,13 +73,13 @@ class HuggingFaceSource:
         return int(label)
 
     def caption(self, index: int) -> str:
-        return "" if self._captions is None else self._captions[index][self._columns[1]] or ""
+        return "" if self._captions is None else self._captions[index][self._names[1]] or ""
 
     def name(self, index: int) -> str:
         return f"row {index} of '{self.path}'"
 
     def stamp(self) -> list[str]:
-        prefix = ":".join([self._fingerprint, *self._columns])
+        prefix = ":".join([self._fingerprint, *self._names])
         return [f"{prefix}:{index}" for index in range(len(self))]
 
 
@@ -101,39 +109,24 @@ def _load(path: str, split: str) -> Any:
     return dataset
 
 
-def _image_files(dataset: Any, column: str, path: str) -> Any:
-    """The image column alone, as files not decoded."""
+def _column(dataset: Any, kind: str, column: str, path: str) -> Any:
+    """One column alone, images as files not decoded; None for none."""
     import datasets
 
-    if column not in dataset.features:
-        raise _no_column(dataset, column, "image", path)
-    try:
-        return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(
-            f"The column '{column}' of '{path}' holds {dataset.features[column]}, not images: "
-            f"choose data.image_column."
-        ) from error
-
-
-def _column(dataset: Any, column: str, kind: str, default: str, path: str) -> Any | None:
-    """The caption or label column alone; None for none."""
-    if not column or (column == default and column not in dataset.features):
+    may_be_absent, dtypes, expected = _COLUMNS[kind]
+    if may_be_absent and (not column or (column == may_be_absent and column not in dataset.features)):
         return None
     if column not in dataset.features:
-        raise _no_column(dataset, column, kind, path)
-    dtype = str(getattr(dataset.features[column], "dtype", ""))
-    allowed = ("string", "large_string") if kind == "caption" else ("int", "uint")
-    if not dtype.startswith(allowed):
-        expected = "strings" if kind == "caption" else "whole numbers (see class_encode_column)"
         raise UserError(
-            f"The column '{column}' of '{path}' holds {dataset.features[column]}, but a {kind} column holds "
-            f"{expected}: choose data.{kind}_column, '' for none."
+            f"'{path}' has no column '{column}': choose data.{kind}_column from {', '.join(dataset.features)}."
         )
-    return dataset.select_columns([column])
-
-
-def _no_column(dataset: Any, column: str, kind: str, path: str) -> UserError:
-    return UserError(
-        f"'{path}' has no column '{column}': choose data.{kind}_column from {', '.join(dataset.features)}."
-    )
+    feature, selected = dataset.features[column], dataset.select_columns([column])
+    try:
+        if kind == "image":
+            return selected.cast_column(column, datasets.Image(decode=False))
+        if str(getattr(feature, "dtype", "")).startswith(dtypes):
+            return selected
+    except (TypeError, ValueError, NotImplementedError):
+        pass
+    way_out = f"data.{kind}_column" + (", '' for none" if may_be_absent else "")
+    raise UserError(f"The column '{column}' of '{path}' holds {feature}, not {expected}: choose {way_out}.")

@@ -10,16 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from stagepatch.core.errors import UserError
+from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
-from stagepatch.data.preprocess import (
-    bucket_sizes,
-    center_crop_adm,
-    fit_to_bucket,
-    nearest_bucket,
-    to_tensor,
-    upright,
-    upright_size,
-)
 from stagepatch.data.source import BROKEN, Source
 
 _LOGGER = logging.getLogger("stagepatch")
@@ -51,7 +43,7 @@ class Images(Dataset[dict[str, Any]]):
         self.config = config
         self._buckets = [(config.image_size, config.image_size)]
         if config.crop == "buckets":
-            self._buckets = bucket_sizes(config.image_size, config.bucket_step)
+            self._buckets = preprocess.bucket_sizes(config.image_size, config.bucket_step)
         self._indices: list[int] = []
         self._sizes: list[tuple[int, int]] = []
         self._broken: list[str] = []
@@ -91,18 +83,22 @@ class Images(Dataset[dict[str, Any]]):
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]
         with self.source.load(index) as file:
-            image = upright(file, self.config.channels)
+            image = preprocess.upright(file, self.config.channels)
         if self.config.crop == "buckets":
-            image = fit_to_bucket(image, size)
+            image = preprocess.fit_to_bucket(image, size)
         else:
-            image = center_crop_adm(image, self.config.image_size)
-        return {"image": to_tensor(image), "label": self.source.label(index), "caption": self.source.caption(index)}
+            image = preprocess.center_crop_adm(image, self.config.image_size)
+        return {
+            "image": preprocess.to_tensor(image),
+            "label": self.source.label(index),
+            "caption": self.source.caption(index),
+        }
 
     def _read_headers(self) -> None:
         for index in range(len(self.source)):
             try:
                 with self.source.load(index) as file:
-                    height, width = upright_size(file)
+                    height, width = preprocess.upright_size(file)
                     file.verify()
             except UserError:
                 raise
@@ -110,19 +106,15 @@ class Images(Dataset[dict[str, Any]]):
                 self._broken.append(self._describe(index, error))
                 continue
             self._indices.append(index)
-            self._sizes.append(nearest_bucket(width, height, self._buckets))
+            self._sizes.append(preprocess.nearest_bucket(width, height, self._buckets))
         # In shared memory, so that loading processes count together.
         self._undecodable = torch.zeros(len(self._indices), dtype=torch.bool).share_memory_()
         self._check_count()
         if not self._indices:
             raise self._refusal()
         if self._broken:
-            _LOGGER.warning(
-                "%d of %d images cannot be read and are left out: %s",
-                len(self._broken),
-                len(self.source),
-                "; ".join(self._broken),
-            )
+            count = f"{len(self._broken)} of {len(self.source)}"
+            _LOGGER.warning("%s images cannot be read and are left out: %s", count, "; ".join(self._broken))
 
     def _describe(self, index: int, error: BaseException | str) -> str:
         return f"{self.source.name(index)} ({error})"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
-from stagepatch.checkpoints import encoder_directories, load_captioner, load_vae, takes_captions
+from stagepatch.checkpoints import encoder_directories, has_vae, load_captioner, load_vae, takes_captions
 from stagepatch.core.errors import UserError
 from stagepatch.core.processes import processes
-from stagepatch.core.progress import progress_bar
+from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import INDEX_NAME, build_cache, cache_key, check_key
 from stagepatch.data.config import DataConfig
-from stagepatch.data.dataset import open_source
+from stagepatch.data.dataset import load_dataset, open_source
 from stagepatch.data.images import Images
 
 # What of a data config decides the latents.
@@ -38,19 +40,31 @@ def make_cache(
         check_key(directory, key)
         return
     device = processes().device
-    images = Images(source, data)
-    captions = len({*images.captions(), ""}) if takes_captions(model) else 0
-    with progress_bar(disable=not processes().is_main_process) as progress:
-        tasks = [progress.add_task("images", total=len(images), status="")]
-        if captions:
-            tasks.append(progress.add_task("captions", total=captions, status=""))
-        build_cache(
-            directory,
-            images,
-            key,
-            lambda: load_vae(model).to(device, dtype),
-            (lambda: load_captioner(model, device, dtype)) if captions else None,
-            batch_size,
-            lambda count: progress.advance(tasks[0], count),
-            lambda count: progress.advance(tasks[-1], count),
-        )
+    build_cache(
+        directory,
+        key,
+        Images(source, data),
+        lambda: load_vae(model).to(device, dtype),
+        (lambda: load_captioner(model, device, dtype)) if takes_captions(model) else None,
+        batch_size,
+    )
+
+
+def cache_directory(cache: str, output_dir: str) -> Path:
+    """Where a command's cache is: as given, or 'cache' in its output_dir."""
+    return Path(cache or Path(output_dir) / "cache")
+
+
+def load_training_data(
+    model: str, data: DataConfig, cache: str = "", output_dir: str = "", batch_size: int = 8
+) -> Dataset[dict[str, Any]]:
+    """Items as `training.draws.draw` takes them: of a model with a VAE its cache, made first if it is not there.
+
+    Args:
+        model: empty for images in pixels.
+    """
+    if not model or not has_vae(model):
+        return load_dataset(data)
+    directory = cache_directory(cache, output_dir)
+    make_cache(directory, model, data, batch_size)
+    return CachedLatents(directory)
