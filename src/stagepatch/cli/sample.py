@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from stagepatch.checkpoints import has_vae, load_pipeline
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, load_on_device, own_share, put_on, sampling_bar
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_atomically, write_tensors, write_text
+from stagepatch.core.files import write_atomically, write_text
 from stagepatch.core.processes import processes
+from stagepatch.core.tensors import write_tensors
 from stagepatch.diffusion import make_sampler, pin_timesteps
 from stagepatch.families import find_denoiser
 from stagepatch.report import image_grid
@@ -22,22 +24,17 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     if config.patch and config.schedule:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
     directory = Path(config.output_dir)
-    is_latent = has_vae(config.model)
-    model, scheduler = (
-        (load_pipeline(config.model).to(processes().device), None) if is_latent else load_on_device(config.model)
-    )
-    sampling = config.sampling
+    if has_vae(config.model):
+        model, scheduler = load_pipeline(config.model).to(processes().device), None
+    else:
+        model, scheduler = load_on_device(config.model)
+    sampling = _put_experts_on(config, model, scheduler) if config.schedule else config.sampling
     if config.patch:
         put_on(config.patch, config.patch_scale, find_denoiser(model))
-    if config.schedule:
-        sampling = _put_experts_on(config, model, scheduler)
     with sampling_bar() as progress:
         task = progress.add_task("sampling", total=own_share(sampling.num_images), status="")
-
-        def on_batch(count: int) -> None:
-            progress.advance(task, count)
-
-        if is_latent:
+        on_batch = partial(progress.advance, task)
+        if scheduler is None:
             images = generate_with_pipeline(model, sampling, config.prompts, on_batch)
         else:
             images = generate(model, scheduler, sampling, on_batch=on_batch)
@@ -51,7 +48,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
 
 
 def _put_experts_on(config: configs.SampleConfig, model: Any, scheduler: Any) -> SamplingConfig:
-    """The schedule's experts, on a denoiser or on a pipeline's; returns how it is to be sampled."""
+    """The model schedule's experts, on a denoiser or on a pipeline's; returns how it is to be sampled."""
     experts = load_experts(config.schedule, find_denoiser(model), scheduler or model.scheduler)
     experts.attach(model)
     if scheduler is None and experts.timesteps is not None:
