@@ -78,8 +78,8 @@ def test_every_example_is_run_here():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} <= tested
 
 
-def test_adding_a_backbone_as_the_page_does(monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-backbone.md").read_text(), re.DOTALL)
+def test_adding_a_family_as_the_page_does(monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-family.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 40
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     exec(code, {})

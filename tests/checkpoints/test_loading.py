@@ -128,3 +128,8 @@ def test_config_of_another_width_is_refused(saved):
     edit_json(saved / "transformer/config.json", hidden_size=48)
     with pytest.raises(UserError, match="does not hold the DiT"):
         load_denoiser(saved)
+
+
+def test_denoiser_in_another_precision(saved):
+    model, _ = load_denoiser(saved, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

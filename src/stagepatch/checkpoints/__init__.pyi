@@ -9,8 +9,6 @@ from .layout import denoiser_reader as denoiser_reader
 from .layout import encoder_directories as encoder_directories
 from .layout import find_model as find_model
 from .layout import has_vae as has_vae
-from .layout import is_model as is_model
-from .layout import weight_files as weight_files
 from .loading import build_denoiser as build_denoiser
 from .loading import load_captioner as load_captioner
 from .loading import load_denoiser as load_denoiser

@@ -54,29 +54,9 @@ def component_of(directory: Path) -> str:
     raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
 
 
-def is_model(directory: Path) -> bool:
-    """Whether a directory has a denoiser."""
-    return any((directory / component).is_dir() for component in DENOISERS)
-
-
 def component_for(model: Any) -> str:
     """The part of a model directory that a denoiser is saved as."""
     return "unet" if type(model).__name__.startswith("UNet") else "transformer"
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The files of a denoiser's weights.
-
-    Args:
-        directory: of the denoiser, in that of its model.
-
-    Raises:
-        UserError: there are none.
-    """
-    paths = sorted(directory.glob("diffusion_pytorch_model*.safetensors"))
-    if not paths:
-        raise UserError(f"No weights in '{directory}': looked for diffusion_pytorch_model*.safetensors.")
-    return paths
 
 
 def denoiser_reader(directory: Path) -> TensorReader:
@@ -85,7 +65,11 @@ def denoiser_reader(directory: Path) -> TensorReader:
     Raises:
         UserError: it has none.
     """
-    return TensorReader(weight_files(directory / component_of(directory)))
+    denoiser = directory / component_of(directory)
+    paths = sorted(denoiser.glob("diffusion_pytorch_model*.safetensors"))
+    if not paths:
+        raise UserError(f"No weights in '{denoiser}': looked for diffusion_pytorch_model*.safetensors.")
+    return TensorReader(paths)
 
 
 def has_vae(source: str | Path) -> bool:

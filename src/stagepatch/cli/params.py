@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from stagepatch.cli import config as configs
-from stagepatch.families.known import KNOWN, build_known
+from stagepatch.families.named_models import NAMED_MODELS, build_named
 from stagepatch.patch import Patch
 from stagepatch.report import print_table
 
@@ -17,9 +17,9 @@ def params(config: configs.ParamsConfig, resolved: str) -> None:
     """Count base and added parameters on the meta device."""
     rows = []
     for name in config.models:
-        model = build_known(name)
+        model = build_named(name)
         base = sum(value.numel() for value in model.parameters())
-        small = config.patch.grid or list(KNOWN[name].grid if name in KNOWN else (16, 16))
+        small = config.patch.grid or list(NAMED_MODELS[name].grid if name in NAMED_MODELS else (16, 16))
         row = [name, f"{base:,}"]
         for grid in (None, small):
             with torch.device("meta"):
