@@ -12,8 +12,14 @@ from stagepatch.diffusion.noise_schedule import at_timesteps
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """KL(N(mean1, e^log_variance1) ‖ N(mean2, e^log_variance2)) per element, in nats."""
-    error = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
-    return 0.5 * (log_variance2 - log_variance1 - 1.0 + torch.exp(log_variance1 - log_variance2) + error)
+    # Autograd sums gradients in the order of these terms: another order gives other last bits.
+    return 0.5 * (
+        log_variance2
+        - log_variance1
+        - 1.0
+        + torch.exp(log_variance1 - log_variance2)
+        + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    )
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
