@@ -8,7 +8,7 @@ import torch
 from stagepatch.core.errors import UserError
 from stagepatch.families import predict
 from stagepatch.patch import balance
-from stagepatch.patch.patch import Mixture
+from stagepatch.patch.prompts import Mixture
 
 # Two blocks, two samples, two prompts.
 WEIGHTS = torch.tensor([[[0.8, 0.2], [0.5, 0.5]], [[0.6, 0.4], [0.5, 0.5]]], dtype=torch.float64)

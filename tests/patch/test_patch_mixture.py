@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stagepatch.families import predict
+from stagepatch.patch import PatchConfig
 from stagepatch.patch.gate import LinearGate
 from stagepatch.patch.mixture import hard_weights, mix, soft_weights
 
@@ -182,7 +183,7 @@ def test_mixture_without_weights_is_the_prompts_once():
 
 
 def test_gate_multiplies_once_for_all_blocks(monkeypatch):
-    gate = LinearGate(8, 5, list(range(12)), block_index=True, noise=False, initialization="normal")
+    gate = LinearGate(PatchConfig(gate_initialization="normal"), 8, 5, list(range(12)))
     calls = []
     linear = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(args) or linear(*args))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from stagepatch.core.errors import UserError
-from stagepatch.families import Backbone, find_denoiser
+from stagepatch.families import Backbone
 from stagepatch.families.base import Begin
 from stagepatch.patch.prepending import attend_to_prompts
-
-if TYPE_CHECKING:
-    from stagepatch.patch.patch import Patch
+from stagepatch.patch.prompts import MixtureOfPrompts
 
 
 class Attachment:
@@ -28,9 +26,8 @@ class Attachment:
     backward, run no other forward.
     """
 
-    def __init__(self, patch: Patch, model: nn.Module, backbone: Backbone) -> None:
+    def __init__(self, patch: MixtureOfPrompts, model: nn.Module, backbone: Backbone) -> None:
         self.patch = patch
-        self._handles: list[RemovableHandle] = []
         modules = dict(model.named_modules())
         taps = [backbone.time_tap]
         if patch.config.condition == "t+c":
@@ -38,19 +35,17 @@ class Attachment:
         # Every module is found before the first hook is put on: an error leaves the model as it was.
         tapped = [_module(modules, name) for name in taps]
         entered = [_module(modules, site.module) for site in backbone.sites]
-        condition = _Condition(patch, len(taps))
-        begin = _Begin(patch, condition, backbone.begin, model)
-        self._handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
-        for position, module in enumerate(tapped):
-            self._handles.append(module.register_forward_hook(_Tap(condition, position)))
+        hooks = _Hooks(patch, model, backbone.begin, len(taps))
+        self._handles = [model.register_forward_pre_hook(hooks.begin, with_kwargs=True)]
+        self._handles += [module.register_forward_hook(partial(hooks.tap, tap)) for tap, module in enumerate(tapped)]
         for position, (site, module) in enumerate(zip(backbone.sites, entered, strict=True)):
             if patch.is_gated_prepending:
                 self._handles += attend_to_prompts(patch, position, site.attention, modules)
                 continue
-            hook = _Site(patch, position, site.argument)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            enter = partial(hooks.enter, position, site.argument)
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             if patch.config.position == "prepend":
-                self._handles.append(module.register_forward_hook(_Strip(patch, position)))
+                self._handles.append(module.register_forward_hook(partial(hooks.strip, position)))
         _forget_compiled()
 
     def detach(self) -> None:
@@ -68,91 +63,63 @@ class Attachment:
         self.detach()
 
 
-def patches_on(target: Any, component: str = "") -> list[Patch]:
-    """The patches attached to a model, or to a pipeline's denoiser, in the order in which they were.
+def prompts_on(model: nn.Module) -> list[MixtureOfPrompts]:
+    """What is attached to a model, in the order in which it was."""
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    return [owner.patch for owner in owners if isinstance(owner, _Hooks)]
 
-    To switch them all off: `for patch in patches_on(pipe): patch.enabled = False`.
+
+class _Hooks:
+    """What an attached patch does during a forward.
+
+    Its hooks are methods rather than closures, so that copy.deepcopy(model) copies the patch with it.
     """
-    hooks = find_denoiser(target, component)._forward_pre_hooks.values()
-    return [hook.patch for hook in hooks if isinstance(hook, _Begin)]
 
-
-# Hooks are objects rather than closures, so that copy.deepcopy(model) copies the patch with it.
-class _Condition:
-    """Sums the outputs of the taps, and shows the patch the sum when all have come, once a forward."""
-
-    def __init__(self, patch: Patch, taps: int) -> None:
+    def __init__(self, patch: MixtureOfPrompts, model: nn.Module, begin: Begin | None, taps: int) -> None:
         self.patch = patch
-        self.outputs: list[Tensor | None] = [None] * taps
-        self.observed = False
-
-    def begin(self) -> None:
-        """Forget what came before: a forward that broke off between two taps leaves nothing to the next."""
-        self.outputs = [None] * len(self.outputs)
-        self.observed = False
-
-    def put(self, tap: int, output: Tensor) -> None:
-        if self.observed:
-            return
-        self.outputs[tap] = output
-        outputs = [output for output in self.outputs if output is not None]
-        if len(outputs) == len(self.outputs):
-            self.observed = True
-            self.patch.observe(sum(outputs[1:], start=outputs[0]))
-
-
-class _Begin:
-    def __init__(self, patch: Patch, condition: _Condition, begin: Begin | None, model: nn.Module) -> None:
-        self.patch = patch
-        self.condition = condition
-        self.begin = begin
+        self.read_extent = begin
         self.names = list(inspect.signature(model.forward).parameters)
+        self.conditions: list[Tensor | None] = [None] * taps
+        self.observed = False
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.patch.enabled or self.begin is None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the extent; a former forward that broke off between two taps leaves nothing to this one."""
+        if not self.patch.enabled:
             return
-        self.condition.begin()
+        self.conditions = [None] * len(self.conditions)
+        self.observed = False
+        if self.read_extent is None:
+            return
         try:
-            self.patch.extent = self.begin(model, dict(zip(self.names, args, strict=False)) | kwargs)
+            self.patch.extent = self.read_extent(model, dict(zip(self.names, args, strict=False)) | kwargs)
         except KeyError:
             self.patch.extent = None  # the model will say itself which argument it misses
 
+    def tap(self, position: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Show the patch the sum of the taps' outputs when all have come, once a forward."""
+        if not self.patch.enabled or self.observed:
+            return
+        self.conditions[position] = output
+        outputs = [output for output in self.conditions if output is not None]
+        if len(outputs) == len(self.conditions):
+            self.observed = True
+            self.patch.observe(sum(outputs[1:], start=outputs[0]))
 
-class _Tap:
-    def __init__(self, condition: _Condition, tap: int) -> None:
-        self.condition = condition
-        self.tap = tap
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self.condition.patch.enabled:
-            self.condition.put(self.tap, output)
-
-
-class _Site:
-    def __init__(self, patch: Patch, position: int, argument: str) -> None:
-        self.patch = patch
-        self.position = position
-        self.argument = argument
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(
+        self, position: int, argument: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Put the mixture into a block's hidden states."""
         if not self.patch.enabled:
             return None
         if args:
-            return (self.patch.enter(self.position, args[0]), *args[1:]), kwargs
-        return args, {**kwargs, self.argument: self.patch.enter(self.position, kwargs[self.argument])}
+            return (self.patch.enter(position, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, argument: self.patch.enter(position, kwargs[argument])}
 
-
-class _Strip:
-    """Takes the prepended prompts off a block's output again."""
-
-    def __init__(self, patch: Patch, position: int) -> None:
-        self.patch = patch
-        self.position = position
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def strip(self, position: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Take the prepended prompts off a block's output again."""
         if not self.patch.enabled:
             return None
-        return output[:, self.patch.prompts[self.position].shape[-2] :]
+        return output[:, self.patch.prompts[position].shape[-2] :]
 
 
 def _forget_compiled() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from huggingface_hub import ModelCardData
 
-if TYPE_CHECKING:
-    from stagepatch.patch.patch import Patch
+from stagepatch.patch.prompts import MixtureOfPrompts
 
 
-def model_card(patch: Patch) -> str:
+def model_card(patch: MixtureOfPrompts) -> str:
     """README.md of a patch's directory: what it is for, what it was trained on, how to load it."""
     fingerprint, backbone = patch.fingerprint, patch.backbone
     base = fingerprint.model_id
@@ -35,7 +32,7 @@ def model_card(patch: Patch) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _description(patch: Patch) -> dict[str, str]:
+def _description(patch: MixtureOfPrompts) -> dict[str, str]:
     sites, config = patch.backbone.sites, patch.config
     return {
         "base model": patch.fingerprint.model_id or "not recorded",

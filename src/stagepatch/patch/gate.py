@@ -7,11 +7,13 @@ so one matrix product serves every block.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from stagepatch.patch.config import PatchConfig
 
 
 class LinearGate(nn.Module):
@@ -23,32 +25,31 @@ class LinearGate(nn.Module):
 
     indices: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        num_choices: int,
-        block_indices: list[int],
-        block_index: bool,
-        noise: bool,
-        initialization: Literal["zero", "normal"],
-    ) -> None:
+    def __init__(self, config: PatchConfig, channels: int, num_choices: int, block_indices: list[int]) -> None:
         super().__init__()
-        features = channels + block_index
+        shape = (num_choices, channels + config.block_index)
         self.channels = channels
-        self.weight = nn.Parameter(_initial((num_choices, features), initialization, features))
+        self.weight = _initial(shape, config)
         self.bias = nn.Parameter(torch.zeros(num_choices))
-        self.noise_weight = nn.Parameter(torch.zeros(num_choices, features)) if noise else None
-        self.register_buffer("indices", _column(block_indices), persistent=False)
+        self.noise_weight = nn.Parameter(torch.zeros(shape)) if config.gate_noise else None
+        indices = torch.tensor(block_indices, dtype=torch.float32).view(-1, 1, 1)
+        self.register_buffer("indices", indices, persistent=False)
 
     def forward(self, condition: Tensor) -> Tensor:
-        return _project(condition, self.weight, self.bias, self.indices, self.channels)
+        return self._project(condition, self.weight, self.bias)
 
     def noise_std(self, condition: Tensor) -> Tensor | None:
         """Standard deviation of the logits' noise, [L, B, M] (arXiv 1701.06538, Eq. 4; floor 0.01)."""
         if self.noise_weight is None:
             return None
-        raw = _project(condition, self.noise_weight, None, self.indices, self.channels)
-        return F.softplus(raw) + 0.01
+        return F.softplus(self._project(condition, self.noise_weight)) + 0.01
+
+    def _project(self, condition: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[condition; index] · weightᵀ + bias for every index: [L, B, M]."""
+        shared = F.linear(condition, weight[:, : self.channels], bias).unsqueeze(0)
+        if weight.shape[1] == self.channels:
+            return shared.expand(len(self.indices), -1, -1)
+        return shared + self.indices.to(weight.dtype) * weight[:, self.channels]
 
 
 class AttentionGate(LinearGate):
@@ -58,39 +59,18 @@ class AttentionGate(LinearGate):
     start, `keys` [M, C] normal, so all choices start equal.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        num_choices: int,
-        block_indices: list[int],
-        block_index: bool,
-        noise: bool,
-        initialization: Literal["zero", "normal"],
-    ) -> None:
-        super().__init__(channels, num_choices, block_indices, block_index, noise, "zero")
-        features = channels + block_index
+    def __init__(self, config: PatchConfig, channels: int, num_choices: int, block_indices: list[int]) -> None:
+        super().__init__(replace(config, gate_initialization="zero"), channels, num_choices, block_indices)
         del self.weight, self.bias
-        self.query_weight = nn.Parameter(_initial((channels, features), initialization, features))
+        self.query_weight = _initial((channels, channels + config.block_index), config)
         self.keys = nn.Parameter(torch.randn(num_choices, channels))
 
     def forward(self, condition: Tensor) -> Tensor:
         keys = self.keys / math.sqrt(self.channels)
-        return _project(condition, keys @ self.query_weight, None, self.indices, self.channels)
+        return self._project(condition, keys @ self.query_weight)
 
 
-def _initial(shape: tuple[int, ...], initialization: Literal["zero", "normal"], features: int) -> Tensor:
-    if initialization == "zero":
-        return torch.zeros(shape)
-    return torch.randn(shape) / math.sqrt(features)
-
-
-def _column(indices: list[int]) -> Tensor:
-    return torch.tensor(indices, dtype=torch.float32).view(-1, 1, 1)
-
-
-def _project(condition: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, channels: int) -> Tensor:
-    """[condition; index] · weightᵀ + bias for every index: [L, B, M]."""
-    shared = F.linear(condition, weight[:, :channels], bias).unsqueeze(0)
-    if weight.shape[1] == channels:
-        return shared.expand(indices.shape[0], -1, -1)
-    return shared + indices.to(weight.dtype) * weight[:, channels]
+def _initial(shape: tuple[int, int], config: PatchConfig) -> nn.Parameter:
+    if config.gate_initialization == "zero":
+        return nn.Parameter(torch.zeros(shape))
+    return nn.Parameter(torch.randn(shape) / math.sqrt(shape[1]))
