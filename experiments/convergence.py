@@ -16,13 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.cli.demo_run import demo_plan
+from stagepatch.cli.demo import demo_plan
 from stagepatch.core.files import write_atomically, write_json, write_text
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import Objective
-from stagepatch.evaluation import load_extractor, load_references, measure, paired_difference
+from stagepatch.evaluation import Evaluator, paired_difference
 from stagepatch.families import learns_sigma
-from stagepatch.methods import Pretrain
+from stagepatch.methods import Finetune
 from stagepatch.report import markdown_table, metric_curves
 from stagepatch.training import train
 
@@ -32,25 +32,25 @@ TRAINING_SEEDS = [0, 1]
 METRICS = {"fid_train": "training digits", "fid_held_out": "held-out digits"}
 
 
-def measured(directory: Path, plan, references, extractor) -> dict[str, list[float]]:
+def measured(directory: Path, plan, evaluator: Evaluator) -> dict[str, list[float]]:
     """Metrics of a model directory by seed, kept beside it."""
     kept = directory / "convergence.json"
     if not kept.exists():
         model, scheduler = load_denoiser(directory)
-        result = measure(model, scheduler, plan.sampling, SEEDS, references, extractor)
+        result = evaluator.measure(model, scheduler, plan.sampling, SEEDS)
         names = [*METRICS, "nearest_train"]
         write_json(kept, {name: result.values(name) for name in names})
     return json.loads(kept.read_text())
 
 
-def finetuned(base: Path, rate: float, seed: int, plan, references) -> Path:
+def finetuned(base: Path, rate: float, seed: int, plan, evaluator: Evaluator) -> Path:
     """The base with all its weights trained for the demo's budget."""
     directory = base / "finetuned" / f"{rate:g}-{seed}"
     if not (directory / "transformer").exists():
         model, scheduler = load_denoiser(base)
         training = replace(plan.training, learning_rate=rate, seed=1000 + seed)
         objective = Objective(scheduler, learns_sigma(model))
-        train(model, Pretrain(scheduler), objective, references.train, training, directory)
+        train(model, Finetune(scheduler), objective, evaluator.references.train, training, directory)
     return directory
 
 
@@ -59,21 +59,21 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/digits-dit"))
     parser.add_argument("--output", type=Path, default=Path("docs/convergence"))
     arguments = parser.parse_args()
-    plan, references, extractor = demo_plan(quick=False), load_references(DataConfig()), load_extractor("digits")
+    plan, evaluator = demo_plan(quick=False), Evaluator.load("digits", DataConfig(), "digits", Path("cache"))
 
     snapshots = sorted((arguments.run / "snapshots").iterdir())
     series: dict[str, list[tuple[int, float]]] = {label: [] for label in METRICS.values()}
     for snapshot in snapshots:
-        values = measured(snapshot, plan, references, extractor)
+        values = measured(snapshot, plan, evaluator)
         for name, label in METRICS.items():
             series[label].append((int(snapshot.name), statistics.fmean(values[name])))
         print(snapshot.name, {name: round(statistics.fmean(value), 4) for name, value in values.items()}, flush=True)
 
-    base = measured(arguments.run, plan, references, extractor)
+    base = measured(arguments.run, plan, evaluator)
     rows = [["base", "", *(f"{statistics.fmean(base[name]):.4f}" for name in [*METRICS, "nearest_train"]), ""]]
     for rate in RATES:
         for seed in TRAINING_SEEDS:
-            values = measured(finetuned(arguments.run, rate, seed, plan, references), plan, references, extractor)
+            values = measured(finetuned(arguments.run, rate, seed, plan, evaluator), plan, evaluator)
             mean, error = paired_difference(base["fid_held_out"], values["fid_held_out"])
             numbers = [f"{statistics.fmean(values[name]):.4f}" for name in [*METRICS, "nearest_train"]]
             rows.append([f"fine-tuned at {rate:g}", str(seed), *numbers, f"{mean:+.4f} ± {error:.4f}"])

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.cli.demo_run import demo_plan
+from stagepatch.cli.demo import demo_plan
 from stagepatch.core.files import write_json, write_text
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import Objective
-from stagepatch.evaluation import load_extractor, load_references, measure, paired_difference
+from stagepatch.evaluation import Evaluator, paired_difference
 from stagepatch.families import learns_sigma
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(ENTRIES))
     parser.add_argument("--output", type=Path, default=Path("runs/digits-patches"))
     arguments = parser.parse_args()
-    plan, references, extractor = demo_plan(quick=False), load_references(DataConfig()), load_extractor("digits")
+    plan, evaluator = demo_plan(quick=False), Evaluator.load("digits", DataConfig(), "digits", Path("cache"))
 
     def metrics_of(name: str) -> dict[str, list[float]]:
         directory = arguments.output / "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -66,9 +66,11 @@ def main() -> None:
                 options, changes = ENTRIES[name]
                 method = DMP(PatchConfig(**options))
                 objective = Objective(scheduler, learns_sigma(model))
-                train(model, method, objective, references.train, replace(plan.training, **changes), directory)
+                train(
+                    model, method, objective, evaluator.references.train, replace(plan.training, **changes), directory
+                )
                 method.patch.eval()
-            result = measure(model, scheduler, plan.sampling, SEEDS, references, extractor)
+            result = evaluator.measure(model, scheduler, plan.sampling, SEEDS)
             write_json(kept, {key: result.values(key) for key in result.metrics[0]})
         return json.loads(kept.read_text())
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def objective():
 @pytest.fixture
 def samples():
     images = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
-    return Samples(ImageDataset(images, torch.arange(20) % 10), batch_size=2)
+    return Samples(ImageDataset(images, torch.arange(20) % 10), TIMESTEPS, COUNT, batch_size=2)
 
 
 def gradient_by_hand(model, samples, objective, timestep, half, names):
@@ -38,7 +39,7 @@ def gradient_by_hand(model, samples, objective, timestep, half, names):
     exact = copy.deepcopy(model).double().requires_grad_(True)
     alphas_cumprod = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0)
     total = torch.zeros((), dtype=torch.float64)
-    for draws in samples.at(timestep, COUNT // 2, model, objective, half):
+    for draws in samples.at(timestep, model, objective, half):
         assert draws.timesteps.tolist() == [timestep] * len(draws.x_start)
         for x_start, noise, label in zip(draws.x_start, draws.noise, draws.condition["class_labels"], strict=True):
             signal, sigma = alphas_cumprod[timestep].sqrt(), (1 - alphas_cumprod[timestep]).sqrt()
@@ -54,7 +55,7 @@ def gradient_by_hand(model, samples, objective, timestep, half, names):
 
 @pytest.mark.parametrize("names", ["", "attn"])
 def test_cosines_norms_and_reliability_are_those_of_gradients_by_hand(model, objective, samples, names):
-    found = gradient_similarity(model, objective, samples, TIMESTEPS, COUNT, names)
+    found = gradient_similarity(model, objective, samples, names)
     halves = [
         [gradient_by_hand(model, samples, objective, timestep, half, names) for half in (0, 1)]
         for timestep in TIMESTEPS
@@ -75,28 +76,29 @@ def test_the_model_is_left_as_it_was(model, objective, samples):
     before = copy.deepcopy(model.state_dict())
     next(model.parameters()).requires_grad_(True)
     required = [parameter.requires_grad for parameter in model.parameters()]
-    gradient_similarity(model, objective, samples, TIMESTEPS, 2)
+    gradient_similarity(model, objective, replace(samples, count=2))
     assert [parameter.requires_grad for parameter in model.parameters()] == required
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_every_timestep_and_half_draws_its_own_and_again_the_same(model, objective, samples):
-    def noise(timestep, part):
-        return torch.cat([draws.noise for draws in samples.at(timestep, 5, model, objective, part)])
+    def noise(timestep, half):
+        return torch.cat([draws.noise for draws in samples.at(timestep, model, objective, half)])
 
-    assert noise(50, 0).shape == (5, 1, 8, 8)
+    assert noise(50, 0).shape == (COUNT // 2, 1, 8, 8)
+    assert noise(50, None).shape == (COUNT, 1, 8, 8)
     assert torch.equal(noise(50, 0), noise(50, 0))
     drawn = [noise(50, 0), noise(50, 1), noise(51, 0)]
     assert len({float(value.sum()) for value in drawn}) == 3
-    images = torch.cat([draws.x_start for draws in samples.at(50, 20, model, objective)])
+    images = torch.cat([draws.x_start for draws in replace(samples, count=20).at(50, model, objective)])
     assert len({float(image.sum()) for image in images}) == 20  # each once before any again
 
 
 def test_a_timestep_without_samples_of_its_own_is_refused(model, objective):
-    empty = Samples(ImageDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long)))
+    empty = Samples(ImageDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long)), TIMESTEPS, 2)
     with pytest.raises(UserError, match="no images"):
-        gradient_similarity(model, objective, empty, TIMESTEPS, 2)
+        gradient_similarity(model, objective, empty)
 
 
 def pair_with_cosine(cosine, size=3000):
@@ -141,8 +143,8 @@ def test_inner_products_are_summed_over_pieces(monkeypatch):
 
 
 def test_projected_gradients_have_nearly_the_same_cosines(model, objective, samples):
-    exact = gradient_similarity(model, objective, samples, TIMESTEPS, COUNT)
-    projected = gradient_similarity(model, objective, samples, TIMESTEPS, COUNT, projection=2**14)
+    exact = gradient_similarity(model, objective, samples)
+    projected = gradient_similarity(model, objective, samples, projection=2**14)
     apart = (projected.cosine - exact.cosine).abs()
     assert 0 < float(apart.max()) < 4 / math.sqrt(2**14)
     torch.testing.assert_close(projected.norms, exact.norms, rtol=0.05, atol=0)
@@ -210,13 +212,14 @@ def test_timesteps_are_the_middles_of_equal_ranges():
     ],
 )
 def test_what_cannot_be_had_is_refused_before_anything_is_computed(model, objective, choices, message):
-    chosen = {"count": COUNT, **choices}
+    options = {"count": COUNT, **choices}
+    samples = Samples(None, TIMESTEPS, options.pop("count"))
     with pytest.raises(UserError, match=message):
-        gradient_similarity(model, objective, None, TIMESTEPS, **chosen)
+        gradient_similarity(model, objective, samples, **options)
 
 
 def test_the_memory_that_is_needed_is_named(model, objective):
     weights = sum(parameter.numel() for parameter in model.parameters())
     needed = 2 * len(TIMESTEPS) * weights * 4 / 2**30
     with pytest.raises(UserError, match=f"take {needed:.3g} GiB"):
-        gradient_similarity(model, objective, None, TIMESTEPS, COUNT, memory_gib=needed * 0.99)
+        gradient_similarity(model, objective, Samples(None, TIMESTEPS, COUNT), memory_gib=needed * 0.99)

@@ -15,13 +15,13 @@ from tests.runs import make_dataset, make_model, make_objective, run
 def test_losses_are_the_objective_by_hand():
     model = make_model(learn_sigma=False)
     objective = Objective(make_scheduler(ObjectiveConfig(prediction_type="v_prediction")))
-    samples = Samples(make_dataset(), batch_size=4)
-    found = loss_at_timesteps(model, objective, samples, [10, 800], 6)
+    samples = Samples(make_dataset(), [10, 800], 6, batch_size=4)
+    found = loss_at_timesteps(model, objective, samples)
     alphas_cumprod = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0)
     for row, timestep in zip(found, [10, 800], strict=True):
         signal, sigma = alphas_cumprod[timestep].sqrt().float(), (1 - alphas_cumprod[timestep]).sqrt().float()
         expected = []
-        for draws in samples.at(timestep, 6, model, objective):
+        for draws in samples.at(timestep, model, objective):
             with torch.no_grad():
                 output = model(
                     signal * draws.x_start + sigma * draws.noise,
@@ -36,16 +36,14 @@ def test_losses_are_the_objective_by_hand():
 def test_images_and_labels_belong_together_and_no_label_is_dropped():
     dataset = make_dataset()
     label_of = {float(image.sum()): int(label) for image, label in zip(dataset.images, dataset.labels, strict=True)}
-    for draws in Samples(dataset, batch_size=8).at(3, 30, make_model(), make_objective()):
+    for draws in Samples(dataset, [3], 30, batch_size=8).at(3, make_model(), make_objective()):
         labels = draws.condition["class_labels"].tolist()
         assert [label_of[float(image.sum())] for image in draws.x_start] == labels
 
 
 def test_a_model_against_itself_differs_by_nothing():
-    samples = Samples(make_dataset(), batch_size=8)
-    base, same, other = (
-        loss_at_timesteps(make_model(seed), make_objective(), samples, [100, 900], 8) for seed in (0, 0, 1)
-    )
+    samples = Samples(make_dataset(), [100, 900], 8, batch_size=8)
+    base, same, other = (loss_at_timesteps(make_model(seed), make_objective(), samples) for seed in (0, 0, 1))
     assert torch.equal(base, same)
     assert relative_difference(base, same).mean == difference(base, same).error == 0.0
     assert difference(base, other).mean == pytest.approx(float(other.mean() - base.mean()))
@@ -56,11 +54,11 @@ def test_a_patch_lowers_the_loss_where_it_was_fitted(tmp_path):
     objective.timesteps = TimestepSampler(1000, 0, 200)
     training = {"steps": 60, "batch_size": 16, "learning_rate": 0.3, "label_dropout": 0.0}
     run(tmp_path, model=make_model(learn_sigma=False), objective=objective, **training)
-    samples = Samples(make_dataset(), batch_size=32)
+    samples = Samples(make_dataset(), [50, 150], 64, batch_size=32)
     base = make_model(learn_sigma=False)
-    before = loss_at_timesteps(base, objective, samples, [50, 150], 64)
+    before = loss_at_timesteps(base, objective, samples)
     load_learned(base, tmp_path)
-    after = loss_at_timesteps(base, objective, samples, [50, 150], 64)
+    after = loss_at_timesteps(base, objective, samples)
     for one, two in zip(before.split(1), after.split(1), strict=True):
         change = relative_difference(one, two)
         assert change.mean < -4 * change.error < 0

@@ -4,13 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stagepatch.analysis import find_stages, task_vectors
+from stagepatch.analysis import task_vectors
 from stagepatch.checkpoints import add_projections, save_denoiser
 from stagepatch.core import TensorReader
 from stagepatch.core.errors import UserError
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.methods import LoRAConfig, load_learned, make_method
-from stagepatch.patch import PatchConfig
+from stagepatch.methods import LoRAConfig, MethodConfig, load_learned, make_method
 from tests.tiny import FAMILIES
 
 TINY = FAMILIES["UNet2DConditionModel"]
@@ -25,7 +24,7 @@ def save(directory, seed):
 def learn(directory, name, seed, **choices):
     """What a method would save, every trained number moved at random."""
     model = TINY.model(0)
-    method = make_method(name, PatchConfig(), LoRAConfig(rank=3, **choices))
+    method = make_method(MethodConfig(name, lora=LoRAConfig(rank=3, **choices)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for group in method.prepare(model):
@@ -46,7 +45,7 @@ def cosine(one, two):
 
 def test_cosines_and_norms_are_those_of_flat_vectors(tmp_path):
     stages = {str(seed): save(tmp_path / str(seed), seed) for seed in (1, 2, 3)}
-    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    found = task_vectors(save(tmp_path / "base", 0), stages)
     base = TINY.model(0)
     vectors = [flat_difference(TINY.model(seed), base) for seed in (1, 2, 3)]
     for row, one in enumerate(vectors):
@@ -63,7 +62,7 @@ def test_cosines_and_norms_are_those_of_flat_vectors(tmp_path):
 
 def test_weights_that_were_not_trained_did_not_move(tmp_path):
     stages = {"biases": learn(tmp_path / "biases", "bitfit", 1), "all": learn(tmp_path / "all", "finetune", 2)}
-    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    found = task_vectors(save(tmp_path / "base", 0), stages)
     vectors = []
     for directory in stages.values():
         model = TINY.model(0)
@@ -78,7 +77,7 @@ def test_weights_that_were_not_trained_did_not_move(tmp_path):
 def test_loras_are_what_peft_adds_to_the_weights(tmp_path, targets):
     stages = {str(seed): learn(tmp_path / str(seed), "lora", seed, targets=targets) for seed in (1, 2)}
     stages["model"] = save(tmp_path / "model", 3)
-    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    found = task_vectors(save(tmp_path / "base", 0), stages)
     names = [name for name, _ in TINY.model(0).named_parameters()]
     vectors = []
     for directory in list(stages.values())[:2]:
@@ -115,7 +114,7 @@ def test_a_projection_moved_from_the_identity(tmp_path):
         )
         save_denoiser(model, SCHEDULER, tmp_path / str(seed))
     stages = {"one": tmp_path / "1", "two": tmp_path / "2", "neither": save(tmp_path / "3", 3)}
-    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    found = task_vectors(save(tmp_path / "base", 0), stages)
     assert float(found.cosine()[0, 1]) == pytest.approx(cosine(*maps), abs=1e-6)
     assert float(found.norms()[0]) == pytest.approx(float(maps[0].norm()), rel=1e-5)
     assert float(found.cosine()[0, 2]) == 0.0
@@ -123,33 +122,20 @@ def test_a_projection_moved_from_the_identity(tmp_path):
 
 def test_a_stage_that_did_not_move_has_no_direction(tmp_path):
     stages = {"same": save(tmp_path / "same", 0), "other": save(tmp_path / "other", 1)}
-    found = task_vectors(save(tmp_path / "base", 0), stages, TensorReader)
+    found = task_vectors(save(tmp_path / "base", 0), stages)
     assert found.norms()[0] == 0
     assert found.cosine()[0].isnan().all()
     assert float(found.cosine()[1, 1]) == pytest.approx(1.0)
 
 
-def test_at_most_one_tensor_of_each_file_is_read_at_a_time(tmp_path):
-    reads = []
-
-    class Reader(TensorReader):
-        def read(self, name):
-            reads.append(name)
-            return super().read(name)
-
+def test_at_most_one_tensor_of_each_file_is_read_at_a_time(tmp_path, monkeypatch):
+    reads, read = [], TensorReader.read
+    monkeypatch.setattr(TensorReader, "read", lambda self, name: reads.append(name) or read(self, name))
     stages = {str(seed): save(tmp_path / str(seed), seed) for seed in (1, 2)}
-    task_vectors(save(tmp_path / "base", 0), stages, Reader)
+    task_vectors(save(tmp_path / "base", 0), stages)
     names = [name for name, _ in TINY.model(0).named_parameters()]
     assert len(reads) == 3 * len(names)
     assert all(len(set(reads[place : place + 3])) == 1 for place in range(0, len(reads), 3))
-
-
-def test_stages_are_found_by_number(tmp_path):
-    for name in ("10", "2", "0", "logs"):
-        (tmp_path / "stages" / name).mkdir(parents=True)
-    assert [path.name for path in find_stages(tmp_path)] == ["0", "2", "10"]
-    with pytest.raises(UserError, match="has no 'stages/0'"):
-        find_stages(tmp_path / "stages")
 
 
 def test_what_is_no_stage_is_refused(tmp_path):
@@ -158,20 +144,20 @@ def test_what_is_no_stage_is_refused(tmp_path):
     save_denoiser(FAMILIES["UNet2DModel"].model(), SCHEDULER, tmp_path / "other")
     lora = tmp_path / "lora"
     model = FAMILIES["DiTTransformer2DModel"].model()
-    method = make_method("lora", PatchConfig(), LoRAConfig(rank=2))
+    method = make_method(MethodConfig("lora", lora=LoRAConfig(rank=2)))
     method.prepare(model)
     method.save(lora)
     (tmp_path / "empty").mkdir()
     for path, message in [
         (patch, "holds a patch.*no task vector.*learned"),
-        (tmp_path / "nowhere", "no such directory"),
-        (tmp_path / "empty", "is no stage"),
+        (tmp_path / "nowhere", "Nothing at"),
+        (tmp_path / "empty", "holds no patch, no LoRA, no weights"),
         (tmp_path / "other", "of another model than the base: it lacks"),
         (lora, "of another model than the base: it holds"),
     ]:
         with pytest.raises(UserError, match=message):
-            task_vectors(base, {"one": one, "two": path}, TensorReader)
+            task_vectors(base, {"one": one, "two": path})
     with pytest.raises(UserError, match="1 stages make no pair"):
-        task_vectors(base, {"one": one}, TensorReader)
+        task_vectors(base, {"one": one})
     with pytest.raises(UserError, match="not a model directory"):
-        task_vectors(tmp_path / "empty", {"one": one, "two": one}, TensorReader)
+        task_vectors(tmp_path / "empty", {"one": one, "two": one})

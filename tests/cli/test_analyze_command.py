@@ -10,8 +10,7 @@ from PIL import Image
 
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
-from stagepatch.methods import LoRAConfig, make_method
-from stagepatch.patch import PatchConfig
+from stagepatch.methods import LoRAConfig, MethodConfig, make_method
 from tests.runs import make_model, make_objective, run
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
@@ -31,7 +30,7 @@ def trained(tmp_path_factory):
     run(root / "patch", model=base(), steps=4, learning_rate=0.1)
     for number in (0, 1):
         run(root / "stages" / str(number), method="pretrain", model=base(), steps=2, seed=number)
-    lora = make_method("lora", PatchConfig(), LoRAConfig(rank=2))
+    lora = make_method(MethodConfig("lora", lora=LoRAConfig(rank=2)))
     (group,) = lora.prepare(base())
     with torch.no_grad():
         for parameter in group["params"]:
@@ -127,7 +126,7 @@ def test_a_latent_model_of_captions(tmp_path):
         (["--learned=[TRAINED/patch, TRAINED/patch]"], "Two of `learned` are called 'patch'"),
         (["--learned=[TRAINED/base]"], "is called 'base'"),
         (["--learned=[TRAINED/patch]", "--losses=false"], "set losses to true"),
-        (["--learned=[EMPTY]"], "holds nothing that a method learned"),
+        (["--learned=[EMPTY]"], "holds no patch, no LoRA, no weights"),
         (["--stages=[EMPTY]"], "has no 'stages/0'"),
         (["--stages=[TRAINED/base, TRAINED/patch]"], "holds a patch"),
         (["--model=nowhere"], "No model at 'nowhere'"),

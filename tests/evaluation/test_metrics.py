@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from stagepatch.evaluation import fid, kid, nearest_distance, paired_difference, precision_recall
+from stagepatch.evaluation import fid, kid, nearest_distance, paired_difference, precision, recall
 
 
 def random_features(count, seed, shift=0.0, size=6):
@@ -62,24 +62,23 @@ def test_precision_and_recall_equal_brute_force_neighbours():
         distances = np.linalg.norm(points.numpy()[:, None] - centres.numpy()[None], axis=2)
         return (distances <= radii).any(axis=1).mean()
 
-    precision, recall = precision_recall(x, y)
-    assert precision == pytest.approx(share(x, y))
-    assert recall == pytest.approx(share(y, x))
-    assert 0 < precision < 1
-    assert precision != recall
+    assert precision(x, y) == pytest.approx(share(x, y))
+    assert recall(x, y) == pytest.approx(share(y, x))
+    assert 0 < precision(x, y) < 1
+    assert precision(x, y) != recall(x, y)
 
 
 def test_precision_and_recall_at_the_ends():
     x = random_features(50, 0)
-    assert precision_recall(x, x) == (1.0, 1.0)
-    assert precision_recall(x, x + 1000.0) == (0.0, 0.0)
+    assert precision(x, x) == recall(x, x) == 1.0
+    assert precision(x, x + 1000.0) == recall(x, x + 1000.0) == 0.0
 
 
 def test_recall_falls_when_samples_cover_one_mode_of_two():
     modes = torch.cat([random_features(100, 0), random_features(100, 1, 100.0)])
-    precision, recall = precision_recall(random_features(100, 2), modes)
-    assert precision > 0.8
-    assert recall < 0.55
+    samples = random_features(100, 2)
+    assert precision(samples, modes) > 0.8
+    assert recall(samples, modes) < 0.55
 
 
 def test_nearest_distance_equals_numpy():

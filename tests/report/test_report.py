@@ -57,14 +57,16 @@ def test_training_curves_have_a_panel_for_each_logged_quantity():
     assert report.training_curves([]).axes == []
 
 
-def test_gate_activation_has_a_panel_per_block_on_one_scale():
-    weights = torch.rand(3, 5, 7)
-    figure = report.gate_activation(weights, torch.arange(0, 500, 100), ["a", "b", "c"])
-    panels = figure.axes[:3]
-    assert [axes.get_title() for axes in panels] == ["a", "b", "c"]
-    image = panels[1].images[0]
-    torch.testing.assert_close(torch.tensor(image.get_array().data), weights[1].T)
-    assert len({axes.images[0].get_clim() for axes in panels}) == 1
+def test_heat_maps_are_labelled_where_there_is_room_and_grey_where_there_is_no_number():
+    small, large = torch.eye(3), torch.eye(20)
+    small[0, 1] = math.nan
+    axes, *_ = report.similarity_heatmaps({"small": small}, ["a", "b", "c"], "stage").axes
+    assert [text.get_text() for text in axes.texts] == ["1.00", "0.00", "0.00", "1.00", "0.00", "0.00", "0.00", "1.00"]
+    assert axes.images[0].get_array().mask.sum() == 1
+    two = report.similarity_heatmaps({"one": large, "two": -large}, [str(i) for i in range(20)], "timestep").axes
+    assert [axes.get_title() for axes in two[:2]] == ["one", "two"]
+    assert not two[0].texts
+    assert len(two[0].get_xticks()) == 10
 
 
 def test_metric_curves_draw_the_points_given():

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stagepatch.analysis.config import AnalyzeConfig
+from stagepatch.analysis.result import Analysis, signed
 from stagepatch.analysis.samples import Samples, sample_losses
 from stagepatch.core.errors import UserError
 from stagepatch.core.randomness import generator_for
 from stagepatch.diffusion import Objective
+from stagepatch.report import Table, similarity_heatmaps
 
 _SKETCH = 102  # first part of the seed
 _PIECE = 2**20
 _BYTES = 4  # of a stored number, float32
+_RELIABILITY = (
+    "Reliability: what the halves of the samples agree on, as a share; the cosine to expect between two such "
+    "gradients of the same timestep."
+)
 LEAST_RELIABILITY = 0.5  # with less, a mean gradient is noise for the greater part, and no cosine of it is corrected
 
 
@@ -54,43 +63,38 @@ def gradient_similarity(
     model: nn.Module,
     objective: Objective,
     samples: Samples,
-    timesteps: Sequence[int],
-    count: int,
     parameters: str = "",
     projection: int = 0,
     memory_gib: float = 4.0,
-    on_batch: Callable[[int], None] | None = None,
 ) -> GradientSimilarity:
-    """Mean gradients of the objective at timesteps [n], compared by cosine.
+    """Mean gradients of the objective at the samples' timesteps [n], compared by cosine.
 
     Every timestep, and each half of its samples, draws its images and its noise independently: with shared ones, the
     noise that they have in common would pass for similarity.
 
     Args:
-        count: samples at a timestep.
         parameters: regular expression, found anywhere in the names of the weights to take; empty for all.
         projection: numbers k to keep of each gradient, by `count_sketch`; 0 keeps it whole.
         memory_gib: most memory for the 2n gradients that are kept [GiB].
-        on_batch: called with the number of samples done.
 
     Raises:
         UserError: no weight has such a name, an odd or too small count, or gradients that take too much memory.
     """
     chosen = _choose(model, parameters)
-    if count < 2 or count % 2:
-        raise UserError(f"samples={count} must be an even number from 2: halves of them are compared.")
+    if samples.count < 2 or samples.count % 2:
+        raise UserError(f"samples={samples.count} must be an even number from 2: halves of them are compared.")
     if projection < 0:
         raise UserError(f"projection={projection} must be above 0, or 0 for whole gradients.")
     total = sum(parameter.numel() for parameter in chosen)
-    vectors = _room_for(2 * len(timesteps), total, projection, memory_gib)
+    vectors = _room_for(2 * len(samples.timesteps), total, projection, memory_gib)
     required = [parameter.requires_grad for parameter in model.parameters()]
     model.requires_grad_(False).eval()
     try:
         for parameter in chosen:
             parameter.requires_grad_(True)
-        for place, timestep in enumerate(timesteps):
+        for place, timestep in enumerate(samples.timesteps):
             for half in (0, 1):
-                gradient = _mean_gradient(model, objective, samples, timestep, count // 2, half, chosen, on_batch)
+                gradient = _mean_gradient(model, objective, samples, timestep, half, chosen)
                 row = vectors[2 * place + half]
                 if projection:
                     row.copy_(count_sketch(gradient, projection, samples.seed))
@@ -99,7 +103,7 @@ def gradient_similarity(
     finally:
         for parameter, before in zip(model.parameters(), required, strict=True):
             parameter.requires_grad_(before).grad = None
-    return compare_halves(timesteps, gram(vectors), total)
+    return compare_halves(samples.timesteps, gram(vectors), total)
 
 
 def _choose(model: nn.Module, pattern: str) -> list[nn.Parameter]:
@@ -134,17 +138,13 @@ def _mean_gradient(
     objective: Objective,
     samples: Samples,
     timestep: int,
-    count: int,
     half: int,
     parameters: Sequence[nn.Parameter],
-    on_batch: Callable[[int], None] | None,
 ) -> list[Tensor]:
     for parameter in parameters:
         parameter.grad = None
-    for draws in samples.at(timestep, count, model, objective, half):
-        (sample_losses(model, objective, draws).sum() / count).backward()
-        if on_batch is not None:
-            on_batch(len(draws.x_start))
+    for draws in samples.at(timestep, model, objective, half):
+        (sample_losses(model, objective, draws).sum() / (samples.count // 2)).backward()
     return [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]
 
 
@@ -208,3 +208,56 @@ def near_and_far(matrix: Tensor) -> tuple[float, float, tuple[int, int]]:
     apart = matrix.where(distance > 0, torch.inf).nan_to_num(torch.inf, torch.inf)
     lowest = int(apart.argmin())
     return float(near), float(far), (lowest // count, lowest % count)
+
+
+def analyze_gradients(config: AnalyzeConfig, model: nn.Module, objective: Objective, samples: Samples) -> Analysis:
+    """`gradient_similarity` of the weights that the config names, shown."""
+    found = gradient_similarity(model, objective, samples, config.parameters, config.projection, config.memory_gib)
+    timesteps, count = found.timesteps, samples.count
+    numbers: dict[str, Any] = {"timesteps": timesteps, "samples": count, "weights": found.num_parameters}
+    cells = []
+    for name, matrix in (("cosine", found.cosine), ("corrected", found.corrected)):
+        near, far, place = near_and_far(matrix)
+        one, two = (timesteps[index] for index in place)
+        lowest = {"timesteps": [one, two], "cosine": float(matrix[place])}
+        numbers[name] = {"matrix": matrix, "neighbours": near, "far": far, "lowest": lowest}
+        cells.append([signed(near), signed(far), f"{signed(float(matrix[place]))} (t = {one} and {two})"])
+    numbers |= {"reliability": found.reliability, "norms": found.norms, "standard_error": found.error}
+    if config.projection:
+        numbers |= {"projection": config.projection, "projection_error": 1.0 / math.sqrt(config.projection)}
+    gap = timesteps[1] - timesteps[0]
+    labels = [f"neighbours, {gap} timesteps apart", "at least half of all timesteps apart", "lowest"]
+    rows = [list(row) for row in zip(labels, *cells, strict=True)]
+    on_diagonal = found.cosine.clone()
+    on_diagonal.diagonal().copy_(found.reliability)
+    panels = {"cosine; diagonal: reliability": on_diagonal, "corrected for noise": found.corrected}
+    each = zip(timesteps, found.norms.tolist(), found.reliability.tolist(), strict=True)
+    by_timestep = [[str(timestep), f"{norm:.4g}", f"{reliability:.3f}"] for timestep, norm, reliability in each]
+    columns = ["timesteps", "as drawn", "corrected"]
+    return Analysis(
+        "gradients",
+        "Similarity of gradients",
+        numbers,
+        similarity_heatmaps(panels, [str(timestep) for timestep in timesteps], "timestep"),
+        "Cosine between the mean gradients of two timesteps. Where the diagonal of the left panel is pale, a timestep "
+        "hardly agrees with itself, and its row says little; on the right, such rows are grey.",
+        [Table("Cosine between gradients", columns, rows, _note(found, count, config.projection))],
+        [Table("Gradients by timestep", ["timestep", "norm", "reliability"], by_timestep, _RELIABILITY)],
+    )
+
+
+def _note(found: GradientSimilarity, count: int, projection: int) -> str:
+    projected = (
+        f", and from the projection to {projection:,} numbers at most (1 − c²)/√{projection} = "
+        f"{1.0 / math.sqrt(projection):.4f}·(1 − c²)"
+        if projection
+        else ""
+    )
+    reliable = int((found.reliability >= LEAST_RELIABILITY).sum())
+    return (
+        f"Mean gradients of {found.num_parameters:,} weights over {count} samples a timestep, images and "
+        f"noise drawn anew for each. A cosine's standard error from the draw is some {found.error:.3f} or less (root "
+        f"mean square over pairs){projected}. Corrected: an estimate for endless samples, between the {reliable} of "
+        f"{len(found.timesteps)} timesteps whose reliability is at least {LEAST_RELIABILITY:g}; more samples make it "
+        f"more of them. The paper (arXiv 2410.06664, Fig. 1a): similar between neighbours, low or negative far apart."
+    )

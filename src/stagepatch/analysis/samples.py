@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,54 +33,51 @@ def even_timesteps(num_train_timesteps: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images, noise and conditions for a timestep, the same at every call.
+    """Images, noise and conditions at timesteps, the same at every call.
 
     Args:
         dataset: see `training.draws.draw` for its items.
+        timesteps: [n].
+        count: samples at each timestep.
         batch_size: samples at a time.
         seed: of images and noise.
         horizontal_flip: mirror each image with probability ½.
         num_workers: loading processes.
+        on_batch: called with the number of samples of a batch once it is done with.
     """
 
     dataset: Dataset[dict[str, Any]]
+    timesteps: Sequence[int]
+    count: int
     batch_size: int = 64
     seed: int = 0
     horizontal_flip: bool = False
     num_workers: int = 0
+    on_batch: Callable[[int], object] = lambda count: None
 
-    def at(self, timestep: int, count: int, model: nn.Module, objective: Objective, part: int = 0) -> Iterator[Draws]:
-        """`count` samples at a timestep, in batches, on the model's device.
+    def at(self, timestep: int, model: nn.Module, objective: Objective, half: int | None = None) -> Iterator[Draws]:
+        """The samples at a timestep, in batches, on the model's device.
 
-        Images are drawn without repeating one before all had their turn. Another timestep or another `part` draws
-        its images and its noise independently.
+        Images are drawn without repeating one before all had their turn. Another timestep or the other `half`, 0 or
+        1, which is half as many, draws its images and its noise independently.
         """
-        if len(self.dataset) == 0:  # type: ignore[arg-type]
+        dataset: Any = self.dataset
+        if len(dataset) == 0:
             raise UserError("There are no images to analyse the model on.")
+        count = self.count if half is None else self.count // 2
         size = min(self.batch_size, count)
-        config = TrainingConfig(
-            batch_size=size, label_dropout=0.0, seed=seed_for(_ANALYSIS, self.seed, timestep, part)
-        )
-        groups = getattr(self.dataset, "groups", None)
-        order = BatchOrder(
-            groups() if groups is not None else [range(len(self.dataset))],  # type: ignore[arg-type]
-            size,
-            0,
-            math.ceil(count / size),
-            config.seed,
-        )
-        conditions = Conditions(model, self.dataset)
-        here = SimpleNamespace(device=next(model.parameters()).device, process_index=0)
-        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=self.num_workers)
+        seed = seed_for(_ANALYSIS, self.seed, timestep, half or 0)
+        config = TrainingConfig(batch_size=size, label_dropout=0.0, seed=seed)
+        groups = dataset.groups() if hasattr(dataset, "groups") else [range(len(dataset))]
+        order = BatchOrder(groups, size, 0, math.ceil(count / size), seed)
+        conditions, device = Conditions(model, dataset), next(model.parameters()).device
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.num_workers)
         for number, batch in enumerate(loader):
-            draws = draw(batch, config, objective, conditions, number, self.horizontal_flip, here)
-            left = min(size, count - number * size)
-            yield Draws(
-                draws.x_start[:left],
-                draws.noise[:left],
-                torch.full_like(draws.timesteps[:left], timestep),
-                {name: value[:left] for name, value in draws.condition.items()},
-            )
+            draws = draw(batch, config, objective, conditions, number, self.horizontal_flip, device)
+            draws.timesteps.fill_(timestep)
+            draws = draws.rows(slice(count - number * size))
+            yield draws
+            self.on_batch(len(draws.x_start))
 
 
 def sample_losses(model: nn.Module, objective: Objective, draws: Draws) -> Tensor:

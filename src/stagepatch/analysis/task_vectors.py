@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stagepatch.checkpoints.projection import PROJECTION
+from stagepatch.analysis.result import Analysis, signed
+from stagepatch.checkpoints import denoiser_reader
+from stagepatch.core import TensorReader
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json
-from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
+from stagepatch.merging.merge import ProjectedReader
+from stagepatch.methods import open_artifact
+from stagepatch.methods.finetune import WEIGHTS_NAME
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE
-from stagepatch.methods.weights import WEIGHTS_NAME
-
-_COMPONENTS = ("transformer", "unet")
-
-
-class Tensors(Protocol):
-    """Tensors of files, read when they are asked for."""
-
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str) -> Tensor: ...
-
-
-OpenTensors = Callable[[list[Path]], Tensors]
+from stagepatch.report import Table, similarity_heatmaps
 
 
 @dataclass
@@ -52,8 +38,8 @@ class TaskVectors:
 
     def cosine(self, block: str | None = None) -> Tensor:
         """[n, n] of one block, or of all weights; NaN where a task vector is zero."""
-        products, norms = self._products(block), self.norms(block)
-        return products / (norms.unsqueeze(1) * norms)
+        norms = self.norms(block)
+        return self._products(block) / (norms.unsqueeze(1) * norms)
 
     def norms(self, block: str | None = None) -> Tensor:
         """|τ_i| of one block, or of all weights: [n]."""
@@ -63,26 +49,8 @@ class TaskVectors:
         return self.products[block] if block is not None else torch.stack(list(self.products.values())).sum(dim=0)
 
 
-def find_stages(directory: Path) -> list[Path]:
-    """The directories in its 'stages/', by number.
-
-    Raises:
-        UserError: there are none.
-    """
-    found = [path for path in directory.glob("stages/*") if path.is_dir() and path.name.isdigit()]
-    if not found:
-        raise UserError(
-            f"'{directory}' has no 'stages/0', 'stages/1', …: give two or more directories of stages, or one that has "
-            f"these."
-        )
-    return sorted(found, key=lambda path: int(path.name))
-
-
 def task_vectors(
-    base: Path,
-    stages: Mapping[str, Path],
-    open_tensors: OpenTensors,
-    on_tensor: Callable[[int, int], None] | None = None,
+    base: Path, stages: Mapping[str, Path], on_tensor: Callable[[int, int], object] = lambda done, total: None
 ) -> TaskVectors:
     """Compare θ_i − θ, a tensor at a time: at most one tensor of each stage is in memory.
 
@@ -91,7 +59,6 @@ def task_vectors(
     Args:
         base: the model directory that the stages were trained on from.
         stages: directories of models, of weights, or of LoRAs (B·A, all ranks on), by name.
-        open_tensors: gives the tensors of files.
         on_tensor: called with the numbers done and to do after each tensor.
 
     Raises:
@@ -99,29 +66,27 @@ def task_vectors(
     """
     if len(stages) < 2:
         raise UserError(f"{len(stages)} stages make no pair of task vectors: give two or more.")
-    reader = open_tensors(_weights(base, _component(base)))
-    opened = [_open_stage(stage, reader, open_tensors) for stage in stages.values()]
-    names = [name for name in reader.names() if reader.dtype(name).is_floating_point]
-    names += sorted({name for stage in opened for name in stage.names()} - set(reader.names()))
+    reader, opened = denoiser_reader(base), [_open_stage(path) for path in stages.values()]
+    weights = ProjectedReader(reader, [stage.reader for stage in opened])
+    for path, stage in zip(stages.values(), opened, strict=True):
+        odd = [f"lacks '{name}'" for name in sorted(set(reader.names()) - set(stage.shapes)) if stage.is_whole]
+        for name, shape in stage.shapes.items():
+            if name not in weights.shapes or weights.shapes[name][0] != shape:
+                odd.append(f"holds '{name}' of shape {list(shape)}")
+        if odd:
+            raise UserError(f"The stage '{path}' is of another model than the base: it {odd[0]}.")
+    names = [name for name, (_, dtype) in weights.shapes.items() if dtype.is_floating_point]
     products: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
     for done, name in enumerate(names, 1):
-        weights = reader.read(name) if name in reader.names() else _identity(name, opened)
-        deltas = [stage.delta(name, weights.double().flatten()) for stage in opened]
+        flat = weights.read(name).double().flatten()
+        deltas = [stage.delta(name, flat) for stage in opened]
         block = _block_of(name)
-        products[block] = products.get(block, 0.0) + _products(deltas)
-        sizes[block] = sizes.get(block, 0) + weights.numel()
-        if on_tensor is not None:
-            on_tensor(done, len(names))
+        inner = torch.stack([torch.stack([one @ two for two in deltas]) for one in deltas])
+        products[block] = products.get(block, 0.0) + inner
+        sizes[block] = sizes.get(block, 0) + len(flat)
+        on_tensor(done, len(names))
     return TaskVectors(list(stages), products, sizes)
-
-
-def _products(deltas: list[Tensor | None]) -> Tensor:
-    rows = [
-        [torch.zeros((), dtype=torch.float64) if one is None or two is None else one @ two for two in deltas]
-        for one in deltas
-    ]
-    return torch.stack([torch.stack(row) for row in rows])
 
 
 def _block_of(name: str) -> str:
@@ -130,106 +95,79 @@ def _block_of(name: str) -> str:
     return match[1] if match else name.split(".")[0]
 
 
-class _Stage(Protocol):
-    def names(self) -> list[str]:
-        """Of what it holds."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of these."""
-
-    def delta(self, name: str, base: Tensor) -> Tensor | None:
-        """τ of one of the base's tensors, in float64, flat; None is zero."""
-
-
-class _Weights:
+class _Stage:
     """A model's weights, or those of them that were trained."""
 
-    def __init__(self, tensors: Tensors) -> None:
-        self.tensors = tensors
-        self.held = set(tensors.names())
+    def __init__(self, reader: TensorReader, is_whole: bool = False) -> None:
+        self.reader, self.is_whole = reader, is_whole
+        self.shapes = {name: reader.shape(name) for name in reader.names()}
 
-    def names(self) -> list[str]:
-        return self.tensors.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors.shape(name)
-
-    def delta(self, name: str, base: Tensor) -> Tensor | None:
-        return self.tensors.read(name).double().flatten() - base if name in self.held else None
+    def delta(self, name: str, base: Tensor) -> Tensor:
+        """τ of one of the base's tensors, in float64, flat."""
+        return self.reader.read(name).double().flatten() - base if name in self.shapes else torch.zeros_like(base)
 
 
-class _LoRA:
+class _LoRA(_Stage):
     """B·A of every layer that has them; alpha equals the rank, so they are not scaled."""
 
-    def __init__(self, tensors: Tensors) -> None:
-        self.tensors = tensors
-        found = [name.removesuffix(".lora_A.weight") for name in tensors.names() if name.endswith(".lora_A.weight")]
+    def __init__(self, reader: TensorReader) -> None:
+        super().__init__(reader)
+        found = [name.removesuffix(".lora_A.weight") for name in self.shapes if name.endswith(".lora_A.weight")]
         # The first part names the denoiser in its pipeline.
         self.layers = {f"{layer.split('.', 1)[1]}.weight": layer for layer in found}
+        self.shapes = {
+            name: (reader.shape(f"{layer}.lora_B.weight")[0], *reader.shape(f"{layer}.lora_A.weight")[1:])
+            for name, layer in self.layers.items()
+        }
 
-    def names(self) -> list[str]:
-        return list(self.layers)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        down, up = (self.tensors.shape(f"{self.layers[name]}.lora_{side}.weight") for side in "AB")
-        return (up[0], *down[1:])
-
-    def delta(self, name: str, base: Tensor) -> Tensor | None:
-        if name not in self.layers:
-            return None
-        down, up = (self.tensors.read(f"{self.layers[name]}.lora_{side}.weight").double() for side in "AB")
+    def delta(self, name: str, base: Tensor) -> Tensor:
+        if name not in self.shapes:
+            return torch.zeros_like(base)
+        down, up = (self.reader.read(f"{self.layers[name]}.lora_{side}.weight").double() for side in "AB")
         return (up.flatten(1) @ down.flatten(1)).flatten()
 
 
-def _open_stage(directory: Path, base: Tensors, open_tensors: OpenTensors) -> _Stage:
-    if not directory.is_dir():
-        raise UserError(f"No stage at '{directory}': no such directory.")
-    stage: _Stage
-    if (directory / LORA_CONFIG).exists():
-        stage = _LoRA(open_tensors([directory / LORA_FILE]))
-    elif (directory / WEIGHTS_NAME).exists():
-        stage = _Weights(open_tensors([directory / WEIGHTS_NAME]))
-    elif any((directory / component).is_dir() for component in _COMPONENTS):
-        stage = _Weights(open_tensors(_weights(directory, _component(directory))))
-        missing = set(base.names()) - set(stage.names())
-        if missing:
-            raise UserError(f"The stage '{directory}' is of another model than the base: it lacks '{min(missing)}'.")
-    elif (directory / "config.json").exists() and "patch" in read_json(directory / "config.json"):
+def _open_stage(path: Path) -> _Stage:
+    artifact = open_artifact(path)
+    if artifact.kind == "patch":
         raise UserError(
-            f"'{directory}' holds a patch, which changes none of the model's weights and so has no task vector; give "
+            f"'{path}' holds a patch, which changes none of the model's weights and so has no task vector; give "
             f"it as one of `learned`, to see where it changes the loss."
         )
-    else:
-        raise UserError(f"'{directory}' is no stage: it holds no model, no LoRA and no {WEIGHTS_NAME}.")
-    known = set(base.names())
-    for name in stage.names():
-        shape = stage.shape(name)
-        is_same = shape == base.shape(name) if name in known else _is_projection(name, shape)
-        if not is_same:
-            raise UserError(
-                f"The stage '{directory}' is of another model than the base: it holds '{name}' of shape {list(shape)}."
-            )
-    return stage
+    if artifact.require("model", "weights", "LoRA").kind == "model":
+        return _Stage(denoiser_reader(path), is_whole=True)
+    if artifact.kind == "LoRA":
+        return _LoRA(TensorReader([path / LORA_FILE]))
+    return _Stage(TensorReader([path / WEIGHTS_NAME]))
 
 
-def _is_projection(name: str, shape: tuple[int, ...]) -> bool:
-    return name.startswith(f"{PROJECTION}.") and len(shape) == 2 and shape[0] == shape[1]
-
-
-def _identity(name: str, stages: Sequence[_Stage]) -> Tensor:
-    """What a projection that only stages have is in the base."""
-    return torch.eye(next(stage.shape(name)[0] for stage in stages if name in stage.names()))
-
-
-def _component(directory: Path) -> str:
-    for component in _COMPONENTS:
-        if (directory / component).is_dir():
-            return component
-    raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
-
-
-def _weights(directory: Path, component: str) -> list[Path]:
-    paths = sorted((directory / component).glob("diffusion_pytorch_model*.safetensors"))
-    if not paths:
-        raise UserError(f"No weights in '{directory / component}': looked for diffusion_pytorch_model*.safetensors.")
-    return paths
+def analyze_task_vectors(
+    base: Path, stages: Mapping[str, Path], on_tensor: Callable[[int, int], object] = lambda done, total: None
+) -> Analysis:
+    """`task_vectors`, shown."""
+    found = task_vectors(base, stages, on_tensor)
+    names, cosine, norms, total = found.names, found.cosine(), found.norms(), sum(found.sizes.values())
+    blocks, by_block, above = {}, [], torch.triu_indices(len(names), len(names), 1)
+    for block, size in found.sizes.items():
+        blocks[block] = {"weights": size, "norms": found.norms(block), "cosine": found.cosine(block)}
+        norms_of_block = [f"{norm:.4g}" for norm in found.norms(block).tolist()]
+        mean = float(found.cosine(block)[above[0], above[1]].nanmean())
+        by_block.append([block, f"{size:,}", *norms_of_block, signed(mean)])
+    rows = [
+        [name, f"{float(norm):.4g}", *(signed(value) for value in row.tolist())]
+        for name, norm, row in zip(names, norms, cosine, strict=True)
+    ]
+    note = (
+        f"Of θ_i − θ over {total:,} weights; two of independent numbers have a cosine within some "
+        f"±{2.0 / math.sqrt(total):.4f}. The paper (arXiv 2410.06664, Fig. 1): nearly orthogonal."
+    )
+    columns = ["block", "weights", *(f"norm, {name}" for name in names), "mean cosine"]
+    return Analysis(
+        "task_vectors",
+        "Similarity of task vectors",
+        {"stages": names, "weights": total, "norms": norms, "cosine": cosine, "blocks": blocks},
+        similarity_heatmaps({"cosine between task vectors": cosine}, names, "stage"),
+        "Cosine between what training added to the base in each stage.",
+        [Table("Cosine between task vectors", ["stage", "norm", *names], rows, note)],
+        [Table("Task vectors by block", columns, by_block, "Cosine: mean over pairs of stages.")],
+    )

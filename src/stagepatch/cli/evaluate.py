@@ -9,7 +9,7 @@ from stagepatch.cli.common import RUN_CONFIG, load_on_device, own_share, put_on,
 from stagepatch.core.errors import UserError
 from stagepatch.core.files import write_json, write_text
 from stagepatch.core.processes import processes
-from stagepatch.evaluation import Measured, comparison_table, latent_sampling, load_extractor, load_references, measure
+from stagepatch.evaluation import Evaluator, Measured, comparison_table
 from stagepatch.report import print_table
 from stagepatch.sampling import SamplingConfig, load_experts
 
@@ -18,43 +18,34 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     """Measure a model; with a patch or a schedule, base and patched (or scheduled) from the same noise."""
     if config.patch and config.schedule:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
-    latents = latent_sampling(config.model, config.data, Path(config.cache or Path(config.output_dir) / "cache"))
+    directory = Path(config.output_dir)
+    evaluator = Evaluator.load(config.model, config.data, config.extractor, Path(config.cache or directory / "cache"))
     model, scheduler = load_on_device(config.model)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
-    references = load_references(config.data)
-    extractor = load_extractor(config.extractor)
     total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)
     with sampling_bar() as progress:
         task = progress.add_task("sampling", total=total, status="")
 
-        def measured(sampling: SamplingConfig) -> Measured:
-            return measure(
-                model,
-                scheduler,
-                sampling,
-                config.seeds,
-                references,
-                extractor,
-                lambda count: progress.advance(task, count),
-                latents,
+        def measure(sampling: SamplingConfig) -> Measured:
+            return evaluator.measure(
+                model, scheduler, sampling, config.seeds, lambda count: progress.advance(task, count)
             )
 
         patched = None
         if experts is not None:
             with experts.attach(model):
-                patched = measured(experts.sampling(config.sampling))
-        base = measured(config.sampling)
+                patched = measure(experts.sampling(config.sampling))
+        base = measure(config.sampling)
         if config.patch:
             put_on(config.patch, config.patch_scale, model)
-            patched = measured(config.sampling)
+            patched = measure(config.sampling)
     if not processes().is_main_process:
         return
-    directory = Path(config.output_dir)
     write_text(directory / RUN_CONFIG, resolved)
     name = "patched" if experts is None else "schedule"
     results = {"base": base.metrics} | ({} if patched is None else {name: patched.metrics})
     write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
-    columns, rows = comparison_table(base, patched, extractor.name)
+    columns, rows = comparison_table(base, patched, evaluator.extractor.name)
     columns = [name if column == "patched" else column for column in columns]
     print_table(columns, rows, f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds")
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'.")

@@ -1,11 +1,23 @@
-"""The table of a base and a patched model's differences."""
+"""The differences of a base and a patched model."""
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 
-from stagepatch.evaluation import Measured, metric_names, paired_difference
+from stagepatch.evaluation.evaluator import Measured
+from stagepatch.evaluation.metrics import metric_names
 from stagepatch.report.tables import format_mean
+
+
+def paired_difference(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean of other − base over pairs, and its standard error (NaN for a single pair)."""
+    differences = [after - before for before, after in zip(base, other, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return mean, math.nan
+    return mean, statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def comparison_table(base: Measured, patched: Measured | None, features: str) -> tuple[list[str], list[list[str]]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stagepatch.checkpoints import module_fingerprint
 from stagepatch.core.errors import UserError
 from stagepatch.evaluation.digits_classifier import NUM_FEATURES, load_classifier
 
@@ -34,7 +34,7 @@ class DigitsFeatures:
 
     def __init__(self) -> None:
         self.classifier = load_classifier()
-        self.fingerprint = fingerprint(self.classifier)
+        self.fingerprint = module_fingerprint(self.classifier)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ class InceptionFeatures:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
             self.network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
-        except (ImportError, ModuleNotFoundError) as error:
+        except ImportError as error:
             raise UserError(
                 "extractor='inception' needs torch-fidelity and its weights: pip install torch-fidelity, or use "
                 "extractor 'digits'."
             ) from error
-        self.fingerprint = fingerprint(self.network)
+        self.fingerprint = module_fingerprint(self.network)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -85,12 +85,3 @@ def load_extractor(name: str) -> FeatureExtractor:
 def extract_features(extractor: FeatureExtractor, images: Tensor, batch_size: int = 512) -> Tensor:
     """Features [B, F] of images [B, C, H, W], a batch at a time."""
     return torch.cat([extractor(batch) for batch in images.split(batch_size)]).float()
-
-
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's weights and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

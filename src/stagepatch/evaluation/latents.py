@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +13,22 @@ from stagepatch.checkpoints import has_vae, load_vae
 from stagepatch.core.processes import processes
 from stagepatch.data import CachedLatents, decode_latents, make_cache
 from stagepatch.data.config import DataConfig
-from stagepatch.evaluation.paired import LatentSampling
 from stagepatch.sampling import Captions
+
+
+@dataclass
+class LatentSampling:
+    """What `generate` takes for a model of latents.
+
+    Args:
+        shape: C, h, w of the latents.
+        decode: makes images of them.
+        captions: conditions of a model that takes captions.
+    """
+
+    shape: tuple[int, int, int]
+    decode: Callable[[Tensor], Tensor]
+    captions: Captions | None
 
 
 def latent_sampling(model: str, data: DataConfig, cache: Path) -> LatentSampling | None:

@@ -1,32 +1,32 @@
-"""Metrics on features, by torchmetrics where it has them."""
+"""The table of metrics, and their functions, by torchmetrics where it has them."""
 
 from __future__ import annotations
 
-import math
-import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+Reference = Literal["train", "held_out", "unseen", "pixels"]
 
-class _Given(nn.Module):
-    """Stands where torchmetrics expects an extractor; the features are there already."""
+
+class _PrecomputedFeatures(nn.Identity):
+    """Stands where torchmetrics expects an extractor."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
 
 def fid(features: Tensor, reference: Tensor) -> float:
     """Fréchet distance (arXiv 1706.08500) of Gaussians fitted to features [B, F] and reference [R, F]."""
-    metric = FrechetInceptionDistance(feature=_Given(features.shape[1]), normalize=False).set_dtype(torch.float64)
+    extractor = _PrecomputedFeatures(features.shape[1])
+    metric = FrechetInceptionDistance(feature=extractor, normalize=False).set_dtype(torch.float64)
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
     return float(metric.compute())
@@ -35,36 +35,29 @@ def fid(features: Tensor, reference: Tensor) -> float:
 def kid(features: Tensor, reference: Tensor, subsets: int = 50) -> float:
     """Kernel distance (arXiv 1801.01401): unbiased, cubic kernel, mean over random subsets, always the same."""
     size = min(len(features), len(reference), 500)
+    extractor = _PrecomputedFeatures(features.shape[1])
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all features, which is so for any KID
         torch.manual_seed(0)
-        metric = KernelInceptionDistance(feature=_Given(features.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(feature=extractor, subsets=subsets, subset_size=size)
         metric.update(reference.double(), real=True)
         metric.update(features.double(), real=False)
         return float(metric.compute()[0])
 
 
-def precision_recall(features: Tensor, reference: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991, Eq. 1, 2).
-
-    Precision: share of samples within the k-th-neighbour radius of some reference; recall: the reverse.
-    """
+def precision(features: Tensor, reference: Tensor, k: int = 3, rows: int = 1024) -> float:
+    """Share of samples within the k-th-neighbour radius of some reference (arXiv 1904.06991, Eq. 1, 2)."""
     features, reference = features.double(), reference.double()
-    precision = _share_inside(features, reference, _radii(reference, k))
-    recall = _share_inside(reference, features, _radii(features, k))
-    return precision, recall
-
-
-def _radii(points: Tensor, k: int, rows: int = 1024) -> Tensor:
-    """Distance of each point to its k-th nearest other point: [B]."""
     # The nearest of all is the point itself.
-    parts = [torch.cdist(part, points).kthvalue(k + 1, dim=1).values for part in points.split(rows)]
-    return torch.cat(parts)
-
-
-def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, rows: int = 1024) -> float:
-    inside = [(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(rows)]
+    parts = [torch.cdist(part, reference).kthvalue(k + 1, dim=1).values for part in reference.split(rows)]
+    radii = torch.cat(parts)
+    inside = [(torch.cdist(part, reference) <= radii).any(dim=1) for part in features.split(rows)]
     return float(torch.cat(inside).double().mean())
+
+
+def recall(features: Tensor, reference: Tensor, k: int = 3) -> float:
+    """Share of the reference within the k-th-neighbour radius of some sample (arXiv 1904.06991, Eq. 1, 2)."""
+    return precision(reference, features, k)
 
 
 def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Tensor:
@@ -73,10 +66,55 @@ def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Ten
     return torch.cat([torch.cdist(part.flatten(1), flat).amin(dim=1) for part in images.split(rows)])
 
 
-def paired_difference(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Mean of other − base over pairs, and its standard error (NaN for a single pair)."""
-    differences = [after - before for before, after in zip(base, other, strict=True)]
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return mean, math.nan
-    return mean, statistics.stdev(differences) / math.sqrt(len(differences))
+def median_nearest_distance(images: Tensor, reference: Tensor) -> float:
+    """Median of `nearest_distance`."""
+    return float(nearest_distance(images, reference).median())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a set of samples.
+
+    Args:
+        label: in tables; '{features}' stands for the extractor's name.
+        function: samples and reference to the number.
+        reference: what the function takes: features of the samples and of the 'train'ing images, of the 'held_out'
+            ones, or of the 'unseen', which are held out where there are any, else training images; or the 'pixels' of
+            the samples and of the training images, [B, C, H, W] in [−1, 1]. Where there are no held-out images, or
+            the training images are not in memory, the metric is left out.
+        better: which of two values is the better one.
+    """
+
+    label: str
+    function: Callable[[Tensor, Tensor], float]
+    reference: Reference
+    better: Literal["lower", "higher"] = "lower"
+
+    @property
+    def sign(self) -> float:
+        """1 or −1: sign · value is to be low."""
+        return 1.0 if self.better == "lower" else -1.0
+
+
+METRICS = {
+    "fid_train": Metric("FID ({features}), training images", fid, "train"),
+    "fid_held_out": Metric("FID ({features}), held-out images", fid, "held_out"),
+    "kid": Metric("KID ({features})", kid, "unseen"),
+    "precision": Metric("precision", precision, "unseen", "higher"),
+    "recall": Metric("recall", recall, "unseen", "higher"),
+    "nearest_train": Metric("distance to nearest training image, median", median_nearest_distance, "pixels"),
+}
+"""By key, in the order of tables; a new metric is an entry here."""
+
+
+def metric_names(features: str) -> dict[str, str]:
+    """How each key is called in tables, given the extractor's name."""
+    return {key: metric.label.format(features=features) for key, metric in METRICS.items()}
+
+
+def direction_note(keys: Collection[str]) -> str:
+    """Which values of metrics are the better ones: 'Lower is better.', or by name where they differ."""
+    higher = [METRICS[key].label for key in keys if METRICS[key].better == "higher"]
+    if len(higher) == len(keys):
+        return "Higher is better."
+    return f"Lower is better; of {' and '.join(higher)}, higher." if higher else "Lower is better."

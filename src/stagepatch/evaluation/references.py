@@ -1,12 +1,35 @@
-"""What samples are measured against, out of a data config."""
+"""What samples are measured against, out of a data config, and its features, cached by content."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
 from stagepatch.core.errors import UserError
+from stagepatch.core.tensors import read_tensors, write_tensors
 from stagepatch.data import DataConfig, ImageDataset, Images, in_memory, load_dataset
-from stagepatch.evaluation.evaluate import References
+from stagepatch.evaluation.features import FeatureExtractor, extract_features
 
 _MOST_NUMBERS = 2**28  # a GiB of float32
+
+
+@dataclass
+class References:
+    """What samples are measured against.
+
+    Args:
+        train: the images that the model was trained on, in memory or to be read.
+        held_out: images that nothing was trained on, where there are any.
+    """
+
+    train: ImageDataset | Images
+    held_out: ImageDataset | None
 
 
 def load_references(config: DataConfig) -> References:
@@ -24,3 +47,44 @@ def load_references(config: DataConfig) -> References:
     numbers = len(dataset) * config.channels * config.image_size**2
     is_small = numbers <= _MOST_NUMBERS
     return References(in_memory(dataset) if is_small else dataset, None)
+
+
+def feature_cache() -> Path:
+    """$STAGEPATCH_CACHE, or ~/.cache/stagepatch."""
+    return Path(os.environ.get("STAGEPATCH_CACHE") or Path.home() / ".cache" / "stagepatch")
+
+
+def reference_features(
+    dataset: ImageDataset | Images, extractor: FeatureExtractor, cache: Path | None = None
+) -> Tensor:
+    """Features [B, F] of a dataset, read from the cache where they are in it.
+
+    The key is a hash of the extractor's weights and of the images; of those that are not in memory, of the files'
+    names, sizes and times, and of how they are cropped. So nothing in the cache is ever stale. A broken file is made
+    anew; a cache that cannot be written costs time, not the result.
+    """
+    path = (cache or feature_cache()) / "features" / f"{_key(dataset, extractor)}.safetensors"
+    with contextlib.suppress(UserError):
+        cached = read_tensors(path)[0].get("features")
+        if cached is not None and len(cached) == len(dataset):
+            return cached
+    if isinstance(dataset, ImageDataset):
+        features = extract_features(extractor, dataset.images)
+    else:  # a few images in memory at a time
+        groups = torch.arange(len(dataset)).split(64)
+        batches = (torch.stack([dataset[int(index)]["image"] for index in group]) for group in groups)
+        features = torch.cat([extractor(batch).float() for batch in batches])
+    with contextlib.suppress(UserError):
+        write_tensors(path, {"features": features})
+    return features
+
+
+def _key(dataset: ImageDataset | Images, extractor: FeatureExtractor) -> str:
+    if isinstance(dataset, ImageDataset):
+        images = dataset.images
+        digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {extractor.fingerprint}".encode())
+        digest.update(images.cpu().contiguous().numpy().tobytes())
+    else:
+        digest = hashlib.sha256(f"{asdict(dataset.config)} {extractor.fingerprint}".encode())
+        digest.update("\n".join(dataset.source.stamp()).encode())
+    return digest.hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from stagepatch.core.files import write_text
+from stagepatch.report.environment import environment
 
 
 @dataclass
@@ -55,6 +56,11 @@ class KeyValues:
 
 
 Section = Table | Picture | Code | Prose | KeyValues
+
+
+def provenance(config: str, commands: str) -> list[Section]:
+    """How a result came about: the config, where it was run, and the commands that give it again."""
+    return [Code("Config", config), KeyValues("Environment", environment()), Code("Again", commands)]
 
 
 def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section]) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from stagepatch.core.files import write_atomically
+
+_PNG: dict[str, Any] = {"format": "png", "dpi": 130, "bbox_inches": "tight"}
 _GAP, _BACKGROUND = 2, 255
 _SMALLEST = 32  # pixels on screen: smaller images are enlarged
 
@@ -66,8 +71,13 @@ def image_to_data_uri(image: Image.Image) -> str:
 def figure_to_data_uri(figure: Figure) -> str:
     """A plot as a PNG data URI."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    figure.savefig(buffer, **_PNG)
     return _data_uri(buffer)
+
+
+def write_figure(path: str | Path, figure: Figure) -> None:
+    """A plot as a PNG file."""
+    write_atomically(path, lambda temporary: figure.savefig(temporary, **_PNG))
 
 
 def _data_uri(buffer: io.BytesIO) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +17,8 @@ _CURVES = {
     "lr": "learning rate",
     "images_per_second": "images/s",
 }
+
+_MOST_LABELLED = 8  # cells of a matrix of up to so many rows hold their numbers
 
 
 def training_curves(records: Sequence[Mapping[str, float]]) -> Figure:
@@ -56,23 +57,31 @@ def metric_curves(series: Mapping[str, Sequence[tuple[int, float]]], ylabel: str
     return figure
 
 
-def gate_activation(weights: Tensor, timesteps: Tensor, site_names: Sequence[str]) -> Figure:
-    """Weights [L, T, M] as a panel per block: timestep across, prompt upwards (DMP, Fig. 5)."""
-    blocks = len(site_names)
-    columns = min(4, blocks)
-    rows = math.ceil(blocks / columns)
-    figure = Figure(figsize=(3.2 * columns + 0.8, 2.6 * rows), layout="constrained")
-    low, high = float(weights.min()), float(weights.max())
-    extent = (float(timesteps[0]), float(timesteps[-1]), -0.5, weights.shape[2] - 0.5)
+def similarity_heatmaps(matrices: Mapping[str, Tensor], labels: Sequence[str], axis: str) -> Figure:
+    """Cosines as a panel for each title, red above and blue below 0; what is NaN stays grey.
+
+    Args:
+        labels: of rows and columns.
+        axis: what rows and columns are.
+    """
+    figure = Figure(figsize=(5.0 * len(matrices) + 0.6, 4.6), layout="constrained")
+    count = len(labels)
+    shown = range(0, count, max(1, -(-count // 10)))
     panels = []
-    for index, name in enumerate(site_names):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        panel = axes.imshow(
-            weights[index].T.numpy(), aspect="auto", origin="lower", extent=extent, vmin=low, vmax=high, cmap="viridis"
-        )
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("timestep", fontsize=8)
-        axes.set_ylabel("prompt", fontsize=8)
-        panels.append((axes, panel))
-    figure.colorbar(panels[-1][1], ax=[axes for axes, _ in panels], label="weight")
+    for place, (title, matrix) in enumerate(matrices.items()):
+        axes = figure.add_subplot(1, len(matrices), place + 1)
+        axes.set_facecolor("#bbbbbb")
+        values = np.ma.masked_invalid(matrix.double().numpy())
+        panels.append(axes.imshow(values, vmin=-1.0, vmax=1.0, cmap="RdBu_r", origin="lower"))
+        axes.set_title(title, fontsize=10)
+        for set_ticks in (axes.set_xticks, axes.set_yticks):
+            set_ticks(list(shown), [labels[index] for index in shown], fontsize=8)
+        axes.set_xlabel(axis)
+        axes.set_ylabel(axis)
+        if count <= _MOST_LABELLED:
+            for (row, column), value in np.ndenumerate(values):
+                if np.isfinite(value):
+                    color = "white" if abs(value) > 0.6 else "black"
+                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+    figure.colorbar(panels[-1], ax=figure.axes, label="cosine")
     return figure

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 
 from stagepatch.core.errors import UserError
@@ -26,13 +25,16 @@ class Draws:
     timesteps: Tensor
     condition: dict[str, Tensor]
 
+    def rows(self, rows: slice) -> Draws:
+        """Some of the samples."""
+        condition = {name: value[rows] for name, value in self.condition.items()}
+        return Draws(self.x_start[rows], self.noise[rows], self.timesteps[rows], condition)
+
     def split(self, parts: int) -> Iterator[Draws]:
         """In pieces of equal size."""
         size = len(self.x_start) // parts
         for first in range(0, len(self.x_start), size):
-            rows = slice(first, first + size)
-            condition = {name: value[rows] for name, value in self.condition.items()}
-            yield Draws(self.x_start[rows], self.noise[rows], self.timesteps[rows], condition)
+            yield self.rows(slice(first, first + size))
 
 
 class Conditions:
@@ -74,7 +76,8 @@ def draw(
     conditions: Conditions,
     iteration: int,
     horizontal_flip: bool,
-    accelerator: Accelerator,
+    device: torch.device,
+    process_index: int = 0,
 ) -> Draws:
     """This process's draws.
 
@@ -85,11 +88,10 @@ def draw(
             encoder's posterior, with "image_flipped" and "std_flipped" those of the mirrored image; with captions,
             "condition", tensors by keyword.
     """
-    device = accelerator.device
-    torch.manual_seed(seed_for(GLOBAL, config.seed, accelerator.process_index, iteration))
+    torch.manual_seed(seed_for(GLOBAL, config.seed, process_index, iteration))
     generator = generator_for(device, NOISE, config.seed, iteration)
     share = len(batch["image"])
-    own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    own = slice(process_index * share, (process_index + 1) * share)
     size = config.batch_size
     timesteps = objective.draw_timesteps(size, generator)[own]
     noise = torch.randn(size, *batch["image"].shape[1:], generator=generator, device=device)[own]

@@ -1,0 +1,48 @@
+"""What an analysis hands over, and how its numbers are shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from stagepatch.report import Table
+
+
+@dataclass
+class Analysis:
+    """Numbers, a plot, tables that sum it up, and more of them for the page.
+
+    Args:
+        name: of its numbers and of its picture's file.
+        numbers: tensors, mappings and lists of them.
+        caption: of the plot.
+    """
+
+    name: str
+    title: str
+    numbers: dict[str, Any]
+    figure: Figure
+    caption: str
+    summary: Sequence[Table]
+    details: Sequence[Table]
+
+
+def as_plain(value: Any) -> Any:
+    """For JSON: lists of numbers, null for NaN."""
+    if isinstance(value, Tensor):
+        return as_plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {name: as_plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def signed(value: float) -> str:
+    """A cosine; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:+.3f}"

@@ -1,0 +1,145 @@
+"""Models sampled and measured against the same references."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagepatch.data import ImageDataset
+from stagepatch.data.config import DataConfig
+from stagepatch.evaluation.features import FeatureExtractor, extract_features, load_extractor
+from stagepatch.evaluation.latents import LatentSampling, latent_sampling
+from stagepatch.evaluation.metrics import METRICS, Reference
+from stagepatch.evaluation.references import References, load_references, reference_features
+from stagepatch.sampling import SamplingConfig, generate
+
+OnBatch = Callable[[int], None]
+
+
+@dataclass
+class Measured:
+    """One model's samples and metrics.
+
+    Args:
+        metrics: a dict of metrics for each seed.
+        images: of the first seed, [B, C, H, W].
+    """
+
+    metrics: list[dict[str, float]]
+    images: Tensor
+
+    def values(self, name: str) -> list[float]:
+        """One metric, seed by seed."""
+        return [metrics[name] for metrics in self.metrics]
+
+
+class Evaluator:
+    """Measures models, all alike. What is needed of the references is computed once, when it is first asked for.
+
+    Args:
+        references: what samples are measured against.
+        extractor: of features.
+        latents: how a model of latents is sampled.
+    """
+
+    def __init__(
+        self, references: References, extractor: FeatureExtractor, latents: LatentSampling | None = None
+    ) -> None:
+        self.references, self.extractor, self.latents = references, extractor, latents
+        self._features: dict[str, Tensor] = {}
+
+    @classmethod
+    def load(cls, model: str, data: DataConfig, extractor: str, cache: Path) -> Evaluator:
+        """For the samples of a model, patched or not.
+
+        Args:
+            model: a model directory, a Hub id or 'digits'.
+            data: the images that it was trained on.
+            extractor: its name.
+            cache: directory of the latents and captions of a model with a VAE, made first if it is not there.
+
+        Raises:
+            UserError: the cache is of something else, or the data or the extractor cannot be had.
+        """
+        latents = latent_sampling(model, data, cache)
+        return cls(load_references(data), load_extractor(extractor), latents)
+
+    def without_held_out(self) -> Evaluator:
+        """The same with the training images alone, for a choice that the held-out ones are to judge."""
+        other = copy.copy(self)  # features are shared
+        other.references = replace(self.references, held_out=None)
+        return other
+
+    def reference(self, name: Reference) -> Tensor | None:
+        """What metrics compare with (see `Metric`): features [R, F] or pixels [R, C, H, W]; None if there is none."""
+        train, held_out = self.references.train, self.references.held_out
+        if name == "pixels":
+            return train.images if isinstance(train, ImageDataset) else None
+        if name == "unseen":
+            name = "train" if held_out is None else "held_out"
+        dataset = train if name == "train" else held_out
+        if dataset is not None and name not in self._features:
+            self._features[name] = reference_features(dataset, self.extractor)
+        return None if dataset is None else self._features[name]
+
+    def labels(self, count: int) -> Tensor:
+        """The labels that are sampled: the training images' in turn, [count]."""
+        train = self.references.train
+        labels = train.labels if isinstance(train, ImageDataset) else torch.tensor(train.labels())
+        return labels[torch.arange(count) % len(labels)]
+
+    def metrics(self, images: Tensor, keys: Iterable[str] | None = None) -> dict[str, float]:
+        """Metrics of samples [B, C, H, W] in [−1, 1], by key; those left out whose reference there is not.
+
+        Args:
+            keys: of METRICS; all by default.
+        """
+        features = extract_features(self.extractor, images)
+        found = {}
+        for key in METRICS if keys is None else keys:
+            metric = METRICS[key]
+            reference = self.reference(metric.reference)
+            if reference is not None:
+                samples = images.clamp(-1.0, 1.0) if metric.reference == "pixels" else features
+                found[key] = metric.function(samples, reference)
+        return found
+
+    def sample(
+        self, model: nn.Module, scheduler: Any, sampling: SamplingConfig, on_batch: OnBatch | None = None
+    ) -> Tensor:
+        """Images [B, C, H, W] of `labels`.
+
+        Args:
+            scheduler: the one that the model was trained with.
+            on_batch: called with the number of images done after each batch.
+        """
+        latents: dict[str, Any] = {} if self.latents is None else vars(self.latents)
+        labels = self.labels(sampling.num_images)
+        return generate(model, scheduler, sampling, labels, on_batch=on_batch, **latents)
+
+    def measure(
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        on_batch: OnBatch | None = None,
+    ) -> Measured:
+        """`sample` with each seed, and `metrics`: two calls with the same seeds start from the same noise."""
+        metrics, first = [], torch.empty(0)
+        for index, seed in enumerate(seeds):
+            images = self.sample(model, scheduler, replace(sampling, seed=seed), on_batch)
+            metrics.append(self.metrics(images))
+            first = images if index == 0 else first
+        return Measured(metrics, first)
+
+
+def evaluate(images: Tensor, references: References, extractor: FeatureExtractor) -> dict[str, float]:
+    """All metrics of samples [B, C, H, W] in [−1, 1], by key."""
+    return Evaluator(references, extractor).metrics(images)

@@ -1,0 +1,71 @@
+"""The cache of reference features, and what references are made of."""
+
+import pytest
+import torch
+
+from stagepatch.core.errors import UserError
+from stagepatch.data import DataConfig, ImageDataset, in_memory, load_dataset
+from stagepatch.evaluation import load_references, references
+from tests.evaluation.extractors import Counting
+from tests.training.test_train_on_pipelines import draw_images
+
+
+@pytest.fixture
+def images():
+    return ImageDataset(torch.randn(20, 1, 4, 4), torch.zeros(20, dtype=torch.long))
+
+
+def test_features_are_computed_once(tmp_path, images):
+    counting = Counting()
+    first = references.reference_features(images, counting, tmp_path)
+    assert torch.equal(references.reference_features(images, counting, tmp_path), first)
+    assert counting.calls == 1
+    references.reference_features(ImageDataset(images.images + 1, images.labels), counting, tmp_path)
+    counting.fingerprint = "b"
+    references.reference_features(images, counting, tmp_path)
+    assert counting.calls == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_broken_cache_file_is_made_anew(tmp_path, images, content):
+    counting = Counting()
+    first = references.reference_features(images, counting, tmp_path)
+    (path,) = (tmp_path / "features").iterdir()
+    path.write_bytes(content)
+    for _ in range(2):
+        assert torch.equal(references.reference_features(images, counting, tmp_path), first)
+        assert counting.calls == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, images):
+    (tmp_path / "features").write_text("a file where the folder should be")
+    found = references.reference_features(images, Counting(), tmp_path)
+    assert torch.equal(found, images.images.flatten(1)[:, :3])
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path))
+    assert references.feature_cache() == tmp_path
+    monkeypatch.delenv("STAGEPATCH_CACHE")
+    assert references.feature_cache().parts[-2:] == (".cache", "stagepatch")
+
+
+def test_features_of_files_are_those_of_the_same_images_in_memory(tmp_path):
+    counting, images = Counting(), draw_images(tmp_path / "images", count=5, size=(16, 16), captions=False)
+    config = DataConfig(source=str(images), image_size=16)
+
+    def features(dataset):
+        return references.reference_features(dataset, counting, tmp_path / "cache")
+
+    in_files = features(load_dataset(config))
+    assert torch.equal(in_files, features(in_memory(load_dataset(config))))
+    calls = counting.calls
+    assert torch.equal(features(load_dataset(config)), in_files)
+    assert counting.calls == calls
+    draw_images(images, count=1, size=(24, 24), captions=False)
+    assert len(features(load_dataset(config))) == 6
+
+
+def test_images_of_many_sizes_are_no_reference(tmp_path):
+    with pytest.raises(UserError, match="metrics need crop 'center'"):
+        load_references(DataConfig(source=str(tmp_path), crop="buckets"))
