@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from stagepatch import cli
-from stagepatch.core import files
+from stagepatch.core.tensors import write_tensors
 from stagepatch.data import ImageDataset
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
-from stagepatch.methods import DMP, Pretrain
+from stagepatch.methods import DMP, Finetune
 from stagepatch.models import DiT
 from stagepatch.patch import PatchConfig
 from stagepatch.sampling import SamplingConfig, generate
@@ -88,7 +88,7 @@ def run(
     """Train the tiny model; returns the method."""
     model = model or make_model()
     objective = objective or make_objective()
-    chosen = DMP(PatchConfig(**(patch or {}))) if method == "dmp" else Pretrain(objective.scheduler)
+    chosen = DMP(PatchConfig(**(patch or {}))) if method == "dmp" else Finetune(objective.scheduler)
     config = TrainingConfig(**{**TRAINING, **training})
     dataset = dataset or make_dataset()
     train(model, chosen, objective, dataset, config, Path(directory), identity, flip, progress=False)
@@ -154,15 +154,15 @@ def arm(strike):
 
         RunLog.advance = advance_and_hit
     elif strike.where == "half":
-        write_bytes = files._write_bytes
+        fsync = os.fsync
 
-        def write_half(path, content):
-            if reached(path.name[1:].rpartition(".")[0]):
-                write_bytes(path, content[: len(content) // 2])
+        def cut_in_half(descriptor):
+            if reached(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name[1:].rpartition(".")[0]):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
                 hit()
-            write_bytes(path, content)
+            fsync(descriptor)
 
-        files._write_bytes = write_half
+        os.fsync = cut_in_half
     else:
         replace = Path.replace
 
@@ -195,7 +195,7 @@ def train_and_sample_job(directory, sampling, **choices):
     model = make_model()
     run(directory, model=model, **choices)
     images = generate(model, make_objective().scheduler, SamplingConfig(**sampling))
-    files.write_tensors(Path(directory) / f"images-{os.environ.get('RANK', 0)}.safetensors", {"images": images})
+    write_tensors(Path(directory) / f"images-{os.environ.get('RANK', 0)}.safetensors", {"images": images})
 
 
 def _child(function, arguments, output, environment):

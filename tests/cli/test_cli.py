@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import COMMANDS, main
-from stagepatch.core.files import write_tensors
-from stagepatch.methods import LoRAConfig, make_method
-from stagepatch.patch import PatchConfig
+from stagepatch.core.tensors import write_tensors
+from stagepatch.methods import LoRAConfig, MethodConfig, make_method
 from tests.tiny import FAMILIES
 
 TINY_TRAINING = [
@@ -253,7 +252,7 @@ def test_another_config_in_the_same_directory_is_refused(capsys, tiny_model, tin
 def test_inspect_says_what_methods_caches_and_comparisons_hold(capsys, tmp_path):
     model = FAMILIES["UNet2DConditionModel"].model()
     for name in ("lora", "bitfit"):
-        method = make_method(name, PatchConfig(), LoRAConfig(rank=3))
+        method = make_method(MethodConfig(name, lora=LoRAConfig(rank=3)))
         method.prepare(model)
         method.save(tmp_path / name)
     index = {"file": torch.zeros(5, dtype=torch.long), "caption": torch.tensor([0, 1, 2, 1, 0])}

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from stagepatch import Patch
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.cli import demo_run as demo
-from stagepatch.cli import main
+from stagepatch.cli import demo, main
 from stagepatch.evaluation import Measured
 from stagepatch.sampling import SamplingConfig
 from stagepatch.training import TrainingConfig
@@ -19,7 +18,7 @@ from stagepatch.training import TrainingConfig
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
-    plan = demo.DemoPlan(
+    plan = (
         TrainingConfig(steps=6, batch_size=16, learning_rate=0.05, log_every=2, checkpoint_every=3, tensorboard=False),
         SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60),
     )
@@ -67,7 +66,7 @@ def test_verdict_follows_the_numbers(changes, expected):
 
 
 def test_the_bundled_model_is_small_and_made_by_the_config_in_the_repository():
-    from stagepatch.checkpoints.loading import BUNDLED
+    from stagepatch.checkpoints.layout import BUNDLED
 
     weights = BUNDLED["digits"] / "transformer" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 3_000_000

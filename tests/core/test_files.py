@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import (
-    append_text,
-    read_json,
-    read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from stagepatch.core.files import append_text, read_json, write_atomically, write_json, write_text
+from stagepatch.core.tensors import read_tensors, write_tensors
 
 OLD = "what was there before\n"
 

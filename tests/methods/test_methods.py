@@ -8,7 +8,7 @@ from stagepatch.checkpoints import load_denoiser
 from stagepatch.core.errors import UserError
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.families import predict
-from stagepatch.methods import DMP, BitFit, Finetune, LoRA, LoRAConfig, Pretrain, load_learned, make_method
+from stagepatch.methods import DMP, BitFit, Finetune, LoRA, LoRAConfig, MethodConfig, load_learned, make_method
 from stagepatch.methods.lora import active_ranks
 from stagepatch.patch import PatchConfig
 from tests.tiny import FAMILIES
@@ -74,7 +74,7 @@ ALL = {
 
 
 def make(name, patch=None, lora=None):
-    return make_method(name.split()[-1], patch or PatchConfig(), lora or LoRAConfig())
+    return make_method(MethodConfig(name.split()[-1], patch or PatchConfig(), lora or LoRAConfig()))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -125,7 +125,7 @@ def test_bitfit_trains_biases_and_norms_alone():
 
 
 def test_pretraining_saves_a_whole_model(tiny_dit, batch, tmp_path):
-    model, method = tiny_dit(), Pretrain(make_scheduler(ObjectiveConfig()))
+    model, method = tiny_dit(), Finetune(make_scheduler(ObjectiveConfig()))
     method.prepare(model)
     method.save(tmp_path)
     loaded, scheduler = load_denoiser(tmp_path)

@@ -18,13 +18,12 @@ from scipy import stats
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
-from stagepatch.core.files import read_tensors
+from stagepatch.core.tensors import read_tensors
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies import LaunchConfig
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
-from stagepatch.studies.compare_job import run_job
+from stagepatch.studies.compare_jobs import CompareJob, plan_jobs
 from stagepatch.studies.compare_page import COLUMNS, short
-from stagepatch.studies.compare_plan import plan_jobs, trainable_parameters
 from stagepatch.studies.compare_results import difference
 from stagepatch.training import TrainingConfig
 
@@ -89,8 +88,8 @@ def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
 def test_what_is_done_is_skipped_and_the_table_is_the_same(tmp_path, monkeypatch, capsys):
     assert compare(tmp_path) == 0
     first = (tmp_path / "out" / "results.json").read_text()
-    monkeypatch.setattr("stagepatch.studies.compare_job.train", None)
-    monkeypatch.setattr("stagepatch.studies.compare_job.measure", None)
+    monkeypatch.setattr("stagepatch.studies.compare_jobs.Run", None)
+    monkeypatch.setattr("stagepatch.studies.compare_jobs.Evaluator", None)
     assert compare(tmp_path) == 0
     assert (tmp_path / "out" / "results.json").read_text() == first
     assert "3 jobs, 3 of them done" in capsys.readouterr().out
@@ -195,7 +194,7 @@ def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
     ids=str,
 )
 def test_bad_input_is_refused_before_any_training(tmp_path, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr("stagepatch.cli.compare.run_job", None)
+    monkeypatch.setattr("stagepatch.cli.compare.launch", None)
     message = message.replace("Keys: balance", "Keys: ")
     assert compare(tmp_path, **changes) == 2
     assert message in capsys.readouterr().err
@@ -207,8 +206,8 @@ def test_a_job_that_another_process_does_is_waited_for(tmp_path, monkeypatch):
     (job,) = plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=entries))
     job.directory.mkdir(parents=True)
     begun = []
-    monkeypatch.setattr("stagepatch.studies.compare_job._run", lambda *_: begun.append(1))
-    waiting = threading.Thread(target=run_job, args=(job,))
+    monkeypatch.setattr(CompareJob, "work", lambda _: begun.append(1))
+    waiting = threading.Thread(target=job.run)
     with FileLock(job.directory / "lock"):
         waiting.start()
         waiting.join(0.3)
@@ -304,7 +303,7 @@ def test_trainable_parameters_are_counted_on_the_meta_device():
         sampling=SamplingConfig(num_images=10),
         launch=LaunchConfig("debug"),
     )
-    counts = [trainable_parameters(job) for job in plan_jobs(config)]
+    counts = [job.trainable_parameters() for job in plan_jobs(config)]
     assert counts[1] == (329_224, 329_224)
     assert counts[2] == (0, 329_224)
     assert 0 < counts[0][0] < 20_000

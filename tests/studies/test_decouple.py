@@ -17,9 +17,9 @@ from filelock import FileLock
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.cli.config import DecoupleConfig
-from stagepatch.core.files import read_tensors
+from stagepatch.core.tensors import read_tensors
 from stagepatch.methods import load_learned
-from stagepatch.studies import plan_stages, run_stage
+from stagepatch.studies import Stage, StageTrainingConfig, plan_stages
 from stagepatch.training import TrainingConfig
 
 TRAINING = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2}
@@ -209,13 +209,17 @@ def test_ranges_follow_t_log_snr_or_what_is_given(model):
     assert log_snr[middle - 1] > half >= log_snr[middle]
 
 
-def test_released_preset_fills_in_what_was_left_at_its_default():
-    released = DecoupleConfig(preset="released", training=TrainingConfig(steps=7, max_grad_norm=3.0))
-    training = released.training
+def test_released_preset_fills_in_what_was_left_out_and_nothing_else():
+    released = DecoupleConfig(preset="released", training=StageTrainingConfig(steps=7, max_grad_norm=3.0))
+    training = released.training.resolve("released")
     assert released.antithetic
     assert (training.adam_beta1, training.adam_beta2, training.weight_decay) == (0.95, 0.999, 1e-6)
     assert (training.ema_decay, training.ema_power) == (0.9999, 0.75)
     assert (training.steps, training.max_grad_norm) == (7, 3.0)
+    default = TrainingConfig()
+    explicit = StageTrainingConfig(adam_beta1=default.adam_beta1, weight_decay=default.weight_decay)
+    assert (explicit.resolve("released").adam_beta1, explicit.resolve("released").weight_decay) == (0.9, 0.0)
+    assert StageTrainingConfig().resolve("paper") == TrainingConfig(steps=20_000, batch_size=64, learning_rate=5e-5)
     paper = DecoupleConfig()
     assert (paper.p, paper.consistency, paper.num_stages, paper.projection, paper.antithetic) == (
         0.3,
@@ -259,16 +263,16 @@ def test_stage_of_another_config_is_not_taken_for_done(tmp_path, model, capsys):
 def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, monkeypatch):
     assert decouple(tmp_path, model, num_stages=1) == 0
     (stage,) = plan_stages(DecoupleConfig(**_values(tmp_path, model)))
-    monkeypatch.setattr("stagepatch.studies.decouple_run.train", None)
-    run_stage(stage)
+    monkeypatch.setattr("stagepatch.studies.decouple_jobs.Run", None)
+    stage.run()
 
 
 def test_a_stage_that_another_process_trains_is_waited_for(tmp_path, model, monkeypatch):
     (stage,) = plan_stages(DecoupleConfig(**_values(tmp_path, model)))
     stage.directory.mkdir(parents=True)
     trained = []
-    monkeypatch.setattr("stagepatch.studies.decouple_run._train", lambda *_, **__: trained.append(1))
-    waiting = threading.Thread(target=run_stage, args=(stage,))
+    monkeypatch.setattr(Stage, "work", lambda _: trained.append(1))
+    waiting = threading.Thread(target=stage.run)
     with FileLock(stage.directory / "lock"):
         waiting.start()
         waiting.join(0.3)
@@ -279,5 +283,5 @@ def test_a_stage_that_another_process_trains_is_waited_for(tmp_path, model, monk
 
 
 def _values(tmp_path, model):
-    training = TrainingConfig(**TRAINING, tensorboard=False)
+    training = StageTrainingConfig(**TRAINING, tensorboard=False)
     return {"output_dir": str(tmp_path / "out"), "model": str(model), "num_stages": 1, "training": training}

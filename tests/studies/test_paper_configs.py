@@ -13,7 +13,7 @@ from stagepatch.cli import main
 from stagepatch.cli.config import CompareConfig
 from stagepatch.evaluation import features
 from stagepatch.models import DiT
-from stagepatch.studies.compare_plan import plan_jobs, trainable_parameters
+from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.training import read_log
 from tests.tiny_pipelines import PIPELINES, clip_tokenizer
 from tests.training.test_train_on_pipelines import draw_images
@@ -55,8 +55,8 @@ def test_config_of_the_paper_fits_the_real_architecture(path, tmp_path):
     config = parse(path, model=tmp_path / "model")
     assert isinstance(config, CompareConfig)
     jobs = plan_jobs(config)
-    assert jobs[0].method == "none"
-    counts = {job.name: trainable_parameters(job) for job in jobs}
+    assert jobs[0].config.method == "none"
+    counts = {job.name: job.trainable_parameters() for job in jobs}
     if "DMP" in counts:
         expected = {
             "table2-ffhq": 2_556_416,
@@ -150,5 +150,5 @@ def test_config_of_the_paper_runs_on_a_stand_in(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["compare", "better-dmp", "ablations"])
 def test_configs_for_digits_parse_and_fit(name):
     jobs = plan_jobs(parse(CONFIGS / "digits" / f"{name}.yaml"))
-    assert jobs[0].method == "none"
+    assert jobs[0].config.method == "none"
     assert len({job.directory for job in jobs}) == len(jobs)

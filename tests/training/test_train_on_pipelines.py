@@ -108,8 +108,8 @@ def test_encoders_are_freed_before_the_denoiser_is_loaded(tmp_path, monkeypatch)
     PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
     images = draw_images(tmp_path / "images")
     alive = []
-    import stagepatch.cli.train as commands
-    from stagepatch.data import caching
+    import stagepatch.training.run as run
+    from stagepatch.data import model_cache
 
     def watched(load):
         def loader(*args):
@@ -119,16 +119,16 @@ def test_encoders_are_freed_before_the_denoiser_is_loaded(tmp_path, monkeypatch)
 
         return loader
 
-    load_denoiser = commands.load_denoiser
+    load_denoiser = run.load_denoiser
 
     def load_last(*args):
         assert len(alive) == 2
         assert [reference() for reference in alive] == [None, None]
         return load_denoiser(*args)
 
-    monkeypatch.setattr(caching, "load_vae", watched(caching.load_vae))
-    monkeypatch.setattr(caching, "load_captioner", watched(caching.load_captioner))
-    monkeypatch.setattr(commands, "load_denoiser", load_last)
+    monkeypatch.setattr(model_cache, "load_vae", watched(model_cache.load_vae))
+    monkeypatch.setattr(model_cache, "load_captioner", watched(model_cache.load_captioner))
+    monkeypatch.setattr(run, "load_denoiser", load_last)
     assert train(tmp_path / "model", images, tmp_path / "run", "--data.image_size=32") == 0
 
 

@@ -1,13 +1,14 @@
 """What goes wrong stops with a message, and what was saved before stays good."""
 
 import errno
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagepatch.core import files
 from stagepatch.core.errors import UserError
+from stagepatch.core.tensors import read_tensors
 from stagepatch.data import ImageDataset
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
@@ -46,7 +47,7 @@ def test_nan_in_the_data_stops_with_the_last_good_checkpoint(tmp_path, log_every
         run(tmp_path, dataset=BrokenFrom(5 * 8), steps=20, ema_decay=0.5, **every)
     path = tmp_path / "checkpoint.safetensors"
     assert_good(path)
-    assert files.read_tensors(path)[1]["iteration"] == str(5 // checkpoint_every * checkpoint_every)
+    assert read_tensors(path)[1]["iteration"] == str(5 // checkpoint_every * checkpoint_every)
     assert not (tmp_path / "model.safetensors").exists()
     assert all(record["loss"] == record["loss"] for record in log_of(tmp_path))
     # With the data repaired, the run goes on to where a good one ends.
@@ -97,22 +98,23 @@ def test_gradient_that_is_not_finite_under_a_finite_loss_is_not_saved(tmp_path, 
     with pytest.raises(UserError, match=f"iteration {iteration}"):
         train(make_model(), method, make_objective(), make_dataset(), config, tmp_path, progress=False)
     assert_good(tmp_path / "checkpoint.safetensors")
-    assert files.read_tensors(tmp_path / "checkpoint.safetensors")[1]["iteration"] == str(iteration - 1)
+    assert read_tensors(tmp_path / "checkpoint.safetensors")[1]["iteration"] == str(iteration - 1)
     assert not (tmp_path / "model.safetensors").exists()
 
 
 def full_disk(monkeypatch, after):
     """No space is left after so many files."""
-    write_bytes = files._write_bytes
+    fsync = os.fsync
 
-    def write_or_fail(path, content):
+    def flush_or_fail(descriptor):
         nonlocal after
         after -= 1
-        write_bytes(path, content if after >= 0 else content[: len(content) // 2])
         if after < 0:
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
             raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
 
-    monkeypatch.setattr(files, "_write_bytes", write_or_fail)
+    monkeypatch.setattr(os, "fsync", flush_or_fail)
 
 
 def test_full_disk_keeps_the_former_checkpoint(tmp_path, monkeypatch):
@@ -120,7 +122,7 @@ def test_full_disk_keeps_the_former_checkpoint(tmp_path, monkeypatch):
         full_disk(patched, after=2)  # the log's first lines and one checkpoint
         with pytest.raises(UserError, match=r"Cannot write '.*checkpoint\.safetensors': No space left on device"):
             run(tmp_path, checkpoint_every=2, ema_decay=0.5)
-    assert files.read_tensors(tmp_path / "checkpoint.safetensors")[1]["iteration"] == "2"
+    assert read_tensors(tmp_path / "checkpoint.safetensors")[1]["iteration"] == "2"
     assert not list(tmp_path.glob(".checkpoint*"))
     run(tmp_path, checkpoint_every=2, ema_decay=0.5)
     run(tmp_path / "good", checkpoint_every=2, ema_decay=0.5)

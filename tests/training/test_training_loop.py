@@ -384,7 +384,7 @@ def test_workers_change_nothing(tmp_path):
 
 
 def test_settings_of_the_run_are_in_the_checkpoint(tmp_path):
-    from stagepatch.core.files import read_tensors
+    from stagepatch.core.tensors import read_tensors
 
     run(tmp_path, identity={"data": "here"}, steps=2)
     tensors, metadata = read_tensors(tmp_path / "checkpoint.safetensors")

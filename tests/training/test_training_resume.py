@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from stagepatch.checkpoints import save_denoiser
 from stagepatch.core import Interrupted
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_tensors, write_tensors
+from stagepatch.core.tensors import read_tensors, write_tensors
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
 from stagepatch.training import TrainingConfig, train

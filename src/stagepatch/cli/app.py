@@ -61,8 +61,6 @@ def _run(command: str, arguments: list[str]) -> int:
 
     if command == "inspect" and arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
-    if command == "demo":
-        arguments = ["--quick=true" if argument == "--quick" else argument for argument in arguments]
     try:
         config, resolved = _parse(command, arguments)
         from importlib import import_module
@@ -95,10 +93,12 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
         usage=f"stagepatch {command} [--config FILE.yaml] [--key value ...]",
         description=config_class.__doc__.split("\n")[0],
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(config_class)
     _check_config_files(arguments)
+    arguments = _with_flags(arguments, _keys(config_class))
     try:
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -110,6 +110,39 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
         return config_class(**values), resolved
     except TypeError as error:
         raise UserError(str(error)) from error
+
+
+def _keys(config_class: type, prefix: str = "") -> dict[str, object]:
+    """The type of every key of a config, by its dotted name."""
+    from dataclasses import is_dataclass
+    from typing import get_type_hints
+
+    keys: dict[str, object] = {}
+    for name, kind in get_type_hints(config_class).items():
+        keys[prefix + name] = kind
+        if isinstance(kind, type) and is_dataclass(kind):
+            keys |= _keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _with_flags(arguments: list[str], keys: dict[str, object]) -> list[str]:
+    """Arguments in which a boolean without a value is true; a key that there is not is refused with its neighbour."""
+    import difflib
+    from itertools import zip_longest
+
+    from stagepatch.core.errors import UserError
+
+    completed = []
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
+        name, is_given, _ = argument.removeprefix("--").partition("=")
+        is_key = argument.startswith("--") and name not in ("config", "help", "print_config", "")
+        if is_key and not any(name.rstrip("+") == key or name.startswith(f"{key}.") for key in keys):
+            close = difflib.get_close_matches(name, keys, n=1)
+            hint = f" Did you mean --{close[0]}?" if close else ""
+            raise UserError(f"There is no option --{name}.{hint}")
+        is_flag = is_key and keys.get(name) in (bool, bool | None) and not is_given and following.startswith("--")
+        completed.append(f"{argument}=true" if is_flag else argument)
+    return completed
 
 
 def _check_config_files(arguments: list[str]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.progress import Progress
 from torch import nn
@@ -15,10 +14,7 @@ from stagepatch.core.errors import UserError
 from stagepatch.core.processes import processes
 from stagepatch.core.progress import progress_bar
 from stagepatch.methods import DMP, Method, load_learned
-from stagepatch.studies import LaunchConfig, launch
-
-J = TypeVar("J")
-RUN_CONFIG = "run.yaml"
+from stagepatch.training import RUN_CONFIG as RUN_CONFIG
 
 
 def say(text: str) -> None:
@@ -31,31 +27,6 @@ def load_on_device(name: str) -> tuple[nn.Module, Any]:
     """A denoiser on this process's device, and its scheduler."""
     model, scheduler = load_denoiser(name)
     return model.to(processes().device), scheduler
-
-
-def run_jobs(
-    run: Callable[[J], None],
-    jobs: Sequence[J],
-    is_done: Callable[[J], bool],
-    config: LaunchConfig,
-    logs: Path,
-    what: str = "jobs",
-) -> None:
-    """Launch those of some jobs that are not done, with a bar over all.
-
-    Args:
-        what: they are, for messages.
-    """
-    left = [job for job in jobs if not is_done(job)]
-    print(f"{len(jobs)} {what}, {len(jobs) - len(left)} of them done; logs in '{logs}'.")
-    with progress_bar() as progress:
-        task = progress.add_task(what, total=len(jobs), completed=len(jobs) - len(left), status="")
-
-        def on_done(job: J) -> None:
-            progress.advance(task)
-            progress.console.print(f"done: {job}", highlight=False)
-
-        launch(run, left, config, logs, on_done)
 
 
 def sampling_bar() -> Progress:

@@ -7,104 +7,14 @@ from typing import Literal
 
 from stagepatch.analysis.config import AnalyzeConfig as AnalyzeConfig
 from stagepatch.data.config import DataConfig
-from stagepatch.diffusion.config import ObjectiveConfig, WeightingConfig
-from stagepatch.methods.config import LoRAConfig
 from stagepatch.patch.config import PatchConfig
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.search.config import MergeConfig as MergeConfig
-from stagepatch.search.schedule_config import ScheduleConfig as ScheduleConfig
+from stagepatch.search.config import ScheduleConfig as ScheduleConfig
 from stagepatch.studies.compare_config import CompareConfig as CompareConfig
 from stagepatch.studies.decouple_config import DecoupleConfig as DecoupleConfig
-from stagepatch.training.config import TrainingConfig
-
-
-@dataclass
-class ModelConfig:
-    """Size and conditioning of a DiT (arXiv 2212.09748), or of a DDPM U-Net (arXiv 2006.11239).
-
-    Args:
-        name: 'DiT-S/2' to 'DiT-XL/8', which sets patch_size, hidden_size, num_layers and num_attention_heads; empty
-            to give these yourself.
-        sample_size: height and width [pixels] of the inputs.
-        patch_size: side [pixels] of a token.
-        in_channels: channels of the input (latents: 4).
-        hidden_size: channels D of a token.
-        num_layers: number L of transformer blocks.
-        num_attention_heads: must divide hidden_size.
-        conditioning: 'none', 'class' or 'text' (a pooled embedding).
-        num_classes: classes, without the null label.
-        learn_sigma: also predict the variance (improved DDPM, arXiv 2102.09672; DiT: on).
-        block_out_channels: channels of a U-Net's stages, from the finest on, in place of a DiT; it takes no condition
-            and predicts no variance.
-        layers_per_block: residual layers of a U-Net's stage.
-        attention_stages: numbers of the U-Net's stages that have attention, the finest 0.
-    """
-
-    name: str = ""
-    sample_size: int = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 384
-    num_layers: int = 12
-    num_attention_heads: int = 6
-    conditioning: Literal["none", "class", "text"] = "class"
-    num_classes: int = 1000
-    learn_sigma: bool = True
-    block_out_channels: list[int] = field(default_factory=list)
-    layers_per_block: int = 2
-    attention_stages: list[int] = field(default_factory=lambda: [1])
-
-
-@dataclass
-class PretrainConfig:
-    """Train a DiT, or a DDPM U-Net, from scratch, all weights.
-
-    Args:
-        output_dir: directory of the run; the same command again goes on where it stopped.
-        model: size and conditioning.
-        objective: noise schedule and prediction target.
-        data: training images.
-        training: optimizer and bookkeeping.
-    """
-
-    output_dir: str = "runs/pretrain"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-
-
-@dataclass
-class TrainConfig:
-    """Train a patch on top of a converged model, or by another method to compare with it.
-
-    Args:
-        output_dir: directory of the run; the same command again goes on where it stopped.
-        model: a model directory as diffusers writes it, a Hub id, or 'digits', the bundled model.
-        method: 'dmp', a patch on the frozen model (arXiv 2405.17825); 'prompt_tuning', one without a gate (Eq. 2);
-            'finetune', all weights; 'bitfit', biases and norms (arXiv 2106.10199); 'lora' (arXiv 2106.09685).
-        dtype: of the frozen model's weights; what is learned is float32.
-        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
-            'cache' in output_dir.
-        cache_batch_size: images encoded at a time for the cache.
-        patch: what a patch learns.
-        lora: what a LoRA learns.
-        weighting: of timesteps in the loss.
-        data: training images: the ones that the model was trained on.
-        training: optimizer and bookkeeping.
-    """
-
-    output_dir: str = "runs/train"
-    model: str = "digits"
-    method: Literal["dmp", "prompt_tuning", "finetune", "bitfit", "lora"] = "dmp"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    cache: str = ""
-    cache_batch_size: int = 8
-    patch: PatchConfig = field(default_factory=PatchConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    weighting: WeightingConfig = field(default_factory=WeightingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+from stagepatch.training.run_config import PretrainConfig as PretrainConfig
+from stagepatch.training.run_config import TrainConfig as TrainConfig
 
 
 @dataclass

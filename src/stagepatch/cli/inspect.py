@@ -2,13 +2,94 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from stagepatch.cli import config as configs
-from stagepatch.cli.inspection import describe_path
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_json
+from stagepatch.core.tensors import read_tensors
+from stagepatch.methods import Artifact, open_artifact
+from stagepatch.patch import Patch
 from stagepatch.report import print_table
+from stagepatch.training import read_log
+
+Rows = list[list[str]]
 
 
 def inspect(config: configs.InspectConfig, resolved: str) -> None:
     """Say what a path holds."""
     print_table(["what", "value"], describe_path(Path(config.path)), str(config.path))
+
+
+def describe_path(path: Path) -> Rows:
+    """Rows of what and value.
+
+    Raises:
+        UserError: nothing there, or nothing that is known here.
+    """
+    artifact = open_artifact(path)
+    path = artifact.path
+    describe = _DESCRIBED.get(artifact.kind)
+    rows = describe(artifact) if describe else [["holds", artifact.description]]
+    if path.is_dir():
+        if (path / "checkpoint.safetensors").exists():
+            rows += _tensors(path / "checkpoint.safetensors")
+        if records := read_log(path):
+            rows += [["last record", json.dumps(records[-1])]]
+    return rows
+
+
+def _patch(artifact: Artifact) -> Rows:
+    patch = Patch.from_pretrained(artifact.path)
+    sites = patch.backbone.sites
+    rows = [
+        ["patch for", f"{patch.backbone.model_class}, {len(sites)} sites: {sites[0].name} … {sites[-1].name}"],
+        ["tokens and channels", f"{sites[0].grid[0]}×{sites[0].grid[1]}, {sites[0].channels}"],
+        ["parameters", f"{patch.num_parameters():,}"],
+        ["size of file", f"{(artifact.path / 'model.safetensors').stat().st_size:,} bytes"],
+    ]
+    for name in ("preset", "position", "gate", "condition", "selection", "num_experts"):
+        rows.append([name, str(getattr(patch.config, name))])
+    norms = " ".join(f"{float(prompt.detach().norm()):.3g}" for prompt in patch.prompts)
+    return [*rows, ["norm of prompts by site", norms]]
+
+
+def _lora(artifact: Artifact) -> Rows:
+    config = read_json(artifact.path / "lora.json")
+    rows = [[f"LoRA {name}", str(value)] for name, value in config.items()]
+    return rows + _tensors(artifact.path / "pytorch_lora_weights.safetensors")
+
+
+def _model(artifact: Artifact) -> Rows:
+    model, scheduler = artifact.load()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return [
+        ["model", type(model).__name__],
+        ["parameters", f"{count:,}"],
+        ["scheduler", f"{type(scheduler).__name__}, {scheduler.config.get('prediction_type', 'flow')}"],
+    ]
+
+
+def _cache(artifact: Artifact) -> Rows:
+    index, _ = read_tensors(artifact.path / "index.safetensors")
+    return [["cache", f"{len(index['file']):,} images, {int(index['caption'].max()) + 1:,} captions"]]
+
+
+def _tensors(path: Path) -> Rows:
+    tensors, metadata = read_tensors(path)
+    kind = f"checkpoint at iteration {metadata['iteration']}" if "iteration" in metadata else "safetensors"
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return [[kind, f"{len(tensors)} tensors, {count:,} numbers"]]
+
+
+_DESCRIBED: dict[str, Callable[[Artifact], Rows]] = {
+    "patch": _patch,
+    "LoRA": _lora,
+    "weights": lambda artifact: [["trained weights", _tensors(artifact.path / "weights.safetensors")[0][1]]],
+    "model": _model,
+    "cache": _cache,
+    "comparison": lambda artifact: [["comparison", f"table in '{artifact.path / 'table.md'}'"]],
+    "tensors": lambda artifact: _tensors(artifact.path),
+}

@@ -4,51 +4,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from torch import nn
 
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, say
+from stagepatch.cli.common import say
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_text
 from stagepatch.core.randomness import GLOBAL, seed_for
-from stagepatch.data import load_dataset
-from stagepatch.diffusion import Objective, make_scheduler
-from stagepatch.methods import Pretrain
+from stagepatch.diffusion import make_scheduler
+from stagepatch.methods import Finetune
 from stagepatch.models import DIT_SIZES, DiT
-from stagepatch.training import train as run_training
+from stagepatch.models.config import ModelConfig
+from stagepatch.training import Run, TrainConfig
 
 _OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages")
 
 
 def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     """Train a model from scratch and save it as a model directory."""
-    directory = Path(config.output_dir)
-    dataset = load_dataset(config.data)
     torch.manual_seed(seed_for(GLOBAL, config.training.seed))
     model = _make_model(config.model, config.training.label_dropout)
     scheduler = make_scheduler(config.objective, config.model.learn_sigma)
-    objective = Objective(scheduler, config.model.learn_sigma)
     identity = {"model": config.model, "objective": config.objective, "data": config.data}
-    run_training(
-        model,
-        Pretrain(scheduler),
-        objective,
-        dataset,
-        config.training,
-        directory,
-        identity,
-        config.data.horizontal_flip,
-        config.data.num_workers,
-        on_start=lambda: write_text(directory / RUN_CONFIG, resolved),
-    )
-    say(f"The model is in '{directory}'.")
+    job = TrainConfig(output_dir=config.output_dir, method="finetune", data=config.data, training=config.training)
+    run = Run(job, model, scheduler, identity, resolved)
+    run.method = Finetune(scheduler)
+    run.train()
+    say(f"The model is in '{config.output_dir}'.")
 
 
-def _make_model(config: configs.ModelConfig, label_dropout: float) -> nn.Module:
+def _make_model(config: ModelConfig, label_dropout: float) -> nn.Module:
     if config.block_out_channels:
         return _make_unet(config)
     options = {key: value for key, value in asdict(config).items() if key not in _OF_UNETS}
@@ -62,7 +49,7 @@ def _make_model(config: configs.ModelConfig, label_dropout: float) -> nn.Module:
     return model
 
 
-def _make_unet(config: configs.ModelConfig) -> nn.Module:
+def _make_unet(config: ModelConfig) -> nn.Module:
     stages, channels = len(config.block_out_channels), config.block_out_channels
     if config.name or config.learn_sigma or config.conditioning != "none":
         raise UserError(

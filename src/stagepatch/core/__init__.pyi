@@ -2,10 +2,8 @@ from .errors import Interrupted as Interrupted
 from .errors import UserError as UserError
 from .files import append_text as append_text
 from .files import read_json as read_json
-from .files import read_tensors as read_tensors
 from .files import write_atomically as write_atomically
 from .files import write_json as write_json
-from .files import write_tensors as write_tensors
 from .files import write_text as write_text
 from .processes import processes as processes
 from .progress import progress_bar as progress_bar
@@ -14,5 +12,7 @@ from .randomness import seed_for as seed_for
 from .settings import as_json as as_json
 from .settings import check_unchanged as check_unchanged
 from .settings import differences as differences
-from .tensor_stream import TensorReader as TensorReader
-from .tensor_stream import write_stream as write_stream
+from .tensors import TensorReader as TensorReader
+from .tensors import write_stream as write_stream
+from .tensors import read_tensors as read_tensors
+from .tensors import write_tensors as write_tensors

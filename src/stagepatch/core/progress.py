@@ -1,7 +1,9 @@
-"""Progress bars."""
+"""Progress bars; where the output is no terminal, a plain line now and then."""
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 from rich.progress import (
@@ -13,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
 def progress_bar(**options: Any) -> Progress:
@@ -26,4 +30,35 @@ def progress_bar(**options: Any) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    return Progress(*columns, **options)
+    return _Progress(*columns, **options)
+
+
+class _Progress(Progress):
+    """rich's, which shows nothing until the end where the output is a file or a pipe."""
+
+    _last_line = 0.0
+
+    def start(self) -> None:
+        self._last_line = time.monotonic()
+        super().start()
+
+    def advance(self, *args: Any, **kwargs: Any) -> None:
+        super().advance(*args, **kwargs)
+        self._print_line()
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        super().update(*args, **kwargs)
+        self._print_line()
+
+    def _print_line(self) -> None:
+        due = time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES
+        if self.disable or self.console.is_terminal or not due:
+            return
+        self._last_line = time.monotonic()
+        parts = [time.strftime("%H:%M:%S")]
+        for task in self.tasks:
+            left = "" if task.time_remaining is None else f", {timedelta(seconds=int(task.time_remaining))} left"
+            total = "" if task.total is None else f"/{task.total:g}"
+            status = f", {task.fields['status']}" if task.fields.get("status") else ""
+            parts.append(f"{task.description} {task.completed:g}{total}{status}{left}")
+        print("  ".join(parts), flush=True)

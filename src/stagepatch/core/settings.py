@@ -30,7 +30,11 @@ def differences(
     Returns:
         By dotted name, such as "training.steps": "was 5, is 6".
     """
-    former = {name: getattr(defaults, name) for name in now if hasattr(defaults, name)}
+    former = {
+        name: getattr(defaults, name)
+        for name, value in now.items()
+        if hasattr(defaults, name) and not isinstance(value, dict)
+    }
     former |= {
         name: type(value)() for name, value in now.items() if is_dataclass(value) and not isinstance(value, type)
     }

@@ -1,34 +1,58 @@
-"""The four verbs that the training loop knows."""
+"""The verbs that the training loop knows of a method."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from stagepatch.methods.config import MethodConfig
 
-class Method(Protocol):
-    """A way to train on from a model."""
 
-    name: str
+class Method(ABC):
+    """A way to train on from a model.
 
+    Attributes:
+        name: as in METHODS.
+        kind: of what it saves, as `open_artifact` calls it.
+        marker: a file that only a directory of that kind has.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str] = ""
+    marker: ClassVar[str] = ""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
+        """A method that is yet to be trained; `facts` say how it will be, in words."""
+
+    @abstractmethod
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         """Set up the model for training.
 
         Returns:
             The optimizer's parameter groups: `params`, and `factor` on the learning rate.
         """
-        ...
 
     def extra_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the last forward adds to the denoising loss, and scalars worth logging."""
-        ...
+        return None, {}
 
+    @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write what was learned, and only that."""
-        ...
+        """Write what was learned, and only that; the marker comes last."""
 
+    @abstractmethod
     def load(self, model: nn.Module, directory: Path) -> None:
         """Put what `save` wrote on a fresh model."""
-        ...
+
+    @classmethod
+    def is_saved_in(cls, directory: Path) -> bool:
+        """Whether `save` has been done there."""
+        return bool(cls.marker) and (directory / cls.marker).exists()
+
+    def close(self) -> None:  # noqa: B027
+        """Take off the model what only training needs."""

@@ -1,8 +1,21 @@
-"""The choices of the methods that are compared with a patch."""
+"""The methods by name, and their choices."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from stagepatch.core.errors import UserError
+from stagepatch.patch.config import PatchConfig
+
+# A method is a class and a line here; its config is a field of MethodConfig.
+METHODS = {
+    "dmp": "stagepatch.methods.dmp:DMP",
+    "prompt_tuning": "stagepatch.methods.dmp:PromptTuning",
+    "finetune": "stagepatch.methods.finetune:Finetune",
+    "bitfit": "stagepatch.methods.finetune:BitFit",
+    "lora": "stagepatch.methods.lora:LoRA",
+    "none": "stagepatch.methods.finetune:Untrained",
+}
 
 
 @dataclass
@@ -19,3 +32,23 @@ class LoRAConfig:
     rank: int = 8
     targets: list[str] | None = None
     min_rank: int = 0
+
+
+@dataclass
+class MethodConfig:
+    """What is learned on top of a model.
+
+    Args:
+        method: 'dmp', a patch on the frozen model (arXiv 2405.17825); 'prompt_tuning', one without a gate (Eq. 2);
+            'finetune', all weights; 'bitfit', biases and norms (arXiv 2106.10199); 'lora' (arXiv 2106.09685).
+        patch: what a patch learns.
+        lora: what a LoRA learns.
+    """
+
+    method: str = "dmp"
+    patch: PatchConfig = field(default_factory=PatchConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"No method '{self.method}'. Methods: {', '.join(METHODS)}.")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from stagepatch.families import learns_sigma
 from stagepatch.methods.base import Method
+from stagepatch.methods.config import MethodConfig
 
 
-class Consistent:
+class Consistent(Method):
     """Adds ‖ε_θ(x_t, t) − ε_θi(x_t, t)‖², mean over the batch, for the frozen original θ.
 
-    It keeps a copy of the model: what trains need not be apart from it.
+    It keeps a copy of the model until `close`: what trains need not be apart from it.
 
     Args:
         method: what trains, and how it is saved.
@@ -25,22 +26,33 @@ class Consistent:
 
     def __init__(self, method: Method, weight: float = 1.0) -> None:
         self.method = method
-        self.name = method.name
         self.weight = weight
-        self.original: nn.Module
+        self.original: nn.Module | None = None
+        self._handle: Any = None
         self._last: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
 
+    @classmethod
+    def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
+        raise NotImplementedError("It goes around another method.")
+
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
+        self.close()
         self.original = copy.deepcopy(model).requires_grad_(False).eval()
         groups = self.method.prepare(model)
-        model.register_forward_hook(self._note, with_kwargs=True)
+        self._handle = model.register_forward_hook(self._note, with_kwargs=True)
         return groups
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self.original = self._last = None
 
     def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._last = (args, kwargs, output[0])
 
     def extra_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         assert self._last is not None, "a forward of the model comes first"
+        assert self.original is not None
         args, kwargs, output = self._last
         self._last = None
         with torch.no_grad():

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
+from stagepatch.core.files import read_json
+from stagepatch.methods.base import Method
+from stagepatch.methods.config import MethodConfig
 from stagepatch.patch import Attachment, Patch, PatchConfig
 
 
-class DMP:
-    """Trains a patch; with gate 'none' this is prompt tuning (Eq. 2).
+class DMP(Method):
+    """Trains a patch.
 
     Args:
         facts: how it is trained, in words, for the patch's model card.
     """
 
     name = "dmp"
+    kind = "patch"
+    marker = "config.json"
 
-    def __init__(self, config: PatchConfig, facts: dict[str, str] | None = None) -> None:
-        self.config = config
+    def __init__(self, config: PatchConfig | None = None, facts: dict[str, str] | None = None) -> None:
+        self.config = config or PatchConfig()
         self.facts = facts or {}
         self.patch: Patch
         self._attachment: Attachment | None = None
+
+    @classmethod
+    def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
+        return cls(config.patch, facts)
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         model.requires_grad_(False).eval()
@@ -51,9 +61,23 @@ class DMP:
     def load(self, model: nn.Module, directory: Path) -> None:
         self._attach(Patch.from_pretrained(directory), model)
 
+    @classmethod
+    def is_saved_in(cls, directory: Path) -> bool:
+        return super().is_saved_in(directory) and "patch" in read_json(directory / cls.marker)
+
     def _attach(self, patch: Patch, model: nn.Module) -> None:
         """Put a patch on in place of this method's former one, as when a stopped run goes on in one process."""
         if self._attachment is not None:
             self._attachment.detach()
         self.patch = patch
         self._attachment = patch.attach(model)
+
+
+class PromptTuning(DMP):
+    """Trains prompts without a gate (DMP, Eq. 2)."""
+
+    name = "prompt_tuning"
+
+    @classmethod
+    def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
+        return cls(replace(config.patch, gate="none"), facts)

@@ -1,29 +1,44 @@
-"""Training the model's own weights: all of them, or biases and norms alone."""
+"""Training the model's own weights: all of them, biases and norms alone, or none."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from stagepatch.checkpoints import save_denoiser
-from stagepatch.methods.weights import load_weights, save_weights
+from stagepatch.core.errors import UserError
+from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.methods.base import Method
+from stagepatch.methods.config import MethodConfig
 
+WEIGHTS_NAME = "weights.safetensors"
 _NORMS = ("LayerNorm", "GroupNorm", "RMSNorm", "BatchNorm2d")
 
 
-class Finetune:
-    """Trains every weight, and saves them.
+class Finetune(Method):
+    """Trains every weight.
 
     The model stays in eval mode: the loop drops labels itself, once per sample, so that no module does it again.
+
+    Args:
+        scheduler: save a whole model directory, with this scheduler beside it; by default what was trained is saved
+            alone, as values rather than differences, so that loading is exact.
     """
 
     name = "finetune"
+    kind = "weights"
+    marker = WEIGHTS_NAME
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: Any = None) -> None:
+        self.scheduler = scheduler
         self.model: nn.Module
         self.trained: list[str] = []
+
+    @classmethod
+    def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
+        return cls()
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         self.model = model.requires_grad_(False).eval()
@@ -36,14 +51,27 @@ class Finetune:
     def _choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return dict(model.named_parameters())
 
-    def extra_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
-        return None, {}
-
     def save(self, directory: Path) -> None:
-        save_weights(self.model, self.trained, directory)
+        if self.scheduler is not None:
+            save_denoiser(self.model, self.scheduler, directory)
+            return
+        parameters = dict(self.model.named_parameters())
+        write_tensors(directory / WEIGHTS_NAME, {name: parameters[name] for name in self.trained})
 
     def load(self, model: nn.Module, directory: Path) -> None:
-        load_weights(model, directory)
+        """See `Method`.
+
+        Raises:
+            UserError: no such file, or parameters that the model has not, or of other shapes.
+        """
+        path = directory / WEIGHTS_NAME
+        tensors, _ = read_tensors(path)
+        parameters = dict(model.named_parameters())
+        for name, value in tensors.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise UserError(f"'{path}' is of another model: it holds '{name}' of shape {list(value.shape)}.")
+        for name, value in tensors.items():
+            parameters[name].data.copy_(value)
         self.model = model
 
 
@@ -63,18 +91,17 @@ class BitFit(Finetune):
         }
 
 
-class Pretrain(Finetune):
-    """Trains every weight, and saves a whole model directory.
+class Untrained(Finetune):
+    """The base model itself, as a row to compare with: trains nothing and saves nothing."""
 
-    Args:
-        scheduler: saved beside the model.
-    """
+    name = "none"
 
-    name = "pretrain"
-
-    def __init__(self, scheduler: Any) -> None:
-        super().__init__()
-        self.scheduler = scheduler
+    def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
+        model.requires_grad_(False).eval()
+        return []
 
     def save(self, directory: Path) -> None:
-        save_denoiser(self.model, self.scheduler, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def load(self, model: nn.Module, directory: Path) -> None:
+        return None

@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from stagepatch.checkpoints.layout import component_for
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, read_tensors, write_json, write_tensors
+from stagepatch.core.files import read_json, write_json
+from stagepatch.core.tensors import read_tensors, write_tensors
 from stagepatch.families.registry import family_of
-from stagepatch.methods.config import LoRAConfig
+from stagepatch.methods.base import Method
+from stagepatch.methods.config import LoRAConfig, MethodConfig
 
 ADAPTER = "stagepatch"
 # The name that `pipe.load_lora_weights` looks for.
@@ -21,18 +24,25 @@ FILE_NAME, CONFIG_NAME = "pytorch_lora_weights.safetensors", "lora.json"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj")
 
 
-class LoRA:
+class LoRA(Method):
     """Trains adapters on a frozen model, and saves them as diffusers does."""
 
     name = "lora"
+    kind = "LoRA"
+    marker = CONFIG_NAME
 
-    def __init__(self, config: LoRAConfig) -> None:
+    def __init__(self, config: LoRAConfig | None = None) -> None:
+        config = config or LoRAConfig()
         if config.rank < 1 or not 0 <= config.min_rank <= config.rank:
             raise UserError(
                 f"lora rank={config.rank} and min_rank={config.min_rank} must have 0 ≤ min_rank ≤ rank ≥ 1."
             )
         self.config = config
         self.model: nn.Module
+
+    @classmethod
+    def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
+        return cls(config.lora)
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         model.requires_grad_(False).eval()
@@ -43,14 +53,11 @@ class LoRA:
             parameter.requires_grad_(True)
         return [{"params": adapters, "factor": 1.0}]
 
-    def extra_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
-        return None, {}
-
     def save(self, directory: Path) -> None:
         from peft.utils import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
-        prefix = "unet" if type(self.model).__name__.startswith("UNet") else "transformer"
+        prefix = component_for(self.model)
         write_tensors(directory / FILE_NAME, {f"{prefix}.{name}": value for name, value in state.items()})
         write_json(directory / CONFIG_NAME, asdict(self.config))
 

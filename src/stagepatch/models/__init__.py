@@ -1,6 +1,5 @@
 """Denoisers of our own. A model here does not know that it can be patched."""
 
-from stagepatch.models.dit import DiT
-from stagepatch.models.sizes import DIT_SIZES
+import lazy_loader
 
-__all__ = ["DIT_SIZES", "DiT"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_tensors
+from stagepatch.core.tensors import read_tensors
 from stagepatch.models.sizes import DIT_SIZES
 
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from stagepatch.data.config import DataConfig
 from stagepatch.sampling.config import SamplingConfig
-from stagepatch.studies.launch_config import LaunchConfig
+from stagepatch.studies.launch_jobs import LaunchConfig
 from stagepatch.training.config import TrainingConfig
 
 
@@ -52,10 +52,12 @@ class CompareConfig:
         training_seeds: each entry is trained with each.
         sampling_seeds: each checkpoint is measured with each: at least 3, the same noise for all.
         evaluate_every: steps between checkpoints that are measured; 0 measures the last alone.
-        metric: the table's metric, a key of the metrics; lower is better.
+        metric: the table's metric, a key of the metrics.
         extractor: features for FID, KID, precision and recall.
+        dtype: of frozen models' weights, in training and sampling.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
+        cache_batch_size: images encoded at a time for the cache.
         data: training images and references.
         training: common to all entries; its seed and snapshot_every are set by the comparison.
         sampling: common to all; its seed is set by the comparison.
@@ -71,7 +73,9 @@ class CompareConfig:
     evaluate_every: int = 0
     metric: str = "fid_held_out"
     extractor: str = "digits"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: str = ""
+    cache_batch_size: int = 8
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=3000))

@@ -12,24 +12,22 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from stagepatch.core.files import read_tensors, write_text
-from stagepatch.evaluation import metric_names
+from stagepatch.core.files import write_text
+from stagepatch.core.tensors import read_tensors
+from stagepatch.evaluation import direction_note, metric_names
 from stagepatch.report import (
-    Code,
-    KeyValues,
     Picture,
     Section,
     Table,
-    environment,
     figure_to_data_uri,
     format_mean,
     image_grid,
     image_to_data_uri,
     markdown_table,
+    provenance,
     write_page,
 )
-from stagepatch.studies.compare_job import SAMPLES_NAME
-from stagepatch.studies.compare_plan import Job
+from stagepatch.studies.compare_jobs import SAMPLES_NAME, CompareJob
 from stagepatch.studies.compare_results import SIGNIFICANCE, Row
 
 COLUMNS = ["method", "trained", "share", "s/step", "peak MiB", "file MiB"]
@@ -76,41 +74,43 @@ def short(columns: list[str], cells: list[list[str]]) -> tuple[list[str], list[l
     )
 
 
-def note(jobs: Sequence[Job]) -> str:
+def note(jobs: Sequence[CompareJob], metric: str) -> str:
     """How the table is to be read."""
-    seeds = len({job.training.seed for job in jobs if not job.is_base})
+    seeds = len({job.config.training.seed for job in jobs if not job.is_base})
     sampling = jobs[0].sampling
     unit = "training run" if seeds > 1 else "sampling seed, of one training run"
     return (
         f"Mean ± standard deviation over {seeds} training seed(s), each the mean of {len(jobs[0].sampling_seeds)} "
         f"sampling seeds of {sampling.num_images} images ({sampling.num_inference_steps} steps of "
         f"{sampling.scheduler}), the same noise for all. Differences are paired by sampling seed, ± standard error; "
-        f"* marks p < {SIGNIFICANCE} of a two-sided t-test whose unit is a {unit}. Lower is better."
+        f"* marks p < {SIGNIFICANCE} of a two-sided t-test whose unit is a {unit}. {direction_note([metric])}"
     )
 
 
-def write_results(directory: Path, jobs: Sequence[Job], rows: Sequence[Row], metric: str, resolved: str) -> None:
+def write_results(
+    directory: Path, jobs: Sequence[CompareJob], rows: Sequence[Row], metric: str, resolved: str
+) -> None:
     """table.md, table.csv, results.json and report.html."""
     features = jobs[0].extractor + " features"
     columns, cells = table(rows, metric, features)
-    write_text(directory / "table.md", markdown_table(columns, cells) + "\n" + note(jobs) + "\n")
+    write_text(directory / "table.md", markdown_table(columns, cells) + "\n" + note(jobs, metric) + "\n")
     sheet = io.StringIO()
     csv.writer(sheet).writerows([columns, *cells])
     write_text(directory / "table.csv", sheet.getvalue())
     write_text(directory / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     sections: list[Section] = [
-        Table("All methods", columns, cells, note(jobs)),
+        Table("All methods", columns, cells, note(jobs, metric)),
         Picture("Over iterations", figure_to_data_uri(curves(rows, metric, features)), "Bars: standard deviation."),
         Picture(
-            "Gain against cost", figure_to_data_uri(gain_against_cost(rows)), "Below zero is better than the base."
+            "Gain against cost",
+            figure_to_data_uri(gain_against_cost(rows)),
+            f"Difference to the base. {direction_note([metric])}",
         ),
-        Table("All metrics at the last checkpoint", *_all_metrics(rows, features)),
+        Table("All metrics at the last checkpoint", *_all_metrics(rows, features), direction_note(rows[0].metrics)),
         *_grids(jobs),
-        Code("Config", resolved),
-        KeyValues("Environment", environment()),
-        Code("Again", "stagepatch compare --config run.yaml\n"),
+        *provenance(resolved, "stagepatch compare --config run.yaml\n"),
     ]
-    lead = f"{len(rows)} methods on '{jobs[0].model}', trained on the same batches, noise and timesteps."
+    lead = f"{len(rows)} methods on '{jobs[0].config.model}', trained on the same batches, noise and timesteps."
     write_page(directory / "report.html", "stagepatch compare", lead, sections)
 
 
@@ -119,7 +119,7 @@ def _all_metrics(rows: Sequence[Row], features: str) -> tuple[list[str], list[li
     return ["method", *names.values()], [[row.name, *(f"{row.metrics[key]:.4f}" for key in names)] for row in rows]
 
 
-def _grids(jobs: Sequence[Job]) -> list[Section]:
+def _grids(jobs: Sequence[CompareJob]) -> list[Section]:
     first = {job.name: job for job in reversed(jobs)}
     pictures: list[Section] = []
     for name in dict.fromkeys(job.name for job in jobs):

@@ -11,8 +11,7 @@ from typing import Any
 from scipy import stats
 
 from stagepatch.core.files import read_json
-from stagepatch.studies.compare_job import COST_NAME, measured_checkpoints
-from stagepatch.studies.compare_plan import Job, trainable_parameters
+from stagepatch.studies.compare_jobs import COST_NAME, CompareJob
 
 SIGNIFICANCE = 0.05
 
@@ -66,20 +65,20 @@ class Row:
         return max(self.curve)
 
 
-def collect(jobs: Sequence[Job], metric: str) -> list[Row]:
+def collect(jobs: Sequence[CompareJob], metric: str) -> list[Row]:
     """A row for each entry, in their order. All jobs are done."""
-    by_name: dict[str, list[Job]] = {}
+    by_name: dict[str, list[CompareJob]] = {}
     for job in jobs:
         by_name.setdefault(job.name, []).append(job)
-    base = next((measured_checkpoints(job)[0] for job in jobs if job.is_base), None)
+    base = next((job.metrics()[0] for job in jobs if job.is_base), None)
     return [_row(same, base, metric) for same in by_name.values()]
 
 
-def _row(jobs: list[Job], base: list[dict[str, float]] | None, metric: str) -> Row:
-    measured = [measured_checkpoints(job) for job in jobs]
+def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: str) -> Row:
+    measured = [job.metrics() for job in jobs]
     is_base = jobs[0].is_base
-    trainable, total = trainable_parameters(jobs[0])
-    costs = [read_json(job.directory / COST_NAME) for job in jobs if job.method != "none"]
+    trainable, total = jobs[0].trainable_parameters()
+    costs = [read_json(job.directory / COST_NAME) for job in jobs if job.config.method != "none"]
     curve, differences = {}, {}
     for step in jobs[0].checkpoints:
         values = [[seed[metric] for seed in each[step]] for each in measured]
@@ -91,7 +90,7 @@ def _row(jobs: list[Job], base: list[dict[str, float]] | None, metric: str) -> R
     last = [seed for each in measured for seed in each[max(each)]]
     return Row(
         jobs[0].name,
-        jobs[0].method,
+        jobs[0].config.method,
         is_base,
         trainable,
         total,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_tensors, write_tensors
+from stagepatch.core.tensors import read_tensors, write_tensors
 from stagepatch.core.settings import as_json, check_unchanged
 from stagepatch.training.config import BOOKKEEPING
+from stagepatch.training.run_config import TrainConfig
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
@@ -72,7 +73,7 @@ def load_checkpoint(
         raise UserError(f"'{path}' is not a checkpoint of stagepatch: move it away, or choose another output_dir.")
     found = f"'{path}' is the checkpoint of a run with other settings"
     way_out = "Go on with the former settings, or choose another output_dir."
-    check_unchanged(json.loads(metadata["identity"]), identity, found, way_out, ignored=BOOKKEEPING)
+    check_unchanged(json.loads(metadata["identity"]), identity, found, way_out, TrainConfig(), BOOKKEEPING)
     _check_shapes(path, tensors, parameters, [] if ema is None else ema.shadow_params)
     for index, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"trained.{index}"])

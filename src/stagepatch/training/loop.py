@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, is_initialized
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -116,13 +116,23 @@ def train(
     since = time.perf_counter()
 
     with (
+        contextlib.closing(method),
         StopSignals() as signals,
         RunLog(directory, start, config.steps, config.tensorboard, is_main, progress) as log,
     ):
         for iteration, batch in enumerate(loader, start):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(iteration)
-            draws = draw(batch, config, objective, conditions, iteration, horizontal_flip, accelerator)
+            draws = draw(
+                batch,
+                config,
+                objective,
+                conditions,
+                iteration,
+                horizontal_flip,
+                accelerator.device,
+                accelerator.process_index,
+            )
             logged = _backward(step, draws, config.gradient_accumulation_steps, accelerator)
             logged["grad_norm"] = _clip(parameters, config.max_grad_norm, optimizer, accelerator)
             _optimizer_step(optimizer, accelerator)
@@ -165,8 +175,7 @@ def train(
 
 
 def _accelerator(config: TrainingConfig) -> Accelerator:
-    state: dict[str, Any] = AcceleratorState._shared_state
-    if state and AcceleratorState().mixed_precision != config.mixed_precision:
+    if is_initialized() and AcceleratorState().mixed_precision != config.mixed_precision:
         # A process's first Accelerator would decide the precision of all later runs in it.
         AcceleratorState._reset_state()
     processes()

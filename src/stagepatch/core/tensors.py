@@ -1,4 +1,4 @@
-"""safetensors files a tensor at a time: neither reading nor writing holds more than one in memory.
+"""safetensors files, whole or a tensor at a time: then neither reading nor writing holds more than one in memory.
 
 The library maps a whole file, and writes one only when it has all of it. The format is a length (8 bytes, little
 endian), a JSON header of names, dtypes, shapes and offsets, and the tensors' bytes.
@@ -20,8 +20,37 @@ from stagepatch.core.errors import UserError
 from stagepatch.core.files import write_atomically
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_DTYPES |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: no such file, or it is truncated or not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise UserError(f"No such file: '{path}'.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"'{path}' is not a whole safetensors file ({error}). It may be truncated, or of another format: "
+            f"fetch or write it again."
+        ) from error
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """`write_atomically` for a safetensors file. Tensors may live on any device."""
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that each is aligned
+    shapes = {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in ordered}
+    write_stream(path, shapes, lambda name: [tensors[name].detach().cpu()], metadata)
 
 
 class TensorReader:
@@ -88,7 +117,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def write_stream(
-    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], pieces: Callable[[str], Iterable[Tensor]]
+    path: str | Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    pieces: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file whole or not at all, asking for one tensor after the other.
 
@@ -96,7 +128,7 @@ def write_stream(
         shapes: shape and dtype of each tensor by name.
         pieces: gives the tensor of a name, whole or its numbers in order a piece at a time.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     place = 0
     for name, (shape, dtype) in shapes.items():
         size = math.prod(shape) * dtype.itemsize

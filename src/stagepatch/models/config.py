@@ -1,0 +1,43 @@
+"""The size of a model that is trained from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """Size and conditioning of a DiT (arXiv 2212.09748), or of a DDPM U-Net (arXiv 2006.11239).
+
+    Args:
+        name: 'DiT-S/2' to 'DiT-XL/8', which sets patch_size, hidden_size, num_layers and num_attention_heads; empty
+            to give these yourself.
+        sample_size: height and width [pixels] of the inputs.
+        patch_size: side [pixels] of a token.
+        in_channels: channels of the input (latents: 4).
+        hidden_size: channels D of a token.
+        num_layers: number L of transformer blocks.
+        num_attention_heads: must divide hidden_size.
+        conditioning: 'none', 'class' or 'text' (a pooled embedding).
+        num_classes: classes, without the null label.
+        learn_sigma: also predict the variance (improved DDPM, arXiv 2102.09672; DiT: on).
+        block_out_channels: channels of a U-Net's stages, from the finest on, in place of a DiT; it takes no condition
+            and predicts no variance.
+        layers_per_block: residual layers of a U-Net's stage.
+        attention_stages: numbers of the U-Net's stages that have attention, the finest 0.
+    """
+
+    name: str = ""
+    sample_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 384
+    num_layers: int = 12
+    num_attention_heads: int = 6
+    conditioning: Literal["none", "class", "text"] = "class"
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    block_out_channels: list[int] = field(default_factory=list)
+    layers_per_block: int = 2
+    attention_stages: list[int] = field(default_factory=lambda: [1])

@@ -1,0 +1,250 @@
+"""From a comparison's config to its jobs; everything that can be refused is refused before any starts."""
+
+from __future__ import annotations
+
+import re
+import resource
+import statistics
+import sys
+from collections import Counter
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import read_json, write_json
+from stagepatch.core.tensors import write_tensors
+from stagepatch.core.processes import processes
+from stagepatch.core.settings import as_json
+from stagepatch.data import cache_directory
+from stagepatch.diffusion import WeightingConfig, make_weighting
+from stagepatch.evaluation import METRICS, Evaluator
+from stagepatch.methods import LoRAConfig, load_learned, make_method
+from stagepatch.patch import PatchConfig
+from stagepatch.sampling import SamplingConfig, load_experts
+from stagepatch.sampling.experts_file import read_schedule
+from stagepatch.studies.compare_config import CompareConfig, EntryConfig
+from stagepatch.studies.job import Job
+from stagepatch.training import BOOKKEEPING, Run, TrainConfig, TrainingConfig, read_log
+
+METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
+_RUN = ("model", "method", "dtype", "patch", "lora", "weighting", "data", "training")
+_DEFAULTS = SimpleNamespace(dtype="float32", schedule="")  # of jobs that are older than these options
+# Of an entry: its dictionaries, and what they are fields of.
+_PARTS = {"patch": PatchConfig, "lora": LoRAConfig, "weighting": WeightingConfig, "training": TrainingConfig}
+
+
+@dataclass
+class CompareJob(Job):
+    """One entry, trained with one seed, and measured at its checkpoints.
+
+    Args:
+        directory: its own; the training run is in its 'learned'.
+        name: the entry's.
+        checkpoints: steps after which it is measured.
+        schedule: file of experts by timestep, sampled in place of the model alone.
+        is_base: the comparison's own model, untrained, which the others are compared with.
+    """
+
+    directory: Path
+    config: TrainConfig
+    name: str
+    sampling: SamplingConfig
+    sampling_seeds: list[int]
+    extractor: str
+    checkpoints: list[int]
+    schedule: str = ""
+    is_base: bool = False
+    record = "job.json"
+    noun = "job"
+
+    def __str__(self) -> str:
+        return f"'{self.name}' (seed {self.config.training.seed})"
+
+    def identity(self) -> dict[str, Any]:
+        elsewhere = ("directory", "config", "is_base")
+        own = {name: value for name, value in vars(self).items() if name not in elsewhere}
+        return own | {name: getattr(self.config, name) for name in _RUN}
+
+    def is_done(self) -> bool:
+        return set(self.metrics()) >= set(self.checkpoints)
+
+    def metrics(self) -> dict[int, list[dict[str, float]]]:
+        """Of every sampling seed by checkpoint, as far as they are measured."""
+        path = self.directory / METRICS_NAME
+        return {int(step): metrics for step, metrics in read_json(path).items()} if path.exists() else {}
+
+    def work(self) -> None:
+        is_main = processes().is_main_process
+        if is_main:
+            write_json(self.directory / self.record, as_json(self.identity()))
+        learned = self.directory / "learned"
+        if self.config.method != "none" and not (self.directory / COST_NAME).exists():
+            Run(self.config, identity=self.identity()).train(progress=False)
+            if is_main:
+                write_json(self.directory / COST_NAME, _cost(self.config.training.batch_size, learned))
+        done = self.metrics()
+        evaluator = Evaluator.load(self.config.model, self.config.data, self.extractor, Path(self.config.cache))
+        for step in sorted(set(self.checkpoints) - set(done)):
+            model, scheduler = load_denoiser(self.config.model)
+            model.to(processes().device, getattr(torch, self.config.dtype))
+            if self.config.method != "none":
+                is_last = step == self.config.training.steps
+                load_learned(model, learned if is_last else learned / "snapshots" / f"{step:07d}")
+            sampling = self.sampling
+            if self.schedule:
+                experts = load_experts(self.schedule, model, scheduler)
+                experts.attach(model)
+                sampling = experts.sampling(sampling)
+            measured = evaluator.measure(model, scheduler, sampling, self.sampling_seeds)
+            done[step] = measured.metrics
+            if is_main:
+                write_tensors(self.directory / SAMPLES_NAME, {"images": measured.images[:100]})
+                write_json(self.directory / METRICS_NAME, {str(key): value for key, value in sorted(done.items())})
+
+    def trainable_parameters(self) -> tuple[int, int]:
+        """Numbers that it trains, and numbers of the model; counted without allocating any.
+
+        Raises:
+            UserError: the method cannot be had on that model, or the experts' file has a mistake.
+        """
+        model = build_denoiser(self.config.model)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        groups = make_method(self.config).prepare(model)
+        if self.schedule:
+            read_schedule(Path(self.schedule), load_scheduler(self.config.model).config.num_train_timesteps)
+        return sum(parameter.numel() for group in groups for parameter in group["params"]), total
+
+
+def plan_jobs(config: CompareConfig) -> list[CompareJob]:
+    """The jobs, entry by entry and seed by seed.
+
+    Raises:
+        UserError: no entries, two of one name, fewer than 3 sampling seeds, an unknown method or key, a method that
+            the model cannot take, or a job's directory that holds another's result.
+    """
+    if not config.entries:
+        raise UserError("entries is empty: give at least one, such as {name: DMP, method: dmp}.")
+    repeated = [name for name, count in Counter(_slug(entry.name) for entry in config.entries).items() if count > 1]
+    if repeated:
+        raise UserError(f"Two entries are called '{repeated[0]}': give each a name of its own.")
+    if len(config.sampling_seeds) < 3 or not config.training_seeds:
+        raise UserError(
+            f"sampling_seeds={config.sampling_seeds} must be at least 3, and training_seeds="
+            f"{config.training_seeds} at least 1: differences are judged by their spread."
+        )
+    if config.metric not in METRICS:
+        raise UserError(f"metric='{config.metric}' is none of {', '.join(METRICS)}.")
+    if config.launch.workers < 1:
+        raise UserError(f"launch.workers={config.launch.workers} must be at least 1.")
+    if config.quick:
+        config = _quick(config)
+    jobs = [job for entry in config.entries for job in _jobs_of(entry, config)]
+    for job in {(job.name, job.config.model, job.schedule): job for job in jobs}.values():
+        try:
+            job.trainable_parameters()
+        except UserError as error:
+            raise UserError(f"Entry '{job.name}': {error}") from error
+    ignored = set(BOOKKEEPING) - {"snapshot_every"}  # a snapshot is a checkpoint that is measured
+    for job in jobs:
+        job.check_directory(_DEFAULTS, ignored)
+    return jobs
+
+
+def _quick(config: CompareConfig) -> CompareConfig:
+    entries = [
+        replace(entry, training={k: v for k, v in entry.training.items() if k != "steps"}) for entry in config.entries
+    ]
+    return replace(
+        config,
+        training=replace(config.training, steps=max(1, config.training.steps // 40), warmup_steps=0),
+        sampling=replace(config.sampling, num_images=min(config.sampling.num_images, 200)),
+        entries=entries,
+        training_seeds=config.training_seeds[:1],
+        evaluate_every=0,
+        output_dir=f"{config.output_dir}-quick",
+    )
+
+
+def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
+    parts = {name: _fields(entry, name) for name in _PARTS}
+    training = replace(config.training, **parts.pop("training"), tensorboard=False)
+    own: dict[str, Any] = {name: _PARTS[name](**values) for name, values in parts.items()}
+    make_weighting(own["weighting"])
+    if entry.schedule and entry.method != "none":
+        where = f"Entry '{entry.name}'"
+        raise UserError(f"{where}: a schedule is sampled as it is: set method='{entry.method}' to none.")
+    is_trained = entry.method != "none"
+    is_base = not is_trained and not (entry.model or entry.schedule)
+    is_one = not is_trained and "{seed}" not in entry.model + entry.schedule
+    every = config.evaluate_every or training.steps
+    checkpoints = sorted({*range(every, training.steps + 1, every), training.steps})
+    training.snapshot_every = every if is_trained and len(checkpoints) > 1 else 0
+    jobs = []
+    for seed in [0] if is_one else config.training_seeds:
+        directory = Path(config.output_dir) / "jobs" / (_slug(entry.name) + ("" if is_one else f"-{seed}"))
+        try:
+            run = TrainConfig(
+                method=entry.method,
+                output_dir=str(directory / "learned"),
+                model=(entry.model or config.model).replace("{seed}", str(seed)),
+                dtype=config.dtype,
+                cache=str(cache_directory(config.cache, config.output_dir)),
+                cache_batch_size=config.cache_batch_size,
+                data=config.data,
+                training=replace(training, seed=seed),
+                **own,
+            )
+        except UserError as error:
+            raise UserError(f"Entry '{entry.name}': {error}") from error
+        jobs.append(
+            CompareJob(
+                directory,
+                run,
+                entry.name,
+                config.sampling,
+                config.sampling_seeds,
+                config.extractor,
+                checkpoints if is_trained else [0] if is_base else [training.steps],
+                entry.schedule.replace("{seed}", str(seed)),
+                is_base,
+            )
+        )
+    return jobs
+
+
+def _fields(entry: EntryConfig, part: str) -> dict[str, Any]:
+    """What an entry says of one of its parts."""
+    values: dict[str, Any] = getattr(entry, part)
+    names = {field.name for field in fields(_PARTS[part])}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise UserError(f"Entry '{entry.name}', {part}: no key '{unknown[0]}'. Keys: {', '.join(sorted(names))}.")
+    return values
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _cost(batch_size: int, learned: Path) -> dict[str, Any]:
+    """Seconds a step, peak memory [bytes] and size of what was learned [bytes]."""
+    speeds = [record["images_per_second"] for record in read_log(learned)]
+    kept = [path for path in learned.iterdir() if path.suffix == ".safetensors" and "checkpoint" not in path.name]
+    return {
+        "seconds_per_step": batch_size / statistics.median(speeds),
+        "peak_memory": _peak_memory(),
+        "file_size": sum(path.stat().st_size for path in kept),
+    }
+
+
+def _peak_memory() -> int:
+    """Of the accelerator, or of the process, its imports included."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

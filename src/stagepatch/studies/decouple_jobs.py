@@ -1,0 +1,138 @@
+"""From a config to stages, each a training job; everything that can be refused is refused before any starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from stagepatch.checkpoints import (
+    add_projections,
+    build_denoiser,
+    find_model,
+    fold_projections,
+    load_scheduler,
+    model_fingerprint,
+)
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import write_json, write_text
+from stagepatch.core.processes import processes
+from stagepatch.core.randomness import STAGE, seed_for
+from stagepatch.core.settings import as_json
+from stagepatch.data import cache_directory
+from stagepatch.diffusion import Objective, make_weighting
+from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, equal_in_t, split_at
+from stagepatch.methods import Consistent, Finetune, make_method
+from stagepatch.methods.artifacts import STAGE_NAME
+from stagepatch.studies.decouple_config import DecoupleConfig
+from stagepatch.studies.job import Job
+from stagepatch.training import BOOKKEEPING, Run, TrainConfig
+
+STAGES, EXPERTS_NAME = "stages", "experts.yaml"
+_OWN = ("preset", "p", "consistency", "projection", "antithetic")  # of a stage; the rest is its training run's
+_ELSEWHERE = ("output_dir", "cache", "cache_batch_size")
+
+
+@dataclass
+class Stage(Job):
+    """A range of timesteps, from `first` to `stop` − 1, and how its copy is trained.
+
+    Args:
+        study: of all stages.
+    """
+
+    number: int
+    first: int
+    stop: int
+    config: TrainConfig
+    study: DecoupleConfig
+    record = STAGE_NAME
+    noun = "stage"
+
+    @property
+    def directory(self) -> Path:  # type: ignore[override]
+        """Where its result and its training run are."""
+        return Path(self.config.output_dir)
+
+    def __str__(self) -> str:
+        return f"stage {self.number} (timesteps {self.first} to {self.stop - 1})"
+
+    def identity(self) -> dict[str, Any]:
+        own = {name: getattr(self.study, name) for name in _OWN}
+        run = {name: value for name, value in vars(self.config).items() if name not in _ELSEWHERE}
+        return {**run, **own, "first": self.first, "stop": self.stop}
+
+    def is_done(self) -> bool:
+        return (self.directory / STAGE_NAME).exists()
+
+    def timesteps(self, num_train_timesteps: int) -> TimestepSampler:
+        """What it trains on."""
+        return TimestepSampler(num_train_timesteps, self.first, self.stop, self.study.p, bool(self.study.antithetic))
+
+    def work(self) -> None:
+        run = Run(self.config, identity=self.identity())
+        if self.study.projection:
+            add_projections(run.model)
+        if self.config.method == "finetune":
+            run.method = Finetune(run.scheduler)
+        run.objective.timesteps = self.timesteps(run.objective.num_train_timesteps)
+        learned = run.method
+        if self.study.consistency:
+            run.method = Consistent(learned, self.study.consistency)
+        run.train(progress=self.study.stage >= 0)
+        if processes().is_main_process:
+            if self.study.projection:
+                fold_projections(run.model)
+                learned.save(self.directory)
+            write_json(self.directory / STAGE_NAME, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What merging and model schedules need to know of it."""
+        model = self.config.model
+        base = {"source": model, "fingerprint": model_fingerprint(find_model(model))}
+        return {"number": self.number, "from": self.first, "to": self.stop, "base": base, **as_json(self.identity())}
+
+
+def plan_stages(config: DecoupleConfig) -> list[Stage]:
+    """The stages, from the image's end to the noise's.
+
+    Raises:
+        UserError: ranges that cannot be had, a method that the model cannot take, or a `stage` that is not there.
+    """
+    scheduler = load_scheduler(config.model)
+    make_method(config).prepare(build_denoiser(config.model))
+    objective = Objective(scheduler, weighting=make_weighting(config.weighting))
+    total = objective.num_train_timesteps
+    if config.boundaries:
+        ranges = split_at(total, config.boundaries)
+    elif config.split == "log_snr":
+        ranges = equal_in_log_snr(objective.snr(torch.arange(total)), config.num_stages)
+    else:
+        ranges = equal_in_t(total, config.num_stages)
+    if not -1 <= config.stage < len(ranges):
+        raise UserError(f"stage={config.stage} is none of 0 to {len(ranges) - 1}; -1 is all.")
+    stages = [Stage(number, *ends, _run_config(config, number), config) for number, ends in enumerate(ranges)]
+    for stage in stages:
+        stage.timesteps(total)
+        stage.check_directory(DecoupleConfig(), BOOKKEEPING)
+    return stages
+
+
+def _run_config(config: DecoupleConfig, number: int) -> TrainConfig:
+    """Of a stage. From common draws, task vectors would share their noise, which then does not average out in a merge:
+    each has a seed of its own."""
+    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    training = config.training.resolve(config.preset)
+    training.snapshot_every, training.seed = 0, seed_for(STAGE, training.seed, number)
+    values |= {"output_dir": str(Path(config.output_dir) / STAGES / str(number)), "training": training}
+    return TrainConfig(**values | {"cache": str(cache_directory(config.cache, config.output_dir))})
+
+
+def write_experts(stages: list[Stage], path: Path) -> None:
+    """The file of experts that uses each stage in its range; directories relative to the file's own."""
+    kind = "model" if stages[0].config.method == "finetune" else "learned"
+    experts = [{"from": stage.first, "to": stage.stop, kind: f"{STAGES}/{stage.number}"} for stage in stages]
+    write_text(path, yaml.safe_dump({"experts": experts}, sort_keys=False))

@@ -1,0 +1,94 @@
+"""One training job, put together from one config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from stagepatch.checkpoints import load_denoiser
+from stagepatch.core.errors import UserError
+from stagepatch.core.files import write_text
+from stagepatch.data import load_training_data
+from stagepatch.diffusion import Objective, make_weighting
+from stagepatch.families import learns_sigma
+from stagepatch.methods import Finetune, Method, make_method
+from stagepatch.training.loop import train
+from stagepatch.training.run_config import TrainConfig
+
+RUN_CONFIG = "run.yaml"
+_IDENTITY = ("model", "method", "dtype", "patch", "lora", "weighting", "data")
+
+
+class Run:
+    """Model, method, objective and data of a training job; `train` does it, or what is left of it.
+
+        run = Run(TrainConfig(model="digits", output_dir="runs/patch"))
+        patch = run.train().patch
+
+    Its parts may be changed before `train`: the objective's timesteps, the method, the model.
+
+    Args:
+        config: of the job. A cache of latents is made first, if the model has a VAE and the cache is not there.
+        model: trained in place of the one that the config names.
+        scheduler: the one that goes with `model`.
+        identity: the settings that a run which goes on must share, besides those of training; by default the config's.
+        config_text: kept as run.yaml; by default the config.
+
+    Raises:
+        UserError: a choice that cannot be, a model or data that cannot be had.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any = None,
+        scheduler: Any = None,
+        identity: Mapping[str, Any] | None = None,
+        config_text: str = "",
+    ) -> None:
+        self.config = config
+        self.directory = Path(config.output_dir)
+        self.identity = dict(identity or {name: getattr(config, name) for name in _IDENTITY})
+        self.config_text = config_text or yaml.safe_dump(asdict(config), sort_keys=False)
+        facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
+        facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
+        self.method: Method = make_method(config, facts)
+        if config.dtype != "float32" and isinstance(self.method, Finetune):
+            raise UserError(
+                f"method='{config.method}' trains the model's own weights, which dtype='{config.dtype}' spoils."
+            )
+        if model is None:
+            self.dataset: Any = load_training_data(
+                config.model, config.data, config.cache, config.output_dir, config.cache_batch_size
+            )
+            model, scheduler = load_denoiser(config.model)
+        else:
+            self.dataset = load_training_data("", config.data)
+        self.model, self.scheduler = model.to(getattr(torch, config.dtype)), scheduler
+        self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
+
+    def train(self, progress: bool = True) -> Any:
+        """Train, and write the result to the run's directory; returns the method, whose result is on the model.
+
+        Raises:
+            UserError, Interrupted: see `training.train`.
+        """
+        train(
+            self.model,
+            self.method,
+            self.objective,
+            self.dataset,
+            self.config.training,
+            self.directory,
+            self.identity,
+            self.config.data.horizontal_flip,
+            self.config.data.num_workers,
+            progress,
+            lambda: write_text(self.directory / RUN_CONFIG, self.config_text),
+        )
+        return self.method

@@ -1,0 +1,57 @@
+"""What one training run takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stagepatch.data.config import DataConfig
+from stagepatch.diffusion.config import ObjectiveConfig, WeightingConfig
+from stagepatch.methods.config import MethodConfig
+from stagepatch.models.config import ModelConfig
+from stagepatch.training.config import TrainingConfig
+
+
+@dataclass
+class TrainConfig(MethodConfig):
+    """Train a patch on top of a converged model, or by another method to compare with it.
+
+    Args:
+        output_dir: directory of the run; the same command again goes on where it stopped.
+        model: a model directory as diffusers writes it, a Hub id, or 'digits', the bundled model.
+        dtype: of the frozen model's weights; what is learned is float32.
+        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
+            'cache' in output_dir.
+        cache_batch_size: images encoded at a time for the cache.
+        weighting: of timesteps in the loss.
+        data: training images: the ones that the model was trained on.
+        training: optimizer and bookkeeping.
+    """
+
+    output_dir: str = "runs/train"
+    model: str = "digits"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cache: str = ""
+    cache_batch_size: int = 8
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class PretrainConfig:
+    """Train a DiT, or a DDPM U-Net, from scratch, all weights.
+
+    Args:
+        output_dir: directory of the run; the same command again goes on where it stopped.
+        model: size and conditioning.
+        objective: noise schedule and prediction target.
+        data: training images.
+        training: optimizer and bookkeeping.
+    """
+
+    output_dir: str = "runs/pretrain"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
