@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from stagepatch.models import DiT
 
 TEXT = 5  # tokens of text
+TEXT_CHANNELS = 24
+FRAMES = 3
+
+# Of an input of a forward, from batch, height and width of the latents.
+Draw = Callable[[int, int, int], Any]
 
 
 @dataclass
@@ -20,29 +25,39 @@ class Family:
     """How to build a tiny model, and how to call it.
 
     Args:
-        build: the class and its arguments.
-        inputs: (model, batch, height, width) -> keyword arguments of a forward, for latents of that size.
-        size: height and width of the model's own latents.
+        model_class, config: of the model.
+        draws: of a forward's inputs by name, in the order in which they are drawn.
         blocks: number of sites that 'all' means.
+        size: height and width of the model's own latents.
         only_square: the model itself takes no other shapes.
     """
 
-    build: Callable[[], nn.Module]
-    inputs: Callable[[nn.Module, int, int, int], dict[str, Any]]
-    blocks: int
+    model_class: Any
+    config: dict[str, Any]
+    draws: dict[str, Draw]
+    blocks: int = 2
     size: tuple[int, int] = (8, 8)
     only_square: bool = False
 
-    def model(self, seed: int = 0) -> nn.Module:
+    def build(self, **changes: Any) -> nn.Module:
+        """The model as its class initialises it, its config changed."""
+        model = self.model_class(**self.config)
+        return self.model_class.from_config({**model.config, **changes}) if changes else model
+
+    def model(self, seed: int = 0, **changes: Any) -> nn.Module:
         """Frozen, in eval mode; every weight is drawn, since zeros at the end of blocks would hide them."""
         torch.manual_seed(seed)
-        model = self.build().eval().requires_grad_(False)
+        model = self.build(**changes).eval().requires_grad_(False)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.1)
             else:
                 parameter.add_(0.02 * torch.randn_like(parameter))
         return model
+
+    def inputs(self, model: nn.Module, batch: int, height: int, width: int) -> dict[str, Any]:
+        """Keyword arguments of a forward, for latents of that size."""
+        return {name: draw(batch, height, width) for name, draw in self.draws.items()}
 
     def call(self, model: nn.Module, batch: int = 2, size: tuple[int, int] | None = None, **changes: Any) -> Tensor:
         generator_state = torch.get_rng_state()
@@ -58,315 +73,243 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
-def timesteps(batch: int) -> Tensor:
+def draw(*shape: int) -> Draw:
+    return lambda batch, height, width: torch.randn(batch, *shape)
+
+
+def latents(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 4, height, width)
+
+
+def video(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 4, FRAMES, height, width)
+
+
+def packed(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, height // 2 * (width // 2), 16)
+
+
+def timesteps(batch: int, height: int = 0, width: int = 0) -> Tensor:
     return torch.linspace(900, 10, batch).round()
 
 
-def latents(batch: int, height: int, width: int, channels: int = 4) -> Tensor:
-    return torch.randn(batch, channels, height, width)
+def whole_timesteps(batch: int, height: int, width: int) -> Tensor:
+    return timesteps(batch).long()
 
 
-def dit() -> nn.Module:
-    return DiT(sample_size=8, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=2, num_classes=10)
+def fractions(batch: int, height: int, width: int) -> Tensor:
+    return timesteps(batch) / 1000
 
 
-def dit_inputs(model, batch, height, width):
-    return {"sample": latents(batch, height, width), "timestep": timesteps(batch), "class_labels": labels(batch)}
-
-
-def labels(batch: int) -> Tensor:
+def labels(batch: int, height: int, width: int) -> Tensor:
     return torch.arange(batch) % 10
 
 
-def diffusers_dit() -> nn.Module:
-    return diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_embeds_ada_norm=10,
-    )
+def mask(batch: int, height: int, width: int) -> Tensor:
+    return torch.ones(batch, TEXT, dtype=torch.bool)
 
 
-def diffusers_dit_inputs(model, batch, height, width):
-    return {
-        "hidden_states": latents(batch, height, width),
-        "timestep": timesteps(batch).long(),
-        "class_labels": labels(batch),
-    }
+def mask_of_different_lengths(batch: int, height: int, width: int) -> Tensor:
+    lengths = torch.tensor([TEXT] * (batch - 1) + [2])
+    return torch.arange(TEXT) < lengths[:, None]
 
 
-def unet() -> nn.Module:
-    return diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+def added_conditions_of_sdxl(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    return {"text_embeds": torch.randn(batch, 12), "time_ids": torch.arange(6.0).repeat(batch, 1)}
 
 
-def unet_inputs(model, batch, height, width):
-    return {"sample": latents(batch, height, width), "timestep": timesteps(batch).long()}
+def positions(batch: int, height: int, width: int) -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).float().flatten(0, 1)
 
 
-def text_unet(**changes: Any) -> nn.Module:
-    config = {
-        "sample_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "attention_head_dim": 8,
-        "cross_attention_dim": 24,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    return diffusers.UNet2DConditionModel(**{**config, **changes})
+text = draw(TEXT, TEXT_CHANNELS)
+pooled = draw(12)
 
-
-def text(batch: int, channels: int) -> Tensor:
-    return torch.randn(batch, TEXT, channels)
-
-
-def text_unet_inputs(model, batch, height, width):
-    return {**unet_inputs(model, batch, height, width), "encoder_hidden_states": text(batch, 24)}
-
-
-def sdxl_unet() -> nn.Module:
-    return text_unet(
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 12,
-        transformer_layers_per_block=(2, 1),
-        use_linear_projection=True,
-    )
-
-
-def sdxl_inputs(model, batch, height, width):
-    added = {"text_embeds": torch.randn(batch, 12), "time_ids": torch.arange(6.0).repeat(batch, 1)}
-    return {**text_unet_inputs(model, batch, height, width), "added_cond_kwargs": added}
-
-
-def pixart() -> nn.Module:
-    return diffusers.PixArtTransformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=24,
-        use_additional_conditions=False,
-    )
-
-
-def pixart_inputs(model, batch, height, width):
-    return {
-        "hidden_states": latents(batch, height, width),
-        "timestep": timesteps(batch).long(),
-        "encoder_hidden_states": text(batch, 24),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def sd3() -> nn.Module:
-    return diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=24,
-        caption_projection_dim=32,
-        pooled_projection_dim=12,
-        pos_embed_max_size=16,
-        qk_norm="rms_norm",
-    )
-
-
-def sd3_inputs(model, batch, height, width):
-    return {
-        "hidden_states": latents(batch, height, width),
-        "timestep": timesteps(batch),
-        "encoder_hidden_states": text(batch, 24),
-        "pooled_projections": torch.randn(batch, 12),
-    }
-
-
-def flux(guidance: bool = True) -> nn.Module:
-    return diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=24,
-        pooled_projection_dim=12,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=guidance,
-    )
-
-
-def flux_inputs(model, batch, height, width):
-    rows, columns = height // 2, width // 2
-    ids = torch.zeros(rows, columns, 3)
-    ids[..., 1] += torch.arange(rows)[:, None]
-    ids[..., 2] += torch.arange(columns)
-    return {
-        "hidden_states": torch.randn(batch, rows * columns, 16),
-        "timestep": timesteps(batch) / 1000,
-        "encoder_hidden_states": text(batch, 24),
-        "pooled_projections": torch.randn(batch, 12),
-        "img_ids": ids.flatten(0, 1),
-        "txt_ids": torch.zeros(TEXT, 3),
-        "guidance": torch.full((batch,), 3.5),
-    }
-
-
-def sana() -> nn.Module:
-    return diffusers.SanaTransformer2DModel(
-        sample_size=4,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=16,
-        cross_attention_dim=32,
-        caption_channels=24,
-    )
-
-
-def sana_inputs(model, batch, height, width):
-    return {
-        "hidden_states": latents(batch, height, width),
-        "timestep": timesteps(batch),
-        "encoder_hidden_states": text(batch, 24),
-    }
-
-
-def lumina2() -> nn.Module:
-    return diffusers.Lumina2Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        hidden_size=32,
-        num_layers=2,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=(4, 4, 8),
-        axes_lens=(32, 32, 32),
-        cap_feat_dim=24,
-    )
-
-
-def lumina2_inputs(model, batch, height, width):
-    mask = torch.ones(batch, TEXT, dtype=torch.bool)
-    mask[-1, 2:] = False  # captions of different lengths
-    return {
-        "hidden_states": latents(batch, height, width),
-        "timestep": timesteps(batch) / 1000,
-        "encoder_hidden_states": text(batch, 24),
-        "encoder_attention_mask": mask,
-    }
-
-
-def auraflow() -> nn.Module:
-    return diffusers.AuraFlowTransformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=24,
-        caption_projection_dim=32,
-        pos_embed_max_size=64,
-    )
-
-
-def auraflow_inputs(model, batch, height, width):
-    return {
-        "hidden_states": latents(batch, height, width),
-        "timestep": timesteps(batch) / 1000,
-        "encoder_hidden_states": text(batch, 24),
-    }
-
-
-def qwenimage() -> nn.Module:
-    return diffusers.QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=24,
-        axes_dims_rope=(4, 4, 8),
-    )
-
-
-def qwenimage_inputs(model, batch, height, width):
-    rows, columns = height // 2, width // 2
-    return {
-        "hidden_states": torch.randn(batch, rows * columns, 16),
-        "timestep": timesteps(batch) / 1000,
-        "encoder_hidden_states": text(batch, 24),
-        "encoder_hidden_states_mask": torch.ones(batch, TEXT, dtype=torch.bool),
-        "img_shapes": [[(1, rows, columns)]] * batch,
-    }
-
-
-def wan() -> nn.Module:
-    return diffusers.WanTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        text_dim=24,
-        freq_dim=16,
-        ffn_dim=32,
-        rope_max_seq_len=32,
-    )
-
-
-FRAMES = 3
-
-
-def wan_inputs(model, batch, height, width):
-    return {
-        "hidden_states": torch.randn(batch, 4, FRAMES, height, width),
-        "timestep": timesteps(batch).long(),
-        "encoder_hidden_states": text(batch, 24),
-    }
-
+LATENTS = {"sample_size": 8, "in_channels": 4, "out_channels": 4}
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+LAYERS = {"num_layers": 2, **HEADS}
+UNET = {
+    **LATENTS,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+}
+TEXT_UNET = {
+    **UNET,
+    "cross_attention_dim": TEXT_CHANNELS,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+ROPE = {"axes_dims_rope": (4, 4, 8)}
+UNET_INPUTS = {"sample": latents, "timestep": whole_timesteps}
+TEXT_INPUTS = {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}
 
 FAMILIES = {
-    "DiT": Family(dit, dit_inputs, 2),
-    "DiTTransformer2DModel": Family(diffusers_dit, diffusers_dit_inputs, 2, only_square=True),
-    "UNet2DModel": Family(unet, unet_inputs, 5),
-    "UNet2DConditionModel": Family(text_unet, text_unet_inputs, 5),
-    "UNet2DConditionModel of SDXL": Family(sdxl_unet, sdxl_inputs, 5),
-    "PixArtTransformer2DModel": Family(pixart, pixart_inputs, 2),
-    "SD3Transformer2DModel": Family(sd3, sd3_inputs, 2),
-    "FluxTransformer2DModel": Family(flux, flux_inputs, 2),
-    "SanaTransformer2DModel": Family(sana, sana_inputs, 2, size=(4, 4)),
-    "Lumina2Transformer2DModel": Family(lumina2, lumina2_inputs, 3),
-    "AuraFlowTransformer2DModel": Family(auraflow, auraflow_inputs, 2),
-    "QwenImageTransformer2DModel": Family(qwenimage, qwenimage_inputs, 2),
-    "WanTransformer3DModel": Family(wan, wan_inputs, 2),
+    "DiT": Family(
+        DiT,
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "num_classes": 10,
+        },
+        {"sample": latents, "timestep": timesteps, "class_labels": labels},
+    ),
+    "DiTTransformer2DModel": Family(
+        diffusers.DiTTransformer2DModel,
+        {**LATENTS, **LAYERS, "num_embeds_ada_norm": 10},
+        {"hidden_states": latents, "timestep": whole_timesteps, "class_labels": labels},
+        only_square=True,
+    ),
+    "UNet2DModel": Family(
+        diffusers.UNet2DModel,
+        {
+            **UNET,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        },
+        UNET_INPUTS,
+        blocks=5,
+    ),
+    "UNet2DConditionModel": Family(
+        diffusers.UNet2DConditionModel, TEXT_UNET, {**UNET_INPUTS, "encoder_hidden_states": text}, blocks=5
+    ),
+    "UNet2DConditionModel of SDXL": Family(
+        diffusers.UNet2DConditionModel,
+        {
+            **TEXT_UNET,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 12,
+            "transformer_layers_per_block": (2, 1),
+            "use_linear_projection": True,
+        },
+        {"added_cond_kwargs": added_conditions_of_sdxl, **UNET_INPUTS, "encoder_hidden_states": text},
+        blocks=5,
+    ),
+    "PixArtTransformer2DModel": Family(
+        diffusers.PixArtTransformer2DModel,
+        {
+            **LATENTS,
+            **LAYERS,
+            "out_channels": 8,
+            "cross_attention_dim": 32,
+            "caption_channels": TEXT_CHANNELS,
+            "use_additional_conditions": False,
+        },
+        {
+            **TEXT_INPUTS,
+            "timestep": whole_timesteps,
+            "added_cond_kwargs": lambda *_: {"resolution": None, "aspect_ratio": None},
+        },
+    ),
+    "SD3Transformer2DModel": Family(
+        diffusers.SD3Transformer2DModel,
+        {
+            **LATENTS,
+            **LAYERS,
+            "joint_attention_dim": TEXT_CHANNELS,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 12,
+            "pos_embed_max_size": 16,
+            "qk_norm": "rms_norm",
+        },
+        {**TEXT_INPUTS, "pooled_projections": pooled},
+    ),
+    "FluxTransformer2DModel": Family(
+        diffusers.FluxTransformer2DModel,
+        {
+            **HEADS,
+            **ROPE,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "joint_attention_dim": TEXT_CHANNELS,
+            "pooled_projection_dim": 12,
+            "guidance_embeds": True,
+        },
+        {
+            "hidden_states": packed,
+            "timestep": fractions,
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "img_ids": positions,
+            "txt_ids": lambda *_: torch.zeros(TEXT, 3),
+            "guidance": lambda batch, *_: torch.full((batch,), 3.5),
+        },
+    ),
+    "SanaTransformer2DModel": Family(
+        diffusers.SanaTransformer2DModel,
+        {
+            **LATENTS,
+            **LAYERS,
+            "sample_size": 4,
+            "patch_size": 1,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "caption_channels": TEXT_CHANNELS,
+        },
+        TEXT_INPUTS,
+        size=(4, 4),
+    ),
+    "Lumina2Transformer2DModel": Family(
+        diffusers.Lumina2Transformer2DModel,
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 16,
+            "axes_dim_rope": (4, 4, 8),
+            "axes_lens": (32, 32, 32),
+            "cap_feat_dim": TEXT_CHANNELS,
+        },
+        {**TEXT_INPUTS, "timestep": fractions, "encoder_attention_mask": mask_of_different_lengths},
+        blocks=3,
+    ),
+    "AuraFlowTransformer2DModel": Family(
+        diffusers.AuraFlowTransformer2DModel,
+        {
+            **LATENTS,
+            **HEADS,
+            "num_mmdit_layers": 1,
+            "num_single_dit_layers": 1,
+            "joint_attention_dim": TEXT_CHANNELS,
+            "caption_projection_dim": 32,
+            "pos_embed_max_size": 64,
+        },
+        {**TEXT_INPUTS, "timestep": fractions},
+    ),
+    "QwenImageTransformer2DModel": Family(
+        diffusers.QwenImageTransformer2DModel,
+        {**LAYERS, **ROPE, "in_channels": 16, "out_channels": 4, "joint_attention_dim": TEXT_CHANNELS},
+        {
+            "hidden_states": packed,
+            "timestep": fractions,
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": lambda batch, height, width: [[(1, height // 2, width // 2)]] * batch,
+        },
+    ),
+    "WanTransformer3DModel": Family(
+        diffusers.WanTransformer3DModel,
+        {
+            **LAYERS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_dim": TEXT_CHANNELS,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "rope_max_seq_len": 32,
+        },
+        {**TEXT_INPUTS, "hidden_states": video, "timestep": whole_timesteps},
+    ),
 }

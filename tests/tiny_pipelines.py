@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -14,9 +14,8 @@ import transformers
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
-from tests.tiny import FAMILIES, auraflow, flux, lumina2, pixart, qwenimage, sana, sd3, sdxl_unet, text_unet, unet, wan
+from tests.tiny import FAMILIES, TEXT_CHANNELS
 
-TEXT_CHANNELS = 24  # of the text that the denoisers of tests.tiny take
 PROMPT = "a photo of a small red cat"
 
 
@@ -25,18 +24,30 @@ class Tiny:
     """A tiny pipeline, and how to call it.
 
     Args:
-        make: the pipeline, of newly initialised modules.
+        pipeline: its class.
+        scheduler: makes it.
+        vae: makes it; None where there is none.
+        encoders: for each text encoder what makes its tokenizer, and what makes it for a tokenizer.
+        changes: of the config of the family's denoiser.
+        more: of the pipeline's arguments.
         pixels: height and width that `call` makes by default, those of the denoiser's own sample size.
         other_pixels: another size, not square; None where the pipeline only makes its own.
         arguments: what a call takes besides size, steps and seed.
         sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
+        family: key of tests.tiny.FAMILIES.
     """
 
-    make: Callable[[], Any]
+    pipeline: Any
+    scheduler: Callable[[], Any]
+    vae: Callable[[], Any] | None
+    encoders: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
     pixels: tuple[int, int] = (32, 32)
     other_pixels: tuple[int, int] | None = (48, 32)
     arguments: dict[str, Any] = field(default_factory=dict)
     sample_size: list[int] | None = None
+    family: str = ""
 
     @property
     def is_prompted(self) -> bool:
@@ -46,11 +57,22 @@ class Tiny:
         """Everything frozen and in eval mode. The same weights for the same seed; the global generator is kept."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pipe = self.make()
+            pipe = self._make()
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
         return pipe
+
+    def _make(self) -> Any:
+        parts = dict(self.more)
+        for (make_tokenizer, make_encoder), number in zip(self.encoders, ("", "_2", "_3"), strict=False):
+            parts[f"tokenizer{number}"] = make_tokenizer()
+            parts[f"text_encoder{number}"] = make_encoder(parts[f"tokenizer{number}"])
+        denoiser = "unet" if self.family.startswith("UNet") else "transformer"
+        parts[denoiser] = FAMILIES[self.family].model(int(torch.randint(2**31, ())), **self.changes)
+        if self.vae:
+            parts["vae"] = self.vae()
+        return self.pipeline(**parts, scheduler=self.scheduler())
 
     def of(self, captions: list[str]) -> dict[str, Any]:
         """Arguments for an image of each caption, with a negative caption each where the pipeline asks for one."""
@@ -195,33 +217,28 @@ def t5(tokenizer: Any, kind: str = "T5") -> Any:
     return getattr(transformers, f"{kind}EncoderModel")(config)
 
 
+_SMALL = {
+    "hidden_size": TEXT_CHANNELS,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+}
+
+
 def gemma(tokenizer: Any) -> Any:
-    config = transformers.Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_CHANNELS,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=12,
-        query_pre_attn_scalar=12,
-        initializer_range=0.2,
-    )
+    config = transformers.Gemma2Config(vocab_size=len(tokenizer), head_dim=12, query_pre_attn_scalar=12, **_SMALL)
     return transformers.Gemma2Model(config)
 
 
 def qwen_vl(tokenizer: Any) -> Any:
     text = {
+        **_SMALL,
         "vocab_size": len(tokenizer),
-        "hidden_size": TEXT_CHANNELS,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
         "bos_token_id": tokenizer.eos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "initializer_range": 0.2,
     }
     vision = {
         "depth": 1,
@@ -260,21 +277,14 @@ def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3
 
 def dc() -> Any:
     """Smaller by 8."""
-    layers = (1, 1, 1, 1)
-    blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
-    return diffusers.AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=8,
-        encoder_block_types=blocks,
-        decoder_block_types=blocks,
-        encoder_block_out_channels=(8, 8, 16, 16),
-        decoder_block_out_channels=(8, 8, 16, 16),
-        encoder_layers_per_block=layers,
-        decoder_layers_per_block=layers,
-        encoder_qkv_multiscales=((), (), (), (5,)),
-        decoder_qkv_multiscales=((), (), (), (5,)),
-        scaling_factor=0.41407,
-    )
+    sides = {
+        "block_types": ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+        "block_out_channels": (8, 8, 16, 16),
+        "layers_per_block": (1, 1, 1, 1),
+        "qkv_multiscales": ((), (), (), (5,)),
+    }
+    both = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+    return diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.41407, **both)
 
 
 _VIDEO_VAE = {
@@ -288,183 +298,21 @@ _VIDEO_VAE = {
 }
 
 
-def qwen_vae() -> Any:
-    """Smaller by 4."""
-    return diffusers.AutoencoderKLQwenImage(**_VIDEO_VAE)
-
-
-def wan_vae() -> Any:
-    """Smaller by 4, and by 2 over time."""
-    return diffusers.AutoencoderKLWan(**_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=4)
+# Smaller by 4; that of Wan by 2 over time too.
+qwen_vae = partial(diffusers.AutoencoderKLQwenImage, **_VIDEO_VAE)
+wan_vae = partial(diffusers.AutoencoderKLWan, **_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=4)
 
 
 # Pipelines.
 
-
-def denoiser(name: str, build: Callable[[], Any], **changes: Any) -> Any:
-    """The family's tiny model with every weight drawn, its config changed."""
-
-    def changed() -> Any:
-        model = build()
-        return type(model).from_config({**model.config, **changes}) if changes else model
-
-    seed = int(torch.randint(2**31, ()))
-    return dataclasses.replace(FAMILIES[name], build=changed).model(seed)
-
-
-def flow_match(**changes: Any) -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**changes)
-
-
-def dit_pipeline() -> Any:
-    return diffusers.DiTPipeline(
-        # The pipeline's null label is 1000, whatever the model; like the real one, the model predicts variances.
-        transformer=denoiser(
-            "DiTTransformer2DModel",
-            FAMILIES["DiTTransformer2DModel"].build,
-            num_embeds_ada_norm=1000,
-            out_channels=8,
-        ),
-        vae=kl(0.18215),
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
-    )
-
-
-def ddpm_pipeline() -> Any:
-    return diffusers.DDPMPipeline(
-        unet=denoiser("UNet2DModel", unet, in_channels=3, out_channels=3, sample_size=16),
-        scheduler=diffusers.DDPMScheduler(variance_type="fixed_large"),
-    )
-
-
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+flow_match = partial(partial, diffusers.FlowMatchEulerDiscreteScheduler)
 
-
-def sd_pipeline() -> Any:
-    tokenizer = clip_tokenizer()
-    return diffusers.StableDiffusionPipeline(
-        tokenizer=tokenizer,
-        text_encoder=clip(tokenizer, TEXT_CHANNELS),
-        unet=denoiser("UNet2DConditionModel", text_unet),
-        vae=kl(0.18215),
-        scheduler=diffusers.PNDMScheduler(**_SD_BETAS, skip_prk_steps=True, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def sdxl_pipeline() -> Any:
-    first, second = clip_tokenizer(), clip_tokenizer(pad_token="!")
-    return diffusers.StableDiffusionXLPipeline(
-        tokenizer=first,
-        text_encoder=clip(first, 12),
-        tokenizer_2=second,
-        text_encoder_2=clip(second, 12, projection=12),
-        unet=denoiser("UNet2DConditionModel of SDXL", sdxl_unet),
-        vae=kl(0.13025),
-        scheduler=diffusers.EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="leading"),
-    )
-
-
-def pixart_pipeline() -> Any:
-    tokenizer = t5_tokenizer()
-    return diffusers.PixArtSigmaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=t5(tokenizer),
-        transformer=denoiser("PixArtTransformer2DModel", pixart),
-        vae=kl(0.13025),
-        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear"),
-    )
-
-
-def sd3_pipeline() -> Any:
-    first, second, third = clip_tokenizer(), clip_tokenizer(pad_token="!"), t5_tokenizer()
-    return diffusers.StableDiffusion3Pipeline(
-        tokenizer=first,
-        text_encoder=clip(first, 8, projection=4),
-        tokenizer_2=second,
-        text_encoder_2=clip(second, 12, projection=8),
-        tokenizer_3=third,
-        text_encoder_3=t5(third),
-        transformer=denoiser("SD3Transformer2DModel", sd3),
-        vae=kl(1.5305, 0.0609),
-        scheduler=flow_match(shift=3.0),
-    )
-
-
-def flux_pipeline() -> Any:
-    first, second = clip_tokenizer(), t5_tokenizer()
-    return diffusers.FluxPipeline(
-        tokenizer=first,
-        text_encoder=clip(first, 12),
-        tokenizer_2=second,
-        text_encoder_2=t5(second),
-        transformer=denoiser("FluxTransformer2DModel", flux),
-        vae=kl(0.3611, 0.1159),
-        scheduler=flow_match(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
-    )
-
-
-def sana_pipeline() -> Any:
-    tokenizer = gemma_tokenizer()
-    return diffusers.SanaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=gemma(tokenizer),
-        transformer=denoiser("SanaTransformer2DModel", sana),
-        vae=dc(),
-        scheduler=diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-    )
-
-
-def lumina2_pipeline() -> Any:
-    tokenizer = gemma_tokenizer()
-    return diffusers.Lumina2Pipeline(
-        tokenizer=tokenizer,
-        text_encoder=gemma(tokenizer),
-        transformer=denoiser("Lumina2Transformer2DModel", lumina2, axes_lens=(300, 32, 32)),
-        vae=kl(0.3611, 0.1159, levels=4),  # the pipeline takes it for granted that the VAE makes images smaller by 8
-        scheduler=flow_match(shift=6.0),
-    )
-
-
-def auraflow_pipeline() -> Any:
-    tokenizer = t5_tokenizer()
-    return diffusers.AuraFlowPipeline(
-        tokenizer=tokenizer,
-        text_encoder=t5(tokenizer, "UMT5"),
-        transformer=denoiser("AuraFlowTransformer2DModel", auraflow),
-        vae=kl(0.13025),
-        scheduler=flow_match(shift=1.73),
-    )
-
-
-def qwenimage_pipeline() -> Any:
-    tokenizer = qwen_tokenizer()
-    return diffusers.QwenImagePipeline(
-        tokenizer=tokenizer,
-        text_encoder=qwen_vl(tokenizer),
-        transformer=denoiser("QwenImageTransformer2DModel", qwenimage),
-        vae=qwen_vae(),
-        scheduler=flow_match(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-        ),
-    )
-
-
-def wan_pipeline() -> Any:
-    tokenizer = t5_tokenizer()
-    return diffusers.WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=t5(tokenizer, "UMT5"),
-        transformer=denoiser("WanTransformer3DModel", wan),
-        vae=wan_vae(),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-    )
+second_clip_tokenizer = partial(clip_tokenizer, pad_token="!")
+T5 = (t5_tokenizer, t5)
+UMT5 = (t5_tokenizer, partial(t5, kind="UMT5"))
+GEMMA = (gemma_tokenizer, gemma)
 
 
 def prompted(**more: Any) -> dict[str, Any]:
@@ -472,18 +320,72 @@ def prompted(**more: Any) -> dict[str, Any]:
 
 
 PIPELINES: dict[str, Tiny] = {
-    "DiTTransformer2DModel": Tiny(dit_pipeline, other_pixels=None, arguments={"class_labels": [3]}),
-    "UNet2DModel": Tiny(ddpm_pipeline, pixels=(16, 16), other_pixels=None),
-    "UNet2DConditionModel": Tiny(sd_pipeline, arguments=prompted()),
-    "UNet2DConditionModel of SDXL": Tiny(sdxl_pipeline, arguments=prompted()),
+    "DiTTransformer2DModel": Tiny(
+        diffusers.DiTPipeline,
+        partial(diffusers.DDIMScheduler, clip_sample=False),
+        partial(kl, 0.18215),
+        # The pipeline's null label is 1000, whatever the model; like the real one, the model predicts variances.
+        changes={"num_embeds_ada_norm": 1000, "out_channels": 8},
+        other_pixels=None,
+        arguments={"class_labels": [3]},
+    ),
+    "UNet2DModel": Tiny(
+        diffusers.DDPMPipeline,
+        partial(diffusers.DDPMScheduler, variance_type="fixed_large"),
+        None,
+        changes={"in_channels": 3, "out_channels": 3, "sample_size": 16},
+        pixels=(16, 16),
+        other_pixels=None,
+    ),
+    "UNet2DConditionModel": Tiny(
+        diffusers.StableDiffusionPipeline,
+        partial(diffusers.PNDMScheduler, **_SD_BETAS, skip_prk_steps=True, set_alpha_to_one=False),
+        partial(kl, 0.18215),
+        [(clip_tokenizer, partial(clip, hidden_size=TEXT_CHANNELS))],
+        more={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        arguments=prompted(),
+    ),
+    "UNet2DConditionModel of SDXL": Tiny(
+        diffusers.StableDiffusionXLPipeline,
+        partial(diffusers.EulerDiscreteScheduler, **_SD_BETAS, timestep_spacing="leading"),
+        partial(kl, 0.13025),
+        [
+            (clip_tokenizer, partial(clip, hidden_size=12)),
+            (second_clip_tokenizer, partial(clip, hidden_size=12, projection=12)),
+        ],
+        arguments=prompted(),
+    ),
     "PixArtTransformer2DModel": Tiny(
-        pixart_pipeline,
+        diffusers.PixArtSigmaPipeline,
+        partial(diffusers.DPMSolverMultistepScheduler, beta_schedule="linear"),
+        partial(kl, 0.13025),
+        [T5],
         arguments=prompted(clean_caption=False, use_resolution_binning=False, max_sequence_length=32),
     ),
-    "SD3Transformer2DModel": Tiny(sd3_pipeline, arguments=prompted(max_sequence_length=32)),
-    "FluxTransformer2DModel": Tiny(flux_pipeline, arguments=prompted(max_sequence_length=32), sample_size=[8, 8]),
+    "SD3Transformer2DModel": Tiny(
+        diffusers.StableDiffusion3Pipeline,
+        flow_match(shift=3.0),
+        partial(kl, 1.5305, 0.0609),
+        [
+            (clip_tokenizer, partial(clip, hidden_size=8, projection=4)),
+            (second_clip_tokenizer, partial(clip, hidden_size=12, projection=8)),
+            T5,
+        ],
+        arguments=prompted(max_sequence_length=32),
+    ),
+    "FluxTransformer2DModel": Tiny(
+        diffusers.FluxPipeline,
+        flow_match(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159),
+        [(clip_tokenizer, partial(clip, hidden_size=12)), T5],
+        arguments=prompted(max_sequence_length=32),
+        sample_size=[8, 8],
+    ),
     "SanaTransformer2DModel": Tiny(
-        sana_pipeline,
+        diffusers.SanaPipeline,
+        partial(diffusers.DPMSolverMultistepScheduler, **_FLOW),
+        dc,
+        [GEMMA],
         other_pixels=(64, 32),
         arguments=prompted(
             clean_caption=False,
@@ -493,15 +395,40 @@ PIPELINES: dict[str, Tiny] = {
         ),
     ),
     "Lumina2Transformer2DModel": Tiny(
-        lumina2_pipeline, (64, 64), other_pixels=(96, 64), arguments=prompted(max_sequence_length=64)
+        diffusers.Lumina2Pipeline,
+        flow_match(shift=6.0),
+        partial(kl, 0.3611, 0.1159, levels=4),  # the pipeline takes it for granted that images get smaller by 8
+        [GEMMA],
+        changes={"axes_lens": (300, 32, 32)},
+        pixels=(64, 64),
+        other_pixels=(96, 64),
+        arguments=prompted(max_sequence_length=64),
     ),
-    "AuraFlowTransformer2DModel": Tiny(auraflow_pipeline, arguments=prompted(max_sequence_length=32)),
+    "AuraFlowTransformer2DModel": Tiny(
+        diffusers.AuraFlowPipeline,
+        flow_match(shift=1.73),
+        partial(kl, 0.13025),
+        [UMT5],
+        arguments=prompted(max_sequence_length=32),
+    ),
     "QwenImageTransformer2DModel": Tiny(
-        qwenimage_pipeline,
+        diffusers.QwenImagePipeline,
+        flow_match(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        qwen_vae,
+        [(qwen_tokenizer, qwen_vl)],
         arguments=prompted(negative_prompt=" ", max_sequence_length=64),
         sample_size=[8, 8],
     ),
     "WanTransformer3DModel": Tiny(
-        wan_pipeline, arguments=prompted(num_frames=5, max_sequence_length=32), sample_size=[3, 8, 8]
+        diffusers.WanPipeline,
+        partial(diffusers.UniPCMultistepScheduler, **_FLOW),
+        wan_vae,
+        [UMT5],
+        arguments=prompted(num_frames=5, max_sequence_length=32),
+        sample_size=[3, 8, 8],
     ),
 }
+for name, tiny in PIPELINES.items():
+    tiny.family = name

@@ -9,7 +9,7 @@ import torch
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.core.errors import UserError
 from stagepatch.patch import Patch
-from tests.tiny import FAMILIES, text_unet
+from tests.tiny import FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,9 @@ def test_other_architecture_is_refused_by_name_of_what_differs(tiny_dit, tmp_pat
 
 
 def test_unet_for_inpainting_is_not_the_unet_the_patch_was_made_for(tmp_path):
-    Patch.create(text_unet()).save_pretrained(tmp_path)
+    Patch.create(FAMILIES["UNet2DConditionModel"].build()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="in_channels 4 against the model's 9"):
-        Patch.from_pretrained(tmp_path).attach(text_unet(in_channels=9))
+        Patch.from_pretrained(tmp_path).attach(FAMILIES["UNet2DConditionModel"].build(in_channels=9))
 
 
 def test_other_weights_of_the_architecture_warn_and_the_same_do_not(tiny_dit, tmp_path):
