@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from stagepatch.core.errors import UserError
-from stagepatch.data import DataConfig, HuggingFaceSource, load_dataset
+from stagepatch.data import HuggingFaceSource
+from tests.data.reading import load, shown, summary
 
 datasets = pytest.importorskip("datasets")
 
@@ -40,19 +41,6 @@ def saved(tmp_path):
         return tmp_path / "saved"
 
     return save
-
-
-def load(path, **choices):
-    return load_dataset(DataConfig(source=str(path), **{"image_size": 8, "channels": 1, **choices}))
-
-
-def shown(item):
-    return round((float(item["image"].mean()) + 1) * 127.5)
-
-
-def summary(dataset):
-    items = [dataset[index] for index in range(len(dataset))]
-    return [(shown(item), item["label"], item["caption"]) for item in items]
 
 
 def test_saved_dataset(saved):

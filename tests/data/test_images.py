@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, FolderSource, Images, in_memory
+from tests.data.reading import shown
 
 
 def images(folder, **choices):
@@ -18,10 +19,6 @@ def images(folder, **choices):
 def paint(path, value=0, size=(12, 12), **options):
     """A flat image; the value tells which one an item shows."""
     Image.new("RGB", size, (value, value, value)).save(path, **options)
-
-
-def shown(item):
-    return round((float(item["image"].mean()) + 1) * 127.5)
 
 
 def no_image(path):
