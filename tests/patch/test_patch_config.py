@@ -530,6 +530,11 @@ def test_choices_that_exclude_each_other_are_refused(choices, message):
         PatchConfig(**choices)
 
 
+def test_tuples_are_taken_for_lists():
+    config = PatchConfig(grid=(2, 2), sample_size=(8, 8), sites=("blocks.1",))
+    assert config == PatchConfig(grid=[2, 2], sample_size=[8, 8], sites=["blocks.1"])
+
+
 def test_unknown_key_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"Unknown key.*: depth, promtps\. Known: block_index, condition"):
         PatchConfig.from_dict({"promtps": 3, "depth": 12})

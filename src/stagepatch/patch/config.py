@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stagepatch.core.errors import UserError
 
@@ -29,6 +31,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "load_loss": "none",
     },
 }
+
+
+SiteGroup = Literal["all", "first", "half", "stages", "attention"]
 
 
 @dataclass
@@ -85,7 +90,7 @@ class PatchConfig:
     sample_size: int | list[int] | None = None
     grid: list[int] | None = None
     num_experts: int = 1
-    sites: Literal["all", "first", "half", "stages", "attention"] | int | list[str] | None = None
+    sites: SiteGroup | int | list[str] | None = None
     initialization: Literal["zero", "normal"] | None = None
     initialization_std: float = 0.02
     gate: Literal["linear", "attention", "none"] = "linear"
@@ -105,30 +110,44 @@ class PatchConfig:
     load_loss: Literal["surrogate", "indicator", "smooth", "none"] | None = None
 
     def __post_init__(self) -> None:
-        if self.preset not in tuple(_PRESETS):
-            raise UserError(f"preset={self.preset!r} is none of {', '.join(_PRESETS)}.")
+        kinds = _field_kinds()
+        _check_field("preset", self.preset, kinds["preset"])
         for name, value in _PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        _check_types(self)
         if self.gate_initialization is None:
             self.gate_initialization = "zero" if self.num_experts == 1 else "normal"
         if self.initialization is None:
-            gated = self.position == "prepend" and self.prepending == "gated"
-            self.initialization = "normal" if gated else "zero"
-        self._check()
+            is_gated = self.position == "prepend" and self.prepending == "gated"
+            self.initialization = "normal" if is_gated else "zero"
+        for name, kind in kinds.items():
+            if isinstance(getattr(self, name), tuple):
+                setattr(self, name, list(getattr(self, name)))
+            _check_field(name, getattr(self, name), kind)
+        self._check_sizes()
+        self._check_combinations()
 
-    def _check(self) -> None:
-        _check_choices(self)
-        if self.num_experts > 1 and self.gate == "none":
-            raise UserError(f"num_experts={self.num_experts} needs a gate to mix them: set gate to 'linear'.")
+    def _check_sizes(self) -> None:
         if self.grid is not None and not (isinstance(self.grid, list) and _are_counts(self.grid)):
             raise UserError(f"grid={self.grid!r} must be a list of whole numbers of at least 1, such as [16, 16].")
         size = self.sample_size if isinstance(self.sample_size, list) else [self.sample_size]
-        if size != [None] and not _are_counts(size):
+        if self.sample_size is not None and not _are_counts(size):
             raise UserError(f"sample_size={self.sample_size!r} must be whole numbers of at least 1.")
+        if isinstance(self.sites, list):
+            is_choice = bool(self.sites) and all(isinstance(name, str) for name in self.sites)
+        else:
+            is_choice = self.sites in get_args(SiteGroup) or _are_counts([self.sites])
+        if not is_choice:
+            raise UserError(
+                f"sites={self.sites!r} is none of {', '.join(get_args(SiteGroup))}, a number of at least 1, or a list "
+                f"of names."
+            )
         if self.top_k <= 0 or (self.top_k >= 1 and self.top_k != int(self.top_k)):
             raise UserError(f"top_k={self.top_k} is neither a count (1, 2, …) nor a share between 0 and 1.")
+
+    def _check_combinations(self) -> None:
+        if self.num_experts > 1 and self.gate == "none":
+            raise UserError(f"num_experts={self.num_experts} needs a gate to mix them: set gate to 'linear'.")
         if self.normalization != "softmax" and (self.selection == "hard" or self.num_experts > 1):
             raise UserError(
                 f"normalization='{self.normalization}' is defined for selection='soft' with num_experts=1."
@@ -143,65 +162,35 @@ class PatchConfig:
         Raises:
             UserError: an unknown key or choice.
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
+        fields = _field_kinds()
+        unknown = sorted(set(values) - set(fields))
         if unknown:
             raise UserError(
-                f"Unknown key in a patch's config: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
+                f"Unknown key in a patch's config: {', '.join(unknown)}. Known: {', '.join(sorted(fields))}."
             )
         return cls(**values)
 
 
-_CHOICES = {
-    "position": ("add", "prepend"),
-    "prepending": ("gated", "plain"),
-    "initialization": ("zero", "normal"),
-    "gate": ("linear", "attention", "none"),
-    "condition": ("t", "t+c"),
-    "selection": ("soft", "hard"),
-    "hard_weight": ("one", "renormalized"),
-    "gate_initialization": ("zero", "normal"),
-    "normalization": ("softmax", "mean_one", "sigmoid"),
-    "importance_variance": ("population", "unbiased"),
-    "load_loss": ("surrogate", "indicator", "smooth", "none"),
-}
+@cache
+def _field_kinds() -> dict[str, tuple[Any, ...]]:
+    """The kinds of value that each field's annotation names, without None."""
+    hints = get_type_hints(PatchConfig)
+    return {name: tuple(set(get_args(hint | None)) - {NoneType}) for name, hint in hints.items()}
 
 
-def _check_choices(config: PatchConfig) -> None:
-    for name, choices in _CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"{name}={getattr(config, name)!r} is none of {', '.join(choices)}.")
-
-
-_COUNTS = ("num_prompts", "num_experts")
-_AMOUNTS = ("initialization_std", "top_k", "gate_learning_rate_factor", "importance_weight", "load_weight")
-_FLAGS = ("block_index", "gate_noise", "matched_step")
+def _check_field(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    """Refuse what is not of a field's one kind: a choice, a count, an amount or a flag."""
+    if len(kinds) > 1:
+        return
+    if get_origin(kinds[0]) is Literal and value not in get_args(kinds[0]):
+        raise UserError(f"{name}={value!r} is none of {', '.join(get_args(kinds[0]))}.")
+    if kinds[0] is int and not _are_counts([value]):
+        raise UserError(f"{name}={value!r} must be a whole number of at least 1.")
+    if kinds[0] is float and (type(value) not in (int, float) or not 0 <= value < math.inf):
+        raise UserError(f"{name}={value!r} must be a finite number of at least 0.")
+    if kinds[0] is bool and not isinstance(value, bool):
+        raise UserError(f"{name}={value!r} is neither true nor false.")
 
 
 def _are_counts(values: list[Any]) -> bool:
     return all(type(value) is int and value >= 1 for value in values)
-
-
-def _check_types(config: PatchConfig) -> None:
-    for name in _COUNTS:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{name}={value!r} must be a whole number of at least 1.")
-    for name in _AMOUNTS:
-        value = getattr(config, name)
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise UserError(f"{name}={value!r} must be a finite number of at least 0.")
-    for name in _FLAGS:
-        if not isinstance(getattr(config, name), bool):
-            raise UserError(f"{name}={getattr(config, name)!r} is neither true nor false.")
-    if not _is_choice_of_sites(config.sites):
-        raise UserError(
-            f"sites={config.sites!r} is none of all, first, half, stages, attention, a number of at least 1, or a "
-            f"list of names."
-        )
-
-
-def _is_choice_of_sites(sites: Any) -> bool:
-    if isinstance(sites, list):
-        return bool(sites) and all(isinstance(name, str) for name in sites)
-    return sites in ("all", "first", "half", "stages", "attention") or (type(sites) is int and sites >= 1)
