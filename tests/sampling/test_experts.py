@@ -26,7 +26,7 @@ from stagepatch.sampling import (
     generate_with_pipeline,
     load_experts,
 )
-from tests.sampling.test_generate import noise
+from tests.sampling.test_generate import by_hand, noise
 from tests.tiny import FAMILIES, Family
 from tests.tiny_pipelines import PIPELINES
 
@@ -69,15 +69,11 @@ def test_two_experts_equal_two_models_in_a_loop_by_hand(tiny_dit):
     sampler = DDIMScheduler.from_config(SCHEDULER.config)
     sampler.set_timesteps(4)  # 750, 500, 250, 0
     assert sampler.timesteps.tolist() == [750, 500, 250, 0]
-    sample, _ = noise(0, 4)
-    with torch.no_grad():
-        for timestep in sampler.timesteps:
-            model = other if timestep < 500 else base
-            output = model(sample, timestep.expand(4), torch.arange(4)).sample
-            sample = sampler.step(output, timestep, sample).prev_sample
+    labels = torch.arange(4)
+    expected = by_hand(sampler, lambda x, t: (other if t[0] < 500 else base)(x, t, labels).sample, 4)
     with at((500, other), (1000, None)).attach(base):
         images = generate(base, SCHEDULER, config())
-    torch.testing.assert_close(images, sample, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(images, generate(base, SCHEDULER, config()), atol=1e-2)
     assert not torch.allclose(images, generate(other, SCHEDULER, config()), atol=1e-2)
 
@@ -293,22 +289,18 @@ def test_steps_equal_a_loop_by_hand_over_the_same_timesteps(tiny_dit, name):
     classes = {"ddpm": DDPMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
     sampler = classes.get(name, diffusers.EulerDiscreteScheduler).from_config(SCHEDULER.config)
     sampler.set_timesteps(timesteps=[timestep for timestep, _, _ in steps])
-    sample, generators = noise(0, 4)
-    sample = sample * sampler.init_noise_sigma
-    with torch.no_grad():
-        for timestep, (_, model, _) in zip(sampler.timesteps, steps, strict=True):
-            scaled = sampler.scale_model_input(sample, timestep)
-            output = (model or base)(scaled, timestep.expand(4), torch.arange(4)).sample
-            sample = sampler.step(output, timestep, sample, generator=generators).prev_sample
+    models = {float(timestep): model or base for timestep, model, _ in steps}
+    assert sampler.timesteps.tolist() == list(models)
+    expected = by_hand(sampler, lambda x, t: models[float(t[0])](x, t, torch.arange(4)).sample, 4)
     experts = Experts.at_steps(steps, 1000, name)
     with experts.attach(base):
         images = generate(base, SCHEDULER, experts.sampling(config(scheduler="ddim", num_inference_steps=9)))
-    torch.testing.assert_close(images, sample, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ddim", "pndm", "dpmsolver++", "euler", "UniPCMultistepScheduler"])
 def test_the_sampler_s_own_timesteps_change_nothing(tiny_dit, name):
-    """Even of samplers that can be told no others."""
+    """Even of samplers that take no others."""
     base = tiny_dit()
     plain = config(scheduler=name, num_inference_steps=5)
     expected = generate(base, SCHEDULER, plain)
@@ -341,7 +333,7 @@ def test_flow_samplers_take_timesteps_as_they_are(tiny_dit):
 @pytest.mark.parametrize(
     ("name", "options"), [("ddim", {}), ("pndm", {}), ("dpmsolver++", {"use_karras_sigmas": True})]
 )
-def test_samplers_that_cannot_be_told_timesteps(name, options):
+def test_samplers_that_take_no_timesteps(name, options):
     sampler = make_sampler(name, SCHEDULER)
     sampler = type(sampler).from_config(sampler.config, **options)
     pin_timesteps(sampler, [900, 500, 499, 20])

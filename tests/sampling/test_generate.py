@@ -1,5 +1,7 @@
 """Samples: every diffusers sampler, guidance, and image i from (seed, i) alone."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,19 @@ def noise(seed, count, shape=(1, 8, 8)):
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]), generators
 
 
+def by_hand(sampler, output, count, seed=0, shape=(1, 8, 8)):
+    """A loop with a scheduler of diffusers whose steps are set; output: sample, timesteps -> the model's output."""
+    sample, generators = noise(seed, count, shape)
+    sample = sample * getattr(sampler, "init_noise_sigma", 1.0)
+    options = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
+    with torch.no_grad():
+        for timestep in sampler.timesteps:
+            scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
+            predicted = output(scaled, timestep.expand(count))
+            sample = sampler.step(predicted, timestep, sample, **options).prev_sample
+    return sample
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 50])
 def test_batches_do_not_change_the_images(tiny_dit, name, batch_size):
@@ -62,17 +77,10 @@ def test_equals_a_loop_written_with_the_diffusers_scheduler(tiny_dit, name):
     scheduler = make_scheduler(ObjectiveConfig(beta_schedule="scaled_linear"))
     sampler = SAMPLERS[name].from_config(scheduler.config)
     sampler.set_timesteps(4)
-    sample, generators = noise(3, 2)
     labels = torch.tensor([4, 7])
-    with torch.no_grad():
-        for timestep in sampler.timesteps:
-            output = model(sample, timestep.expand(2), labels).sample
-            extra = {} if name == "pndm" else {"generator": generators}
-            sample = sampler.step(output, timestep, sample, **extra).prev_sample
-    images = generate(
-        model, scheduler, config(scheduler=name, num_images=2, num_inference_steps=4, seed=3), torch.tensor([4, 7])
-    )
-    torch.testing.assert_close(images, sample, atol=1e-5, rtol=1e-5)
+    expected = by_hand(sampler, lambda sample, timesteps: model(sample, timesteps, labels).sample, 2, seed=3)
+    choice = config(scheduler=name, num_images=2, num_inference_steps=4, seed=3)
+    torch.testing.assert_close(generate(model, scheduler, choice, labels), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variance", [True, False])
@@ -83,12 +91,8 @@ def test_learned_variance_is_used_by_ddpm_and_dropped_by_others(tiny_dit, varian
     sampler = DDPMScheduler.from_config(scheduler.config)
     assert sampler.config.variance_type == ("learned_range" if variance else "fixed_small")
     sampler.set_timesteps(3)
-    sample, generators = noise(0, 5)
-    with torch.no_grad():
-        for timestep in sampler.timesteps:
-            output = predict(model, sample, timestep.expand(5), torch.arange(5))
-            sample = sampler.step(output, timestep, sample, generator=generators).prev_sample
-    torch.testing.assert_close(images, sample, atol=1e-5, rtol=1e-5)
+    expected = by_hand(sampler, lambda sample, timesteps: predict(model, sample, timesteps, torch.arange(5)), 5)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
     if variance:
         with torch.no_grad():  # the variance's half changes the images
             model.final_layer.linear.bias[1::2].add_(5.0)
@@ -136,19 +140,17 @@ def test_converted_model_samples_as_the_diffusers_model():
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
     ours = DiT.from_diffusers(theirs)
     scheduler = DDIMScheduler(clip_sample=False)
-    start, _ = noise(0, 2, (4, 8, 8))
     sampler = DDIMScheduler.from_config(scheduler.config)
     sampler.set_timesteps(3)
-    sample = start
     labels, null = torch.tensor([3, 900]), torch.tensor([1000, 1000])
-    with torch.no_grad():
-        for timestep in sampler.timesteps:
-            conditional = theirs(sample, timestep.expand(2), labels).sample
-            unconditional = theirs(sample, timestep.expand(2), null).sample
-            guided = unconditional + 4.0 * (conditional - unconditional)
-            sample = sampler.step(guided, timestep, sample).prev_sample
+
+    def guided(sample, timesteps):
+        conditional, unconditional = (theirs(sample, timesteps, classes).sample for classes in (labels, null))
+        return unconditional + 4.0 * (conditional - unconditional)
+
+    expected = by_hand(sampler, guided, 2, shape=(4, 8, 8))
     images = generate(ours, scheduler, config(num_images=2, guidance_scale=4.0), labels)
-    torch.testing.assert_close(images, sample, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_flow_models_sample_with_their_scheduler(tiny_dit):
@@ -156,19 +158,14 @@ def test_flow_models_sample_with_their_scheduler(tiny_dit):
     images = generate(model, scheduler, config(scheduler="flow_euler", num_images=2))
     sampler = FlowMatchEulerDiscreteScheduler()
     sampler.set_timesteps(3)
-    sample, _ = noise(0, 2)
-    with torch.no_grad():
-        for timestep in sampler.timesteps:
-            sample = sampler.step(
-                model(sample, timestep.expand(2), torch.arange(2)).sample, timestep, sample
-            ).prev_sample
-    torch.testing.assert_close(images, sample, atol=1e-5, rtol=1e-5)
+    expected = by_hand(sampler, lambda sample, timesteps: model(sample, timesteps, torch.arange(2)).sample, 2)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_labels_are_balanced_by_default_and_progress_is_told(tiny_dit):
-    model, scheduler, told = tiny_dit(), make_scheduler(ObjectiveConfig()), []
-    images = generate(model, scheduler, config(num_images=12, batch_size=5), on_batch=told.append)
-    assert told == [5, 5, 2]
+def test_labels_are_balanced_by_default_and_progress_is_reported(tiny_dit):
+    model, scheduler, counts = tiny_dit(), make_scheduler(ObjectiveConfig()), []
+    images = generate(model, scheduler, config(num_images=12, batch_size=5), on_batch=counts.append)
+    assert counts == [5, 5, 2]
     given = generate(model, scheduler, config(num_images=12), torch.tensor([*range(10), 0, 1]))
     torch.testing.assert_close(images, given, atol=1e-5, rtol=1e-5)
 
