@@ -22,6 +22,16 @@ def sample(pipe, prompts=PROMPTS, **changes):
     return generate_with_pipeline(pipe, config, prompts)
 
 
+def save_model_and_patch(directory):
+    pipe = SD.build()
+    pipe.save_pretrained(directory / "model")
+    patch = Patch.create(pipe)
+    with torch.no_grad():
+        for prompts in patch.prompts:
+            prompts.normal_(std=20.0)
+    patch.save_pretrained(directory / "patch")
+
+
 def test_image_depends_on_its_seed_and_number_and_prompt_alone():
     pipe = SD.build()
     images = sample(pipe)
@@ -42,13 +52,7 @@ def test_classes_take_turns():
 
 
 def test_command_samples_base_and_patched_pipeline(tmp_path, capsys):
-    pipe = SD.build()
-    pipe.save_pretrained(tmp_path / "model")
-    patch = Patch.create(pipe)
-    with torch.no_grad():
-        for prompts in patch.prompts:
-            prompts.normal_(std=20.0)
-    patch.save_pretrained(tmp_path / "patch")
+    save_model_and_patch(tmp_path)
     given = [f"--model={tmp_path / 'model'}", "--sampling.num_images=2", "--sampling.num_inference_steps=2"]
     assert main(["sample", *given, f"--output_dir={tmp_path / 'none'}"]) == 2
     assert "give --prompts" in capsys.readouterr().err
@@ -76,13 +80,7 @@ def test_model_of_latents_is_measured_by_its_images_against_the_training_images(
 
     monkeypatch.setitem(features._EXTRACTORS, "digits", Pixels)
     monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path / "features"))
-    pipe = SD.build()
-    pipe.save_pretrained(tmp_path / "model")
-    patch = Patch.create(pipe)
-    with torch.no_grad():
-        for prompts in patch.prompts:
-            prompts.normal_(std=20.0)
-    patch.save_pretrained(tmp_path / "patch")
+    save_model_and_patch(tmp_path)
     images = draw_images(tmp_path / "images", count=6, size=(32, 32))
     given = ["--data.image_size=32", "--sampling.num_images=6", "--sampling.num_inference_steps=5"]
     given += [f"--data.source={images}", f"--patch={tmp_path / 'patch'}", "--sampling.guidance_scale=3"]
