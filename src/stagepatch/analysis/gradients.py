@@ -94,7 +94,11 @@ def gradient_similarity(
             parameter.requires_grad_(True)
         for place, timestep in enumerate(samples.timesteps):
             for half in (0, 1):
-                gradient = _mean_gradient(model, objective, samples, timestep, half, chosen)
+                for parameter in chosen:
+                    parameter.grad = None
+                for draws in samples.at(timestep, model, objective, half):
+                    (sample_losses(model, objective, draws).sum() / (samples.count // 2)).backward()
+                gradient = [torch.zeros_like(value) if value.grad is None else value.grad for value in chosen]
                 row = vectors[2 * place + half]
                 if projection:
                     row.copy_(count_sketch(gradient, projection, samples.seed))
@@ -131,21 +135,6 @@ def _room_for(rows: int, total: int, projection: int, memory_gib: float) -> Tens
             f"parameters='<regular expression>', fewer timesteps, or a larger memory_gib."
         )
     return torch.zeros(rows, projection or total)
-
-
-def _mean_gradient(
-    model: nn.Module,
-    objective: Objective,
-    samples: Samples,
-    timestep: int,
-    half: int,
-    parameters: Sequence[nn.Parameter],
-) -> list[Tensor]:
-    for parameter in parameters:
-        parameter.grad = None
-    for draws in samples.at(timestep, model, objective, half):
-        (sample_losses(model, objective, draws).sum() / (samples.count // 2)).backward()
-    return [torch.zeros_like(value) if value.grad is None else value.grad for value in parameters]
 
 
 def count_sketch(tensors: Iterable[Tensor], buckets: int, seed: int) -> Tensor:
@@ -247,12 +236,10 @@ def analyze_gradients(config: AnalyzeConfig, model: nn.Module, objective: Object
 
 
 def _note(found: GradientSimilarity, count: int, projection: int) -> str:
-    projected = (
-        f", and from the projection to {projection:,} numbers at most (1 − c²)/√{projection} = "
-        f"{1.0 / math.sqrt(projection):.4f}·(1 − c²)"
-        if projection
-        else ""
-    )
+    projected = ""
+    if projection:
+        error = f"(1 − c²)/√{projection} = {1.0 / math.sqrt(projection):.4f}·(1 − c²)"
+        projected = f", and from the projection to {projection:,} numbers at most {error}"
     reliable = int((found.reliability >= LEAST_RELIABILITY).sum())
     return (
         f"Mean gradients of {found.num_parameters:,} weights over {count} samples a timestep, images and "

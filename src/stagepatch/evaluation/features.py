@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -65,10 +66,7 @@ class InceptionFeatures:
         return features
 
 
-_EXTRACTORS: dict[str, type[DigitsFeatures] | type[InceptionFeatures]] = {
-    "digits": DigitsFeatures,
-    "inception": InceptionFeatures,
-}
+_EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {"digits": DigitsFeatures, "inception": InceptionFeatures}
 
 
 def load_extractor(name: str) -> FeatureExtractor:

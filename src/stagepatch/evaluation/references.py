@@ -44,8 +44,7 @@ def load_references(config: DataConfig) -> References:
         raise UserError(f"data.crop='{config.crop}' makes images of many sizes: metrics need crop 'center'.")
     dataset = load_dataset(config)
     assert isinstance(dataset, Images | ImageDataset)
-    numbers = len(dataset) * config.channels * config.image_size**2
-    is_small = numbers <= _MOST_NUMBERS
+    is_small = len(dataset) * config.channels * config.image_size**2 <= _MOST_NUMBERS
     return References(in_memory(dataset) if is_small else dataset, None)
 
 
