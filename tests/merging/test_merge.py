@@ -10,7 +10,11 @@ from safetensors.torch import load_file, save_file
 from stagepatch.checkpoints import add_projections, load_denoiser, save_denoiser
 from stagepatch.core import TensorReader, write_stream
 from stagepatch.core.errors import UserError
-from stagepatch.merging import Ties, combine, merge_loras, merge_models
+from stagepatch.core.files import read_json, write_json
+from stagepatch.core.tensors import write_tensors
+from stagepatch.merging import combine, merge_loras, merge_models
+from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
+from stagepatch.methods.lora import FILE_NAME as LORA_FILE
 from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
@@ -88,10 +92,10 @@ def test_merged_model_is_loaded_by_diffusers(models, tmp_path):
 def test_ties_trims_elects_and_averages_those_that_agree():
     base = torch.zeros(4)
     stages = [torch.tensor([4.0, -1.0, 3.0, 0.1]), torch.tensor([2.0, 5.0, -3.5, 0.2])]
-    kept_half = combine(base, stages, [1.0, 1.0], Ties(keep=0.5))
+    kept_half = combine(base, stages, [1.0, 1.0], ties_keep=0.5)
     # Kept: [4, 0, 3, 0] and [0, 5, -3.5, 0]; signs elected +, +, −; each has one that agrees; times two stages.
     assert kept_half.tolist() == [8.0, 10.0, -7.0, 0.0]
-    assert combine(base, stages, [0.5, 0.5], Ties(keep=1.0)).tolist() == pytest.approx([3.0, 5.0, -3.5, 0.15])
+    assert combine(base, stages, [0.5, 0.5], ties_keep=1.0).tolist() == pytest.approx([3.0, 5.0, -3.5, 0.15])
 
 
 def test_whole_numbers_are_the_bases():
@@ -175,20 +179,24 @@ def test_stages_of_other_architectures_and_numbers_are_refused(models, tmp_path)
 def test_loras_merge_into_one_of_the_summed_rank(tmp_path):
     torch.manual_seed(0)
     loras = [{"x.lora_A.weight": torch.randn(2, 5), "x.lora_B.weight": torch.randn(7, 2)} for _ in range(3)]
-    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
-    for path, lora in zip(paths, loras, strict=True):
-        save_file(lora, path)
+    stages = [tmp_path / str(number) for number in range(3)]
+    for stage, lora in zip(stages, loras, strict=True):
+        write_tensors(stage / LORA_FILE, lora)
+        write_json(stage / LORA_CONFIG, {"rank": 2, "min_rank": 1})
     weights = [0.5, -1.0, 2.0]
-    merge_loras(paths, weights, tmp_path / "merged.safetensors")
-    one = load_file(tmp_path / "merged.safetensors")
+    merge_loras(stages, weights, tmp_path / "merged")
+    one = load_file(tmp_path / "merged" / LORA_FILE)
     assert one["x.lora_A.weight"].shape == (6, 5)
     expected = sum(
         w * lora["x.lora_B.weight"] @ lora["x.lora_A.weight"] for w, lora in zip(weights, loras, strict=True)
     )
     torch.testing.assert_close(one["x.lora_B.weight"] @ one["x.lora_A.weight"], expected)
-    save_file({"y.lora_A.weight": torch.ones(1, 1)}, paths[1])
+    assert read_json(tmp_path / "merged" / LORA_CONFIG) == {"rank": 6, "targets": None, "min_rank": 0}
+    with pytest.raises(UserError, match="2 weights for 3 stages"):
+        merge_loras(stages, [1.0, 0.0], tmp_path / "merged")
+    write_tensors(stages[1] / LORA_FILE, {"y.lora_A.weight": torch.ones(1, 1)})
     with pytest.raises(UserError, match="is on other layers"):
-        merge_loras(paths, weights, tmp_path / "merged.safetensors")
+        merge_loras(stages, weights, tmp_path / "merged")
 
 
 def test_a_projection_that_the_base_has_not_is_the_identity_there(tmp_path):

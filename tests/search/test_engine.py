@@ -1,44 +1,19 @@
-"""The search for weights: it finds optima, is never done twice, and is shared."""
+"""The engine: it finds optima, evaluates nothing twice, is shared, and prunes."""
 
 import itertools
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import optuna
 import pytest
 
 from stagepatch.core.errors import UserError
-from stagepatch.search import storages
-from stagepatch.search.config import SearchConfig
-from stagepatch.search.engine import Evaluation, best_of, search_weights
-from stagepatch.search.merge_results import print_results, write_results
-
-OPTIMUM = [0.62, 0.15, 0.4]
-
-
-def quadratic(weights):
-    return sum((weight - best) ** 2 for weight, best in zip(weights, OPTIMUM, strict=False))
-
-
-class Counted:
-    """An objective that remembers what it was asked."""
-
-    def __init__(self, objective=quadratic):
-        self.objective, self.asked = objective, []
-
-    def __call__(self, weights):
-        self.asked.append(tuple(weights))
-        return self.objective(weights)
-
-
-def search(path, objective=quadratic, count=2, identity=None, **options):
-    options = {"strategies": ["tpe"], "evaluations": 12, **options}
-    return search_weights(objective, count, SearchConfig(**options), str(path), identity or {})
+from stagepatch.search import Evaluation, best_of, storages
+from stagepatch.search.results import print_merge_results, write_merge_results
+from tests.search.searches import OPTIMUM, Counted, quadratic, search, start
 
 
 def test_grid_finds_the_best_point_of_both_levels(tmp_path):
@@ -50,7 +25,7 @@ def test_grid_finds_the_best_point_of_both_levels(tmp_path):
     assert min(coarse, key=quadratic) == (0.5, 0.0, 0.5)
     around = itertools.product([0.25, 0.5, 0.75], [0.0, 0.25], [0.25, 0.5, 0.75])
     assert sorted(objective.asked[28:]) == sorted(point for point in around if point not in coarse)
-    assert best_of(found).weights == [0.5, 0.25, 0.5]
+    assert best_of(found).point == (0.5, 0.25, 0.5)
     assert len(found) == len(set(objective.asked)) == len(objective.asked)
 
 
@@ -59,16 +34,16 @@ def test_grid_finds_the_best_point_of_both_levels(tmp_path):
 def test_samplers_find_the_optimum(tmp_path, strategy, within, count):
     found = search(tmp_path / "journal", count=count, strategies=[strategy], evaluations=80)[strategy]
     assert len(found) == 80
-    for weight, expected in zip(best_of(found).weights, OPTIMUM, strict=False):
+    for weight, expected in zip(best_of(found).point, OPTIMUM, strict=False):
         assert abs(weight - expected) < within
-    drawn_alone = min(quadratic(one.weights) for one in found[:12])
+    drawn_alone = min(quadratic(one.point) for one in found[:12])
     assert best_of(found).value < drawn_alone / 2
 
 
 def test_every_strategy_begins_with_the_base_and_the_mean(tmp_path):
     found = search(tmp_path / "journal", strategies=["grid", "tpe", "cma"])
     for evaluations in found.values():
-        assert [one.weights for one in evaluations[:2]] == [[0.0, 0.0], [0.5, 0.5]]
+        assert [one.point for one in evaluations[:2]] == [(0.0, 0.0), (0.5, 0.5)]
         assert evaluations[0].value == quadratic([0.0, 0.0])
 
 
@@ -76,7 +51,7 @@ def test_the_same_seed_gives_the_same_search_and_another_another(tmp_path):
     first, again, other = (
         search(tmp_path / name, seed=seed) for name, seed in (("first", 0), ("again", 0), ("other", 1))
     )
-    weights = [[one.weights for one in found["tpe"]] for found in (first, again, other)]
+    weights = [[one.point for one in found["tpe"]] for found in (first, again, other)]
     assert weights[0] == weights[1] != weights[2]
 
 
@@ -88,27 +63,21 @@ def test_a_longer_search_goes_on_from_a_shorter_one(tmp_path):
     assert len(objective.asked) == 24
     assert [len(evaluations) for evaluations in found.values()] == [12, 12]
     for evaluations in found.values():
-        assert len({tuple(one.weights) for one in evaluations}) == 12
+        assert len({tuple(one.point) for one in evaluations}) == 12
 
 
-def test_progress_is_told(tmp_path):
-    told = []
-    config = SearchConfig(strategies=["tpe"], evaluations=3)
-    search_weights(
-        quadratic,
-        1,
-        config,
-        str(tmp_path / "journal"),
-        {},
-        lambda strategy, done, total: told.append((strategy, len(done), total)),
+def test_progress_is_reported(tmp_path):
+    reports = []
+    search(
+        tmp_path / "journal", evaluations=3, on_progress=lambda name, ended, total: reports.append((len(ended), total))
     )
-    assert told == [("tpe", number, 3) for number in range(4)]
+    assert reports == [(number, 3) for number in range(4)]
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_weights_that_were_drawn_again_are_looked_up(tmp_path, monkeypatch):
     always = optuna.samplers.PartialFixedSampler({"w0": 0.25}, optuna.samplers.RandomSampler())
-    monkeypatch.setattr("stagepatch.search.engine._sampler", lambda strategy, seed: always)
+    monkeypatch.setattr("stagepatch.search.strategies._seeded", lambda *_, **options: always)
     objective = Counted()
     found = search(tmp_path / "journal", objective, count=1, evaluations=5)["tpe"]
     assert objective.asked == [(0.0,), (1.0,), (0.25,)]
@@ -144,8 +113,8 @@ def test_merges_that_sample_no_numbers_are_worst(tmp_path, value):
     for evaluations in found.values():
         assert any(one.value == math.inf for one in evaluations)
         assert math.isfinite(best_of(evaluations).value)
-    write_results(found, "fid_train", 5, tmp_path)
-    print_results(found, "fid_train", 5)
+    write_merge_results(found, "fid_train", 5, tmp_path)
+    print_merge_results(found, "fid_train", 5)
     written = json.loads((tmp_path / "search.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert None in [one["value"] for one in written["strategies"]["tpe"]]
     assert (tmp_path / "search.png").stat().st_size > 1000
@@ -219,46 +188,6 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         search(tmp_path / "journal", evaluations=6)
 
 
-PROCESS = """
-import os, signal, sys, time
-from stagepatch.search import storages
-from stagepatch.search.config import SearchConfig
-from stagepatch.search.engine import search_weights
-
-storage, log, dies_at, seconds, evaluations, grace, *strategies = sys.argv[1:]
-storages._HEARTBEAT, storages._GRACE = 1, int(grace)
-asked = 0
-
-def note(what, weights):
-    with open(log, "a") as file:
-        file.write(f"{what} {os.getpid()} {weights}\\n")
-
-def objective(weights):
-    global asked
-    asked += 1
-    note("begin", weights)
-    time.sleep(float(seconds))
-    if asked == int(dies_at):
-        os.kill(os.getpid(), signal.SIGKILL)
-    note("end", weights)
-    return sum((weight - 0.3) ** 2 for weight in weights)
-
-config = SearchConfig(strategies=strategies, evaluations=int(evaluations))
-found = search_weights(objective, 2, config, storage, {})
-print({name: [one.weights for one in evaluations] for name, evaluations in found.items()})
-"""
-
-
-def start(storage, log, dies_at=0, seconds=0.0, evaluations=15, grace=60, strategies=("grid", "tpe", "cma")):
-    arguments = [storage, log, dies_at, seconds, evaluations, grace, *strategies]
-    return subprocess.Popen(
-        [sys.executable, "-c", PROCESS, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def lines(log, what):
     """(process, weights) of each time that an evaluation began or ended."""
     noted = [line.split(" ", 2) for line in log.read_text().splitlines()]
@@ -270,7 +199,8 @@ def storage_of(kind, directory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy"), [("journal", "grid"), ("journal", "tpe"), ("journal", "cma"), ("database", "tpe")]
+    ("kind", "strategy"),
+    [*itertools.product(["journal"], ["grid", "tpe", "cma", "evolution"]), ("database", "tpe")],
 )
 def test_nothing_is_evaluated_twice_after_sigkill(tmp_path, kind, strategy):
     storage, log = storage_of(kind, tmp_path), tmp_path / "log"
@@ -292,10 +222,11 @@ def test_nothing_is_evaluated_twice_after_sigkill(tmp_path, kind, strategy):
         assert len(ended) == 15
 
 
-@pytest.mark.parametrize("kind", ["journal", "database"])
-def test_processes_share_a_search(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "strategies"), [("journal", ("grid", "tpe", "cma")), ("journal", ("evolution",)), ("database", ("cma",))]
+)
+def test_processes_share_a_search(tmp_path, kind, strategies):
     storage, log = storage_of(kind, tmp_path), tmp_path / "log"
-    strategies = ("grid", "tpe", "cma") if kind == "journal" else ("cma",)
     processes = [start(storage, log, seconds=0.1, strategies=strategies) for _ in range(2)]
     outputs = []
     for process in processes:
@@ -306,6 +237,7 @@ def test_processes_share_a_search(tmp_path, kind):
     assert all(len(outputs[0][name]) == 15 for name in strategies if name != "grid")
     ended = lines(log, "end")
     assert len(ended) == sum(len(evaluations) for evaluations in outputs[0].values())
+    assert all(len(set(points)) == len(points) for points in outputs[0].values())
     for process in processes:
         assert sum(name == str(process.pid) for name, _ in ended) > len(ended) / 5
 
@@ -319,13 +251,13 @@ def test_the_work_of_a_process_that_dies_is_done_by_the_other(tmp_path):
     assert len(eval(output)["cma"]) == len(lines(log, "end")) == 15
 
 
-def test_what_a_longer_search_has_waiting_is_left(tmp_path):
+@pytest.mark.parametrize("strategy", ["tpe", "evolution"])
+def test_what_a_longer_search_has_begun_is_left(tmp_path, strategy):
     storage, log = storage_of("journal", tmp_path), tmp_path / "log"
-    start(storage, log, dies_at=3, evaluations=20, strategies=["tpe"]).communicate(timeout=60)
+    start(storage, log, dies_at=3, evaluations=20, strategies=[strategy]).communicate(timeout=60)
     objective = Counted()
-    found = search_weights(objective, 2, SearchConfig(strategies=["tpe"], evaluations=8), storage, {})["tpe"]
+    assert len(search(storage, objective, strategies=[strategy], evaluations=8)[strategy]) == 8
     assert len(objective.asked) == 6
-    assert len(found) == 8
 
 
 def test_a_process_that_died_before_it_gave_its_name_is_noticed(tmp_path, monkeypatch):
@@ -370,5 +302,43 @@ def test_workers_know_who_lives(tmp_path):
 
 
 def test_best_is_the_first_of_the_lowest():
-    evaluations = [Evaluation([float(number)], value, 1.0) for number, value in enumerate([3.0, 1.0, 1.0])]
-    assert best_of(evaluations).weights == [1.0]
+    evaluations = [Evaluation((float(number),), value, 1.0) for number, value in enumerate([3.0, 1.0, 1.0])]
+    assert best_of(evaluations).point == (1.0,)
+
+
+@pytest.mark.parametrize("strategy", ["tpe", "evolution"])
+def test_what_is_clearly_bad_is_given_up_where_that_is_asked_for(tmp_path, strategy):
+    whole = []
+
+    def objective(point, report):
+        report(quadratic(point))  # the first part says it all
+        whole.append(point)
+        return quadratic(point)
+
+    options = {"strategies": [strategy], "evaluations": 30}
+    found = search(tmp_path / "journal", objective, **options, prune=True)[strategy]
+    pruned = [one for one in found if one.pruned]
+    assert len(found) == 30
+    assert 5 <= len(whole) == 30 - len(pruned) < 28
+    assert all(one.value == math.inf for one in pruned)
+    assert best_of(found).value == min(quadratic(one.point) for one in found)
+    count = len(whole)
+    assert search(tmp_path / "journal", objective, **options, prune=True)[strategy] == found
+    assert len(whole) == count
+    if strategy == "tpe":
+        write_merge_results({strategy: found}, "fid_train", 5, tmp_path)
+        written = json.loads((tmp_path / "search.json").read_text())["strategies"]["tpe"]
+        assert [one.get("pruned", False) for one in written] == [one.pruned for one in found]
+    with pytest.raises(UserError, match="prune was True, is False"):
+        search(tmp_path / "journal", **options)
+
+
+def test_an_identity_may_gain_what_has_its_default(tmp_path):
+    class Defaults:
+        drop_steps = True
+
+    search(tmp_path / "journal", identity={"budget": 1})
+    again = {"identity": {"budget": 1, "drop_steps": True}, "defaults": Defaults()}
+    search(tmp_path / "journal", **again)
+    with pytest.raises(UserError, match=r"drop_steps was True, is False"):
+        search(tmp_path / "journal", identity={"budget": 1, "drop_steps": False}, defaults=Defaults())

@@ -1,9 +1,12 @@
-"""The search for a schedule: it finds what is best, keeps to the budget, and goes on as if it had never stopped."""
+"""The search for a model schedule: it finds what is best, keeps to the budget, goes on as if it had never stopped."""
 
 import itertools
 import json
 import math
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,17 +15,17 @@ from diffusers import DPMSolverMultistepScheduler
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
-from stagepatch.cli import schedule as command
 from stagepatch.core.errors import UserError
 from stagepatch.core.files import write_json
 from stagepatch.core.tensors import read_tensors
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.evaluation import evaluate, features, load_extractor, load_references
+from stagepatch.evaluation import Evaluator, evaluate, features, load_extractor, load_references
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig
-from stagepatch.search import NONE, Journal, ScheduleConfig, Space, ZooEntry, load_zoo, median_seconds, propose, search
+from stagepatch.search import NONE, ScheduleConfig, Space, Zoo, ZooEntry, best_of, evolution, median_seconds, propose
 from stagepatch.search.model_schedule import _features, _predicted
 from tests.sampling.test_generate import noise
+from tests.search.searches import alone
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
 
@@ -61,7 +64,7 @@ def test_the_best_of_all_is_found_in_a_fraction_of_the_evaluations(drop_steps, s
     space, error = Space(COSTS, 7, 3.5, drop_steps), toy(7, seed)
     everything = {choices: error(choices) for choices in all_within(space)}
     best = min(everything, key=everything.get)
-    found = search(space, error, 120, seed, {})
+    found = best_of(alone(evolution(space, 120, seed), error)).point
     assert len(everything) > (5000 if drop_steps else 600)
     assert everything[found] <= everything[best] * 1.02
     ranks = sorted(everything.values())
@@ -72,11 +75,10 @@ def test_the_best_of_all_is_found_in_a_fraction_of_the_evaluations(drop_steps, s
 
 
 def test_small_spaces_are_searched_through_and_then_it_stops():
-    space, error = Space(COSTS, 3, 1.0), toy(3)
-    known = {}
-    found = search(space, error, 10_000, 0, known)
-    assert set(known) == set(all_within(space))
-    assert found == min(known, key=known.get)
+    space = Space(COSTS, 3, 1.0)
+    found = alone(evolution(space, 10_000, 0), toy(3))
+    assert len(found) == len({one.point for one in found})
+    assert {one.point for one in found} == set(all_within(space))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -100,21 +102,23 @@ def test_every_proposal_is_new_and_within_the_budget(seed):
     assert known
 
 
-def test_a_search_that_stopped_goes_on_as_it_would_have():
-    space, error = Space(COSTS, 8, 4.0), toy(8)
-    whole = {}
-    search(space, error, 40, 5, whole)
-    for stop in (0, 1, 4, 12, 39):
-        seen = dict(itertools.islice(whole.items(), stop))
-        calls = []
+@pytest.mark.parametrize("stop", [0, 1, 4, 12, 39])
+def test_a_search_that_stopped_goes_on_as_it_would_have(stop):
+    strategy, error = evolution(Space(COSTS, 8, 4.0), 40, 5), toy(8)
+    whole = alone(strategy, error)
+    ended = dict(enumerate(alone(strategy, error, stop)))
+    begun = {slot: one.point for slot, one in ended.items()}
+    assert [begun[slot] for slot in range(stop)] == [one.point for one in whole[:stop]]
+    assert strategy.points(ended, begun)[-1] == whole[stop].point
 
-        def counted(choices, calls=calls):
-            calls.append(choices)
-            return error(choices)
 
-        search(space, counted, 40, 5, seen)
-        assert seen == whole
-        assert calls == list(whole)[stop:]
+def test_what_others_are_at_is_not_proposed_again():
+    strategy = evolution(Space(COSTS, 8, 4.0), 40, 5)
+    begun = {}
+    for slot in range(40):
+        *_, begun[slot] = strategy.points({}, begun)
+    assert len(set(begun.values())) == 40
+    assert list(strategy.points({}, begun)) == list(begun.values())
 
 
 def test_it_starts_with_each_model_alone_at_as_many_even_steps_as_there_is_room_for():
@@ -156,12 +160,12 @@ def test_budgets_that_nothing_is_within():
         Space((1.0, 0.5), 4, 1.9, drop_steps=False)
 
 
-def test_samples_that_come_out_as_nan_are_the_worst():
+def test_samples_that_are_no_numbers_are_the_worst():
     space, error = Space(COSTS, 6, 3.0), toy(6)
     for bad in (0, 1):  # model 0 is evaluated first
-        found = search(space, lambda choices, bad=bad: math.nan if bad in choices else error(choices), 40, 0, {})
-        assert bad not in found
-    assert search(space, lambda choices: math.nan, 20, 0, {}) in set(all_within(space))
+        found = alone(evolution(space, 40, 0), lambda choices, bad=bad: math.inf if bad in choices else error(choices))
+        assert bad not in best_of(found).point
+    assert len(alone(evolution(space, 20, 0), lambda choices: math.inf)) == 20
 
 
 def test_predictor_ranks_what_it_has_not_seen():
@@ -179,7 +183,7 @@ def test_predictor_ranks_what_it_has_not_seen():
 
 def test_calls_take_turns_and_the_first_round_is_not_counted(monkeypatch):
     order, now = [], [0.0]
-    monkeypatch.setattr("stagepatch.search.costs._now", lambda: now[0])
+    monkeypatch.setattr("stagepatch.search.zoo._now", lambda: now[0])
 
     def call(name, times):
         order.append(name)
@@ -193,42 +197,15 @@ def test_calls_take_turns_and_the_first_round_is_not_counted(monkeypatch):
 
 def test_costs_are_measured_once_and_then_read(tiny_dit, tmp_path, monkeypatch):
     save_denoiser(tiny_dit(hidden_size=16, num_layers=1), SCHEDULER, tmp_path / "small")
-    config = ScheduleConfig(zoo=[ZooEntry("small", str(tmp_path / "small"))], sampling=SamplingConfig("ddpm", 5))
-    zoo = load_zoo(config, tiny_dit(hidden_size=256, num_layers=8), SCHEDULER, None)
-    costs = zoo.costs(tmp_path / "costs.json")
+    entries, base = [ZooEntry("small", str(tmp_path / "small"))], tiny_dit(hidden_size=256, num_layers=8)
+    config = ScheduleConfig(str(tmp_path / "out"), zoo=entries, sampling=SamplingConfig("ddpm", 5))
+    costs = Zoo(config, base, SCHEDULER, None).space.costs
     assert costs[0] > 3 * costs[1] > 0
     monkeypatch.setattr("stagepatch.search.zoo.median_seconds", lambda *_: pytest.fail("measured again"))
-    assert zoo.costs(tmp_path / "costs.json") == costs
-    write_costs(tmp_path, base=1.0)
+    assert Zoo(config, base, SCHEDULER, None).space.costs == costs
+    write_costs(tmp_path / "out", base=1.0)
     with pytest.raises(UserError, match="has not the costs of base, small: delete it"):
-        zoo.costs(tmp_path / "costs.json")
-
-
-# The journal.
-
-
-def test_journal_keeps_evaluations_and_refuses_other_settings(tmp_path):
-    path, settings = tmp_path / "search.json", {"budget": 0.5, "sampling": SamplingConfig(seed=0)}
-    journal = Journal(path, settings, ["base", "small"])
-    journal.add((0, NONE, 1), 1.25, 0.1)
-    journal.add((1, 1, 1), math.nan, 0.2)
-    again = Journal(path, settings, ["base", "small"])
-    assert list(again.known) == [(0, NONE, 1), (1, 1, 1)]
-    assert again.known[0, NONE, 1] == 1.25
-    assert math.isnan(again.known[1, 1, 1])
-    assert json.loads(path.read_text())["evaluations"][0] == {
-        "schedule": ["base", None, "small"],
-        "value": 1.25,
-        "seconds": 0.1,
-    }
-    before = path.read_text()
-    with pytest.raises(UserError, match=r"other settings \(sampling.seed was 0, is 1\)\. Go on"):
-        Journal(path, {"budget": 0.5, "sampling": SamplingConfig(seed=1)}, ["base", "small"])
-    assert path.read_text() == before
-    Journal(path, {**settings, "drop_steps": True}, ["base", "small"])  # an option that is new, at its default
-    write_json(tmp_path / "other.json", {"best": 3})
-    with pytest.raises(UserError, match="not of a search for a schedule"):
-        Journal(tmp_path / "other.json", settings, ["base"])
+        Zoo(config, base, SCHEDULER, None)
 
 
 # The command.
@@ -316,7 +293,7 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     images = read_tensors(tmp_path / "samples" / "samples.safetensors")[0]["images"]
     torch.testing.assert_close(images, by_hand(steps, 0, 4, torch.arange(4)), atol=1e-4, rtol=1e-4)
     # The value that the search gave it, and those of the comparison.
-    references, extractor = load_references(command.configs.ScheduleConfig().data), load_extractor("digits")
+    references, extractor = load_references(ScheduleConfig().data), load_extractor("digits")
     labels = references.train.labels[:60]
     assert evaluate(by_hand(steps, 0, 60, labels), references, extractor)["fid_train"] == pytest.approx(
         best["value"], rel=1e-3
@@ -338,29 +315,26 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
 
 
 def test_command_stopped_and_started_again_repeats_nothing(models, tiny_dit, tmp_path, monkeypatch, capsys):
-    measured, seen, small = command.measure, [], tmp_path / "small"
+    sample, seen, small = Evaluator.sample, [], tmp_path / "small"
 
     def stopping(after):
-        def measure(model, scheduler, sampling, seeds, references, *rest):
-            if seeds == [0]:
+        def counted(evaluator, model, scheduler, sampling, *more):
+            if sampling.seed == 0:
                 if len(seen) == after:
                     raise KeyboardInterrupt
                 seen.append(sampling)
-                assert references.held_out is None  # what it is judged by later
-            else:
-                assert references.held_out is not None
-            return measured(model, scheduler, sampling, seeds, references, *rest)
+            # What is chosen must not be judged by the same images.
+            assert (evaluator.references.held_out is None) == (sampling.seed == 0)
+            return sample(evaluator, model, scheduler, sampling, *more)
 
-        return measure
+        return counted
 
-    monkeypatch.setattr(command, "measure", stopping(3))
+    monkeypatch.setattr(Evaluator, "sample", stopping(3))
     assert main(models) == 130
-    first, costs = found(tmp_path), (tmp_path / "out" / "costs.json").read_text()
-    assert len(first) == 3
-    monkeypatch.setattr(command, "measure", stopping(-1))
+    costs = (tmp_path / "out" / "costs.json").read_text()
+    monkeypatch.setattr(Evaluator, "sample", stopping(-1))
     assert main(models) == 0
     assert len(seen) == 7
-    assert found(tmp_path)[:3] == first
     assert (tmp_path / "out" / "costs.json").read_text() == costs
     whole = found(tmp_path)
     assert main(models) == 0  # done: only the comparison is made again
@@ -381,6 +355,42 @@ def test_command_stopped_and_started_again_repeats_nothing(models, tiny_dit, tmp
     assert "weights.small was" in capsys.readouterr().err
 
 
+def test_commands_share_a_search_and_one_that_is_killed_is_replaced(models, tmp_path):
+    script = """
+import os, signal, sys
+from stagepatch.cli import main
+from stagepatch.evaluation import Evaluator
+
+sample, dies_at, log, asked = Evaluator.sample, int(sys.argv[1]), sys.argv[2], []
+
+def noted(evaluator, model, scheduler, sampling, *more):
+    if sampling.seed == 0:
+        asked.append(sampling)
+        if len(asked) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\\n")
+    return sample(evaluator, model, scheduler, sampling, *more)
+
+Evaluator.sample = noted
+sys.exit(main(sys.argv[3:]))
+"""
+
+    def start(dies_at):
+        command = [sys.executable, "-c", script, str(dies_at), str(tmp_path / "log"), *models, "--evaluations=12"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    assert start(3).wait(timeout=300) == -signal.SIGKILL
+    processes = [start(0), start(0)]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert len({tuple(evaluation["schedule"]) for evaluation in found(tmp_path)}) == 12
+    noted = (tmp_path / "log").read_text().split()
+    assert len(noted) == 12  # none twice, and what the one that died was at
+    assert noted.count(noted[0]) == 2
+    assert (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_without_a_zoo_the_steps_are_chosen_and_without_dropping_the_models(models, tmp_path):
     assert main([*models, "--zoo=[]", "--metric=recall", "--evaluations=4"]) == 0
     assert {name for each in found(tmp_path) for name in each["schedule"]} == {"base", None}
@@ -396,7 +406,7 @@ def test_without_a_zoo_the_steps_are_chosen_and_without_dropping_the_models(mode
     assert main([*kept, f"--output_dir={tmp_path / 'kept'}", "--evaluations=4"]) == 0
     evaluations = json.loads((tmp_path / "kept" / "search.json").read_text())["evaluations"]
     assert all(None not in evaluation["schedule"] for evaluation in evaluations)
-    # All steps are there, so that even a sampler that can be told none takes them.
+    # All steps are there, so that even a sampler that takes none by itself has them.
     given = ["sample", f"--model={tmp_path / 'base'}", f"--schedule={tmp_path / 'kept' / 'schedule.yaml'}"]
     assert main([*given, "--sampling.num_images=2", f"--output_dir={tmp_path / 'samples'}"]) == 0
 

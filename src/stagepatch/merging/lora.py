@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_tensors, write_tensors
+from stagepatch.core.files import read_json, write_json
+from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.merging.merge import check_weights
+from stagepatch.methods.config import LoRAConfig
+from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME
+
+
+def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tensor]]]:
+    """The choices of the merged LoRA, whose rank is the sum of the stages', and the stages' tensors.
+
+    Args:
+        stages: directories of LoRAs, whose files have PEFT's form: names ending in 'lora_A.weight' and
+            'lora_B.weight', alpha equal to the rank.
+
+    Raises:
+        UserError: LoRAs on other layers.
+    """
+    loras = [read_tensors(stage / FILE_NAME)[0] for stage in stages]
+    for stage, tensors in zip(stages, loras, strict=True):
+        odd = sorted(set(tensors) ^ set(loras[0]))
+        if odd:
+            raise UserError(f"'{stage}' is on other layers than '{stages[0]}': first '{odd[0]}'.")
+    choices = [LoRAConfig(**read_json(stage / CONFIG_NAME)) for stage in stages]
+    return replace(choices[0], rank=sum(choice.rank for choice in choices), min_rank=0), loras
+
+
+def combine_loras(loras: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Σ w_i B_i A_i as one LoRA, exactly: the ranks stand side by side, so its rank is the sum of theirs."""
+    merged = {}
+    for name in loras[0]:
+        is_down = name.endswith("lora_A.weight")
+        parts = [lora[name] if is_down else weight * lora[name] for lora, weight in zip(loras, weights, strict=True)]
+        merged[name] = torch.cat(parts, dim=0 if is_down else 1)
+    return merged
 
 
 def merge_loras(stages: Sequence[Path], weights: Sequence[float], output: Path) -> None:
-    """Σ w_i B_i A_i as one LoRA, exactly: the ranks stand side by side, so its rank is the sum of theirs.
-
-    Args:
-        stages: files of PEFT's form, names ending in 'lora_A.weight' and 'lora_B.weight', alpha equal to the rank.
+    """`combine_loras` of directories into a directory.
 
     Raises:
         UserError: other than one weight a stage, or LoRAs on other layers.
     """
-    if len(stages) != len(weights) or not stages:
-        raise UserError(f"{len(weights)} weights for {len(stages)} stages: give one weight for each.")
-    loaded = [read_tensors(path)[0] for path in stages]
-    for path, tensors in zip(stages, loaded, strict=True):
-        if set(tensors) != set(loaded[0]):
-            odd = sorted(set(tensors) ^ set(loaded[0]))
-            raise UserError(f"'{path}' is on other layers than '{stages[0]}': first '{odd[0]}'.")
-    merged = {}
-    for name in loaded[0]:
-        if name.endswith("lora_A.weight"):
-            merged[name] = torch.cat([tensors[name] for tensors in loaded], dim=0)
-        else:
-            scaled = [weight * tensors[name] for tensors, weight in zip(loaded, weights, strict=True)]
-            merged[name] = torch.cat(scaled, dim=1)
-    write_tensors(output, merged)
+    check_weights(stages, weights)
+    config, loras = read_loras(stages)
+    write_tensors(output / FILE_NAME, combine_loras(loras, weights))
+    write_json(output / CONFIG_NAME, asdict(config))

@@ -1,35 +1,34 @@
-"""A search for weights by Optuna: a grid of two levels (DeMe, arXiv 2410.06664, supplement), TPE, CMA-ES.
+"""One search: strategies choose points of a box, an objective evaluates them, a storage by Optuna keeps all.
 
-What is to be evaluated are numbered slots, trials that wait in the study: a grid's have their weights, the others get
-theirs from the sampler when they are begun. A trial whose process died fails, and its slot is filled with its weights
-again. So a search goes on after any end, and several processes share one, without a trial too many.
+What is to be evaluated are numbered slots, trials that wait in a study: a strategy says their points, or leaves them
+to one of Optuna's samplers when they are begun. A trial whose process died fails, and its slot is filled with its
+point again. So a search goes on after any end, and several processes share one, without a trial too many.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
+from optuna.pruners import MedianPruner, NopPruner
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.storages import BaseStorage
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from stagepatch.core.errors import UserError
 from stagepatch.core.settings import as_json, check_unchanged
-from stagepatch.search.config import SearchConfig
-from stagepatch.search.storages import Workers, open_storage, quiet_optuna
+from stagepatch.search.storages import Workers, open_storage
 
-STRATEGIES = ("grid", "tpe", "cma")
-Slots = list[list[float]]  # of all stages, or empty where the sampler chooses
-Progress = Callable[[str, list["Evaluation"], int], None]
+Point = tuple[float, ...]
+# An intermediate value of an evaluation [lower is better]; raises what ends it if it is clearly bad.
+Report = Callable[[float], None]
 _NO_DIFFERENCE = ("batch_size", "num_workers", "max_broken")  # settings that change no image
 _POLL = 0.5  # seconds between looks at what other processes do
 _CLAIM = 10.0  # seconds in which a process that begins a trial puts its name to it
@@ -37,49 +36,110 @@ _CLAIM = 10.0  # seconds in which a process that begins a trial puts its name to
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An objective's value [lower is better] at weights, and the seconds it took."""
+    """A point's value [lower is better; infinite where it was pruned], and the seconds it took."""
 
-    weights: list[float]
+    point: Point
     value: float
     seconds: float
+    pruned: bool = False
+
+
+@dataclass(frozen=True)
+class Box:
+    """Points of `size` numbers from `low` to `high`, at a distance of `step`."""
+
+    size: int
+    low: float
+    high: float
+    step: float | None = None
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a search evaluates.
+
+    Args:
+        name: of the study in the storage.
+        settings: that it depends on; a search goes on only with the same.
+        points: evaluations that have ended, and all points that were begun, by slot → the points of all slots that can
+            be named by now; None where the sampler chooses. It depends on these and on `settings` alone.
+        sampler: of Optuna.
+        evaluations: how many there will be, where that is known before.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    points: Callable[[Mapping[int, Evaluation], Mapping[int, Point]], Sequence[Point | None]]
+    sampler: BaseSampler | None = None
+    evaluations: int = 0
 
 
 class _NotWanted(Exception):
     """A trial that another process has, or that belongs to a longer search."""
 
 
-def search_weights(
-    objective: Callable[[list[float]], float],
-    count: int,
-    config: SearchConfig,
-    storage: str,
-    identity: Mapping[str, Any],
-    on_progress: Progress = lambda strategy, done, total: None,
-) -> dict[str, list[Evaluation]]:
-    """Evaluate as much as each strategy asks for, and is not in the storage yet.
+@dataclass(frozen=True)
+class Search:
+    """What the strategies of a search share.
 
     Other processes may work on the same storage; what they have begun is waited for.
 
     Args:
-        objective: to be made small; a function of the weights alone.
-        count: number of weights.
+        name: of the search; several in one database need several names.
         storage: a database's URL, or a journal file.
+        box: of the points.
+        objective: to be made small; a function of the point alone. Its second argument is to be called with an
+            intermediate value; it is None where nothing is pruned.
         identity: what the objective depends on; a search goes on only with the same.
-        on_progress: called with a strategy, its evaluations so far, and how many there will be.
-
-    Returns:
-        Evaluations of each strategy, in the order in which they ended.
-
-    Raises:
-        UserError: settings that cannot be, a storage that cannot be opened, or one with another identity.
+        defaults: attributes are the values of what a former identity lacks.
+        prune: give up an evaluation whose intermediate value is above the median of the others (MedianPruner).
+        on_progress: called with a strategy's name, its evaluations so far, and how many there will be.
     """
-    check_search(config, count)
-    with quiet_optuna(), open_storage(storage) as (opened, workers):
-        found: dict[str, list[Evaluation]] = {}
-        for strategy in config.strategies:
-            study = _study(opened, storage, strategy, config, identity)
-            found[strategy] = _Search(study, strategy, objective, count, config, workers, on_progress).run()
-        return found
+
+    name: str
+    storage: str
+    box: Box
+    objective: Callable[[Point, Report | None], float]
+    identity: Mapping[str, Any]
+    defaults: object = None
+    prune: bool = False
+    on_progress: Callable[[str, list[Evaluation], int], None] = lambda name, ended, total: None
+
+    def run(self, strategies: Sequence[Strategy]) -> dict[str, list[Evaluation]]:
+        """Evaluate as much as each strategy asks for, and is not in the storage yet.
+
+        Returns:
+            Evaluations by strategy, in the order in which they ended.
+
+        Raises:
+            UserError: a storage that cannot be opened, or one with another identity.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            with open_storage(self.storage) as (storage, workers):
+                runs = [_Run(self, strategy, self._study(storage, strategy), workers) for strategy in strategies]
+                return {run.strategy.name: run.finish() for run in runs}
+
+    def _study(self, storage: BaseStorage, strategy: Strategy) -> optuna.Study:
+        now = {**self.identity, **strategy.settings, "prune": self.prune}
+        study = optuna.create_study(
+            storage=storage,
+            study_name=f"{self.name} {strategy.name}",
+            sampler=strategy.sampler or RandomSampler(),
+            pruner=MedianPruner() if self.prune else NopPruner(),
+            load_if_exists=True,
+        )
+        check_unchanged(
+            {"prune": False, **study.user_attrs.get("identity", as_json(now))},
+            now,
+            f"The storage of the search '{self.name}' holds evaluations of something else",
+            "Give another name of the search, or another output_dir or storage.",
+            defaults=self.defaults,
+            ignored=_NO_DIFFERENCE,
+        )
+        study.set_user_attr("identity", as_json(now))
+        return study
 
 
 def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -87,95 +147,53 @@ def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
     return min(evaluations, key=lambda evaluation: evaluation.value)
 
 
-def check_search(config: SearchConfig, count: int) -> None:
-    """Refuse settings that cannot be.
-
-    Raises:
-        UserError: by name of the setting.
-    """
-    unknown = [strategy for strategy in config.strategies if strategy not in STRATEGIES]
-    if unknown or len(set(config.strategies)) < len(config.strategies):
-        raise UserError(f"search.strategies={config.strategies} must be some of {', '.join(STRATEGIES)}, once each.")
-    if not config.low <= 0.0 < config.high:
-        raise UserError(f"search.low={config.low} and high={config.high} must have low ≤ 0 < high: 0 is the base.")
-    if not all(config.low <= weight <= config.high for weight in config.coarse):
-        raise UserError(f"search.coarse={config.coarse} must be within low={config.low} and high={config.high}.")
-    if config.evaluations < len(_starts(count, config)):
-        raise UserError(f"search.evaluations={config.evaluations} must be 2 or more: the base and the mean are two.")
-    if "cma" in config.strategies and importlib.util.find_spec("cmaes") is None:
-        raise UserError("The strategy 'cma' needs cmaes: pip install 'stagepatch[search]'.")
-
-
-def _starts(count: int, config: SearchConfig) -> Slots:
-    return [[0.0] * count, [min(1.0 / count, config.high)] * count]
-
-
-class _Search:
+class _Run:
     """One strategy on its study."""
 
-    def __init__(
-        self,
-        study: optuna.Study,
-        strategy: str,
-        objective: Callable[[list[float]], float],
-        count: int,
-        config: SearchConfig,
-        workers: Workers | None,
-        on_progress: Progress,
-    ) -> None:
-        self.study, self.strategy, self.objective = study, strategy, objective
-        self.count, self.config = count, config
-        self.workers, self.on_progress = workers, on_progress
-        self.slots: Slots = []
+    def __init__(self, search: Search, strategy: Strategy, study: optuna.Study, workers: Workers | None) -> None:
+        self.search, self.strategy, self.study, self.workers = search, strategy, study, workers
+        self.names = [f"w{number}" for number in range(search.box.size)]
+        self.slots = 0
 
-    def run(self) -> list[Evaluation]:
-        """All of it, or what is left."""
-        starts = _starts(self.count, self.config)
-        if self.strategy != "grid":
-            return self._evaluate(starts + [[]] * (self.config.evaluations - len(starts)))
-        coarse = _unique([*starts, *map(list, itertools.product(self.config.coarse, repeat=self.count))])
-        self._evaluate(coarse)
-        done = self._done()
-        best = coarse[min(done, key=lambda slot: (done[slot].value, slot))]
-        return self._evaluate(_unique([*coarse, *self._around(best)]))
-
-    def _around(self, best: Sequence[float]) -> Iterator[list[float]]:
-        for offsets in itertools.product(self.config.fine, repeat=self.count):
-            yield [
-                round(min(max(weight + offset, self.config.low), self.config.high), 10)
-                for weight, offset in zip(best, offsets, strict=True)
-            ]
-
-    def _evaluate(self, slots: Slots) -> list[Evaluation]:
-        """Until all slots are done, by this process or by another."""
-        self.slots = slots
-        while len(done := self._done()) < len(slots):
-            self._report(done)
+    def finish(self) -> list[Evaluation]:
+        """Until all is evaluated, by this process or by another."""
+        while True:
+            ended, begun = self._state()
+            points = self.strategy.points(ended, begun)
+            self.slots = len(points)
+            evaluations = [evaluation for slot, evaluation in ended.items() if slot < self.slots]
+            self.search.on_progress(self.strategy.name, evaluations, self.strategy.evaluations or self.slots)
+            if len(evaluations) == self.slots:
+                return evaluations
             self._fail_orphans()
-            self._fill()
+            self._fill(points, begun)
             if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 self._evaluate_next()
             else:
                 time.sleep(_POLL)
-        return self._report(done)
 
-    def _done(self) -> dict[int, FrozenTrial]:
-        """Finished trials by slot."""
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return {slot: trial for trial in trials if (slot := trial.user_attrs["slot"]) < len(self.slots)}
+    def _state(self) -> tuple[dict[int, Evaluation], dict[int, Point]]:
+        """What has ended, in that order, and all points that are known; by slot."""
+        ended: dict[int, Evaluation] = {}
+        begun: dict[int, Point] = {}
 
-    def _report(self, done: Mapping[int, FrozenTrial]) -> list[Evaluation]:
-        trials = sorted(done.values(), key=lambda trial: (trial.datetime_complete or datetime.max, trial.number))
-        evaluations = [
-            Evaluation(self._weights(trial.params), trial.value, trial.duration.total_seconds())
-            for trial in trials
-            if trial.value is not None and trial.duration is not None
-        ]
-        self.on_progress(self.strategy, evaluations, len(self.slots))
-        return evaluations
+        def order(trial: FrozenTrial) -> tuple[bool, datetime, int]:
+            return trial.state == TrialState.FAIL, trial.datetime_complete or datetime.max, trial.number
 
-    def _weights(self, params: Mapping[str, float]) -> list[float]:
-        return [params[f"w{number}"] for number in range(self.count)]
+        for trial in sorted(self.study.get_trials(deepcopy=False), key=order):
+            point, slot = self._point(trial), trial.user_attrs.get("slot")
+            if point is None or slot is None:
+                continue
+            begun.setdefault(slot, point)
+            if trial.duration is not None and trial.state != TrialState.FAIL:
+                pruned = trial.state == TrialState.PRUNED
+                value = math.inf if pruned or trial.value is None else trial.value
+                ended.setdefault(slot, Evaluation(point, value, trial.duration.total_seconds(), pruned))
+        return ended, begun
+
+    def _point(self, trial: FrozenTrial) -> Point | None:
+        params = trial.params if len(trial.params) == len(self.names) else trial.user_attrs.get("params", {})
+        return tuple(params[name] for name in self.names) if params else None
 
     def _fail_orphans(self) -> None:
         """Fail the trials whose process died."""
@@ -192,18 +210,15 @@ class _Search:
             return (datetime.now() - begun).total_seconds() > _CLAIM
         return self.workers is not None and self.workers.is_gone(worker)
 
-    def _fill(self) -> None:
-        """Put a trial into each slot that has none, with the weights of one that failed there."""
+    def _fill(self, points: Sequence[Point | None], begun: Mapping[int, Point]) -> None:
+        """Put a trial into each slot that has none, with the point of one that failed there."""
         trials = self.study.get_trials(deepcopy=False)
         taken = {trial.user_attrs.get("slot") for trial in trials if trial.state != TrialState.FAIL}
-        for slot, weights in enumerate(self.slots):
-            if slot in taken:
-                continue
-            params = {f"w{number}": weight for number, weight in enumerate(weights)}
-            for trial in trials:
-                if trial.user_attrs.get("slot") == slot and len(trial.params) == self.count:
-                    params = trial.params
-            self.study.enqueue_trial(params, user_attrs={"slot": slot})
+        for slot, point in enumerate(points):
+            if slot not in taken:
+                point = begun.get(slot, point)
+                params = {} if point is None else dict(zip(self.names, point, strict=True))
+                self.study.enqueue_trial(params, user_attrs={"slot": slot, "params": params})
 
     def _evaluate_next(self) -> None:
         valued: list[int] = []
@@ -222,82 +237,24 @@ class _Search:
             # Another process took this one for dead, as after a long pause, and the slot is filled again.
 
     def _value_of(self, trial: Trial) -> float:
-        slot = trial.user_attrs.get("slot", len(self.slots))
+        slot = trial.user_attrs.get("slot", self.slots)
         earlier = self.study.get_trials(deepcopy=False)[: trial.number]
         is_taken = any(other.user_attrs.get("slot") == slot and other.state != TrialState.FAIL for other in earlier)
-        if is_taken or slot >= len(self.slots):
+        if is_taken or slot >= self.slots:
             raise _NotWanted
         trial.set_user_attr("worker", "" if self.workers is None else self.workers.own)
-        low, high = self.config.low, self.config.high
-        weights = [trial.suggest_float(f"w{number}", low, high) for number in range(self.count)]
+        if isinstance(trial.storage, BaseHeartbeat):  # a sign of life before Optuna's thread gives its first
+            trial.storage.record_heartbeat(trial._trial_id)
+        box = self.search.box
+        point = tuple(float(trial.suggest_float(name, box.low, box.high, step=box.step)) for name in self.names)
         for other in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if self._weights(other.params) == weights and other.value is not None:
+            if self._point(other) == point and other.value is not None:
                 return other.value
-        value = self.objective(weights)
+
+        def report(value: float) -> None:
+            trial.report(value, step=0)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        value = self.search.objective(point, report if self.search.prune else None)
         return value if math.isfinite(value) else math.inf
-
-
-def _unique(slots: Slots) -> Slots:
-    return [list(weights) for weights in dict.fromkeys(map(tuple, slots))]
-
-
-class _SeededByNumber(BaseSampler):
-    """A sampler whose seed is of the trial: it draws other numbers after a restart, and beside another process."""
-
-    def __init__(self, make: Callable[[int], BaseSampler]) -> None:
-        self._make, self._sampler = make, make(0)
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._sampler = self._make(trial.number)
-        self._sampler.before_trial(study, trial)
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._sampler.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._sampler.sample_relative(study, trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        self._sampler.after_trial(study, trial, state, values)
-
-
-def _sampler(strategy: str, seed: int) -> BaseSampler:
-    def make(number: int) -> BaseSampler:
-        own = (1_000_003 * seed + number) % 2**32
-        if strategy == "tpe":
-            return TPESampler(seed=own, multivariate=True, constant_liar=True)
-        return CmaEsSampler(seed=own) if strategy == "cma" else RandomSampler(seed=own)
-
-    return _SeededByNumber(make)
-
-
-def _study(
-    opened: optuna.storages.BaseStorage, storage: str, strategy: str, config: SearchConfig, identity: Mapping[str, Any]
-) -> optuna.Study:
-    own: dict[str, Any] = {"low": config.low, "high": config.high}
-    own |= {"coarse": config.coarse, "fine": config.fine} if strategy == "grid" else {"seed": config.seed}
-    now = {**identity, **own}
-    study = optuna.create_study(
-        storage=opened,
-        study_name=f"{config.name} {strategy}",
-        sampler=_sampler(strategy, config.seed),
-        load_if_exists=True,
-    )
-    check_unchanged(
-        study.user_attrs.get("identity", as_json(now)),
-        now,
-        f"The storage of the search '{config.name}' holds evaluations of something else",
-        "Give another search.name, or another output_dir or search.storage.",
-        ignored=_NO_DIFFERENCE,
-    )
-    study.set_user_attr("identity", as_json(now))
-    return study

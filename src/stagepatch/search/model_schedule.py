@@ -1,16 +1,17 @@
-"""Evolution under a time budget, led by a predictor, as in OMS-DPM (arXiv 2306.08860)."""
+"""Which model denoises which step: evolution under a time budget, led by a predictor (OMS-DPM, arXiv 2306.08860)."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from stagepatch.core.errors import UserError
+from stagepatch.search.engine import Evaluation, Point, Strategy
 
 # The number of a model for each step, from noise to image; NONE leaves the step out.
 Choices = tuple[int, ...]
@@ -93,36 +94,32 @@ class Space:
         return [choices for choices in dict.fromkeys(alone) if any(choice != NONE for choice in choices)]
 
 
-def search(
-    space: Space,
-    evaluate: Callable[[Choices], float],
-    evaluations: int,
-    seed: int,
-    known: dict[Choices, float],
-) -> Choices:
-    """The best schedule of so many evaluations, all of them within the budget and no two alike.
+def evolution(space: Space, evaluations: int, seed: int) -> Strategy:
+    """The strategy of so many evaluations, all of them within the budget and no two alike.
 
-    What is proposed depends on the seed and on what is known alone, so that a search that was stopped goes on as it
-    would have.
-
-    Args:
-        evaluate: a schedule's value, less is better.
-        evaluations: in all, those that are known included.
-        known: values so far; further ones are added.
+    What it proposes depends on the seed and on what is known alone, so that a search that was stopped goes on as it
+    would have. What other processes are at counts as known, and as bad.
     """
-    while len(known) < evaluations:
-        choices = propose(space, known, seed)
-        if choices is None:
-            break
-        known[choices] = evaluate(choices)
-    return min(known, key=lambda choices: _order(known[choices]))
+
+    def points(ended: Mapping[int, Evaluation], begun: Mapping[int, Point]) -> list[Point]:
+        known = {
+            tuple(map(int, begun[slot])): ended[slot].value if slot in ended else math.inf
+            for slot in sorted(begun)[:evaluations]
+        }
+        proposed = propose(space, known, seed) if len(known) < evaluations else None
+        return [*known, proposed] if proposed else list(known)
+
+    return Strategy("evolution", {}, points, evaluations=evaluations)
 
 
 def propose(space: Space, known: Mapping[Choices, float], seed: int) -> Choices | None:
-    """The next schedule to evaluate; None where there seem to be no others.
+    """The next model schedule to evaluate; None where there seem to be no others.
 
     First each model alone, then some at random, then children of the best: of several, the one that the predictor
     takes for the best.
+
+    Args:
+        known: value of each [lower is better]; infinite where there is none.
     """
     for start in space.starts():
         if start not in known:
@@ -130,15 +127,10 @@ def propose(space: Space, known: Mapping[Choices, float], seed: int) -> Choices 
     draw = random.Random(f"{seed} {len(known)}")
     if len(known) < len(space.starts()) + _PARENTS:
         return _unknown(space, tuple(draw.choices(space.options(), k=space.steps)), known, draw)
-    parents = sorted(known, key=lambda choices: _order(known[choices]))[:_PARENTS]
+    parents = sorted(known, key=known.__getitem__)[:_PARENTS]
     children = [_unknown(space, _child(space, parents, draw), known, draw) for _ in range(_CHILDREN)]
     found = [child for child in children if child is not None]
     return found[int(np.argmin(_predicted(found, known, len(space.costs))))] if found else None
-
-
-def _order(value: float) -> float:
-    """A value for sorting: samples that came out as NaN are the worst."""
-    return value if math.isfinite(value) else math.inf
 
 
 def _child(space: Space, parents: list[Choices], draw: random.Random) -> Choices:

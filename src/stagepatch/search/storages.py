@@ -7,12 +7,10 @@ import json
 import os
 import time
 import uuid
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import optuna
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
@@ -21,19 +19,6 @@ from sqlalchemy import Connection, Engine, event
 from stagepatch.core.errors import UserError
 
 _HEARTBEAT, _GRACE = 30, 120  # seconds, of a database
-
-
-@contextlib.contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Optuna says nothing of each trial meanwhile, nor that what it does is an experiment."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager
@@ -48,13 +33,10 @@ def open_storage(storage: str) -> Iterator[tuple[BaseStorage, Workers | None]]:
     """
     if "://" in storage:
         yield _open_database(storage), None
-        return
-    journal = JournalStorage(_open_journal(Path(storage)))
-    workers = Workers(Path(f"{storage}.workers"))
-    try:
-        yield journal, workers
-    finally:
-        workers.close()
+    else:
+        journal = JournalStorage(_open_journal(Path(storage)))
+        with contextlib.closing(Workers(Path(f"{storage}.workers"))) as workers:
+            yield journal, workers
 
 
 class _Journal(JournalFileBackend):
@@ -76,12 +58,12 @@ def _open_journal(path: Path) -> _Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         try:
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            whole = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
-            for line in whole:
+            content = path.read_bytes() if path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            for line in whole.splitlines():
                 json.loads(line)["op_code"]
-            if whole != lines:
-                os.truncate(path, sum(map(len, whole)))
+            if whole != content:
+                os.truncate(path, len(whole))
         finally:
             lock.release()
         return _Journal(str(path))

@@ -1,6 +1,5 @@
 """What a search evaluates is what merging writes, measured as everywhere else."""
 
-import copy
 import math
 
 import pytest
@@ -11,12 +10,11 @@ from stagepatch.checkpoints import add_projections, load_denoiser, model_fingerp
 from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.evaluation import load_extractor, load_references, measure
-from stagepatch.merging import Ties, find_stages, merge_lora_stages, merge_models
-from stagepatch.methods import LoRAConfig, load_learned, make_method
-from stagepatch.patch import PatchConfig
+from stagepatch.evaluation import Evaluator, load_extractor, load_references
+from stagepatch.merging import find_stages, merge_loras, merge_models
+from stagepatch.methods import LoRAConfig, MethodConfig, load_learned, make_method
 from stagepatch.sampling import SamplingConfig
-from stagepatch.search.merge_objective import MergedLoRA, MergedModel, SampleFID
+from stagepatch.search import MergedLoRA, MergedModel, SampledMetric
 
 SAMPLING = SamplingConfig(num_images=12, num_inference_steps=2, seed=3)
 WEIGHTS = [0.3, 0.9]
@@ -35,19 +33,15 @@ def stages_of(directories):
     return find_stages(directories[0], directories[1:])
 
 
-def tensors_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
 def assert_equal(model, expected):
     own, theirs = model.state_dict(), expected.state_dict()
     assert set(own) == set(theirs)
     assert all(torch.equal(value, theirs[name]) for name, value in own.items())
 
 
-@pytest.mark.parametrize("ties", [None, Ties(0.4)])
+@pytest.mark.parametrize("ties", [0.0, 0.4])
 def test_model_in_memory_is_the_model_that_is_written(directories, tmp_path, ties, monkeypatch):
-    monkeypatch.setattr("stagepatch.search.merge_objective.PIECE", 7)
+    monkeypatch.setattr("stagepatch.merging.merge.PIECE", 7)
     stages = stages_of(directories)
     merged = MergedModel(stages, ties)
     merged.at([1.0, -2.0])  # nothing of it stays
@@ -79,7 +73,7 @@ def test_projections_of_stages_are_merged_too(directories, tmp_path):
 def test_lora_in_memory_is_the_lora_that_is_written(directories, tmp_path, batch):
     for number in (1, 2):
         model, _ = load_denoiser(directories[0])
-        method = make_method("lora", PatchConfig(), LoRAConfig(rank=number))
+        method = make_method(MethodConfig("lora", lora=LoRAConfig(rank=number)))
         (group,) = method.prepare(model)
         for parameter in group["params"]:
             parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
@@ -87,7 +81,7 @@ def test_lora_in_memory_is_the_lora_that_is_written(directories, tmp_path, batch
     stages = find_stages(directories[0], [str(tmp_path / "lora1"), str(tmp_path / "lora2")], needs_base=True)
     merged = MergedLoRA(stages)
     merged.at([5.0, 5.0])
-    merge_lora_stages(stages.directories, WEIGHTS, tmp_path / "out")
+    merge_loras(stages.directories, WEIGHTS, tmp_path / "out")
     expected, _ = load_denoiser(directories[0])
     load_learned(expected, tmp_path / "out")
     with torch.no_grad():
@@ -95,30 +89,45 @@ def test_lora_in_memory_is_the_lora_that_is_written(directories, tmp_path, batch
     assert torch.equal(*predicted)
 
 
+@pytest.fixture
+def evaluator():
+    return Evaluator(load_references(DataConfig()), load_extractor("digits"))
+
+
 @pytest.mark.parametrize("metric", ["fid_train", "fid_held_out"])
-def test_value_is_the_fid_that_evaluate_reports(directories, metric):
-    references, extractor = load_references(DataConfig()), load_extractor("digits")
-    merged = MergedModel(stages_of(directories))
-    objective = SampleFID(merged, SAMPLING, references, extractor, metric)
-    value = objective(WEIGHTS)
-    model, scheduler = copy.deepcopy(merged.at(WEIGHTS)), merged.scheduler
-    assert objective([0.0, 0.0]) != value
-    measured = measure(model, scheduler, SAMPLING, [SAMPLING.seed], references, extractor)
+def test_value_is_the_fid_that_evaluate_reports(directories, evaluator, metric):
+    merged, fid = MergedModel(stages_of(directories)), SampledMetric(evaluator, metric)
+    value = fid(merged.at(WEIGHTS), merged.scheduler, SAMPLING)
+    assert fid(merged.at([0.0, 0.0]), merged.scheduler, SAMPLING) != value
+    measured = evaluator.measure(merged.at(WEIGHTS), merged.scheduler, SAMPLING, [SAMPLING.seed])
     assert value == measured.values(metric)[0]
-    assert objective(WEIGHTS) == value  # the noise is the same
+    assert fid(merged.at(WEIGHTS), merged.scheduler, SAMPLING) == value  # the noise is the same
 
 
-def test_models_that_sample_no_numbers_are_infinitely_bad(directories):
+@pytest.mark.parametrize("batch_size", [2, 256])
+def test_the_first_quarter_is_reported_on_the_way(directories, evaluator, batch_size):
+    merged, metric = MergedModel(stages_of(directories)), SampledMetric(evaluator, "recall")
+    model, reports, done = merged.at(WEIGHTS), [], []
+    sampling = SamplingConfig(num_images=17, num_inference_steps=2, batch_size=batch_size)
+    metric.on_batch = done.append
+    value = metric(model, merged.scheduler, sampling, lambda value: reports.append((value, sum(done))))
+    expected = metric(model, merged.scheduler, sampling)
+    assert value == pytest.approx(expected, abs=1e-3)
+    part = SamplingConfig(num_images=6 if batch_size == 2 else 5, num_inference_steps=2)
+    ((reported, images),) = reports
+    assert reported == pytest.approx(metric(model, merged.scheduler, part), abs=1e-3)
+    assert images <= 5  # the others were not sampled yet
+    assert value <= 0.0  # recall is to be high
+
+
+def test_models_that_sample_no_numbers_are_infinitely_bad(directories, evaluator):
     merged = MergedModel(stages_of(directories))
-    objective = SampleFID(merged, SAMPLING, load_references(DataConfig()), load_extractor("digits"))
-    assert objective([1e30, -1e30]) == math.inf
+    assert SampledMetric(evaluator, "fid_train")(merged.at([1e30, -1e30]), merged.scheduler, SAMPLING) == math.inf
 
 
-def test_held_out_images_must_be_there(directories):
-    references = load_references(DataConfig())
-    references.held_out = None
+def test_held_out_images_must_be_there(evaluator):
     with pytest.raises(UserError, match="no held-out images; use 'fid_train'"):
-        SampleFID(MergedModel(stages_of(directories)), SAMPLING, references, load_extractor("digits"), "fid_held_out")
+        SampledMetric(evaluator.without_held_out(), "fid_held_out")
 
 
 def test_stages_of_other_architectures_are_refused_by_name(directories, tiny_dit, tmp_path):

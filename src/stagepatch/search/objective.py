@@ -1,0 +1,128 @@
+"""What a candidate is worth: a metric of its samples, from the same noise for all candidates."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stagepatch.core.errors import UserError
+from stagepatch.core.processes import processes
+from stagepatch.core.progress import progress_bar
+from stagepatch.evaluation import METRICS, Evaluator, LatentSampling
+from stagepatch.evaluation.features import extract_features
+from stagepatch.families import sample_shape
+from stagepatch.sampling import SamplingConfig
+from stagepatch.search.config import ScheduleConfig, SearchConfig
+from stagepatch.search.engine import Box, Evaluation, Point, Report, Search, Strategy, best_of
+
+_PARTS = 4  # an intermediate value is of the first of so many parts of the images
+
+
+class SampledMetric:
+    """A metric of a model's samples, with the sign that makes it low.
+
+    Labels, noise and references never change, so the same model gives the same.
+
+    Args:
+        evaluator: samples, and has the features of the references.
+        name: of the metric; its reference is features.
+
+    Attributes:
+        on_batch: called with the number of images done after each batch.
+
+    Raises:
+        UserError: no held-out images.
+    """
+
+    def __init__(self, evaluator: Evaluator, name: str) -> None:
+        self.metric, self._evaluator = METRICS[name], evaluator
+        reference = evaluator.reference(self.metric.reference)
+        if reference is None:
+            raise UserError(f"metric='{name}': these data have no held-out images; use 'fid_train'.")
+        self._reference = reference
+        self.on_batch: Callable[[int], None] | None = None
+
+    def __call__(
+        self, model: nn.Module, scheduler: Any, sampling: SamplingConfig, report: Report | None = None
+    ) -> float:
+        """Its value; infinite where the samples are no numbers.
+
+        Args:
+            report: is called with the value of the first quarter of the images.
+        """
+        evaluator = self._evaluator
+        if report is not None:
+            evaluator = copy.copy(evaluator)
+            count = math.ceil(sampling.num_images / _PARTS)
+            evaluator.latents = self._reporting(evaluator.latents, model, count, report)
+            sampling = replace(sampling, batch_size=min(count, sampling.batch_size))
+        return self._value(evaluator.sample(model, scheduler, sampling, self.on_batch))
+
+    def _value(self, images: Tensor) -> float:
+        features = extract_features(self._evaluator.extractor, images)
+        is_finite = bool(features.isfinite().all())
+        return self.metric.sign * self.metric.function(features, self._reference) if is_finite else math.inf
+
+    def _reporting(
+        self, latents: LatentSampling | None, model: nn.Module, count: int, report: Report
+    ) -> LatentSampling:
+        """Sampling that reports the value of its first images on the way."""
+        latents = latents or LatentSampling(sample_shape(model), lambda samples: samples, None)
+        decode, batches = latents.decode, list[Tensor]()
+
+        def decode_and_report(samples: Tensor) -> Tensor:
+            done = sum(map(len, batches))
+            images = decode(samples)
+            if done < count:
+                batches.append(images.float().cpu())
+            if done < count <= done + len(images):
+                report(self._value(torch.cat(batches)))
+            return images
+
+        return replace(latents, decode=decode_and_report)
+
+
+def run_search(
+    config: SearchConfig | ScheduleConfig,
+    output: Path,
+    box: Box,
+    objective: Callable[[Point, Report | None], float],
+    metric: SampledMetric,
+    identity: Mapping[str, Any],
+    strategies: Sequence[Strategy],
+) -> dict[str, list[Evaluation]]:
+    """`Search.run` with progress bars.
+
+    Args:
+        config: its name, storage and pruning are the search's.
+        output: directory of the journal, if no other storage is given.
+        metric: that the objective takes.
+
+    Raises:
+        UserError: see `Search.run`; or this process is one of a launch.
+    """
+    if processes().num_processes > 1:
+        command = "schedule" if isinstance(config, ScheduleConfig) else "merge"
+        raise UserError(
+            f"A search is not shared under `accelerate launch`: start `stagepatch {command}` several times instead, "
+            f"each on its own device; they share the evaluations through the storage."
+        )
+    with progress_bar() as progress:
+        images = progress.add_task("sampling", total=None, status="")
+        metric.on_batch = lambda count: progress.advance(images, count)
+        tasks = {each.name: progress.add_task(each.name, total=None, status="") for each in strategies}
+
+        def on_progress(name: str, ended: list[Evaluation], total: int) -> None:
+            best = f"best {metric.metric.sign * best_of(ended).value:.4g}" if ended else ""
+            progress.update(tasks[name], completed=len(ended), total=total, status=best)
+
+        storage = config.storage or str(output / "search.journal")
+        search = Search(config.name, storage, box, objective, identity, type(config)(), config.prune, on_progress)
+        return search.run(strategies)

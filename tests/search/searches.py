@@ -1,0 +1,90 @@
+"""Searches on toy objectives, in this process or, as `python -m tests.search.searches`, in one that may die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from stagepatch.search import Box, Evaluation, Search, SearchConfig, Space, evolution, storages, weight_strategies
+
+OPTIMUM = [0.62, 0.15, 0.4]
+SPACE = Space((1.0, 0.5, 0.25), 6, 3.0)
+
+
+def quadratic(point):
+    return sum((weight - best) ** 2 for weight, best in zip(point, OPTIMUM, strict=False))
+
+
+class Counted:
+    """An objective that remembers what it was asked."""
+
+    def __init__(self, objective=quadratic):
+        self.objective, self.asked = objective, []
+
+    def __call__(self, point, report=None):
+        self.asked.append(tuple(point))
+        return self.objective(point)
+
+
+def search(path, objective=quadratic, count=2, identity=None, on_progress=None, defaults=None, **options):
+    """Evaluations by strategy; 'evolution', of toy model schedules, goes alone."""
+    options = {"strategies": ["tpe"], "evaluations": 12, **options}
+    config = SearchConfig(**options)
+    if config.strategies == ["evolution"]:
+        strategies, box = [evolution(SPACE, config.evaluations, 0)], Box(SPACE.steps, -1, 2, step=1)
+    else:
+        strategies, box = weight_strategies(config, count), Box(count, config.low, config.high)
+
+    def evaluate(point, report):
+        return objective(point) if report is None else objective(point, report)
+
+    more = {} if on_progress is None else {"on_progress": on_progress}
+    search = Search(config.name, str(path), box, evaluate, identity or {}, defaults, config.prune, **more)
+    return search.run(strategies)
+
+
+def alone(strategy, error, stop=None):
+    """What an engine with nobody beside it evaluates."""
+    ended = {}
+    while len(ended) != stop:
+        points = strategy.points(ended, {slot: evaluation.point for slot, evaluation in ended.items()})
+        if len(points) == len(ended):
+            break
+        ended[len(ended)] = Evaluation(points[-1], error(points[-1]), 0.0)
+    return list(ended.values())
+
+
+def start(storage, log, dies_at=0, seconds=0.0, evaluations=15, grace=60, strategies=("grid", "tpe", "cma")):
+    """A search in a process of its own, which kills itself in its evaluation number `dies_at`."""
+    arguments = [storage, log, dies_at, seconds, evaluations, grace, *strategies]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.search.searches", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _main(storage, log, dies_at, seconds, evaluations, grace, *strategies):
+    storages._HEARTBEAT, storages._GRACE = 1, int(grace)
+
+    def note(what, point):
+        with open(log, "a") as file:
+            file.write(f"{what} {os.getpid()} {point}\n")
+
+    def objective(point):
+        note("begin", point)
+        time.sleep(float(seconds))
+        if len(counted.asked) == int(dies_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        note("end", point)
+        return sum((number - 0.3) ** 2 for number in point)
+
+    counted = Counted(objective)
+    found = search(storage, counted, strategies=list(strategies), evaluations=int(evaluations))
+    print({name: [one.point for one in ended] for name, ended in found.items()})
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
