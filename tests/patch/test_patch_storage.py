@@ -203,7 +203,7 @@ def test_config_that_is_no_json_object(saved, text):
         ({"num_layers": 2}, r"3 sites \(blocks.0…\) against 2"),
         (
             {"hidden_size": 48},
-            "condition_channels 32 against the model's 48; channels 32 at blocks.0 against 48",
+            "condition_channels 32 against the model's 48; channels 32 at blocks.0 against the model's 48",
         ),
     ],
     ids=str,

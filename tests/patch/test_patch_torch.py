@@ -173,7 +173,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_dit, batch, make_p
         total = predict(model, *batch).square().mean() + patch.balance_loss()
         results.append([total.detach(), *gradients(total)])
         # The blocks are run again in the backward, the gate is not.
-        entered = 0 if patch.is_gated_prepending else 3
+        entered = 0 if patch.config.is_gated_prepending else 3
         assert calls == {"enter": entered * (2 if checkpointing else 1), "observe": 1}
         torch.manual_seed(0)
         predict(model, *batch)

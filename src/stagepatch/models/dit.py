@@ -5,16 +5,16 @@ Parameter names are those of the authors' checkpoints, so these load without a t
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,13 +25,6 @@ from stagepatch.models.sizes import DIT_SIZES
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
-
-
-@dataclass
-class DiTOutput(BaseOutput):  # type: ignore[misc, unused-ignore]
-    """`sample`: [B, C, H, W], or [B, 2C, H, W] where the variance is learned."""
-
-    sample: Tensor
 
 
 class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
@@ -168,14 +161,14 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         class_labels: Tensor | None = None,
         return_dict: bool = True,
         pooled_projections: Tensor | None = None,
-    ) -> DiTOutput | tuple[Tensor]:
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Predict noise (and the variance's interpolation) of a noisy sample.
 
         Args:
             sample: [B, C, H, W], H and W multiples of `patch_size`.
             timestep: [B], or one number for the whole batch.
             class_labels: [B], for conditioning 'class'.
-            return_dict: return a `DiTOutput` rather than a tuple.
+            return_dict: return a `Transformer2DModelOutput` rather than a tuple.
             pooled_projections: [B, E], for conditioning 'text'; a row of NaN stands for no text.
 
         Raises:
@@ -204,7 +197,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
                 hidden_states = block(hidden_states, conditioning)
         hidden_states = self.final_layer(hidden_states, conditioning)
         output = self._unpatchify(hidden_states, grid)
-        return DiTOutput(sample=output) if return_dict else (output,)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _condition(self, batch: int, class_labels: Tensor | None, pooled_projections: Tensor | None) -> Tensor:
         name, condition, width = "class_labels", class_labels, []
@@ -263,7 +256,14 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_attention_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
-        self.mlp = FeedForward(hidden_size, round(hidden_size * mlp_ratio))
+        mlp_size = round(hidden_size * mlp_ratio)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Linear(hidden_size, mlp_size),
+                gelu=nn.GELU(approximate="tanh"),
+                fc2=nn.Linear(mlp_size, hidden_size),
+            )
+        )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
@@ -290,18 +290,6 @@ class Attention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.proj(attended.transpose(1, 2).reshape(batch, tokens, channels))  # type: ignore[no-any-return]
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), linear."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))  # type: ignore[no-any-return]
 
 
 class FinalLayer(nn.Module):

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import torch
-from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid, get_timestep_embedding
+from diffusers.models.embeddings import Timesteps, get_1d_sincos_pos_embed_from_grid
 from torch import Tensor, nn
 
 
 class TimestepEmbedder(nn.Module):
     """Sinusoidal features of the timestep through a two-layer MLP: [B] -> [B, D]."""
 
-    def __init__(self, hidden_size: int, frequency_size: int = 256, downscale_freq_shift: float = 0.0) -> None:
+    def __init__(self, hidden_size: int, downscale_freq_shift: float = 0.0) -> None:
         super().__init__()
-        self.frequency_size = frequency_size
-        self.downscale_freq_shift = downscale_freq_shift
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        features = get_timestep_embedding(
-            timesteps,
-            self.frequency_size,
-            flip_sin_to_cos=True,
-            downscale_freq_shift=self.downscale_freq_shift,
-        )
-        return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
+        return self.mlp(self.features(timesteps).to(self.mlp[0].weight.dtype))  # type: ignore[no-any-return]
 
 
 class TextEmbedder(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from stagepatch.patch.prepending import attend_to_prompts
 from stagepatch.patch.prompts import MixtureOfPrompts
 
 
-class Attachment:
+class Attachment(AbstractContextManager["Attachment"]):
     """Handle of an attached patch; `detach()`, or the end of a `with` block, restores the model.
 
     A hook on the model reads the image's grid off the arguments. One tap per embedding module hands the condition
@@ -39,7 +40,7 @@ class Attachment:
         self._handles = [model.register_forward_pre_hook(hooks.begin, with_kwargs=True)]
         self._handles += [module.register_forward_hook(partial(hooks.tap, tap)) for tap, module in enumerate(tapped)]
         for position, (site, module) in enumerate(zip(backbone.sites, entered, strict=True)):
-            if patch.is_gated_prepending:
+            if patch.config.is_gated_prepending:
                 self._handles += attend_to_prompts(patch, position, site.attention, modules)
                 continue
             enter = partial(hooks.enter, position, site.argument)
@@ -55,9 +56,6 @@ class Attachment:
         if self._handles:
             _forget_compiled()
         self._handles.clear()
-
-    def __enter__(self) -> Attachment:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()

@@ -10,29 +10,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stagepatch.core.errors import UserError
 
-# What a field left at None takes, by preset (PAPERS: the paper's text, the released code).
-_PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "condition": "t",
-        "sites": "all",
-        "hard_weight": "one",
-        "gate_noise": False,
-        "gate_learning_rate_factor": 1.0,
-        "importance_variance": "population",
-        "load_loss": "surrogate",
-    },
-    "released": {
-        "condition": "t+c",
-        "sites": 12,
-        "hard_weight": "renormalized",
-        "gate_noise": True,
-        "gate_learning_rate_factor": 10.0,
-        "importance_variance": "unbiased",
-        "load_loss": "none",
-    },
+# What a field left at None takes: in the paper's text, and in the released code (PAPERS).
+_BY_PRESET: dict[str, tuple[Any, Any]] = {
+    "condition": ("t", "t+c"),
+    "sites": ("all", 12),
+    "hard_weight": ("one", "renormalized"),
+    "gate_noise": (False, True),
+    "gate_learning_rate_factor": (1.0, 10.0),
+    "importance_variance": ("population", "unbiased"),
+    "load_loss": ("surrogate", "none"),
 }
-
-
 SiteGroup = Literal["all", "first", "half", "stages", "attention"]
 
 
@@ -112,20 +99,24 @@ class PatchConfig:
     def __post_init__(self) -> None:
         kinds = _field_kinds()
         _check_field("preset", self.preset, kinds["preset"])
-        for name, value in _PRESETS[self.preset].items():
+        for name, (paper, released) in _BY_PRESET.items():
             if getattr(self, name) is None:
-                setattr(self, name, value)
+                setattr(self, name, paper if self.preset == "paper" else released)
         if self.gate_initialization is None:
             self.gate_initialization = "zero" if self.num_experts == 1 else "normal"
         if self.initialization is None:
-            is_gated = self.position == "prepend" and self.prepending == "gated"
-            self.initialization = "normal" if is_gated else "zero"
+            self.initialization = "normal" if self.is_gated_prepending else "zero"
         for name, kind in kinds.items():
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
             _check_field(name, getattr(self, name), kind)
         self._check_sizes()
         self._check_combinations()
+
+    @property
+    def is_gated_prepending(self) -> bool:
+        """Whether prompts are attended to apart, each head behind a gate."""
+        return self.position == "prepend" and self.prepending == "gated"
 
     def _check_sizes(self) -> None:
         if self.grid is not None and not (isinstance(self.grid, list) and _are_counts(self.grid)):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from stagepatch.core.settings import as_json
 
 _SAMPLED = 16  # parameters, of which the first few numbers are kept
 _NUMBERS = 4
@@ -49,12 +51,13 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     shapes = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(parameters.items()))
     matrices = sorted(name for name, parameter in parameters.items() if parameter.ndim > 1)
     chosen = matrices[:: max(1, len(matrices) // _SAMPLED)]
+    first = {name: parameters[name].detach().flatten()[:_NUMBERS] for name in chosen}
     in_memory = is_plain and not any(parameters[name].is_meta for name in chosen)
     return Fingerprint(
         model_id=str(config.get("_name_or_path") or ""),
         architecture=hashlib.sha256(shapes.encode()).hexdigest() if is_plain else "",
-        config={name: value for name, value in named.items() if _is_plain(value)},
-        weights={name: _first_numbers(parameters[name]) for name in chosen} if in_memory else {},
+        config=as_json({name: value for name, value in named.items() if _is_plain(value)}),
+        weights={name: numbers.float().tolist() for name, numbers in first.items()} if in_memory else {},
         dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
     )
 
@@ -65,29 +68,20 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _first_numbers(parameter: Tensor) -> list[float]:
-    return [float(number) for number in parameter.detach().flatten()[:_NUMBERS].float().tolist()]
-
-
 def architecture_differences(made_for: Fingerprint, model: Fingerprint) -> list[str]:
     """What differs, in words; nothing where the architectures are equal or cannot be read."""
     if not made_for.architecture or not model.architecture or made_for.architecture == model.architecture:
         return []
-    names = [name for name in made_for.config if _listed(made_for.config[name]) != _listed(model.config.get(name))]
+    names = [name for name in made_for.config if made_for.config[name] != model.config.get(name)]
     differences = [f"{name} {made_for.config[name]} against the model's {model.config.get(name)}" for name in names]
     return differences or ["names or shapes of its parameters"]
 
 
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def warn_of_other_weights(made_for: Fingerprint, model: Fingerprint) -> None:
     """Warn where a model has the architecture that a patch was trained on, but other weights."""
-    shared = [name for name in made_for.weights if name in model.weights]
     dtypes = [getattr(torch, one.dtype, torch.float32) for one in (made_for, model)]
     tolerance = 2.0 * max(torch.finfo(dtype).eps if dtype.is_floating_point else 1.0 for dtype in dtypes)
-    for name in shared:
+    for name in (name for name in made_for.weights if name in model.weights):
         ours, theirs = torch.tensor(made_for.weights[name]), torch.tensor(model.weights[name])
         if not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-6):
             trained_on = f" ('{made_for.model_id}')" if made_for.model_id else ""

@@ -43,17 +43,16 @@ class _Hooks:
         self.key, self.value = modules[attention.key], modules[attention.value]
         self.norms = [modules[name] if name else None for name in (attention.query_norm, attention.key_norm)]
         self.queries: Tensor | None = None
-        self.projecting = False
 
     def keep_queries(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self.patch.enabled and not self.projecting:
+        if self.patch.enabled:
             self.queries = output
 
     def attend(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Add what the queries see in the prompts to the heads' outputs."""
         if not self.patch.enabled:
             return None
-        patch, queries, self.queries = self.patch, self.queries, None
+        patch, queries = self.patch, self.queries
         if queries is None:
             name = patch.backbone.sites[self.position].name
             raise UserError(
@@ -62,20 +61,14 @@ class _Hooks:
         prompts = patch.mixture_like(queries, self.position)
         with no_autocast(queries):
             gate = torch.tanh(patch.head_gates[self.position]) * patch.scale
-        projected = [queries.chunk(3, dim=-1)[0] if self.key is self.value else queries, *self._project(prompts)]
+        if self.key is self.value:  # one layer for all three
+            queries, (_, keys, values) = queries.chunk(3, dim=-1)[0], self.key(prompts).chunk(3, dim=-1)
+        else:
+            keys, values = self.key(prompts), self.value(prompts)
+        self.queries = None  # a fused layer has just shown the prompts' own
+        projected = (queries, keys, values)
         query, key, value = (tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2) for tensor in projected)
         query, key = (norm(tensor) if norm else tensor for norm, tensor in zip(self.norms, (query, key), strict=True))
         seen = F.scaled_dot_product_attention(query, key, value.to(query.dtype))
         seen = seen * gate.to(seen.dtype).view(-1, 1, 1)
         return (args[0] + seen.transpose(1, 2).flatten(2).to(args[0].dtype), *args[1:])
-
-    def _project(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        self.projecting = True
-        try:
-            keys = self.key(prompts)
-            if self.key is self.value:
-                _, keys, values = keys.chunk(3, dim=-1)
-                return keys, values
-            return keys, self.value(prompts)
-        finally:
-            self.projecting = False

@@ -56,8 +56,7 @@ class MixtureOfPrompts(nn.Module):
         self.prompts = nn.ParameterList(
             _initial_prompts(config, site, grid) for site, grid in zip(sites, self.grids, strict=True)
         )
-        self.is_gated_prepending = config.position == "prepend" and config.prepending == "gated"
-        attentions = [site.attention for site in sites if site.attention and self.is_gated_prepending]
+        attentions = [site.attention for site in sites if site.attention and config.is_gated_prepending]
         self.head_gates = nn.ParameterList(nn.Parameter(torch.zeros(attention.heads)) for attention in attentions)
         self.gate: LinearGate | None = None
         if config.gate != "none":

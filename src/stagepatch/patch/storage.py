@@ -126,11 +126,10 @@ def load_released(patch_class: type[_Patch], checkpoint: str | Path | Mapping[st
         gate_noise="w_noise" in state,
     )
     patch = patch_class(config, Backbone("DiT", sites, "t_embedder", taps, channels, (side, side)))
-    tensors = {f"prompts.{name}": prompts[index] for index, name in enumerate(names)}
+    tensors = {f"prompts.{site.name}": prompts[site.index] for site in sites}
     tensors |= {"gate.weight": state["gate.weight"], "gate.bias": state["gate.bias"]}
     if "w_noise" in state:
-        noise = state["w_noise"]
-        transposed = noise.shape != state["gate.weight"].shape
-        tensors["gate.noise_weight"] = noise.T if transposed else noise
+        is_transposed = state["w_noise"].shape != state["gate.weight"].shape
+        tensors["gate.noise_weight"] = state["w_noise"].T if is_transposed else state["w_noise"]
     patch.fill(tensors, "the released checkpoint")
     return patch.eval()
