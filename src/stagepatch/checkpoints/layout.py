@@ -80,8 +80,5 @@ def has_vae(source: str | Path) -> bool:
 def encoder_directories(source: str | Path) -> dict[str, Path]:
     """Directories of VAE, text encoders and tokenizers, by name."""
     directory = find_model(source, ["vae", *TEXT_PARTS])
-    return {
-        path.name: path
-        for path in sorted(directory.iterdir())
-        if path.is_dir() and path.name.startswith(("vae", "text_encoder", "tokenizer"))
-    }
+    names = ("text_encoder*", "tokenizer*", "vae*")
+    return {path.name: path for name in names for path in sorted(directory.glob(name)) if path.is_dir()}

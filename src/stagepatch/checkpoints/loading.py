@@ -156,10 +156,8 @@ def _load_model(directory: Path) -> Any:
     projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
     if projected:
         add_projections(model, projected)
-    expected = model.state_dict()
-    odd = sorted(set(expected) ^ set(tensors)) or sorted(
-        key for key in expected if expected[key].shape != tensors[key].shape
-    )
+    expected, found = ({(key, value.shape) for key, value in each.items()} for each in (model.state_dict(), tensors))
+    odd = sorted({key for key, _ in expected ^ found})
     if odd:
         raise UserError(
             f"'{directory / _WEIGHTS}' does not hold the {model_class.__name__} that its config.json describes: "

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from stagepatch.checkpoints.layout import BUNDLED
+from stagepatch.checkpoints.layout import BUNDLED, DENOISERS
 from stagepatch.checkpoints.loading import load_denoiser
 from stagepatch.core.errors import UserError
 from stagepatch.core.files import read_json
@@ -121,7 +121,7 @@ def _open_directory(path: Path) -> Artifact:
         method = method_class(name)
         if method.is_saved_in(path):
             return Artifact(path, method.kind, method, stage)
-    components = [path / name for name in ("transformer", "unet") if (path / name).is_dir()]
+    components = [path / name for name in DENOISERS if (path / name).is_dir()]
     if components:
         is_whole = any(components[0].glob("*.safetensors")) or any(components[0].glob("*.bin"))
         has_parts = (components[0] / "config.json").exists() and (path / "scheduler").is_dir()
