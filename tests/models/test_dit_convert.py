@@ -48,49 +48,35 @@ def draw_inputs(seed, batch=4):
 # from_diffusers
 
 
-@pytest.mark.parametrize("seed", range(4))
-@torch.no_grad()
-def test_prediction_equals_diffusers(seed):
-    reference = diffusers_dit(seed)
+def assert_equal_predictions(model, reference, seed):
     sample, timesteps, labels = draw_inputs(seed)
-    expected = reference(sample, timesteps, labels).sample
-    output = DiT.from_diffusers(reference)(sample, timesteps, labels).sample
+    with torch.no_grad():
+        expected = reference(sample, timesteps, labels).sample
+        output = model(sample, timesteps, labels).sample
+    assert output.shape == expected.shape
     assert expected.std() > 0.1
     assert (output - expected).abs().max() < TOLERANCE
 
 
+OTHER_SHAPES = [{"out_channels": None}, {"out_channels": 4}, {"patch_size": 4}, {"num_layers": 1}, {"norm_eps": 1e-2}]
+
+
 @pytest.mark.parametrize(
-    "overrides",
-    [
-        {"out_channels": None},
-        {"out_channels": 4},
-        {"patch_size": 4},
-        {"num_layers": 1},
-        {"norm_eps": 1e-2},
-    ],
+    ("seed", "overrides"), [*((seed, {}) for seed in range(4)), *((0, shape) for shape in OTHER_SHAPES)], ids=str
 )
-@torch.no_grad()
-def test_prediction_equals_diffusers_in_other_shapes(overrides):
-    reference = diffusers_dit(**overrides)
-    sample, timesteps, labels = draw_inputs(0)
-    expected = reference(sample, timesteps, labels).sample
-    output = DiT.from_diffusers(reference)(sample, timesteps, labels).sample
-    assert output.shape == expected.shape
-    assert (output - expected).abs().max() < TOLERANCE
+def test_prediction_equals_diffusers(seed, overrides):
+    reference = diffusers_dit(seed, **overrides)
+    assert_equal_predictions(DiT.from_diffusers(reference), reference, seed)
 
 
-@torch.no_grad()
 def test_authors_settings_equal_diffusers_with_these_settings():
     # diffusers' DiT differs from the authors' in two constants: the frequency shift and the norms' epsilon.
     reference = diffusers_dit(norm_eps=1e-6)
     for block in reference.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
-    sample, timesteps, labels = draw_inputs(1)
-    expected = reference(sample, timesteps, labels).sample
     weights = DiT.from_diffusers(reference).state_dict()
     weights["pos_embed"] = sincos_positions(32, 4, 4)
-    output = DiT.from_original(weights, num_attention_heads=4)(sample, timesteps, labels).sample
-    assert (output - expected).abs().max() < TOLERANCE
+    assert_equal_predictions(DiT.from_original(weights, num_attention_heads=4), reference, 1)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from torch import nn
 
 from stagepatch.core.errors import UserError
 from stagepatch.models import DIT_SIZES, DiT
+from tests.models.conftest import SMALL
 
 
 def inputs(batch=2, height=8, width=8, channels=3):
@@ -20,12 +21,7 @@ def inputs(batch=2, height=8, width=8, channels=3):
 # arXiv 2212.09748 gives 33M, 130M, 458M and 675M; exactly, without the fixed positions:
 @pytest.mark.parametrize(
     ("name", "count"),
-    [
-        ("DiT-S/2", 32_865_056),
-        ("DiT-B/2", 130_315_808),
-        ("DiT-L/2", 457_840_672),
-        ("DiT-XL/2", 674_834_720),
-    ],
+    [("DiT-S/2", 32_865_056), ("DiT-B/2", 130_315_808), ("DiT-L/2", 457_840_672), ("DiT-XL/2", 674_834_720)],
 )
 def test_named_size_has_the_papers_parameter_count(name, count):
     with torch.device("meta"):
@@ -116,7 +112,7 @@ def test_returns_a_tuple_on_request(make_dit):
 
 
 def test_starts_as_the_identity_and_answers_zero():
-    model = DiT(sample_size=8, in_channels=3, hidden_size=32, num_layers=2, num_attention_heads=4)
+    model = DiT(**SMALL)
     sample, timesteps, labels = inputs()
     tokens = torch.randn(2, 16, 32)
     assert torch.equal(model.blocks[1](tokens, torch.randn(2, 32)), tokens)
@@ -124,7 +120,7 @@ def test_starts_as_the_identity_and_answers_zero():
 
 
 def test_linear_layers_start_within_xaviers_bounds():
-    model = DiT(sample_size=8, in_channels=3, hidden_size=32, num_layers=1, num_attention_heads=4)
+    model = DiT(**{**SMALL, "num_classes": 1000})
     for weight, fans in [
         (model.blocks[0].attn.qkv.weight, 32 + 96),
         (model.x_embedder.proj.weight, 12 + 32),
@@ -134,13 +130,9 @@ def test_linear_layers_start_within_xaviers_bounds():
 
 
 def test_embeddings_start_with_the_authors_deviation():
-    model = DiT(sample_size=8, in_channels=3, hidden_size=32, num_layers=1, num_attention_heads=4)
-    for weight in (
-        model.t_embedder.mlp[0].weight,
-        model.t_embedder.mlp[2].weight,
-        model.y_embedder.embedding_table.weight,
-    ):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    model = DiT(**{**SMALL, "num_classes": 1000})
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2], model.y_embedder.embedding_table):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 # Conditioning
@@ -331,42 +323,25 @@ def test_refuses_sizes_that_do_not_fit(make_dit, arguments, message):
         make_dit(**arguments)
 
 
-def test_refuses_a_sample_that_is_no_multiple_of_the_patch(make_dit):
-    sample, timesteps, labels = inputs(height=7)
-    with pytest.raises(UserError, match="7×8"):
-        make_dit()(sample, timesteps, labels)
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 8, 8)])
-def test_refuses_a_sample_of_another_shape(make_dit, shape):
-    with pytest.raises(UserError, match=r"expected \[B, 3, H, W\]"):
-        make_dit()(torch.zeros(shape), 1, torch.tensor([1, 1]))
-
-
-@pytest.mark.parametrize("timesteps", [torch.zeros(3), torch.zeros(2, 1)])
-def test_refuses_timesteps_of_another_batch(make_dit, timesteps):
-    sample, _, labels = inputs()
-    with pytest.raises(UserError, match="Timesteps of shape"):
-        make_dit()(sample, timesteps, labels)
-
-
-@pytest.mark.parametrize(("conditioning", "name"), [("class", "class_labels"), ("text", "pooled_projections")])
-def test_names_the_condition_that_is_missing(make_dit, conditioning, name):
-    sample, timesteps, _ = inputs()
-    with pytest.raises(UserError, match=f"pass `{name}`"):
-        make_dit(conditioning=conditioning)(sample, timesteps)
+SAMPLE, STEPS, LABELS = torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long()
 
 
 @pytest.mark.parametrize(
-    ("conditioning", "condition", "expected"),
+    ("conditioning", "arguments", "message"),
     [
-        ("class", {"class_labels": torch.zeros(3).long()}, r"expected \[2\]"),
-        ("class", {"class_labels": torch.zeros(2, 1).long()}, r"expected \[2\]"),
-        ("text", {"pooled_projections": torch.zeros(2, 5)}, r"expected \[2, 6\]"),
-        ("text", {"pooled_projections": torch.zeros(6)}, r"expected \[2, 6\]"),
+        ("class", (SAMPLE[..., :7, :], STEPS, LABELS), "7×8"),
+        ("class", (torch.zeros(2, 4, 8, 8), 1, LABELS), r"expected \[B, 3, H, W\]"),
+        ("class", (torch.zeros(3, 8, 8), 1, LABELS), r"expected \[B, 3, H, W\]"),
+        ("class", (SAMPLE, torch.zeros(3), LABELS), "Timesteps of shape"),
+        ("class", (SAMPLE, torch.zeros(2, 1), LABELS), "Timesteps of shape"),
+        ("class", (SAMPLE, STEPS), "pass `class_labels`"),
+        ("text", (SAMPLE, STEPS), "pass `pooled_projections`"),
+        ("class", (SAMPLE, STEPS, torch.zeros(3).long()), r"expected \[2\]"),
+        ("class", (SAMPLE, STEPS, torch.zeros(2, 1).long()), r"expected \[2\]"),
+        ("text", (SAMPLE, STEPS, None, True, torch.zeros(2, 5)), r"expected \[2, 6\]"),
+        ("text", (SAMPLE, STEPS, None, True, torch.zeros(6)), r"expected \[2, 6\]"),
     ],
 )
-def test_refuses_a_condition_of_another_shape(make_dit, conditioning, condition, expected):
-    sample, timesteps, _ = inputs()
-    with pytest.raises(UserError, match=expected):
-        make_dit(conditioning=conditioning)(sample, timesteps, **condition)
+def test_refuses_inputs_that_it_does_not_take(make_dit, conditioning, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make_dit(conditioning=conditioning)(*arguments)

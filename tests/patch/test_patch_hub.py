@@ -122,6 +122,14 @@ def test_pushed_patch_comes_back_the_same(hub, tiny_dit, make_patch):
         assert torch.equal(ours, theirs)
 
 
+def test_saved_patch_is_pushed_under_the_directorys_name_or_another(hub, tiny_dit, make_patch, tmp_path):
+    patch = make_patch(tiny_dit())
+    patch.save_pretrained(tmp_path / "mine", push_to_hub=True, token="hf_none")
+    patch.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="somebody/theirs", token="hf_none")
+    assert sorted(hub.repos) == ["somebody/mine", "somebody/theirs"]
+    assert (tmp_path / "mine" / "config.json").is_file()
+
+
 def test_repository_that_is_not_there_is_named(hub):
     with pytest.raises(UserError, match=r"No patch at 'somebody/nothing': no such directory, and the Hub does not"):
         Patch.from_pretrained("somebody/nothing")

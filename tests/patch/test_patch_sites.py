@@ -83,3 +83,13 @@ def test_description_of_a_module_that_is_not_there_leaves_the_model_as_it_was():
     with pytest.raises(UserError, match=r"no module 'blocks.2'"):
         patch.attach(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_gate_sees_every_forward_of_a_model_without_an_extent_to_read():
+    model = Keywords()
+    patch = Patch.create(model, PatchConfig(gate_initialization="normal"))
+    with patch.attach(model):
+        model(torch.randn(3, 4, 4), torch.ones(3, 1))
+        first = patch.last
+        model(torch.randn(3, 4, 4), torch.zeros(3, 1))
+    assert not torch.equal(first.logits, patch.last.logits)

@@ -1,5 +1,6 @@
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_saving_again_replaces_the_former_patch(tiny_dit, make_patch, tmp_path):
     second = make_patch(tiny_dit(), seed=2, sites="first")
     second.save_pretrained(tmp_path)
     assert torch.equal(Patch.from_pretrained(tmp_path).prompts[0], second.prompts[0])
+
+
+def test_save_that_fails_leaves_the_former_patch(tiny_dit, make_patch, tmp_path, monkeypatch):
+    first = make_patch(tiny_dit(), seed=1)
+    first.save_pretrained(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr("stagepatch.patch.storage.write_tensors", Mock(side_effect=OSError("No space left")))
+        make_patch(tiny_dit(), seed=2).save_pretrained(tmp_path)
+    assert torch.equal(Patch.from_pretrained(tmp_path).prompts[0], first.prompts[0])
 
 
 # Broken files

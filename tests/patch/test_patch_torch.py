@@ -11,6 +11,17 @@ from stagepatch.patch import Patch, PatchConfig
 # Without a C++ compiler the graph is still traced, and run as it is.
 BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 
+VARIANTS = [
+    {},
+    {"preset": "released"},
+    {"num_experts": 2, "condition": "t+c"},
+    {"position": "prepend", "num_prompts": 3},
+    {"position": "prepend", "num_prompts": 3, "prepending": "plain"},
+    {"gate": "attention", "selection": "hard"},
+    {"gate": "none"},
+]
+RENORMALIZED = {"gate": "attention", "selection": "hard", "hard_weight": "renormalized"}
+
 
 @pytest.fixture
 def compiled():
@@ -40,19 +51,7 @@ def test_compiled_model_with_a_patch_equals_eager(tiny_dit, batch, make_patch, c
                 parameter.mul_(-0.5)
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {},
-        {"preset": "released"},
-        {"num_experts": 2, "condition": "t+c"},
-        {"position": "prepend", "num_prompts": 3},
-        {"position": "prepend", "num_prompts": 3, "prepending": "plain"},
-        {"gate": "attention", "selection": "hard"},
-        {"gate": "none"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("choices", VARIANTS, ids=str)
 def test_compiled_training_step_has_the_gradients_of_eager(tiny_dit, batch, make_patch, compiled, choices):
     model = tiny_dit(num_layers=2)
     patch = make_patch(model, **choices).train()
@@ -134,19 +133,7 @@ def test_compiled_pipeline_can_be_patched(tiny_dit, batch, make_patch, compiled)
 # Gradient checkpointing
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {},
-        {"preset": "released"},
-        {"num_experts": 2, "condition": "t+c"},
-        {"position": "prepend", "num_prompts": 3},
-        {"position": "prepend", "num_prompts": 3, "prepending": "plain"},
-        {"gate": "attention", "selection": "hard", "hard_weight": "renormalized"},
-        {"gate": "none"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("choices", [*VARIANTS, RENORMALIZED], ids=str)
 def test_gradient_checkpointing_gives_the_same_gradients(tiny_dit, batch, make_patch, monkeypatch, choices):
     model = tiny_dit()
     patch = make_patch(model, **choices).train()
