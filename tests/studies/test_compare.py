@@ -167,7 +167,7 @@ def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
         ({"entries": [{"name": "A b", "method": "dmp"}, {"name": "a-b", "method": "lora"}]}, "Two entries are called"),
         (
             {"entries": [{"name": "a", "method": "dmp", "patch": {"gaet": "none"}}]},
-            "Entry 'a', patch: no key 'gaet'. Keys: balance",
+            "Entry 'a': patch has no key 'gaet'. Keys: balance",
         ),
         ({"entries": [{"name": "a", "method": "dmp", "patch": {"gate": "mlp"}}]}, "gate='mlp' is none of"),
         (
@@ -181,7 +181,7 @@ def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
         ({"entries": [{"name": "a", "method": "dmp", "weighting": {"name": "snr2"}}]}, "weighting 'snr2' is none of"),
         (
             {"entries": [{"name": "a", "method": "dmp", "training": {"stepz": 2}}]},
-            "Entry 'a', training: no key 'stepz'",
+            "Entry 'a': training has no key 'stepz'",
         ),
         ({"sampling_seeds": [0, 1]}, "sampling_seeds=[0, 1] must be at least 3"),
         ({"model": "nowhere"}, "No model at 'nowhere'"),

@@ -11,6 +11,7 @@ from PIL import Image
 from stagepatch.cli import main
 from stagepatch.patch import Patch, PatchConfig
 from stagepatch.training import read_log
+from stagepatch.training.checkpoint import TrainingState
 from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
@@ -87,17 +88,15 @@ def test_training_goes_on_and_ends_the_same_and_loads_no_encoders_again(tmp_path
     run = tmp_path / "run"
     stopping = [size, cache, "--training.steps=4", "--training.checkpoint_every=2"]
     saved = []
-    from stagepatch.training import loop
+    save = TrainingState.save
 
-    save = loop.save_checkpoint
-
-    def save_and_break(directory, done, *state):
-        save(directory, done, *state)
+    def save_and_break(state, done):
+        save(state, done)
         saved.append(done)
         if saved == [2]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_break)
+    monkeypatch.setattr(TrainingState, "save", save_and_break)
     assert train(tmp_path / "model", images, run, *stopping) == 130
     assert train(tmp_path / "model", images, run, *stopping) == 0
     assert saved == [2, 4]

@@ -8,26 +8,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from stagepatch import report
 from stagepatch.analysis import gate_activation, plot_gate_activation
 from stagepatch.cli import config as configs
 from stagepatch.core.files import write_atomically, write_json, write_text
 from stagepatch.core.progress import progress_bar
 from stagepatch.core.tensors import write_tensors
 from stagepatch.evaluation import METRICS, Evaluator, Measured, comparison_table, direction_note, paired_difference
-from stagepatch.report import (
-    KeyValues,
-    Picture,
-    Prose,
-    Section,
-    Table,
-    figure_to_data_uri,
-    image_to_data_uri,
-    paired_grid,
-    print_table,
-    provenance,
-    training_curves,
-    write_page,
-)
 from stagepatch.sampling import SamplingConfig
 from stagepatch.training import RUN_CONFIG, Run, TrainConfig, TrainingConfig, read_log
 
@@ -83,7 +70,7 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
     timesteps = torch.arange(0, run.objective.num_train_timesteps, 10)
     activation = gate_activation(run.model, patch, timesteps)
     columns, rows = comparison_table(base, patched, evaluator.extractor.name)
-    pairs = paired_grid(base.images[:40], patched.images[:40], columns=10)
+    pairs = report.paired_grid(base.images[:40], patched.images[:40], columns=10)
     write_atomically(directory / "pairs.png", lambda path: pairs.save(path, format="PNG"))
     facts = {
         "base parameters": f"{sum(value.numel() for value in run.model.parameters()):,}",
@@ -91,25 +78,27 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
         "training": f"{training.steps} steps of {training.batch_size}",
         "sampling": f"{sampling.num_images} images a seed, {sampling.num_inference_steps} DDIM steps",
     }
-    sections: list[Section] = [
-        Table("What the patch changed", columns, rows, _NOTE),
-        Prose("Verdict", verdict(base, patched, quick)),
-        Picture("Samples", image_to_data_uri(pairs), "Base and patched model from the same noise."),
-        Picture(
-            "Training", figure_to_data_uri(training_curves(read_log(run.directory))), "Loss, balance terms and gate."
+    sections: list[report.Section] = [
+        report.Table("What the patch changed", columns, rows, _NOTE),
+        report.Prose("Verdict", verdict(base, patched, quick)),
+        report.Picture("Samples", report.image_to_data_uri(pairs), "Base and patched model from the same noise."),
+        report.Picture(
+            "Training",
+            report.figure_to_data_uri(report.training_curves(read_log(run.directory))),
+            "Loss, balance terms and gate.",
         ),
-        Picture(
+        report.Picture(
             "Gate activation",
-            figure_to_data_uri(
+            report.figure_to_data_uri(
                 plot_gate_activation(activation, timesteps, [site.name for site in patch.backbone.sites])
             ),
             "Weight of every prompt over timesteps, a panel a block (as in Fig. 5 of the paper).",
         ),
-        KeyValues("In numbers", facts),
-        *provenance(run.config_text, _commands(directory, quick)),
+        report.KeyValues("In numbers", facts),
+        *report.provenance(run.config_text, _commands(directory, quick)),
     ]
-    write_page(directory / "report.html", title, _LEAD, sections)
-    print_table(columns, rows, title)
+    report.write_page(directory / "report.html", title, _LEAD, sections)
+    report.print_table(columns, rows, title)
     console.print(verdict(base, patched, quick), highlight=False)
     console.print(f"Report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stagepatch.cli import config as configs
-from stagepatch.core.errors import UserError
 from stagepatch.core.files import read_json
 from stagepatch.core.tensors import read_tensors
 from stagepatch.methods import Artifact, open_artifact

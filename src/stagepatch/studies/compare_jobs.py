@@ -17,9 +17,9 @@ import torch
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
 from stagepatch.core.errors import UserError
 from stagepatch.core.files import read_json, write_json
-from stagepatch.core.tensors import write_tensors
 from stagepatch.core.processes import processes
 from stagepatch.core.settings import as_json
+from stagepatch.core.tensors import write_tensors
 from stagepatch.data import cache_directory
 from stagepatch.diffusion import WeightingConfig, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
@@ -143,12 +143,15 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
         raise UserError(f"launch.workers={config.launch.workers} must be at least 1.")
     if config.quick:
         config = _quick(config)
-    jobs = [job for entry in config.entries for job in _jobs_of(entry, config)]
-    for job in {(job.name, job.config.model, job.schedule): job for job in jobs}.values():
+    jobs: list[CompareJob] = []
+    for entry in config.entries:
         try:
-            job.trainable_parameters()
+            own = _jobs_of(entry, config)
+            for job in {(job.config.model, job.schedule): job for job in own}.values():
+                job.trainable_parameters()
         except UserError as error:
-            raise UserError(f"Entry '{job.name}': {error}") from error
+            raise UserError(f"Entry '{entry.name}': {error}") from error
+        jobs += own
     ignored = set(BOOKKEEPING) - {"snapshot_every"}  # a snapshot is a checkpoint that is measured
     for job in jobs:
         job.check_directory(_DEFAULTS, ignored)
@@ -176,44 +179,32 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     own: dict[str, Any] = {name: _PARTS[name](**values) for name, values in parts.items()}
     make_weighting(own["weighting"])
     if entry.schedule and entry.method != "none":
-        where = f"Entry '{entry.name}'"
-        raise UserError(f"{where}: a schedule is sampled as it is: set method='{entry.method}' to none.")
+        raise UserError(f"a schedule is sampled as it is: set method='{entry.method}' to none.")
     is_trained = entry.method != "none"
     is_base = not is_trained and not (entry.model or entry.schedule)
     is_one = not is_trained and "{seed}" not in entry.model + entry.schedule
     every = config.evaluate_every or training.steps
     checkpoints = sorted({*range(every, training.steps + 1, every), training.steps})
-    training.snapshot_every = every if is_trained and len(checkpoints) > 1 else 0
+    if not is_trained:
+        checkpoints = [0] if is_base else [training.steps]
+    training.snapshot_every = every if len(checkpoints) > 1 else 0
     jobs = []
     for seed in [0] if is_one else config.training_seeds:
         directory = Path(config.output_dir) / "jobs" / (_slug(entry.name) + ("" if is_one else f"-{seed}"))
-        try:
-            run = TrainConfig(
-                method=entry.method,
-                output_dir=str(directory / "learned"),
-                model=(entry.model or config.model).replace("{seed}", str(seed)),
-                dtype=config.dtype,
-                cache=str(cache_directory(config.cache, config.output_dir)),
-                cache_batch_size=config.cache_batch_size,
-                data=config.data,
-                training=replace(training, seed=seed),
-                **own,
-            )
-        except UserError as error:
-            raise UserError(f"Entry '{entry.name}': {error}") from error
-        jobs.append(
-            CompareJob(
-                directory,
-                run,
-                entry.name,
-                config.sampling,
-                config.sampling_seeds,
-                config.extractor,
-                checkpoints if is_trained else [0] if is_base else [training.steps],
-                entry.schedule.replace("{seed}", str(seed)),
-                is_base,
-            )
+        run = TrainConfig(
+            method=entry.method,
+            output_dir=str(directory / "learned"),
+            model=(entry.model or config.model).replace("{seed}", str(seed)),
+            dtype=config.dtype,
+            cache=str(cache_directory(config.cache, config.output_dir)),
+            cache_batch_size=config.cache_batch_size,
+            data=config.data,
+            training=replace(training, seed=seed),
+            **own,
         )
+        measuring = (config.sampling, config.sampling_seeds, config.extractor, checkpoints)
+        schedule = entry.schedule.replace("{seed}", str(seed))
+        jobs.append(CompareJob(directory, run, entry.name, *measuring, schedule, is_base))
     return jobs
 
 
@@ -223,7 +214,7 @@ def _fields(entry: EntryConfig, part: str) -> dict[str, Any]:
     names = {field.name for field in fields(_PARTS[part])}
     unknown = sorted(set(values) - names)
     if unknown:
-        raise UserError(f"Entry '{entry.name}', {part}: no key '{unknown[0]}'. Keys: {', '.join(sorted(names))}.")
+        raise UserError(f"{part} has no key '{unknown[0]}'. Keys: {', '.join(sorted(names))}.")
     return values
 
 

@@ -12,21 +12,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from stagepatch import report
 from stagepatch.core.files import write_text
 from stagepatch.core.tensors import read_tensors
 from stagepatch.evaluation import direction_note, metric_names
-from stagepatch.report import (
-    Picture,
-    Section,
-    Table,
-    figure_to_data_uri,
-    format_mean,
-    image_grid,
-    image_to_data_uri,
-    markdown_table,
-    provenance,
-    write_page,
-)
 from stagepatch.studies.compare_jobs import SAMPLES_NAME, CompareJob
 from stagepatch.studies.compare_results import SIGNIFICANCE, Row
 
@@ -45,13 +34,13 @@ def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
     cells = [row.name, f"{row.trainable:,}", f"{100 * row.trainable / row.total:.2f}%"]
     if row.is_base:
         cells += ["", "", ""]
-        value = format_mean(*row.curve[0], 4)
+        value = report.format_mean(*row.curve[0], 4)
         return [*cells, *([value] * len(steps) or [value]), "", "", ""]
     if row.method == "none":
         cells += ["", "", ""]
     else:
         cells += [f"{row.seconds_per_step:.3f}", f"{row.peak_memory / 2**20:.0f}", f"{row.file_size / 2**20:.2f}"]
-    cells += [format_mean(*row.curve[step], 4) if step in row.curve else "" for step in steps]
+    cells += [report.format_mean(*row.curve[step], 4) if step in row.curve else "" for step in steps]
     change = row.differences.get(row.last)
     if change is None:
         return [*cells, "", "", ""]
@@ -93,25 +82,29 @@ def write_results(
     """table.md, table.csv, results.json and report.html."""
     features = jobs[0].extractor + " features"
     columns, cells = table(rows, metric, features)
-    write_text(directory / "table.md", markdown_table(columns, cells) + "\n" + note(jobs, metric) + "\n")
+    write_text(directory / "table.md", report.markdown_table(columns, cells) + "\n" + note(jobs, metric) + "\n")
     sheet = io.StringIO()
     csv.writer(sheet).writerows([columns, *cells])
     write_text(directory / "table.csv", sheet.getvalue())
     write_text(directory / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    sections: list[Section] = [
-        Table("All methods", columns, cells, note(jobs, metric)),
-        Picture("Over iterations", figure_to_data_uri(curves(rows, metric, features)), "Bars: standard deviation."),
-        Picture(
+    sections: list[report.Section] = [
+        report.Table("All methods", columns, cells, note(jobs, metric)),
+        report.Picture(
+            "Over iterations", report.figure_to_data_uri(curves(rows, metric, features)), "Bars: standard deviation."
+        ),
+        report.Picture(
             "Gain against cost",
-            figure_to_data_uri(gain_against_cost(rows)),
+            report.figure_to_data_uri(gain_against_cost(rows)),
             f"Difference to the base. {direction_note([metric])}",
         ),
-        Table("All metrics at the last checkpoint", *_all_metrics(rows, features), direction_note(rows[0].metrics)),
+        report.Table(
+            "All metrics at the last checkpoint", *_all_metrics(rows, features), direction_note(rows[0].metrics)
+        ),
         *_grids(jobs),
-        *provenance(resolved, "stagepatch compare --config run.yaml\n"),
+        *report.provenance(resolved, "stagepatch compare --config run.yaml\n"),
     ]
     lead = f"{len(rows)} methods on '{jobs[0].config.model}', trained on the same batches, noise and timesteps."
-    write_page(directory / "report.html", "stagepatch compare", lead, sections)
+    report.write_page(directory / "report.html", "stagepatch compare", lead, sections)
 
 
 def _all_metrics(rows: Sequence[Row], features: str) -> tuple[list[str], list[list[str]]]:
@@ -119,13 +112,13 @@ def _all_metrics(rows: Sequence[Row], features: str) -> tuple[list[str], list[li
     return ["method", *names.values()], [[row.name, *(f"{row.metrics[key]:.4f}" for key in names)] for row in rows]
 
 
-def _grids(jobs: Sequence[CompareJob]) -> list[Section]:
+def _grids(jobs: Sequence[CompareJob]) -> list[report.Section]:
     first = {job.name: job for job in reversed(jobs)}
-    pictures: list[Section] = []
+    pictures: list[report.Section] = []
     for name in dict.fromkeys(job.name for job in jobs):
         images = read_tensors(first[name].directory / SAMPLES_NAME)[0]["images"]
-        grid = image_to_data_uri(image_grid(images[:40], columns=20))
-        pictures.append(Picture(f"Samples: {name}", grid, "From the same noise in every row."))
+        grid = report.image_to_data_uri(report.image_grid(images[:40], columns=20))
+        pictures.append(report.Picture(f"Samples: {name}", grid, "From the same noise in every row."))
     return pictures
 
 

@@ -126,7 +126,11 @@ def _executor(config: LaunchConfig, logs: Path) -> Any:
 
     logs.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder=logs / "%j", cluster=config.executor)
-    options: dict[str, Any] = {"timeout_min": config.minutes, "tasks_per_node": config.tasks, "gpus_per_node": config.gpus}
+    options: dict[str, Any] = {
+        "timeout_min": config.minutes,
+        "tasks_per_node": config.tasks,
+        "gpus_per_node": config.gpus,
+    }
     if config.executor == "slurm":
         options |= {"cpus_per_task": 4} | ({"slurm_partition": config.partition} if config.partition else {})
     executor.update_parameters(**options)

@@ -23,7 +23,7 @@ from stagepatch.core.randomness import GLOBAL, BatchOrder, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict
 from stagepatch.methods import Method
-from stagepatch.training.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
+from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import TrainingConfig
 from stagepatch.training.draws import Conditions, Draws, draw
 from stagepatch.training.log import RunLog
@@ -100,9 +100,10 @@ def train(
     rates = [group["lr"] for group in optimizer.param_groups]
     rate_factor = _rate_factor(config, optimizer)
     ema = _average(parameters, config) if config.ema_decay else None
+    scaler: Any = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     identity = {**(identity or {}), "training": config}
-    state = (identity, parameters, optimizer, ema, accelerator.scaler)
-    start = load_checkpoint(directory, *state)
+    state = TrainingState(directory / CHECKPOINT_NAME, identity, parameters, optimizer, ema, scaler)
+    start = state.load()
     if config.compile:
         model.compile()
     step = accelerator.prepare(DenoisingLoss(model, method, objective, nn.ParameterList(parameters)))
@@ -111,7 +112,8 @@ def train(
     is_main = accelerator.is_main_process
     if is_main and on_start is not None:
         on_start()
-    checked = ["loss"] if accelerator.scaler is not None else ["loss", "grad_norm"]
+    # Under fp16 the scaler skips steps of gradients that are not finite; elsewhere such a step ruins what trains.
+    checked = ["loss"] if scaler.is_enabled() else ["loss", "grad_norm"]
     totals: dict[str, Tensor] = {}
     since = time.perf_counter()
 
@@ -123,19 +125,13 @@ def train(
         for iteration, batch in enumerate(loader, start):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(iteration)
-            draws = draw(
-                batch,
-                config,
-                objective,
-                conditions,
-                iteration,
-                horizontal_flip,
-                accelerator.device,
-                accelerator.process_index,
-            )
+            here = (accelerator.device, accelerator.process_index)
+            draws = draw(batch, config, objective, conditions, iteration, horizontal_flip, *here)
             logged = _backward(step, draws, config.gradient_accumulation_steps, accelerator)
-            logged["grad_norm"] = _clip(parameters, config.max_grad_norm, optimizer, accelerator)
-            _optimizer_step(optimizer, accelerator)
+            scaler.unscale_(optimizer)
+            logged["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 ema.step(parameters)
@@ -145,7 +141,8 @@ def train(
 
             if done % config.log_every == 0 or done == config.steps:
                 count = done - max(start, (done - 1) // config.log_every * config.log_every)
-                means = _means(totals, count, accelerator)
+                summed = accelerator.reduce(totals, "mean")
+                means = {name: float(value.float() / count) for name, value in summed.items()}
                 _check_finite(means, checked, done, directory)
                 elapsed = time.perf_counter() - since
                 rate_now = optimizer.param_groups[0]["lr"]
@@ -156,7 +153,7 @@ def train(
             if done % config.checkpoint_every == 0 or done == config.steps or stop:
                 _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)
                 if is_main:
-                    save_checkpoint(directory, done, *state)
+                    state.save(done)
                 accelerator.wait_for_everyone()
             if config.snapshot_every and done % config.snapshot_every == 0 and is_main:
                 _save_result(method, parameters, ema, directory / "snapshots" / f"{done:07d}")
@@ -245,32 +242,7 @@ def _backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerato
     return totals
 
 
-def _clip(
-    parameters: list[nn.Parameter],
-    max_grad_norm: float,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-) -> Tensor:
-    if accelerator.scaler is not None:
-        accelerator.scaler.unscale_(optimizer)
-    return nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
-
-
-def _optimizer_step(optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
-    if accelerator.scaler is None:
-        optimizer.step()
-    else:
-        accelerator.scaler.step(optimizer)
-        accelerator.scaler.update()
-
-
-def _means(totals: dict[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
-    stacked = accelerator.reduce(torch.stack([value.float() for value in totals.values()]), "mean")
-    return dict(zip(totals, (stacked / count).tolist(), strict=True))
-
-
 def _check_finite(values: dict[str, float], checked: Sequence[str], iteration: int, directory: Path) -> None:
-    # Under fp16 the scaler skips steps of gradients that are not finite; elsewhere such a step ruins what trains.
     odd = [name for name in checked if not math.isfinite(values.get(name, 0.0))]
     if not odd:
         return
