@@ -101,8 +101,8 @@ def test_saving_again_replaces_the_former_patch(tiny_dit, make_patch, tmp_path):
 def test_save_that_fails_leaves_the_former_patch(tiny_dit, make_patch, tmp_path, monkeypatch):
     first = make_patch(tiny_dit(), seed=1)
     first.save_pretrained(tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
-        patched.setattr("stagepatch.patch.storage.write_tensors", Mock(side_effect=OSError("No space left")))
+    monkeypatch.setattr("stagepatch.patch.storage.write_tensors", Mock(side_effect=OSError("No space left")))
+    with pytest.raises(OSError, match="No space"):
         make_patch(tiny_dit(), seed=2).save_pretrained(tmp_path)
     assert torch.equal(Patch.from_pretrained(tmp_path).prompts[0], first.prompts[0])
 

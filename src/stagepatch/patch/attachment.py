@@ -33,20 +33,22 @@ class Attachment(AbstractContextManager["Attachment"]):
         taps = [backbone.time_tap]
         if patch.config.condition == "t+c":
             taps += backbone.condition_taps
-        # Every module is found before the first hook is put on: an error leaves the model as it was.
-        tapped = [_module(modules, name) for name in taps]
-        entered = [_module(modules, site.module) for site in backbone.sites]
+        # Before the first hook is put on: an error leaves the model as it was.
+        for name in (*taps, *(site.module for site in backbone.sites)):
+            if name not in modules:
+                raise UserError(f"The model has no module '{name}', which its description names.")
         hooks = _Hooks(patch, model, backbone.begin, len(taps))
         self._handles = [model.register_forward_pre_hook(hooks.begin, with_kwargs=True)]
-        self._handles += [module.register_forward_hook(partial(hooks.tap, tap)) for tap, module in enumerate(tapped)]
-        for position, (site, module) in enumerate(zip(backbone.sites, entered, strict=True)):
+        for position, name in enumerate(taps):
+            self._handles.append(modules[name].register_forward_hook(partial(hooks.tap, position)))
+        for position, site in enumerate(backbone.sites):
             if patch.config.is_gated_prepending:
                 self._handles += attend_to_prompts(patch, position, site.attention, modules)
                 continue
             enter = partial(hooks.enter, position, site.argument)
-            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(modules[site.module].register_forward_pre_hook(enter, with_kwargs=True))
             if patch.config.position == "prepend":
-                self._handles.append(module.register_forward_hook(partial(hooks.strip, position)))
+                self._handles.append(modules[site.module].register_forward_hook(partial(hooks.strip, position)))
         _forget_compiled()
 
     def detach(self) -> None:
@@ -124,9 +126,3 @@ def _forget_compiled() -> None:
     """Compiled code does not look for hooks that came since (Dynamo's `skip_nnmodule_hook_guards`)."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _module(modules: dict[str, nn.Module], name: str) -> nn.Module:
-    if name not in modules:
-        raise UserError(f"The model has no module '{name}', which its description names.")
-    return modules[name]

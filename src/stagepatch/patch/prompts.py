@@ -101,11 +101,8 @@ class MixtureOfPrompts(nn.Module):
         with mixture.no_autocast(condition):
             condition = condition.to(self.prompts[0].dtype)
             logits = self.gate(condition)
-            noisy_logits, noise_std = logits, None
-            if self.training and self.config.gate_noise:
-                noise_std = self.gate.noise_std(condition)
-            if noise_std is not None:
-                noisy_logits = logits + torch.randn_like(logits) * noise_std
+            noise_std = self.gate.noise_std(condition) if self.training else None
+            noisy_logits = logits if noise_std is None else logits + torch.randn_like(logits) * noise_std
             self.last = Mixture(logits, noisy_logits, noise_std, self._weigh(noisy_logits))
 
     def _weigh(self, logits: Tensor) -> Tensor:
