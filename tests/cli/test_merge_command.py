@@ -15,7 +15,7 @@ from stagepatch.cli import main
 from stagepatch.core.processes import processes
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.merging import merge_models
-from stagepatch.methods import LoRAConfig, load_learned, make_method
+from stagepatch.methods import LoRAConfig, MethodConfig, load_learned, make_method
 from stagepatch.patch import Patch, PatchConfig
 from tests.tiny_pipelines import PIPELINES
 
@@ -41,17 +41,21 @@ def test_merged_model_is_a_pipeline(tmp_path, capsys):
     assert "No model at" in capsys.readouterr().err
 
 
+def save_learned(name, model, directory, seed=0):
+    """What a method would learn, drawn at random."""
+    method = make_method(MethodConfig(name, lora=LoRAConfig(rank=2)))
+    (group,) = method.prepare(model)
+    with torch.no_grad():
+        for parameter in group["params"]:
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+    method.save(directory)
+
+
 def test_merged_lora_is_the_weighted_sum_of_the_stages(tmp_path, capsys):
     pipe = TINY.build()
-    directories = []
-    for number in range(2):
-        method = make_method("lora", PatchConfig(), LoRAConfig(rank=2))
-        (group,) = method.prepare(TINY.build().unet)
-        with torch.no_grad():
-            for parameter in group["params"]:
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
-        directories.append(tmp_path / str(number))
-        method.save(directories[-1])
+    directories = [tmp_path / "0", tmp_path / "1"]
+    for number, directory in enumerate(directories):
+        save_learned("lora", TINY.build().unet, directory, number)
     stages = f"--stages=['{directories[0]}', '{directories[1]}']"
     assert main(["merge", stages, "--weights=[1.0, 0.0]", f"--output_dir={tmp_path / 'out'}"]) == 0
     assert "The merged LoRA" in capsys.readouterr().out
@@ -144,12 +148,7 @@ def test_searched_model_is_the_merge_by_the_best_weights(decoupled, capsys):
 
 def test_search_over_loras_writes_a_lora(decoupled, capsys):
     for number in range(2):
-        method = make_method("lora", PatchConfig(), LoRAConfig(rank=2))
-        (group,) = method.prepare(load_denoiser(decoupled / "base")[0])
-        with torch.no_grad():
-            for parameter in group["params"]:
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
-        method.save(decoupled / f"lora{number}")
+        save_learned("lora", load_denoiser(decoupled / "base")[0], decoupled / f"lora{number}", number)
     loras = f"--stages=['{decoupled / 'lora0'}', '{decoupled / 'lora1'}']"
     given = [loras, f"--output_dir={decoupled / 'out'}", *SEARCH, "--search.strategies=[grid]"]
     refused(capsys, given, "No base to merge the stages into")
@@ -205,17 +204,15 @@ def test_stages_are_taken_in_their_order_and_their_base_from_them(decoupled, tin
 def test_what_cannot_be_merged_is_named(decoupled, capsys):
     model, _ = load_denoiser(decoupled / "base")
     Patch.create(model, PatchConfig()).save_pretrained(decoupled / "patch")
-    method = make_method("bitfit", PatchConfig(), LoRAConfig())
-    method.prepare(model)
-    method.save(decoupled / "biases")
-    method = make_method("lora", PatchConfig(), LoRAConfig())
-    method.prepare(model)
-    method.save(decoupled / "lora")
+    save_learned("bitfit", model, decoupled / "biases")
+    save_learned("lora", model, decoupled / "lora")
     one = decoupled / "run" / "stages" / "0"
     base = f"--base={decoupled / 'base'}"
     refused(capsys, [base, f"--stages=['{decoupled / 'patch'}']"], "patch' is a patch", "sample --schedule")
     refused(capsys, [base, f"--stages=['{decoupled / 'biases'}']"], "holds some of a model's weights")
     refused(capsys, [base, f"--stages=['{decoupled / 'lora'}', '{one}']"], "is a LoRA and", "of one kind")
+    (one / "transformer" / "config.json").unlink()
+    refused(capsys, [base, f"--stages=['{one}']"], "holds part of a model", "killed while it was written")
     (one / "stage.json").unlink()
     refused(capsys, [f"--stages=['{one}']", "--weights=[1]"], "No base to merge")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -11,12 +10,8 @@ from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, load_on_device
 from stagepatch.cli.merge import check_optuna
 from stagepatch.core.files import write_text
-from stagepatch.evaluation import Evaluator, comparison_table
+from stagepatch.evaluation import Evaluator
 from stagepatch.report import print_table
-
-if TYPE_CHECKING:
-    from stagepatch.search.model_schedule import Choices
-    from stagepatch.search.zoo import Zoo
 
 
 def schedule(config: configs.ScheduleConfig, resolved: str) -> None:
@@ -27,6 +22,7 @@ def schedule(config: configs.ScheduleConfig, resolved: str) -> None:
         SCHEDULE,
         check_config,
         choices_of,
+        compare_with_base,
         search_model_schedule,
         write_results,
     )
@@ -45,26 +41,7 @@ def schedule(config: configs.ScheduleConfig, resolved: str) -> None:
     try:
         with FileLock(directory / "search.lock", timeout=0):  # processes that shared a search end at the same time
             write_results(zoo, evaluations)
-            _compare(zoo, evaluator, choices_of(best_of(evaluations)))
+            print_table(*compare_with_base(zoo, evaluator, choices_of(best_of(evaluations).point)))
     except Timeout:
         print("Another process of this search compares the schedule with the base.")
     print(f"The schedule is in '{directory / SCHEDULE}': stagepatch sample --schedule takes it.")
-
-
-def _compare(zoo: Zoo, evaluator: Evaluator, best: Choices) -> None:
-    from stagepatch.search.schedule_search import compare_with_base
-
-    config, features = zoo.config, evaluator.extractor.name
-    runs, results, seconds = compare_with_base(zoo, evaluator, best)
-    *others, base, name = results
-    rows = [row[:-1] for row in comparison_table(results[base], results[name], features)[1]]  # not in percent too
-    for other in reversed(others):
-        spreads = comparison_table(results[other], None, features)[1]
-        rows = [[label, spread, *rest] for (label, *rest), (_, spread) in zip(rows, spreads, strict=True)]
-    rows.append(["s per image, of the costs", *(f"{run.seconds:.3g}" for run in runs.values()), ""])
-    rows.append(["s per image, measured", *(f"{seconds[name]:.3g}" for name in results), ""])
-    title = (
-        f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds that the search did not see; the "
-        f"difference is to '{base}'"
-    )
-    print_table(["metric", *results, "difference, paired"], rows, title)

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import optuna
@@ -206,14 +206,12 @@ class _Run:
     def _is_orphan(self, trial: FrozenTrial) -> bool:
         worker = trial.user_attrs.get("worker")
         if worker is None:
-            begun = trial.datetime_start or datetime.min
-            return (datetime.now() - begun).total_seconds() > _CLAIM
+            return datetime.now() - (trial.datetime_start or datetime.min) > timedelta(seconds=_CLAIM)
         return self.workers is not None and self.workers.is_gone(worker)
 
     def _fill(self, points: Sequence[Point | None], begun: Mapping[int, Point]) -> None:
         """Put a trial into each slot that has none, with the point of one that failed there."""
-        trials = self.study.get_trials(deepcopy=False)
-        taken = {trial.user_attrs.get("slot") for trial in trials if trial.state != TrialState.FAIL}
+        taken = _taken(self.study.get_trials(deepcopy=False))
         for slot, point in enumerate(points):
             if slot not in taken:
                 point = begun.get(slot, point)
@@ -237,19 +235,17 @@ class _Run:
             # Another process took this one for dead, as after a long pause, and the slot is filled again.
 
     def _value_of(self, trial: Trial) -> float:
-        slot = trial.user_attrs.get("slot", self.slots)
-        earlier = self.study.get_trials(deepcopy=False)[: trial.number]
-        is_taken = any(other.user_attrs.get("slot") == slot and other.state != TrialState.FAIL for other in earlier)
-        if is_taken or slot >= self.slots:
+        slot, trials = trial.user_attrs.get("slot", self.slots), self.study.get_trials(deepcopy=False)
+        if slot >= self.slots or slot in _taken(trials[: trial.number]):
             raise _NotWanted
         trial.set_user_attr("worker", "" if self.workers is None else self.workers.own)
         if isinstance(trial.storage, BaseHeartbeat):  # a sign of life before Optuna's thread gives its first
             trial.storage.record_heartbeat(trial._trial_id)
         box = self.search.box
         point = tuple(float(trial.suggest_float(name, box.low, box.high, step=box.step)) for name in self.names)
-        for other in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if self._point(other) == point and other.value is not None:
-                return other.value
+        for evaluation in self._state()[0].values():
+            if evaluation.point == point and not evaluation.pruned:
+                return evaluation.value
 
         def report(value: float) -> None:
             trial.report(value, step=0)
@@ -258,3 +254,8 @@ class _Run:
 
         value = self.search.objective(point, report if self.search.prune else None)
         return value if math.isfinite(value) else math.inf
+
+
+def _taken(trials: Sequence[FrozenTrial]) -> set[int | None]:
+    """The slots that need no further trial."""
+    return {trial.user_attrs.get("slot") for trial in trials if trial.state != TrialState.FAIL}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -28,23 +27,13 @@ from stagepatch.search.objective import SampledMetric, run_search
 from stagepatch.search.strategies import weight_strategies
 
 
-class Merged(Protocol):
-    """One model in memory, for any weights.
-
-    Attributes:
-        scheduler: the one the base was trained with.
-    """
-
-    scheduler: Any
-
-    def at(self, weights: Sequence[float]) -> nn.Module:
-        """The model at these weights: always the same object."""
-
-
 class MergedModel:
     """A model that is overwritten for each weights by what `merge_models` would write.
 
     Base and stages are held on the CPU as their files hold them.
+
+    Attributes:
+        scheduler: the one the base was trained with.
 
     Raises:
         UserError: a stage of another architecture, by name of what differs.
@@ -63,6 +52,7 @@ class MergedModel:
 
     @torch.no_grad()
     def at(self, weights: Sequence[float]) -> nn.Module:
+        """The model at these weights: always the same object."""
         own = self._model.state_dict()
         for name, parts in self._parts.items():
             size = piece_size(parts[0].shape, self._ties_keep)
@@ -82,10 +72,11 @@ class MergedLoRA:
         self._model: nn.Module = model.to(processes().device)
 
     def at(self, weights: Sequence[float]) -> nn.Module:
+        """The model at these weights: always the same object."""
         from peft.utils import set_peft_model_state_dict
 
         merged = combine_loras(self._loras, weights)
-        state = {name.split(".", 1)[1]: tensor for name, tensor in merged.items()}  # the first part is the denoiser's
+        state = {name.split(".", 1)[1]: tensor for name, tensor in merged.items()}  # its first part names the denoiser
         set_peft_model_state_dict(self._model, state, adapter_name=ADAPTER)
         return self._model
 
@@ -100,7 +91,7 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
     options, output = config.search, Path(config.output_dir)
     count = len(stages.directories)
     strategies = weight_strategies(options, count)
-    merged: Merged = MergedLoRA(stages) if stages.are_loras else MergedModel(stages, config.ties_keep)
+    merged = MergedLoRA(stages) if stages.are_loras else MergedModel(stages, config.ties_keep)
     evaluator = Evaluator.load(stages.base, config.data, config.extractor, Path(config.cache or output / "cache"))
     metric = SampledMetric(evaluator, options.metric)
 
@@ -110,11 +101,8 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
     identity = {
         "base": model_fingerprint(find_model(stages.base)),
         "stages": [_fingerprint(directory, stages.are_loras) for directory in stages.directories],
-        "ties_keep": config.ties_keep,
+        **{name: getattr(config, name) for name in ("ties_keep", "extractor", "sampling", "data")},
         "metric": options.metric,
-        "extractor": config.extractor,
-        "sampling": config.sampling,
-        "data": config.data,
     }
     return run_search(options, output, Box(count, options.low, options.high), objective, metric, identity, strategies)
 

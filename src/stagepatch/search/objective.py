@@ -57,12 +57,12 @@ class SampledMetric:
         Args:
             report: is called with the value of the first quarter of the images.
         """
-        evaluator = self._evaluator
+        evaluator = copy.copy(self._evaluator)
         if report is not None:
-            evaluator = copy.copy(evaluator)
             count = math.ceil(sampling.num_images / _PARTS)
-            evaluator.latents = self._reporting(evaluator.latents, model, count, report)
             sampling = replace(sampling, batch_size=min(count, sampling.batch_size))
+            latents = evaluator.latents or LatentSampling(sample_shape(model), lambda samples: samples, None)
+            evaluator.latents = replace(latents, decode=self._reporting(latents.decode, count, report))
         return self._value(evaluator.sample(model, scheduler, sampling, self.on_batch))
 
     def _value(self, images: Tensor) -> float:
@@ -70,23 +70,19 @@ class SampledMetric:
         is_finite = bool(features.isfinite().all())
         return self.metric.sign * self.metric.function(features, self._reference) if is_finite else math.inf
 
-    def _reporting(
-        self, latents: LatentSampling | None, model: nn.Module, count: int, report: Report
-    ) -> LatentSampling:
-        """Sampling that reports the value of its first images on the way."""
-        latents = latents or LatentSampling(sample_shape(model), lambda samples: samples, None)
-        decode, batches = latents.decode, list[Tensor]()
+    def _reporting(self, decode: Callable[[Tensor], Tensor], count: int, report: Report) -> Callable[[Tensor], Tensor]:
+        """Decoding that reports the value of the first images, as soon as there are so many."""
+        first: list[Tensor] = []
 
         def decode_and_report(samples: Tensor) -> Tensor:
-            done = sum(map(len, batches))
-            images = decode(samples)
+            images, done = decode(samples), sum(map(len, first))
             if done < count:
-                batches.append(images.float().cpu())
-            if done < count <= done + len(images):
-                report(self._value(torch.cat(batches)))
+                first.append(images.float().cpu())
+                if done + len(images) >= count:
+                    report(self._value(torch.cat(first)))
             return images
 
-        return replace(latents, decode=decode_and_report)
+        return decode_and_report
 
 
 def run_search(

@@ -22,30 +22,26 @@ def write_figure(path: Path, figure: Figure) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
-def finite_or_none(value: float) -> float | None:
-    """JSON has no infinite numbers."""
-    return value if math.isfinite(value) else None
+def as_json(evaluation: Evaluation, seconds: float, sign: float = 1.0, **named: Any) -> dict[str, Any]:
+    """An evaluation, `named` first; JSON has no infinite numbers."""
+    value = sign * evaluation.value if math.isfinite(evaluation.value) else None
+    return {**named, "value": value, "seconds": seconds} | ({"pruned": True} if evaluation.pruned else {})
 
 
 def write_merge_results(found: Mapping[str, Sequence[Evaluation]], metric: str, num_images: int, output: Path) -> None:
     """search.json: all evaluations of each strategy in order; search.png: the best against their number."""
-    results = {
-        "metric": metric,
-        "num_images": num_images,
-        "best": _as_json(best_of(list(itertools.chain(*found.values())))),
-        "strategies": {strategy: [_as_json(one) for one in evaluations] for strategy, evaluations in found.items()},
+    strategies = {
+        strategy: [as_json(one, one.seconds, weights=list(one.point)) for one in evaluations]
+        for strategy, evaluations in found.items()
     }
-    write_json(output / RESULT, results)
+    best = best_of(list(itertools.chain(*found.values())))
+    results = {"metric": metric, "num_images": num_images, "strategies": strategies}
+    write_json(output / RESULT, results | {"best": as_json(best, best.seconds, weights=list(best.point))})
     curves = {}
     for strategy, evaluations in found.items():
-        best = itertools.accumulate((one.value for one in evaluations), min)
-        curves[strategy] = list(enumerate(best, start=1))
+        lowest = itertools.accumulate((one.value for one in evaluations), min)
+        curves[strategy] = list(enumerate(lowest, start=1))
     write_figure(output / PLOT, metric_curves(curves, f"best {metric}", "evaluations"))
-
-
-def _as_json(evaluation: Evaluation) -> dict[str, Any]:
-    found = {"weights": list(evaluation.point), "value": finite_or_none(evaluation.value)}
-    return found | {"seconds": evaluation.seconds} | ({"pruned": True} if evaluation.pruned else {})
 
 
 def print_merge_results(found: Mapping[str, Sequence[Evaluation]], metric: str, num_images: int) -> None:

@@ -118,14 +118,11 @@ class Workers:
 
     def is_gone(self, worker: str) -> bool:
         """Whether a process has ended."""
-        if worker == self.own:
-            return False
         try:
             with FileLock(self._directory / worker, timeout=0):
-                pass
+                (self._directory / worker).unlink(missing_ok=True)
         except Timeout:
             return False
-        (self._directory / worker).unlink(missing_ok=True)
         return True
 
     def close(self) -> None:

@@ -94,7 +94,10 @@ class Zoo:
     def __init__(
         self, config: ScheduleConfig, base: nn.Module, scheduler: Any, latents: LatentSampling | None
     ) -> None:
-        self.config, self.base, self.scheduler, self.latents = config, base, scheduler, latents
+        self.config, self.base, self.scheduler = config, base, scheduler
+        self._shape, self._captions = (
+            (sample_shape(base), None) if latents is None else (latents.shape, latents.captions)
+        )
         if not config.zoo and not config.drop_steps:
             raise UserError("There is nothing to choose: give a zoo, or let steps be left out with drop_steps=true.")
         self.names = [BASE]
@@ -114,13 +117,13 @@ class Zoo:
         budget = config.budget * costs[0] * len(self.timesteps)
         self.space = Space(costs, len(self.timesteps), budget, config.drop_steps)
 
+    def steps(self, choices: Choices) -> list[tuple[float, int]]:
+        """The steps that a model schedule takes, and the model of each."""
+        return [(step, model) for step, model in zip(self.timesteps, choices, strict=True) if model != NONE]
+
     def with_schedule(self, choices: Choices) -> Sampled:
         """The base with a model schedule."""
-        steps = [
-            (timestep, self._models[choice], self.names[choice])
-            for timestep, choice in zip(self.timesteps, choices, strict=True)
-            if choice != NONE
-        ]
+        steps = [(timestep, self._models[model], self.names[model]) for timestep, model in self.steps(choices)]
         sampling = self.config.sampling
         experts = Experts.at_steps(steps, self.scheduler.config.num_train_timesteps, sampling.scheduler)
         return Sampled(experts.sampling(sampling), experts, self.space.seconds(choices))
@@ -148,13 +151,10 @@ class Zoo:
 
     def _step(self) -> dict[str, float]:
         """Seconds per image of a step such as sampling's first batch makes, guidance included, with each model."""
-        shape, captions = sample_shape(self.base), None
-        if self.latents is not None:
-            shape, captions = self.latents.shape, self.latents.captions
         device: Any = next(self.base.parameters()).device
         labels, indices = balanced_labels(self.base, self._batch), list(range(self._batch))
-        condition, null = conditions(self.base, labels, captions, indices)
-        sample = torch.randn(self._batch, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        condition, null = conditions(self.base, labels, self._captions, indices)
+        sample = torch.randn(self._batch, *self._shape, generator=torch.Generator().manual_seed(0)).to(device)
         timestep = torch.tensor(self.timesteps[0], device=device)
         inputs = (sample, timestep, condition, null, self.config.sampling)
         models = zip(self.names, self._models, strict=True)
@@ -163,12 +163,11 @@ class Zoo:
 
     def seconds(self, runs: Mapping[str, Sampled], rounds: int = 3) -> dict[str, float]:
         """Measured seconds per image of whole sampling runs, decoding left out."""
-        shape, captions = (None, None) if self.latents is None else (self.latents.shape, self.latents.captions)
 
         def call(run: Sampled) -> None:
             with run.attached(self.base):
                 sampling = replace(run.sampling, num_images=self._batch)
-                generate(self.base, self.scheduler, sampling, shape=shape, captions=captions)
+                generate(self.base, self.scheduler, sampling, shape=self._shape, captions=self._captions)
 
         measured = median_seconds({name: partial(call, run) for name, run in runs.items()}, rounds)
         return {name: value / self._batch for name, value in measured.items()}
