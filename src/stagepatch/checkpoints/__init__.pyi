@@ -3,6 +3,8 @@ from .fingerprint import model_fingerprint as model_fingerprint
 from .fingerprint import module_fingerprint as module_fingerprint
 from .fingerprint import sampled_fingerprint as sampled_fingerprint
 from .fingerprint import weights_fingerprint as weights_fingerprint
+from .layout import BUNDLED as BUNDLED
+from .layout import DENOISERS as DENOISERS
 from .layout import component_for as component_for
 from .layout import component_of as component_of
 from .layout import denoiser_reader as denoiser_reader

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stagepatch.checkpoints.layout import denoiser_reader
-from stagepatch.core.tensors import TensorReader
+from stagepatch.core import TensorReader
 
 _PIECE = 2**18
 

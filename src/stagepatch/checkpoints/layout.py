@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.tensors import TensorReader
+from stagepatch.core import TensorReader, UserError
 
 BUNDLED = {"digits": Path(__file__).parent.parent / "assets" / "digits-dit"}
 DENOISERS = ("transformer", "unet")

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from stagepatch import models
 from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, component_of, find_model
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json
-from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.core import UserError, read_json, read_tensors, write_tensors
 from stagepatch.families.registry import family_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

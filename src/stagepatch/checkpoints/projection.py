@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from stagepatch.families.registry import describe
+from stagepatch.families import describe
 
 # Where a model holds its projections; their names in its weights' file begin with this.
 PROJECTION = "stagepatch_projection"

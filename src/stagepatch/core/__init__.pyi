@@ -7,12 +7,16 @@ from .files import write_json as write_json
 from .files import write_text as write_text
 from .processes import processes as processes
 from .progress import progress_bar as progress_bar
+from .randomness import GLOBAL as GLOBAL
+from .randomness import NOISE as NOISE
+from .randomness import STAGE as STAGE
+from .randomness import BatchOrder as BatchOrder
 from .randomness import generator_for as generator_for
 from .randomness import seed_for as seed_for
 from .settings import as_json as as_json
 from .settings import check_unchanged as check_unchanged
 from .settings import differences as differences
 from .tensors import TensorReader as TensorReader
-from .tensors import write_stream as write_stream
 from .tensors import read_tensors as read_tensors
+from .tensors import write_stream as write_stream
 from .tensors import write_tensors as write_tensors

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.tensors import read_tensors
+from stagepatch.core import UserError, read_tensors
 from stagepatch.data.cache_writer import CAPTIONS_PER_FILE, INDEX_NAME
 
 _OPEN_FILES = 128

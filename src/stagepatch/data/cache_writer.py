@@ -16,12 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from stagepatch.checkpoints.fingerprint import sampled_fingerprint
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, write_json
-from stagepatch.core.processes import processes
-from stagepatch.core.progress import progress_bar
-from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.checkpoints import sampled_fingerprint
+from stagepatch.core import UserError, processes, progress_bar, read_json, read_tensors, write_json, write_tensors
 from stagepatch.data.images import Images
 from stagepatch.data.latents import encode_images
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.data.config import DataConfig
 from stagepatch.data.digits import load_digits
 from stagepatch.data.folder import FolderSource

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 

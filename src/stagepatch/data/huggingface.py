@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 _SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 # By kind of column: the name that may be absent, what its dtype begins with, and what it holds, in words.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
 from stagepatch.data.source import BROKEN, Source

@@ -9,8 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from stagepatch.checkpoints import encoder_directories, has_vae, load_captioner, load_vae, takes_captions
-from stagepatch.core.errors import UserError
-from stagepatch.core.processes import processes
+from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import INDEX_NAME, build_cache, cache_key, check_key
 from stagepatch.data.config import DataConfig

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 _ORIENTATION = 0x0112
 

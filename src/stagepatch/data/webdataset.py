@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 

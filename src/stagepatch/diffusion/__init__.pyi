@@ -6,5 +6,8 @@ from .samplers import make_sampler as make_sampler
 from .samplers import pin_timesteps as pin_timesteps
 from .samplers import takes_timesteps as takes_timesteps
 from .timesteps import TimestepSampler as TimestepSampler
+from .timesteps import equal_in_log_snr as equal_in_log_snr
+from .timesteps import equal_in_t as equal_in_t
+from .timesteps import split_at as split_at
 from .weighting import Weighting as Weighting
 from .weighting import make_weighting as make_weighting

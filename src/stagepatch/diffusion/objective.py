@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Generator, Tensor
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.diffusion.noise_schedule import at_timesteps, flow_sigmas, is_flow
 from stagepatch.diffusion.timesteps import TimestepSampler
 from stagepatch.diffusion.variational import Posterior

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import torch
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 _NAMES = {
     "ddpm": "DDPMScheduler",

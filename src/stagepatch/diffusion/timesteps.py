@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.diffusion.config import WeightingConfig
 
 # (snr [B], prediction type) -> weight [B] on the squared error of the prediction

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 Grid = tuple[int, ...]
 """Height and width of hidden states; for video frames, height and width."""

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import nn
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.models import DIT_SIZES, DiT
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families.base import Backbone, Extent
 from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
 from stagepatch.families.registry import Family

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families.base import Backbone, Begin, Grid, Site
 
 NUM_TIMESTEPS = 1000.0  # of schedulers

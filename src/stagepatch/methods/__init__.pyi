@@ -1,3 +1,4 @@
+from .artifacts import STAGE_NAME as STAGE_NAME
 from .artifacts import Artifact as Artifact
 from .artifacts import load_learned as load_learned
 from .artifacts import open_artifact as open_artifact
@@ -7,6 +8,7 @@ from .config import LoRAConfig as LoRAConfig
 from .config import MethodConfig as MethodConfig
 from .consistency import Consistent as Consistent
 from .dmp import DMP as DMP
+from .finetune import WEIGHTS_NAME as WEIGHTS_NAME
 from .finetune import BitFit as BitFit
 from .finetune import Finetune as Finetune
 from .finetune import Untrained as Untrained

@@ -9,10 +9,8 @@ from typing import Any
 import yaml
 from torch import nn
 
-from stagepatch.checkpoints.layout import BUNDLED, DENOISERS
-from stagepatch.checkpoints.loading import load_denoiser
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json
+from stagepatch.checkpoints import BUNDLED, DENOISERS, load_denoiser
+from stagepatch.core import UserError, read_json
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import METHODS, MethodConfig
 from stagepatch.methods.table import method_class

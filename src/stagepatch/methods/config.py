@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagepatch.core.errors import UserError
-from stagepatch.patch.config import PatchConfig
+from stagepatch.core import UserError
+from stagepatch.patch import PatchConfig
 
 # A method is a class and a line here; its config is a field of MethodConfig.
 METHODS = {

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from stagepatch.core.files import read_json
+from stagepatch.core import read_json
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import MethodConfig
 from stagepatch.patch import Attachment, Patch, PatchConfig

@@ -8,8 +8,7 @@ from typing import Any, Self
 from torch import nn
 
 from stagepatch.checkpoints import save_denoiser
-from stagepatch.core.errors import UserError
-from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.core import UserError, read_tensors, write_tensors
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import MethodConfig
 

@@ -10,10 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from stagepatch.checkpoints.layout import component_for
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, write_json
-from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.checkpoints import component_for
+from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors
 from stagepatch.families.registry import family_of
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import LoRAConfig, MethodConfig

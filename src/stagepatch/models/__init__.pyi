@@ -1,3 +1,4 @@
 from .config import ModelConfig as ModelConfig
+from .convert import load_original_state_dict as load_original_state_dict
 from .dit import DiT as DiT
 from .sizes import DIT_SIZES as DIT_SIZES

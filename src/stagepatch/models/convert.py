@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.tensors import read_tensors
+from stagepatch.core import UserError, read_tensors
 from stagepatch.models.sizes import DIT_SIZES
 
 if TYPE_CHECKING:

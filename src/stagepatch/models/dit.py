@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.models import convert
 from stagepatch.models.embeddings import TextEmbedder, TimestepEmbedder, sincos_positions
 from stagepatch.models.sizes import DIT_SIZES

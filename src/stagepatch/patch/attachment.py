@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families import Backbone
 from stagepatch.families.base import Begin
 from stagepatch.patch.prepending import attend_to_prompts

@@ -8,7 +8,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 # What a field left at None takes: in the paper's text, and in the released code (PAPERS).
 _BY_PRESET: dict[str, tuple[Any, Any]] = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagepatch.core.settings import as_json
+from stagepatch.core import as_json
 
 _SAMPLED = 16  # parameters, of which the first few numbers are kept
 _NUMBERS = 4

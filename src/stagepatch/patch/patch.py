@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families import describe, find_denoiser
 from stagepatch.patch.attachment import Attachment, prompts_on
 from stagepatch.patch.config import PatchConfig

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families import Attention
 from stagepatch.patch.mixture import no_autocast
 from stagepatch.patch.prompts import MixtureOfPrompts

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families import Backbone, Extent, Site
 from stagepatch.families.base import Grid
 from stagepatch.patch import balance, mixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families import Backbone, Site
 from stagepatch.patch.config import PatchConfig
 

@@ -12,11 +12,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import stagepatch
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, write_json, write_text
-from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors, write_text
 from stagepatch.families import Attention, Backbone, Site
-from stagepatch.models.convert import load_original_state_dict
+from stagepatch.models import load_original_state_dict
 from stagepatch.patch.card import model_card
 from stagepatch.patch.config import PatchConfig
 from stagepatch.patch.fingerprint import Fingerprint

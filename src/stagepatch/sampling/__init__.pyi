@@ -6,6 +6,7 @@ from .experts import experts_on as experts_on
 from .experts_file import ExpertSource as ExpertSource
 from .experts_file import load_expert as load_expert
 from .experts_file import load_experts as load_experts
+from .experts_file import read_schedule as read_schedule
 from .experts_file import write_schedule as write_schedule
 from .generate import Captions as Captions
 from .generate import balanced_labels as balanced_labels

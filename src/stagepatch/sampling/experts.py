@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families import find_denoiser, learns_sigma, num_classes
 from stagepatch.families.registry import family_of
 from stagepatch.sampling.config import SamplingConfig

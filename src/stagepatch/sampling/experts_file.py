@@ -12,12 +12,9 @@ import torch
 import yaml
 from torch import nn
 
-from stagepatch.checkpoints import load_denoiser
-from stagepatch.checkpoints.layout import BUNDLED
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_text
-from stagepatch.methods import load_learned
-from stagepatch.methods.finetune import WEIGHTS_NAME
+from stagepatch.checkpoints import BUNDLED, load_denoiser
+from stagepatch.core import UserError, write_text
+from stagepatch.methods import WEIGHTS_NAME, load_learned
 from stagepatch.patch import patches_on
 from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, check_ranges, experts_on
 

@@ -12,8 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Generator, Tensor, nn
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.processes import processes
+from stagepatch.core import UserError, processes
 from stagepatch.diffusion import make_sampler, pin_timesteps
 from stagepatch.families import find_denoiser, learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.sampling.config import SamplingConfig

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.generate import image_generator, in_batches
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stagepatch.data.config import DataConfig
-from stagepatch.sampling.config import SamplingConfig
+from stagepatch.data import DataConfig
+from stagepatch.sampling import SamplingConfig
 from stagepatch.studies.launch_jobs import LaunchConfig
-from stagepatch.training.config import TrainingConfig
+from stagepatch.training import TrainingConfig
 
 
 @dataclass

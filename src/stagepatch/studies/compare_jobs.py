@@ -15,18 +15,13 @@ from typing import Any
 import torch
 
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, write_json
-from stagepatch.core.processes import processes
-from stagepatch.core.settings import as_json
-from stagepatch.core.tensors import write_tensors
+from stagepatch.core import UserError, as_json, processes, read_json, write_json, write_tensors
 from stagepatch.data import cache_directory
 from stagepatch.diffusion import WeightingConfig, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
 from stagepatch.methods import LoRAConfig, load_learned, make_method
 from stagepatch.patch import PatchConfig
-from stagepatch.sampling import SamplingConfig, load_experts
-from stagepatch.sampling.experts_file import read_schedule
+from stagepatch.sampling import SamplingConfig, load_experts, read_schedule
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, Run, TrainConfig, TrainingConfig, read_log

@@ -13,8 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from stagepatch import report
-from stagepatch.core.files import write_text
-from stagepatch.core.tensors import read_tensors
+from stagepatch.core import read_tensors, write_text
 from stagepatch.evaluation import direction_note, metric_names
 from stagepatch.studies.compare_jobs import SAMPLES_NAME, CompareJob
 from stagepatch.studies.compare_results import SIGNIFICANCE, Row

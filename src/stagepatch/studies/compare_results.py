@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy import stats
 
-from stagepatch.core.files import read_json
+from stagepatch.core import read_json
 from stagepatch.studies.compare_jobs import COST_NAME, CompareJob
 
 SIGNIFICANCE = 0.05

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.studies.launch_jobs import LaunchConfig
-from stagepatch.training.config import TrainingConfig
-from stagepatch.training.run_config import TrainConfig
+from stagepatch.training import TrainConfig, TrainingConfig
 
 _RELEASED = {
     "adam_beta1": 0.95,

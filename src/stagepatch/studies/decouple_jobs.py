@@ -17,16 +17,10 @@ from stagepatch.checkpoints import (
     load_scheduler,
     model_fingerprint,
 )
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_json, write_text
-from stagepatch.core.processes import processes
-from stagepatch.core.randomness import STAGE, seed_for
-from stagepatch.core.settings import as_json
+from stagepatch.core import STAGE, UserError, as_json, processes, seed_for, write_json, write_text
 from stagepatch.data import cache_directory
-from stagepatch.diffusion import Objective, make_weighting
-from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, equal_in_t, split_at
-from stagepatch.methods import Consistent, Finetune, make_method
-from stagepatch.methods.artifacts import STAGE_NAME
+from stagepatch.diffusion import Objective, TimestepSampler, equal_in_log_snr, equal_in_t, make_weighting, split_at
+from stagepatch.methods import STAGE_NAME, Consistent, Finetune, make_method
 from stagepatch.studies.decouple_config import DecoupleConfig
 from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, Run, TrainConfig

@@ -10,9 +10,7 @@ from typing import Any, ClassVar
 
 from filelock import FileLock
 
-from stagepatch.core.files import read_json
-from stagepatch.core.processes import processes
-from stagepatch.core.settings import check_unchanged
+from stagepatch.core import check_unchanged, processes, read_json
 from stagepatch.training import TrainConfig
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 if TYPE_CHECKING:
     from stagepatch.studies.job import Job

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.randomness import GLOBAL, NOISE, generator_for, seed_for
+from stagepatch.core import GLOBAL, NOISE, UserError, generator_for, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import null_label, num_classes
 from stagepatch.training.config import TrainingConfig

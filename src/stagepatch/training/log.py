@@ -7,8 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stagepatch.core.files import append_text, write_text
-from stagepatch.core.progress import progress_bar
+from stagepatch.core import append_text, progress_bar, write_text
 
 LOG_NAME = "log.jsonl"
 

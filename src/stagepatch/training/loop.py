@@ -17,9 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stagepatch.core.errors import Interrupted, UserError
-from stagepatch.core.processes import processes
-from stagepatch.core.randomness import GLOBAL, BatchOrder, seed_for
+from stagepatch.core import GLOBAL, BatchOrder, Interrupted, UserError, processes, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict
 from stagepatch.methods import Method

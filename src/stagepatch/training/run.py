@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_text
+from stagepatch.core import UserError, write_text
 from stagepatch.data import load_training_data
 from stagepatch.diffusion import Objective, make_weighting
 from stagepatch.families import learns_sigma

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stagepatch.data.config import DataConfig
-from stagepatch.diffusion.config import ObjectiveConfig, WeightingConfig
-from stagepatch.methods.config import MethodConfig
-from stagepatch.models.config import ModelConfig
+from stagepatch.data import DataConfig
+from stagepatch.diffusion import ObjectiveConfig, WeightingConfig
+from stagepatch.methods import MethodConfig
+from stagepatch.models import ModelConfig
 from stagepatch.training.config import TrainingConfig
 
 
