@@ -24,7 +24,7 @@ check: .venv/installed
 assets: .venv/installed
 	$(BIN)/stagepatch pretrain --config configs/digits/pretrain.yaml
 	cp -r runs/digits-dit/transformer runs/digits-dit/scheduler src/stagepatch/assets/digits-dit/
-	$(BIN)/python -m stagepatch.evaluation.digits_classifier
+	$(BIN)/python experiments/train_digits_classifier.py
 
 clean:
 	rm -rf .venv runs

@@ -62,5 +62,5 @@ def test_small_grids_keep_patches_of_large_models_small(name, base, share):
     model = build_named(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == base
     with torch.device("meta"):
-        patch = Patch.create(model, PatchConfig(grid=list(NAMED_MODELS[name].grid)))
+        patch = Patch.create(model, PatchConfig(grid=NAMED_MODELS[name]["grid"]))
     assert abs(patch.num_parameters() / base - share) < 1e-4

@@ -19,7 +19,7 @@ def params(config: configs.ParamsConfig, resolved: str) -> None:
     for name in config.models:
         model = build_named(name)
         base = sum(value.numel() for value in model.parameters())
-        small = config.patch.grid or list(NAMED_MODELS[name].grid if name in NAMED_MODELS else (16, 16))
+        small = config.patch.grid or (NAMED_MODELS[name]["grid"] if name in NAMED_MODELS else [16, 16])
         row = [name, f"{base:,}"]
         for grid in (None, small):
             with torch.device("meta"):
