@@ -15,8 +15,9 @@ from stagepatch.cli import main
 from stagepatch.core.processes import processes
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.merging import merge_models
-from stagepatch.methods import LoRAConfig, MethodConfig, load_learned, make_method
+from stagepatch.methods import load_learned
 from stagepatch.patch import Patch, PatchConfig
+from tests.search.searches import save_learned
 from tests.tiny_pipelines import PIPELINES
 
 TINY = PIPELINES["UNet2DConditionModel"]
@@ -39,16 +40,6 @@ def test_merged_model_is_a_pipeline(tmp_path, capsys):
     assert main(["merge", *given, "--weights=[0.5, 0.5]", "--ties_keep=3"]) == 2
     assert main(["merge", "--base=nowhere/at/all", stages, "--weights=[1, 1]"]) == 2
     assert "No model at" in capsys.readouterr().err
-
-
-def save_learned(name, model, directory, seed=0):
-    """What a method would learn, drawn at random."""
-    method = make_method(MethodConfig(name, lora=LoRAConfig(rank=2)))
-    (group,) = method.prepare(model)
-    with torch.no_grad():
-        for parameter in group["params"]:
-            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
-    method.save(directory)
 
 
 def test_merged_lora_is_the_weighted_sum_of_the_stages(tmp_path, capsys):
@@ -211,10 +202,10 @@ def test_what_cannot_be_merged_is_named(decoupled, capsys):
     refused(capsys, [base, f"--stages=['{decoupled / 'patch'}']"], "patch' is a patch", "sample --schedule")
     refused(capsys, [base, f"--stages=['{decoupled / 'biases'}']"], "holds some of a model's weights")
     refused(capsys, [base, f"--stages=['{decoupled / 'lora'}', '{one}']"], "is a LoRA and", "of one kind")
-    (one / "transformer" / "config.json").unlink()
-    refused(capsys, [base, f"--stages=['{one}']"], "holds part of a model", "killed while it was written")
     (one / "stage.json").unlink()
     refused(capsys, [f"--stages=['{one}']", "--weights=[1]"], "No base to merge")
+    (one / "transformer" / "config.json").unlink()
+    refused(capsys, [base, f"--stages=['{one}']"], "but part of a model", "killed while it was written")
 
 
 def test_merging_by_given_weights_does_not_import_what_searching_needs(decoupled):

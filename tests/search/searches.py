@@ -6,6 +6,9 @@ import subprocess
 import sys
 import time
 
+import torch
+
+from stagepatch.methods import LoRAConfig, MethodConfig, make_method
 from stagepatch.search import Box, Evaluation, Search, SearchConfig, Space, evolution, storages, weight_strategies
 
 OPTIMUM = [0.62, 0.15, 0.4]
@@ -42,6 +45,15 @@ def search(path, objective=quadratic, count=2, identity=None, on_progress=None, 
     more = {} if on_progress is None else {"on_progress": on_progress}
     search = Search(config.name, str(path), box, evaluate, identity or {}, defaults, config.prune, **more)
     return search.run(strategies)
+
+
+def save_learned(name, model, directory, seed=0, rank=2):
+    """What a method would learn, drawn at random."""
+    method = make_method(MethodConfig(name, lora=LoRAConfig(rank)))
+    (group,) = method.prepare(model)
+    for parameter in group["params"]:
+        parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+    method.save(directory)
 
 
 def alone(strategy, error, stop=None):

@@ -12,9 +12,10 @@ from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.evaluation import Evaluator, load_extractor, load_references
 from stagepatch.merging import find_stages, merge_loras, merge_models
-from stagepatch.methods import LoRAConfig, MethodConfig, load_learned, make_method
+from stagepatch.methods import load_learned
 from stagepatch.sampling import SamplingConfig
 from stagepatch.search import MergedLoRA, MergedModel, SampledMetric
+from tests.search.searches import save_learned
 
 SAMPLING = SamplingConfig(num_images=12, num_inference_steps=2, seed=3)
 WEIGHTS = [0.3, 0.9]
@@ -72,12 +73,7 @@ def test_projections_of_stages_are_merged_too(directories, tmp_path):
 
 def test_lora_in_memory_is_the_lora_that_is_written(directories, tmp_path, batch):
     for number in (1, 2):
-        model, _ = load_denoiser(directories[0])
-        method = make_method(MethodConfig("lora", lora=LoRAConfig(rank=number)))
-        (group,) = method.prepare(model)
-        for parameter in group["params"]:
-            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
-        method.save(tmp_path / f"lora{number}")
+        save_learned("lora", load_denoiser(directories[0])[0], tmp_path / f"lora{number}", number, rank=number)
     stages = find_stages(directories[0], [str(tmp_path / "lora1"), str(tmp_path / "lora2")], needs_base=True)
     merged = MergedLoRA(stages)
     merged.at([5.0, 5.0])

@@ -17,18 +17,9 @@ from stagepatch.report import print_table
 def schedule(config: configs.ScheduleConfig, resolved: str) -> None:
     """Search for the best model schedule within the budget, and compare it with the base on other seeds."""
     check_optuna()
-    from stagepatch.search.engine import best_of
-    from stagepatch.search.schedule_search import (
-        SCHEDULE,
-        check_config,
-        choices_of,
-        compare_with_base,
-        search_model_schedule,
-        write_results,
-    )
-    from stagepatch.search.zoo import Zoo
+    from stagepatch.search import Zoo, best_of, schedule_search
 
-    check_config(config)
+    schedule_search.check_config(config)
     directory = Path(config.output_dir)
     model, scheduler = load_on_device(config.model)
     evaluator = Evaluator.load(config.model, config.data, config.extractor, Path(config.cache or directory / "cache"))
@@ -37,11 +28,12 @@ def schedule(config: configs.ScheduleConfig, resolved: str) -> None:
     costs = ", ".join(f"{cost:.3g} s with {name}" for name, cost in zip(zoo.names, zoo.space.costs, strict=True))
     budget = f"{zoo.space.budget:.3g} s per image, {config.budget:.0%} of the base model's {zoo.space.steps} steps"
     print(f"Budget: {budget}. A step takes {costs}.")
-    evaluations = search_model_schedule(zoo, evaluator)
+    evaluations = schedule_search.search_model_schedule(zoo, evaluator)
     try:
         with FileLock(directory / "search.lock", timeout=0):  # processes that shared a search end at the same time
-            write_results(zoo, evaluations)
-            print_table(*compare_with_base(zoo, evaluator, choices_of(best_of(evaluations).point)))
+            schedule_search.write_results(zoo, evaluations)
+            best = schedule_search.choices_of(best_of(evaluations).point)
+            print_table(*schedule_search.compare_with_base(zoo, evaluator, best))
     except Timeout:
         print("Another process of this search compares the schedule with the base.")
-    print(f"The schedule is in '{directory / SCHEDULE}': stagepatch sample --schedule takes it.")
+    print(f"The schedule is in '{directory / schedule_search.SCHEDULE}': stagepatch sample --schedule takes it.")
