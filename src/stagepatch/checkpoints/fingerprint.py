@@ -3,8 +3,6 @@
 Each kind has its own reach; caches, journals and stages keep them, so none may change.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Where the parts of a model lie, in a directory laid out as diffusers lays out a pipeline."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A model's parts out of a directory laid out as diffusers lays out a pipeline, or out of the Hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command line: `stagepatch COMMAND --config FILE.yaml --key value`. Nothing heavy is imported for help."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

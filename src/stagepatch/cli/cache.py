@@ -1,7 +1,5 @@
 """Encode images and captions once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

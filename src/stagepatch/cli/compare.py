@@ -1,7 +1,5 @@
 """Compare methods."""
 
-from __future__ import annotations
-
 from stagepatch.cli import config as configs
 from stagepatch.core.files import write_text
 from stagepatch.report import print_table

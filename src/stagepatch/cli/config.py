@@ -1,7 +1,5 @@
 """What each command takes. Importing this file does not import torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Train one copy a range of timesteps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from stagepatch.cli import config as configs

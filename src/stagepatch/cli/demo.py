@@ -1,7 +1,5 @@
 """The demo: patch the bundled digits model, compare with the base from the same noise, report."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

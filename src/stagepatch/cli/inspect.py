@@ -1,7 +1,5 @@
 """Say what a path holds."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

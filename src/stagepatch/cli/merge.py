@@ -1,7 +1,5 @@
 """Merge stages, by the weights of the config or by those that a search finds."""
 
-from __future__ import annotations
-
 import importlib.util
 from itertools import chain
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Count parameters."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Train a DiT or a U-Net from scratch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 

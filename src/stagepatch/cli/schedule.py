@@ -1,7 +1,5 @@
 """Search for a model schedule."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from filelock import FileLock, Timeout

@@ -1,7 +1,5 @@
 """Train a patch, or another method, on a model."""
 
-from __future__ import annotations
-
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
 from stagepatch.training import Run

@@ -1,7 +1,5 @@
 """Files that are whole or absent: written to a temporary name, flushed, renamed; read with plain errors."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """This process among those of a launch."""
 
-from __future__ import annotations
-
 import torch
 from accelerate import PartialState
 

@@ -1,7 +1,5 @@
 """Progress bars; where the output is no terminal, a plain line now and then."""
 
-from __future__ import annotations
-
 import time
 from datetime import timedelta
 from typing import Any

@@ -1,7 +1,5 @@
 """Randomness as a function of where a run is: no generator is carried from one iteration to the next."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

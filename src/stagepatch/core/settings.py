@@ -1,7 +1,5 @@
 """What runs that go on from one another must share, as JSON, whichever version of this package wrote it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, is_dataclass

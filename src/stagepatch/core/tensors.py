@@ -4,8 +4,6 @@ The library maps a whole file, and writes one only when it has all of it. The fo
 endian), a JSON header of names, dtypes, shapes and offsets, and the tensors' bytes.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import struct

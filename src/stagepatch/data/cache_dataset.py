@@ -1,7 +1,5 @@
 """A cache as a dataset: latents and captions, mapped from its files as they are asked for."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

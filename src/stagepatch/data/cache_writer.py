@@ -4,8 +4,6 @@
 `index.safetensors`, which comes last, says where each item is. A build that was stopped goes on where it was.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json

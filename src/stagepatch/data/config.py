@@ -1,7 +1,5 @@
 """Where images come from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

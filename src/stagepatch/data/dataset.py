@@ -1,7 +1,5 @@
 """A data source by name, as a map-style dataset."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

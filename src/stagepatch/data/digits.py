@@ -1,7 +1,5 @@
 """scikit-learn's digits: 1,797 scans of 8×8 pixels, a third of them held out for good."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

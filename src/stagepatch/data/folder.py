@@ -1,7 +1,5 @@
 """A folder of images; subfolders, where there are any, are the classes."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path, PurePosixPath

@@ -1,7 +1,5 @@
 """Datasets of Hugging Face `datasets`: saved on disk, or from the Hub."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

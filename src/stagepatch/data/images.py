@@ -1,7 +1,5 @@
 """Images of any source, as tensors of a chosen size; those that cannot be read are left out."""
 
-from __future__ import annotations
-
 import logging
 from itertools import chain
 from typing import Any

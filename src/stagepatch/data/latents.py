@@ -1,7 +1,5 @@
 """Images through a VAE, as the posterior that a denoiser's latents are drawn from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

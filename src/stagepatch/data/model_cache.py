@@ -1,7 +1,5 @@
 """A model's cache of a data config: its parts loaded one after the other, each freed before the next."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From an opened image to a tensor of a chosen size."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What a source of images gives, item by item."""
 
-from __future__ import annotations
-
 import struct
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """WebDataset tar shards, with random access."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -1,7 +1,5 @@
 """The choices of an objective."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

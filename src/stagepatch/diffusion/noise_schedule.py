@@ -1,7 +1,5 @@
 """Noise schedules: diffusers' schedulers, made from a config or read from a model's directory."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

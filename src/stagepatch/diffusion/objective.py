@@ -1,7 +1,5 @@
 """The denoising objective: noisy inputs, targets, and the loss per sample."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Samplers by name, and their timesteps one by one."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Which timesteps a run trains on: all of them, or one range of several (DeMe, arXiv 2410.06664, supplement)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The learned-variance bound of improved DDPM (arXiv 2102.09672, Eq. 14–16), in bits per dimension."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -10,8 +10,6 @@ is weighed by w/c:
     flow_prediction  c = (1 + √SNR)²      (x_start = x_t − σ·u, σ = 1 / (1 + √SNR))
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The vocabulary of a backbone's description."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """How a denoiser is called, and what its config says of its condition and its output."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The DiT of `stagepatch.models`, and diffusers' DiTTransformer2DModel: a site before every block."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

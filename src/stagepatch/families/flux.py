@@ -1,7 +1,5 @@
 """FLUX.1: a site before every double and every single block; only the image's tokens are prompted."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Models by the names people know, built from their public configs without weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Latents as the tokens of a model that takes 2×2 of them at a time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Qwen-Image: a site before every block; only the tokens of the image that is made are prompted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

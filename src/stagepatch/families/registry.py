@@ -1,7 +1,5 @@
 """From a model's class to its description."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

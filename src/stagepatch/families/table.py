@@ -1,7 +1,5 @@
 """Transformers that differ from each other by little more than names: a row each, after its functions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

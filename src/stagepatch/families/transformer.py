@@ -1,7 +1,5 @@
 """The description that most transformers share, as data: where their blocks are, and their embeddings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

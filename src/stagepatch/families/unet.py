@@ -1,7 +1,5 @@
 """diffusers' U-Nets, UNet2DModel and UNet2DConditionModel: a site at every stage, and at every attention."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """LoRAs of the stages into one LoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The stages of a merge: where they are, of what kind, and what they were trained from."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The verbs that the training loop knows of a method."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self

@@ -1,7 +1,5 @@
 """The methods by name, and their choices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from stagepatch.core import UserError

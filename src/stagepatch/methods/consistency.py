@@ -1,7 +1,5 @@
 """DeMe's consistency loss around any method (arXiv 2410.06664, supplement): stay near what the original says."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any, Self

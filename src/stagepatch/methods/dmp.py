@@ -1,7 +1,5 @@
 """DMP (arXiv 2405.17825): a patch on a frozen model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self

@@ -1,7 +1,5 @@
 """Training the model's own weights: all of them, biases and norms alone, or none."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Self
 

@@ -1,7 +1,5 @@
 """LoRA (arXiv 2106.09685) through peft, with ranks masked by timestep (T-LoRA, arXiv 2507.05964) as an option."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import asdict
 from pathlib import Path

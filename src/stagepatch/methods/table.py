@@ -1,7 +1,5 @@
 """From a method's name to the method."""
 
-from __future__ import annotations
-
 import pkgutil
 
 from stagepatch.methods.base import Method

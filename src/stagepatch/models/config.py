@@ -1,7 +1,5 @@
 """The size of a model that is trained from scratch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

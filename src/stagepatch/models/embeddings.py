@@ -1,7 +1,5 @@
 """The conditioning embeddings of DiT: timestep, pooled text, and fixed positions."""
 
-from __future__ import annotations
-
 import torch
 from diffusers.models.embeddings import Timesteps, get_1d_sincos_pos_embed_from_grid
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """A patch on a model, by module hooks alone: the model's parameters, names and files stay as they are."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from contextlib import AbstractContextManager

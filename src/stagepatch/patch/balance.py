@@ -1,7 +1,5 @@
 """Balance losses, which keep a few prompts from taking all the weight (Eq. 11–13). Each is a scalar."""
 
-from __future__ import annotations
-
 import math
 
 import torch

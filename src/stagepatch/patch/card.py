@@ -1,7 +1,5 @@
 """The model card of a patch."""
 
-from __future__ import annotations
-
 from huggingface_hub import ModelCardData
 
 from stagepatch.patch.prompts import MixtureOfPrompts

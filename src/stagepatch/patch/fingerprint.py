@@ -1,7 +1,5 @@
 """Which model a patch was made for: its architecture exactly, its weights by a few of them."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from dataclasses import dataclass, field

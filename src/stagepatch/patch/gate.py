@@ -4,8 +4,6 @@ Both gates see the condition embedding with the block's index appended (Eq. 3). 
 so one matrix product serves every block.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

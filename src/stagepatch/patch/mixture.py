@@ -1,7 +1,5 @@
 """From logits to weights, and from weights to hidden states."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 

@@ -4,8 +4,6 @@ As in LLaMA-Adapter (arXiv 2303.16199, Sec. 3.2), so that the model starts exact
 its own tokens keeps its softmax.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What a patch learns, and what it computes in a forward: prompts, gate, and their mixture at each site."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

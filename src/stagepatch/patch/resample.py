@@ -1,7 +1,5 @@
 """From one grid of positions to another."""
 
-from __future__ import annotations
-
 import math
 
 import torch

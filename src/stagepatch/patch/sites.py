@@ -1,7 +1,5 @@
 """Which sites a patch takes, and whether a model has those it was made for."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

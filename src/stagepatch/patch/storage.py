@@ -1,7 +1,5 @@
 """A patch as a directory: `config.json` and `model.safetensors`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """The choices of sampling."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Experts out of a YAML file, the model schedule: which model denoises which steps."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass

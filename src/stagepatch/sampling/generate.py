@@ -1,7 +1,5 @@
 """Batched generation with any diffusers scheduler."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Generation with a whole pipeline of diffusers: captions or classes in, images out."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

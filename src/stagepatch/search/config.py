@@ -1,7 +1,5 @@
 """What merging takes, what a search for its weights takes, and what a search for a model schedule takes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

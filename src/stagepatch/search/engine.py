@@ -5,8 +5,6 @@ to one of Optuna's samplers when they are begun. A trial whose process died fail
 point again. So a search goes on after any end, and several processes share one, without a trial too many.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

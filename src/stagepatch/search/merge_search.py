@@ -1,7 +1,5 @@
 """A search for the weights of a merge."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

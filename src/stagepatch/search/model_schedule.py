@@ -1,7 +1,5 @@
 """Which model denoises which step: evolution under a time budget, led by a predictor (OMS-DPM, arXiv 2306.08860)."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Mapping

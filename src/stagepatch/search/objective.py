@@ -1,7 +1,5 @@
 """What a candidate is worth: a metric of its samples, from the same noise for all candidates."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence

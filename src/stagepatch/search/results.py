@@ -1,7 +1,5 @@
 """What a search found, as files and as a table."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A search for a model schedule, what it found as files, and the comparison with the base."""
 
-from __future__ import annotations
-
 import itertools
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a search for weights evaluates: a grid of two levels (DeMe, arXiv 2410.06664, supplement), TPE, CMA-ES."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The base, the models beside it, and what a step costs with each."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """What a comparison takes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """From a comparison's config to its jobs; everything that can be refused is refused before any starts."""
 
-from __future__ import annotations
-
 import re
 import resource
 import statistics

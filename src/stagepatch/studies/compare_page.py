@@ -1,7 +1,5 @@
 """A comparison as Markdown, CSV, JSON and one page."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """From the jobs' files to rows: means, spreads, and differences to the base that are paired by sampling noise."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """From a config to stages, each a training job; everything that can be refused is refused before any starts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A piece of a study: work in a directory of its own, that is done once, whoever begins it."""
 
-from __future__ import annotations
-
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection

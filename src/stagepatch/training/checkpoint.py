@@ -1,7 +1,5 @@
 """The whole state of a run in one safetensors file, replaced in one rename."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The choices of a training run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

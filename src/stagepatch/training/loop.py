@@ -1,7 +1,5 @@
 """The training loop. It knows a model, a method, an objective and data; it never asks which."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

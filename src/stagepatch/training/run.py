@@ -1,7 +1,5 @@
 """One training job, put together from one config."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What one training run takes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 
