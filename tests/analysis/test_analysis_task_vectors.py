@@ -43,15 +43,28 @@ def cosine(one, two):
     return float(F.cosine_similarity(one, two, dim=0))
 
 
-def test_cosines_and_norms_are_those_of_flat_vectors(tmp_path):
-    stages = {str(seed): save(tmp_path / str(seed), seed) for seed in (1, 2, 3)}
-    found = task_vectors(save(tmp_path / "base", 0), stages)
-    base = TINY.model(0)
-    vectors = [flat_difference(TINY.model(seed), base) for seed in (1, 2, 3)]
+def compare(tmp_path, **stages):
+    return task_vectors(save(tmp_path / "base", 0), stages)
+
+
+def learned(directory):
+    model = TINY.model(0)
+    load_learned(model, directory)
+    return model
+
+
+def assert_products_of(found, vectors):
     for row, one in enumerate(vectors):
-        assert float(found.norms()[row]) == pytest.approx(float(one.norm()))
+        assert float(found.norms()[row]) == pytest.approx(float(one.norm()), rel=1e-5)
         for column, two in enumerate(vectors):
             assert float(found.cosine()[row, column]) == pytest.approx(cosine(one, two), abs=1e-6)
+
+
+def test_cosines_and_norms_are_those_of_flat_vectors(tmp_path):
+    found = compare(tmp_path, **{str(seed): save(tmp_path / str(seed), seed) for seed in (1, 2, 3)})
+    base = TINY.model(0)
+    vectors = [flat_difference(TINY.model(seed), base) for seed in (1, 2, 3)]
+    assert_products_of(found, vectors)
     assert sum(found.sizes.values()) == len(vectors[0])
     for block in ("down_blocks.1", "conv_in"):
         parts = [flat_difference(TINY.model(seed), base, f"{block}.") for seed in (1, 2)]
@@ -62,42 +75,27 @@ def test_cosines_and_norms_are_those_of_flat_vectors(tmp_path):
 
 def test_weights_that_were_not_trained_did_not_move(tmp_path):
     stages = {"biases": learn(tmp_path / "biases", "bitfit", 1), "all": learn(tmp_path / "all", "finetune", 2)}
-    found = task_vectors(save(tmp_path / "base", 0), stages)
-    vectors = []
-    for directory in stages.values():
-        model = TINY.model(0)
-        load_learned(model, directory)
-        vectors.append(flat_difference(model, TINY.model(0)))
+    vectors = [flat_difference(learned(directory), TINY.model(0)) for directory in stages.values()]
     assert int((vectors[0] == 0).sum()) > len(vectors[0]) / 2
-    assert float(found.cosine()[0, 1]) == pytest.approx(cosine(*vectors), abs=1e-6)
-    assert found.norms().tolist() == pytest.approx([float(vector.norm()) for vector in vectors])
+    assert_products_of(compare(tmp_path, **stages), vectors)
 
 
 @pytest.mark.parametrize("targets", [None, ["conv1", "to_q"]])  # the second has convolutions of 3×3
 def test_loras_are_what_peft_adds_to_the_weights(tmp_path, targets):
     stages = {str(seed): learn(tmp_path / str(seed), "lora", seed, targets=targets) for seed in (1, 2)}
     stages["model"] = save(tmp_path / "model", 3)
-    found = task_vectors(save(tmp_path / "base", 0), stages)
-    names = [name for name, _ in TINY.model(0).named_parameters()]
-    vectors = []
+    plain, vectors = dict(TINY.model(0).named_parameters()), []
     for directory in list(stages.values())[:2]:
-        model = TINY.model(0)
-        load_learned(model, directory)
         added = {
             f"{path}.weight": module.get_delta_weight("stagepatch").detach()
-            for path, module in model.named_modules()
+            for path, module in learned(directory).named_modules()
             if hasattr(module, "get_delta_weight")
         }
         assert added
-        plain = dict(TINY.model(0).named_parameters())
-        vectors.append(
-            torch.cat([added.get(name, torch.zeros_like(plain[name])).flatten().double() for name in names])
-        )
+        deltas = [added.get(name, torch.zeros_like(weight)) for name, weight in plain.items()]
+        vectors.append(torch.cat([delta.flatten().double() for delta in deltas]))
     vectors.append(flat_difference(TINY.model(3), TINY.model(0)))
-    for row, one in enumerate(vectors):
-        assert float(found.norms()[row]) == pytest.approx(float(one.norm()), rel=1e-5)
-        for column, two in enumerate(vectors):
-            assert float(found.cosine()[row, column]) == pytest.approx(cosine(one, two), abs=1e-6)
+    assert_products_of(compare(tmp_path, **stages), vectors)
 
 
 def test_a_projection_moved_from_the_identity(tmp_path):
@@ -114,7 +112,7 @@ def test_a_projection_moved_from_the_identity(tmp_path):
         )
         save_denoiser(model, SCHEDULER, tmp_path / str(seed))
     stages = {"one": tmp_path / "1", "two": tmp_path / "2", "neither": save(tmp_path / "3", 3)}
-    found = task_vectors(save(tmp_path / "base", 0), stages)
+    found = compare(tmp_path, **stages)
     assert float(found.cosine()[0, 1]) == pytest.approx(cosine(*maps), abs=1e-6)
     assert float(found.norms()[0]) == pytest.approx(float(maps[0].norm()), rel=1e-5)
     assert float(found.cosine()[0, 2]) == 0.0
@@ -122,7 +120,7 @@ def test_a_projection_moved_from_the_identity(tmp_path):
 
 def test_a_stage_that_did_not_move_has_no_direction(tmp_path):
     stages = {"same": save(tmp_path / "same", 0), "other": save(tmp_path / "other", 1)}
-    found = task_vectors(save(tmp_path / "base", 0), stages)
+    found = compare(tmp_path, **stages)
     assert found.norms()[0] == 0
     assert found.cosine()[0].isnan().all()
     assert float(found.cosine()[1, 1]) == pytest.approx(1.0)
@@ -132,7 +130,7 @@ def test_at_most_one_tensor_of_each_file_is_read_at_a_time(tmp_path, monkeypatch
     reads, read = [], TensorReader.read
     monkeypatch.setattr(TensorReader, "read", lambda self, name: reads.append(name) or read(self, name))
     stages = {str(seed): save(tmp_path / str(seed), seed) for seed in (1, 2)}
-    task_vectors(save(tmp_path / "base", 0), stages)
+    compare(tmp_path, **stages)
     names = [name for name, _ in TINY.model(0).named_parameters()]
     assert len(reads) == 3 * len(names)
     assert all(len(set(reads[place : place + 3])) == 1 for place in range(0, len(reads), 3))

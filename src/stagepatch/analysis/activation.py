@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.families import predict, sample_shape
 from stagepatch.patch import Patch
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from stagepatch.analysis.config import AnalyzeConfig
 from stagepatch.analysis.result import Analysis, signed
 from stagepatch.analysis.samples import Samples, sample_losses
-from stagepatch.core.errors import UserError
-from stagepatch.core.randomness import generator_for
+from stagepatch.core import UserError, generator_for
 from stagepatch.diffusion import Objective
 from stagepatch.report import Table, similarity_heatmaps
 

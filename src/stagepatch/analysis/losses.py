@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from stagepatch.analysis.result import Analysis
 from stagepatch.analysis.samples import Samples, sample_losses
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.core.errors import UserError
-from stagepatch.core.processes import processes
+from stagepatch.core import UserError, processes
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma
 from stagepatch.methods import open_artifact
@@ -26,8 +25,8 @@ from stagepatch.report import Table
 
 _QUARTERS = 4
 
+# Of every sample, [n, count], of 'base' and of each that was learned.
 Losses = Mapping[str, Tensor]
-"""Of every sample, [n, count], of 'base' and of each that was learned."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.core.randomness import BatchOrder, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from stagepatch.analysis.result import Analysis, signed
 from stagepatch.checkpoints import denoiser_reader
-from stagepatch.core import TensorReader
-from stagepatch.core.errors import UserError
+from stagepatch.core import TensorReader, UserError
 from stagepatch.merging.merge import ProjectedReader
 from stagepatch.methods import open_artifact
 from stagepatch.methods.finetune import WEIGHTS_NAME

@@ -1,23 +1,19 @@
 """Show where a model has room."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from stagepatch.analysis import Analysis, Samples, analyze_gradients, analyze_losses, analyze_task_vectors
-from stagepatch.analysis.result import as_plain
-from stagepatch.analysis.samples import even_timesteps
+from stagepatch import analysis
+from stagepatch.analysis import Analysis, Samples
 from stagepatch.checkpoints import find_model, has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, load_on_device, sampling_bar
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_json, write_text
-from stagepatch.core.processes import processes
+from stagepatch.core import UserError, processes, write_json, write_text
 from stagepatch.data import load_dataset, load_training_data
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma
-from stagepatch.merging.stages import numbered_stages
+from stagepatch.merging import numbered_stages
 from stagepatch.report import Picture, Section, figure_to_data_uri, print_table, provenance, write_figure, write_page
 
 
@@ -64,7 +60,7 @@ def _analyze_stages(config: configs.AnalyzeConfig) -> Analysis:
         stages = {path.name: path for path in numbered_stages(next(iter(stages.values())))}
     with sampling_bar() as progress:
         task = progress.add_task("task vectors", total=None, status="")
-        return analyze_task_vectors(
+        return analysis.analyze_task_vectors(
             find_model(config.model), stages, lambda done, total: progress.update(task, completed=done, total=total)
         )
 
@@ -76,35 +72,35 @@ def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
         datasets["held-out images"] = load_dataset(data, "held_out")
     model, scheduler = load_on_device(config.model)
     objective = Objective(scheduler, learns_sigma(model))
-    timesteps = even_timesteps(objective.num_train_timesteps, config.timesteps)
+    timesteps = analysis.even_timesteps(objective.num_train_timesteps, config.timesteps)
     measures = config.gradients + config.losses * len(datasets) * (1 + len(learned))
     with sampling_bar() as progress:
         task = progress.add_task("samples", total=measures * len(timesteps) * config.samples, status="")
         options = (config.batch_size, config.seed, data.horizontal_flip, data.num_workers)
         samples = {
-            images: Samples(dataset, timesteps, config.samples, *options, lambda count: progress.advance(task, count))
+            images: Samples(dataset, timesteps, config.samples, *options, partial(progress.advance, task))
             for images, dataset in datasets.items()
         }
         analyses = []
         if config.gradients:
-            analyses.append(analyze_gradients(config, model, objective, samples["training images"]))
+            analyses.append(analysis.analyze_gradients(config, model, objective, samples["training images"]))
         if config.losses:
-            analyses.append(analyze_losses(config.model, learned, model, objective, samples))
+            analyses.append(analysis.analyze_losses(config.model, learned, model, objective, samples))
     return analyses
 
 
 def _write(config: configs.AnalyzeConfig, resolved: str, analyses: Sequence[Analysis]) -> None:
     """analysis.json, a picture each, and report.html; the tables that sum it up are printed."""
     directory = Path(config.output_dir)
-    write_json(directory / "analysis.json", {analysis.name: as_plain(analysis.numbers) for analysis in analyses})
+    write_json(directory / "analysis.json", {each.name: analysis.as_plain(each.numbers) for each in analyses})
     sections: list[Section] = []
-    for analysis in analyses:
-        write_figure(directory / f"{analysis.name}.png", analysis.figure)
-        picture = Picture(analysis.title, figure_to_data_uri(analysis.figure), analysis.caption)
-        sections += [picture, *analysis.summary, *analysis.details]
-        for table in analysis.summary:
+    for each in analyses:
+        write_figure(directory / f"{each.name}.png", each.figure)
+        picture = Picture(each.title, figure_to_data_uri(each.figure), each.caption)
+        sections += [picture, *each.summary, *each.details]
+        for table in each.summary:
             print_table(table.columns, table.rows, table.title)
-        print(f"{analysis.summary[-1].note}\n")
+        print(f"{each.summary[-1].note}\n")
     sections += provenance(resolved, "stagepatch analyze --config run.yaml\n")
     lead = f"Where over the timesteps '{config.model}' has room, and where what was learned used it."
     write_page(directory / "report.html", "stagepatch analyze", lead, sections)

@@ -1,14 +1,11 @@
 """Measure a model."""
 
-from __future__ import annotations
-
+from functools import partial
 from pathlib import Path
 
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, load_on_device, own_share, put_on, sampling_bar
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_json, write_text
-from stagepatch.core.processes import processes
+from stagepatch.core import UserError, processes, write_json, write_text
 from stagepatch.evaluation import Evaluator, Measured, comparison_table
 from stagepatch.report import print_table
 from stagepatch.sampling import SamplingConfig, load_experts
@@ -27,9 +24,7 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
         task = progress.add_task("sampling", total=total, status="")
 
         def measure(sampling: SamplingConfig) -> Measured:
-            return evaluator.measure(
-                model, scheduler, sampling, config.seeds, lambda count: progress.advance(task, count)
-            )
+            return evaluator.measure(model, scheduler, sampling, config.seeds, partial(progress.advance, task))
 
         patched = None
         if experts is not None:
@@ -45,7 +40,6 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     name = "patched" if experts is None else "schedule"
     results = {"base": base.metrics} | ({} if patched is None else {name: patched.metrics})
     write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
-    columns, rows = comparison_table(base, patched, evaluator.extractor.name)
-    columns = [name if column == "patched" else column for column in columns]
+    columns, rows = comparison_table(base, patched, evaluator.extractor.name, name)
     print_table(columns, rows, f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds")
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'.")

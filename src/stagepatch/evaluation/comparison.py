@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from stagepatch.evaluation.evaluator import Measured
 from stagepatch.evaluation.metrics import metric_names
-from stagepatch.report.tables import format_mean
+from stagepatch.report import format_mean
 
 
 def paired_difference(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
@@ -20,20 +20,27 @@ def paired_difference(base: Sequence[float], other: Sequence[float]) -> tuple[fl
     return mean, statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def comparison_table(base: Measured, patched: Measured | None, features: str) -> tuple[list[str], list[list[str]]]:
+def comparison_table(
+    base: Measured, other: Measured | None, features: str, name: str = "patched"
+) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: each metric as mean ± standard deviation over seeds, and the paired difference ± its
-    standard error, also in percent of the base."""
-    columns = ["metric", "base"] + ([] if patched is None else ["patched", "difference, paired", "in percent"])
+    standard error, also in percent of the base.
+
+    Args:
+        features: the extractor's name.
+        name: of the other model.
+    """
+    columns = ["metric", "base"] + ([] if other is None else [name, "difference, paired", "in percent"])
     rows = []
     for key, label in metric_names(features).items():
         if key not in base.metrics[0]:
             continue
         row = [label, _spread(base.values(key))]
-        if patched is not None:
-            mean, error = paired_difference(base.values(key), patched.values(key))
+        if other is not None:
+            mean, error = paired_difference(base.values(key), other.values(key))
             scale = 100.0 / abs(statistics.fmean(base.values(key)) or 1.0)
             difference = f"{mean:+.4f} ± {error:.4f}"
-            row += [_spread(patched.values(key)), difference, f"{mean * scale:+.1f} ± {error * scale:.1f} %"]
+            row += [_spread(other.values(key)), difference, f"{mean * scale:+.1f} ± {error * scale:.1f} %"]
         rows.append(row)
     return columns, rows
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stagepatch.core.tensors import read_tensors
+from stagepatch.core import read_tensors
 from stagepatch.data.digits import NUM_CLASSES
 
 ASSET = Path(__file__).parent.parent / "assets" / "digits-classifier"

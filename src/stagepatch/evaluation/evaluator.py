@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.data import ImageDataset
-from stagepatch.data.config import DataConfig
+from stagepatch.data import DataConfig, ImageDataset
 from stagepatch.evaluation.features import FeatureExtractor, extract_features, load_extractor
 from stagepatch.evaluation.latents import LatentSampling, latent_sampling
 from stagepatch.evaluation.metrics import METRICS, Reference

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stagepatch.checkpoints import module_fingerprint
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.evaluation.digits_classifier import NUM_FEATURES, load_classifier
 
 

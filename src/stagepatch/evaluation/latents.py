@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from stagepatch.checkpoints import has_vae, load_vae
-from stagepatch.core.processes import processes
-from stagepatch.data import CachedLatents, decode_latents, make_cache
-from stagepatch.data.config import DataConfig
+from stagepatch.core import processes
+from stagepatch.data import CachedLatents, DataConfig, decode_latents, make_cache
 from stagepatch.sampling import Captions
 
 

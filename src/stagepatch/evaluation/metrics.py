@@ -96,6 +96,7 @@ class Metric:
         return 1.0 if self.better == "lower" else -1.0
 
 
+# By key, in the order of tables; a new metric is an entry here.
 METRICS = {
     "fid_train": Metric("FID ({features}), training images", fid, "train"),
     "fid_held_out": Metric("FID ({features}), held-out images", fid, "held_out"),
@@ -104,7 +105,6 @@ METRICS = {
     "recall": Metric("recall", recall, "unseen", "higher"),
     "nearest_train": Metric("distance to nearest training image, median", median_nearest_distance, "pixels"),
 }
-"""By key, in the order of tables; a new metric is an entry here."""
 
 
 def metric_names(features: str) -> dict[str, str]:

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.core import UserError, read_tensors, write_tensors
 from stagepatch.data import DataConfig, ImageDataset, Images, in_memory, load_dataset
 from stagepatch.evaluation.features import FeatureExtractor, extract_features
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from stagepatch.core.files import write_text
+from stagepatch.core import write_text
 from stagepatch.report.environment import environment
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from stagepatch.core.files import write_atomically
+from stagepatch.core import write_atomically
 
 _PNG: dict[str, Any] = {"format": "png", "dpi": 130, "bbox_inches": "tight"}
 _GAP, _BACKGROUND = 2, 255
