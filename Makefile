@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check assets clean
+.PHONY: demo test check docs assets clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
@@ -14,6 +14,10 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: .venv/installed
+	$(BIN)/mkdocs build
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -8,14 +8,7 @@ The frozen transformer is kept in bfloat16; what is learned is float32.
 import argparse
 from pathlib import Path
 
-import torch
-
-from stagepatch import PatchConfig
-from stagepatch.checkpoints import load_denoiser
-from stagepatch.data import CachedLatents, DataConfig, make_cache
-from stagepatch.diffusion import Objective
-from stagepatch.methods import DMP
-from stagepatch.training import TrainingConfig, train
+from stagepatch import DataConfig, PatchConfig, Run, TrainConfig, TrainingConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev")
@@ -27,22 +20,24 @@ parser.add_argument("--steps", type=int, default=5_000)
 parser.add_argument("--batch_size", type=int, default=16)
 arguments = parser.parse_args()
 
-# Images keep their shapes: a batch is of one, a run of many.
-data = DataConfig(
-    source=arguments.images,
-    image_size=arguments.image_size,
-    crop="buckets",
-    bucket_step=arguments.bucket_step,
+config = TrainConfig(
+    output_dir=str(arguments.output),
+    model=arguments.model,
+    dtype="bfloat16",
+    cache_batch_size=1,
+    patch=PatchConfig(sample_size=arguments.image_size // 8, grid=[16, 16]),
+    # Images keep their shapes: a batch is of one, a run of many.
+    data=DataConfig(
+        source=arguments.images,
+        image_size=arguments.image_size,
+        crop="buckets",
+        bucket_step=arguments.bucket_step,
+    ),
+    training=TrainingConfig(steps=arguments.steps, batch_size=arguments.batch_size, max_grad_norm=1.0),
 )
-make_cache(arguments.output / "cache", arguments.model, data, batch_size=1, dtype=torch.bfloat16)
-dataset = CachedLatents(arguments.output / "cache")
+run = Run(config)
+run.model.enable_gradient_checkpointing()
+patch = run.train().patch
 
-transformer, scheduler = load_denoiser(arguments.model)
-transformer.to(torch.bfloat16).enable_gradient_checkpointing()
-latents = arguments.image_size // 8
-method = DMP(PatchConfig(sample_size=latents, grid=[16, 16]), facts={"data": arguments.images})
-config = TrainingConfig(steps=arguments.steps, batch_size=arguments.batch_size, max_grad_norm=1.0)
-train(transformer, method, Objective(scheduler), dataset, config, arguments.output)
-
-share = method.patch.num_parameters() / sum(parameter.numel() for parameter in transformer.parameters())
-print(f"The patch is in '{arguments.output}': {method.patch.num_parameters():,} parameters, {share:.2%} of the model.")
+share = patch.num_parameters() / sum(parameter.numel() for parameter in run.model.parameters())
+print(f"The patch is in '{arguments.output}': {patch.num_parameters():,} parameters, {share:.2%} of the model.")

@@ -12,12 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from stagepatch import Patch, PatchConfig
-from stagepatch.checkpoints import load_denoiser
-from stagepatch.data import CachedLatents, DataConfig, make_cache
-from stagepatch.diffusion import Objective
-from stagepatch.methods import DMP
-from stagepatch.training import TrainingConfig, train
+from stagepatch import DataConfig, Patch, Run, TrainConfig, TrainingConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -30,14 +25,13 @@ parser.add_argument("--prompt", default="a photo of a cat")
 arguments = parser.parse_args()
 
 # Images and captions are encoded once; then neither VAE nor text encoder is needed.
-data = DataConfig(source=arguments.images, image_size=arguments.image_size, horizontal_flip=True)
-make_cache(arguments.output / "cache", arguments.model, data, batch_size=8, dtype=torch.float32)
-dataset = CachedLatents(arguments.output / "cache")
-
-unet, scheduler = load_denoiser(arguments.model)
-method = DMP(PatchConfig(), facts={"data": arguments.images, "steps": str(arguments.steps)})
-config = TrainingConfig(steps=arguments.steps, batch_size=arguments.batch_size)
-train(unet, method, Objective(scheduler), dataset, config, arguments.output, horizontal_flip=True)
+config = TrainConfig(
+    output_dir=str(arguments.output),
+    model=arguments.model,
+    data=DataConfig(source=arguments.images, image_size=arguments.image_size, horizontal_flip=True),
+    training=TrainingConfig(steps=arguments.steps, batch_size=arguments.batch_size),
+)
+Run(config).train()
 
 # The patch goes on the pipeline as people use it.
 pipe = DiffusionPipeline.from_pretrained(arguments.model)

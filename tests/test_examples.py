@@ -69,7 +69,7 @@ def test_patch_ddpm(tmp_path, sites):
     save("UNet2DModel", tmp_path / "model")
     images = draw_images(tmp_path / "images", captions=False)
     given = ["--model", tmp_path / "model", "--images", images, "--output", tmp_path / "out", "--sites", sites]
-    run("patch_ddpm.py", *given, "--steps", 2, "--batch_size", 2)
+    run("patch_ddpm.py", *given, "--image_size", 16, "--steps", 2, "--batch_size", 2)
     assert (tmp_path / "out" / "samples.png").exists()
 
 

@@ -44,6 +44,17 @@ class Stages:
             merge_models(find_model(self.base), self.directories, weights, output, ties_keep)
 
 
+def merge(
+    stages: Sequence[str | Path], weights: Sequence[float], output: str | Path, base: str = "", ties_keep: float = 0.0
+) -> None:
+    """Merge models, or LoRAs, into one; see `find_stages`, `merge_models` and `merge_loras`.
+
+    Args:
+        output: directory of the merged model, or LoRA.
+    """
+    find_stages(base, list(map(str, stages))).merge(weights, Path(output), ties_keep)
+
+
 def find_stages(base: str, stages: Sequence[str], needs_base: bool = False) -> Stages:
     """Some stages, or all that one run of `stagepatch decouple` made.
 
