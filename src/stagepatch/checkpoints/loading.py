@@ -35,7 +35,9 @@ def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32) -> tup
     directory = find_model(source)
     model = _load_model(directory / component_of(directory))
     model.register_to_config(_name_or_path=str(source))
-    return model.to(dtype), load_scheduler(directory)
+    if dtype != model.dtype:
+        model.to(dtype)
+    return model, load_scheduler(directory)
 
 
 def load_scheduler(source: str | Path) -> Any:

@@ -83,8 +83,8 @@ class CompareJob(Job):
         done = self.metrics()
         evaluator = Evaluator.load(self.config.model, self.config.data, self.extractor, Path(self.config.cache))
         for step in sorted(set(self.checkpoints) - set(done)):
-            model, scheduler = load_denoiser(self.config.model)
-            model.to(processes().device, getattr(torch, self.config.dtype))
+            model, scheduler = load_denoiser(self.config.model, getattr(torch, self.config.dtype))
+            model.to(processes().device)
             if self.config.method != "none":
                 is_last = step == self.config.training.steps
                 load_learned(model, learned if is_last else learned / "snapshots" / f"{step:07d}")

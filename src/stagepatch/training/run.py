@@ -63,10 +63,10 @@ class Run:
             self.dataset: Any = load_training_data(
                 config.model, config.data, config.cache, config.output_dir, config.cache_batch_size
             )
-            model, scheduler = load_denoiser(config.model)
+            model, scheduler = load_denoiser(config.model, getattr(torch, config.dtype))
         else:
             self.dataset = load_training_data("", config.data)
-        self.model, self.scheduler = model.to(getattr(torch, config.dtype)), scheduler
+        self.model, self.scheduler = model, scheduler
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
 
     def train(self, progress: bool = True) -> Any:
