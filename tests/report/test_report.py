@@ -74,7 +74,7 @@ def test_metric_curves_draw_the_points_given():
     (line,) = figure.axes[0].lines
     assert list(line.get_xdata()) == [1, 3]
     assert list(line.get_ydata()) == [2.0, 1.0]
-    assert decode(report.figure_to_data_uri(figure)).width > 300
+    assert decode(report.to_data_uri(figure)).width > 300
 
 
 def test_tables():
@@ -99,7 +99,7 @@ def test_environment_names_versions_and_no_person_or_place():
 @pytest.fixture
 def page(tmp_path):
     evil = "<script>alert('x')</script>"
-    picture = report.image_to_data_uri(report.image_grid(torch.zeros(1, 1, 8, 8)))
+    picture = report.image_grid(torch.zeros(1, 1, 8, 8))
     sections = [
         report.Table(evil, [evil], [[evil]], evil),
         report.Picture(evil, picture, evil),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stagepatch.data.config import DataConfig
+from stagepatch.data import DataConfig
 
 
 @dataclass

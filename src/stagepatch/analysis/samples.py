@@ -10,12 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stagepatch.core import UserError
-from stagepatch.core.randomness import BatchOrder, seed_for
+from stagepatch.core import BatchOrder, UserError, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict
-from stagepatch.training import TrainingConfig
-from stagepatch.training.draws import Conditions, Draws, draw
+from stagepatch.training import Conditions, Draws, TrainingConfig, draw
 
 _ANALYSIS = 101  # first part of the seeds, which training does not use
 

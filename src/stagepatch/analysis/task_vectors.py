@@ -14,10 +14,9 @@ from torch import Tensor
 from stagepatch.analysis.result import Analysis, signed
 from stagepatch.checkpoints import denoiser_reader
 from stagepatch.core import TensorReader, UserError
-from stagepatch.merging.merge import ProjectedReader
-from stagepatch.methods import open_artifact
-from stagepatch.methods.finetune import WEIGHTS_NAME
-from stagepatch.methods.lora import FILE_NAME as LORA_FILE
+from stagepatch.merging import ProjectedReader
+from stagepatch.methods import FILE_NAME as LORA_FILE
+from stagepatch.methods import WEIGHTS_NAME, open_artifact
 from stagepatch.report import Table, similarity_heatmaps
 
 

@@ -1,20 +1,19 @@
 """Show where a model has room."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from stagepatch import analysis
 from stagepatch.analysis import Analysis, Samples
 from stagepatch.checkpoints import find_model, has_vae
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, load_on_device, sampling_bar
-from stagepatch.core import UserError, processes, write_json, write_text
+from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device
+from stagepatch.core import UserError, processes, progress_bar, write_json, write_text
 from stagepatch.data import load_dataset, load_training_data
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma
 from stagepatch.merging import numbered_stages
-from stagepatch.report import Picture, Section, figure_to_data_uri, print_table, provenance, write_figure, write_page
+from stagepatch.report import Picture, Section, print_table, provenance, write_page, write_picture
 
 
 def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:
@@ -58,7 +57,7 @@ def _analyze_stages(config: configs.AnalyzeConfig) -> Analysis:
     stages = _by_name(config.stages, "stages")
     if len(stages) == 1:
         stages = {path.name: path for path in numbered_stages(next(iter(stages.values())))}
-    with sampling_bar() as progress:
+    with progress_bar(disable=not processes().is_main_process) as progress:
         task = progress.add_task("task vectors", total=None, status="")
         return analysis.analyze_task_vectors(
             find_model(config.model), stages, lambda done, total: progress.update(task, completed=done, total=total)
@@ -74,11 +73,10 @@ def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
     objective = Objective(scheduler, learns_sigma(model))
     timesteps = analysis.even_timesteps(objective.num_train_timesteps, config.timesteps)
     measures = config.gradients + config.losses * len(datasets) * (1 + len(learned))
-    with sampling_bar() as progress:
-        task = progress.add_task("samples", total=measures * len(timesteps) * config.samples, status="")
+    with bar_over(measures * len(timesteps) * config.samples, "samples") as on_batch:
         options = (config.batch_size, config.seed, data.horizontal_flip, data.num_workers)
         samples = {
-            images: Samples(dataset, timesteps, config.samples, *options, partial(progress.advance, task))
+            images: Samples(dataset, timesteps, config.samples, *options, on_batch)
             for images, dataset in datasets.items()
         }
         analyses = []
@@ -95,9 +93,8 @@ def _write(config: configs.AnalyzeConfig, resolved: str, analyses: Sequence[Anal
     write_json(directory / "analysis.json", {each.name: analysis.as_plain(each.numbers) for each in analyses})
     sections: list[Section] = []
     for each in analyses:
-        write_figure(directory / f"{each.name}.png", each.figure)
-        picture = Picture(each.title, figure_to_data_uri(each.figure), each.caption)
-        sections += [picture, *each.summary, *each.details]
+        write_picture(directory / f"{each.name}.png", each.figure)
+        sections += [Picture(each.title, each.figure, each.caption), *each.summary, *each.details]
         for table in each.summary:
             print_table(table.columns, table.rows, table.title)
         print(f"{each.summary[-1].note}\n")

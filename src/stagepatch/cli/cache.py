@@ -7,9 +7,7 @@ import torch
 from stagepatch.checkpoints import has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, say
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_text
-from stagepatch.core.processes import processes
+from stagepatch.core import UserError, processes, write_text
 from stagepatch.data import CachedLatents, make_cache
 
 

@@ -1,16 +1,16 @@
 """What commands share."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
 from torch import nn
 
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.core.errors import UserError
-from stagepatch.core.processes import processes
-from stagepatch.core.progress import progress_bar
+from stagepatch.core import UserError, processes, progress_bar
 from stagepatch.methods import DMP, Method, load_learned
 from stagepatch.training import RUN_CONFIG as RUN_CONFIG
 
@@ -27,9 +27,11 @@ def load_on_device(name: str) -> tuple[nn.Module, Any]:
     return model.to(processes().device), scheduler
 
 
-def sampling_bar() -> Progress:
-    """A progress bar, shown by the main process alone."""
-    return progress_bar(disable=not processes().is_main_process)
+@contextmanager
+def bar_over(total: int, description: str = "sampling") -> Iterator[Callable[[int], None]]:
+    """A progress bar, shown by the main process alone; yields what to call with the number that is done more."""
+    with progress_bar(disable=not processes().is_main_process) as progress:
+        yield partial(progress.advance, progress.add_task(description, total=total, status=""))
 
 
 def own_share(num_images: int) -> int:

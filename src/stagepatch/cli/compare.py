@@ -1,12 +1,9 @@
 """Compare methods."""
 
 from stagepatch.cli import config as configs
-from stagepatch.core.files import write_text
+from stagepatch.core import write_text
 from stagepatch.report import print_table
-from stagepatch.studies import launch
-from stagepatch.studies.compare_jobs import plan_jobs
-from stagepatch.studies.compare_page import note, short, table, write_results
-from stagepatch.studies.compare_results import collect
+from stagepatch.studies import collect, launch, note, plan_jobs, short, table, write_results
 from stagepatch.training import RUN_CONFIG
 
 

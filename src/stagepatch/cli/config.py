@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from stagepatch.analysis.config import AnalyzeConfig as AnalyzeConfig
-from stagepatch.data.config import DataConfig
-from stagepatch.patch.config import PatchConfig
-from stagepatch.sampling.config import SamplingConfig
+from stagepatch.data import DataConfig
+from stagepatch.patch import PatchConfig
+from stagepatch.sampling import SamplingConfig
 from stagepatch.search.config import MergeConfig as MergeConfig
 from stagepatch.search.config import ScheduleConfig as ScheduleConfig
 from stagepatch.studies.compare_config import CompareConfig as CompareConfig

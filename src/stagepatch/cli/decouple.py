@@ -4,10 +4,8 @@ from pathlib import Path
 
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
-from stagepatch.core.files import write_text
-from stagepatch.core.processes import processes
-from stagepatch.studies import launch, plan_stages, write_experts
-from stagepatch.studies.decouple_jobs import EXPERTS_NAME, STAGES
+from stagepatch.core import processes, write_text
+from stagepatch.studies import EXPERTS_NAME, STAGES, launch, plan_stages, write_experts
 from stagepatch.training import RUN_CONFIG
 
 

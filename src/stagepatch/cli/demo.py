@@ -9,9 +9,8 @@ from rich.console import Console
 from stagepatch import report
 from stagepatch.analysis import gate_activation, plot_gate_activation
 from stagepatch.cli import config as configs
-from stagepatch.core.files import write_atomically, write_json, write_text
-from stagepatch.core.progress import progress_bar
-from stagepatch.core.tensors import write_tensors
+from stagepatch.cli.common import bar_over
+from stagepatch.core import write_json, write_tensors, write_text
 from stagepatch.evaluation import METRICS, Evaluator, Measured, comparison_table, direction_note, paired_difference
 from stagepatch.sampling import SamplingConfig
 from stagepatch.training import RUN_CONFIG, Run, TrainConfig, TrainingConfig, read_log
@@ -53,13 +52,10 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
 
     console.print(f"[bold]2/3[/] Sampling base and patched model from the same noise, seeds {SEEDS}.")
     measured: dict[str, Measured] = {}
-    with progress_bar() as progress:
-        task = progress.add_task("sampling", total=2 * len(SEEDS) * sampling.num_images, status="")
+    with bar_over(2 * len(SEEDS) * sampling.num_images) as on_batch:
         for name in ("base", "patched"):
             patch.enabled = name == "patched"
-            measured[name] = evaluator.measure(
-                run.model, run.scheduler, sampling, SEEDS, lambda count: progress.advance(task, count)
-            )
+            measured[name] = evaluator.measure(run.model, run.scheduler, sampling, SEEDS, on_batch)
     base, patched = measured["base"], measured["patched"]
     write_tensors(directory / "samples.safetensors", {name: value.images for name, value in measured.items()})
     write_json(directory / "metrics.json", {name: value.metrics for name, value in measured.items()})
@@ -69,7 +65,7 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
     activation = gate_activation(run.model, patch, timesteps)
     columns, rows = comparison_table(base, patched, evaluator.extractor.name)
     pairs = report.paired_grid(base.images[:40], patched.images[:40], columns=10)
-    write_atomically(directory / "pairs.png", lambda path: pairs.save(path, format="PNG"))
+    report.write_picture(directory / "pairs.png", pairs)
     facts = {
         "base parameters": f"{sum(value.numel() for value in run.model.parameters()):,}",
         "patch parameters": f"{patch.num_parameters():,}",
@@ -79,17 +75,15 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
     sections: list[report.Section] = [
         report.Table("What the patch changed", columns, rows, _NOTE),
         report.Prose("Verdict", verdict(base, patched, quick)),
-        report.Picture("Samples", report.image_to_data_uri(pairs), "Base and patched model from the same noise."),
+        report.Picture("Samples", pairs, "Base and patched model from the same noise."),
         report.Picture(
             "Training",
-            report.figure_to_data_uri(report.training_curves(read_log(run.directory))),
+            report.training_curves(read_log(run.directory)),
             "Loss, balance terms and gate.",
         ),
         report.Picture(
             "Gate activation",
-            report.figure_to_data_uri(
-                plot_gate_activation(activation, timesteps, [site.name for site in patch.backbone.sites])
-            ),
+            plot_gate_activation(activation, timesteps, [site.name for site in patch.backbone.sites]),
             "Weight of every prompt over timesteps, a panel a block (as in Fig. 5 of the paper).",
         ),
         report.KeyValues("In numbers", facts),

@@ -1,10 +1,9 @@
 """Measure a model."""
 
-from functools import partial
 from pathlib import Path
 
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, load_on_device, own_share, put_on, sampling_bar
+from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
 from stagepatch.core import UserError, processes, write_json, write_text
 from stagepatch.evaluation import Evaluator, Measured, comparison_table
 from stagepatch.report import print_table
@@ -20,11 +19,10 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     model, scheduler = load_on_device(config.model)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
     total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)
-    with sampling_bar() as progress:
-        task = progress.add_task("sampling", total=total, status="")
+    with bar_over(total) as on_batch:
 
         def measure(sampling: SamplingConfig) -> Measured:
-            return evaluator.measure(model, scheduler, sampling, config.seeds, partial(progress.advance, task))
+            return evaluator.measure(model, scheduler, sampling, config.seeds, on_batch)
 
         patched = None
         if experts is not None:

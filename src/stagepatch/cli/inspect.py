@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stagepatch.cli import config as configs
-from stagepatch.core.files import read_json
-from stagepatch.core.tensors import read_tensors
+from stagepatch.core import read_json, read_tensors
 from stagepatch.methods import Artifact, open_artifact
 from stagepatch.patch import Patch
 from stagepatch.report import print_table

@@ -8,8 +8,7 @@ from filelock import FileLock
 
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_text
+from stagepatch.core import UserError, write_text
 from stagepatch.merging import Stages, find_stages
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from stagepatch.cli import config as configs
-from stagepatch.families.named_models import NAMED_MODELS, build_named
+from stagepatch.families import NAMED_MODELS, build_named
 from stagepatch.patch import Patch
 from stagepatch.report import print_table
 

@@ -9,12 +9,10 @@ from torch import nn
 
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
-from stagepatch.core.errors import UserError
-from stagepatch.core.randomness import GLOBAL, seed_for
+from stagepatch.core import GLOBAL, UserError, seed_for
 from stagepatch.diffusion import make_scheduler
 from stagepatch.methods import Finetune
-from stagepatch.models import DIT_SIZES, DiT
-from stagepatch.models.config import ModelConfig
+from stagepatch.models import DIT_SIZES, DiT, ModelConfig
 from stagepatch.training import Run, TrainConfig
 
 _OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages")

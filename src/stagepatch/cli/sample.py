@@ -1,19 +1,15 @@
 """Generate images."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stagepatch.checkpoints import has_vae, load_pipeline
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, load_on_device, own_share, put_on, sampling_bar
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_atomically, write_text
-from stagepatch.core.processes import processes
-from stagepatch.core.tensors import write_tensors
+from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
+from stagepatch.core import UserError, processes, write_tensors, write_text
 from stagepatch.diffusion import make_sampler, pin_timesteps
 from stagepatch.families import find_denoiser
-from stagepatch.report import image_grid
+from stagepatch.report import image_grid, write_picture
 from stagepatch.sampling import SamplingConfig, generate, generate_with_pipeline, load_experts
 
 
@@ -29,9 +25,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     sampling = _put_experts_on(config, model, scheduler) if config.schedule else config.sampling
     if config.patch:
         put_on(config.patch, config.patch_scale, find_denoiser(model))
-    with sampling_bar() as progress:
-        task = progress.add_task("sampling", total=own_share(sampling.num_images), status="")
-        on_batch = partial(progress.advance, task)
+    with bar_over(own_share(sampling.num_images)) as on_batch:
         if scheduler is None:
             images = generate_with_pipeline(model, sampling, config.prompts, on_batch)
         else:
@@ -40,8 +34,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
         return
     write_text(directory / RUN_CONFIG, resolved)
     write_tensors(directory / "samples.safetensors", {"images": images})
-    grid = image_grid(images[:100], columns=10)
-    write_atomically(directory / "grid.png", lambda path: grid.save(path, format="PNG"))
+    write_picture(directory / "grid.png", image_grid(images[:100], columns=10))
     print(f"{len(images)} images are in '{directory / 'samples.safetensors'}', a grid in '{directory / 'grid.png'}'.")
 
 

@@ -7,7 +7,7 @@ from filelock import FileLock, Timeout
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, load_on_device
 from stagepatch.cli.merge import check_optuna
-from stagepatch.core.files import write_text
+from stagepatch.core import write_text
 from stagepatch.evaluation import Evaluator
 from stagepatch.report import print_table
 

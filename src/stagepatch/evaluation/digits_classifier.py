@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.core import read_tensors
-from stagepatch.data.digits import NUM_CLASSES
+from stagepatch.data import NUM_CLASSES
 
 ASSET = Path(__file__).parent.parent / "assets" / "digits-classifier"
 NUM_FEATURES = 48

@@ -7,11 +7,10 @@ from .page import Section as Section
 from .page import Table as Table
 from .page import provenance as provenance
 from .page import write_page as write_page
-from .pictures import figure_to_data_uri as figure_to_data_uri
 from .pictures import image_grid as image_grid
-from .pictures import image_to_data_uri as image_to_data_uri
 from .pictures import paired_grid as paired_grid
-from .pictures import write_figure as write_figure
+from .pictures import to_data_uri as to_data_uri
+from .pictures import write_picture as write_picture
 from .plots import metric_curves as metric_curves
 from .plots import similarity_heatmaps as similarity_heatmaps
 from .plots import training_curves as training_curves

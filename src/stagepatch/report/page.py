@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
+from matplotlib.figure import Figure
+from PIL import Image
 
 from stagepatch.core import write_text
 from stagepatch.report.environment import environment
+from stagepatch.report.pictures import to_data_uri
 
 
 @dataclass
@@ -24,11 +27,16 @@ class Table:
 
 @dataclass
 class Picture:
-    """A picture as a data URI; the caption is also its text for those who cannot see it."""
+    """A plot or an image; the caption is also its text for those who cannot see it."""
 
     title: str
-    data_uri: str
+    content: Figure | Image.Image
     caption: str
+
+    @property
+    def data_uri(self) -> str:
+        """It as a PNG, for the page."""
+        return to_data_uri(self.content)
 
 
 @dataclass

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from stagepatch.core import write_atomically
 
-_PNG: dict[str, Any] = {"format": "png", "dpi": 130, "bbox_inches": "tight"}
 _GAP, _BACKGROUND = 2, 255
 _SMALLEST = 32  # pixels on screen: smaller images are enlarged
 
@@ -61,24 +60,20 @@ def _to_pixels(images: Tensor, scale: int) -> Tensor:
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
 
 
-def image_to_data_uri(image: Image.Image) -> str:
-    """A picture as a PNG data URI."""
+def to_data_uri(picture: Figure | Image.Image) -> str:
+    """A plot or an image as a PNG data URI."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return _data_uri(buffer)
-
-
-def figure_to_data_uri(figure: Figure) -> str:
-    """A plot as a PNG data URI."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, **_PNG)
-    return _data_uri(buffer)
-
-
-def write_figure(path: str | Path, figure: Figure) -> None:
-    """A plot as a PNG file."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, **_PNG))
-
-
-def _data_uri(buffer: io.BytesIO) -> str:
+    _save(picture, buffer)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_picture(path: str | Path, picture: Figure | Image.Image) -> None:
+    """A plot or an image as a PNG file."""
+    write_atomically(path, lambda temporary: _save(picture, temporary))
+
+
+def _save(picture: Figure | Image.Image, file: Any) -> None:
+    if isinstance(picture, Figure):
+        picture.savefig(file, format="png", dpi=130, bbox_inches="tight")
+    else:
+        picture.save(file, format="PNG")

@@ -2,9 +2,15 @@ from .compare_config import CompareConfig as CompareConfig
 from .compare_config import EntryConfig as EntryConfig
 from .compare_jobs import CompareJob as CompareJob
 from .compare_jobs import plan_jobs as plan_jobs
+from .compare_page import note as note
+from .compare_page import short as short
+from .compare_page import table as table
+from .compare_page import write_results as write_results
 from .compare_results import collect as collect
 from .decouple_config import DecoupleConfig as DecoupleConfig
 from .decouple_config import StageTrainingConfig as StageTrainingConfig
+from .decouple_jobs import EXPERTS_NAME as EXPERTS_NAME
+from .decouple_jobs import STAGES as STAGES
 from .decouple_jobs import Stage as Stage
 from .decouple_jobs import plan_stages as plan_stages
 from .decouple_jobs import write_experts as write_experts

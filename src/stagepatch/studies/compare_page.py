@@ -86,12 +86,10 @@ def write_results(
     write_text(directory / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     sections: list[report.Section] = [
         report.Table("All methods", columns, cells, note(jobs, metric)),
-        report.Picture(
-            "Over iterations", report.figure_to_data_uri(curves(rows, metric, features)), "Bars: standard deviation."
-        ),
+        report.Picture("Over iterations", curves(rows, metric, features), "Bars: standard deviation."),
         report.Picture(
             "Gain against cost",
-            report.figure_to_data_uri(gain_against_cost(rows)),
+            gain_against_cost(rows),
             f"Difference to the base. {direction_note([metric])}",
         ),
         report.Table(
@@ -114,7 +112,7 @@ def _grids(jobs: Sequence[CompareJob]) -> list[report.Section]:
     pictures: list[report.Section] = []
     for name in dict.fromkeys(job.name for job in jobs):
         images = read_tensors(first[name].directory / SAMPLES_NAME)[0]["images"]
-        grid = report.image_to_data_uri(report.image_grid(images[:40], columns=20))
+        grid = report.image_grid(images[:40], columns=20)
         pictures.append(report.Picture(f"Samples: {name}", grid, "From the same noise in every row."))
     return pictures
 
