@@ -23,6 +23,15 @@ def test_the_python_on_the_first_screen_runs(tmp_path, monkeypatch):
     assert torch.isfinite(names["images"]).all()
 
 
+def test_a_run_from_a_script_is_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = [block for block in PYTHON if "Run(" in block]
+    names = {}
+    exec(code.replace("steps=100", "steps=2"), names)
+    saved = Patch.from_pretrained("runs/script")
+    assert torch.equal(saved.prompts[0], names["patch"].prompts[0])
+
+
 @pytest.mark.parametrize(
     "page", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
 )
