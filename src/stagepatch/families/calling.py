@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagepatch.families.base import square
 from stagepatch.families.registry import family_of, uncompiled
 
 
-def num_classes(model: nn.Module) -> int:
+def num_classes(model: Any) -> int:
     """Classes that the model takes labels of; 0 where it takes none."""
-    config = _config(model)
+    config = model.config
     if "conditioning" in config:
         return int(config["num_classes"]) if config["conditioning"] == "class" else 0
     if _is_diffusers_dit(config):
@@ -18,27 +19,22 @@ def num_classes(model: nn.Module) -> int:
     return int(config.get("num_class_embeds") or 0)
 
 
-def null_label(model: nn.Module) -> int | None:
+def null_label(model: Any) -> int | None:
     """The label that stands for no label; None where the model has none, as diffusers' U-Nets."""
-    config = _config(model)
-    has_null = "conditioning" in config or _is_diffusers_dit(config)
+    has_null = "conditioning" in model.config or _is_diffusers_dit(model.config)
     return num_classes(model) if has_null and num_classes(model) else None
 
 
-def learns_sigma(model: nn.Module) -> bool:
+def learns_sigma(model: Any) -> bool:
     """Whether the second half of the output's channels is the variance's interpolation."""
-    config = _config(model)
-    if "learn_sigma" in config:
-        return bool(config["learn_sigma"])
-    return bool(config.get("out_channels") == 2 * config["in_channels"])
+    config = model.config
+    return bool(config.get("learn_sigma", config.get("out_channels") == 2 * config["in_channels"]))
 
 
-def sample_shape(model: nn.Module) -> tuple[int, int, int]:
+def sample_shape(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the model's own sample size."""
-    config = _config(model)
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
+    height, width = square(model.config["sample_size"])
+    return model.config["in_channels"], height, width
 
 
 def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor | dict[str, Tensor]) -> Tensor:
@@ -55,7 +51,3 @@ def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tens
 
 def _is_diffusers_dit(config: dict[str, Any]) -> bool:
     return config.get("norm_type") == "ada_norm_zero" and "num_embeds_ada_norm" in config
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    return model.config  # type: ignore[return-value]

@@ -11,13 +11,7 @@ from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
 def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
     """See `EncodeCaptions`. Of a DiT with conditioning 'text': CLIP's pooled and projected embedding."""
-    tokens = pipe.tokenizer(
-        captions,
-        padding="max_length",
-        truncation=True,
-        max_length=pipe.tokenizer.model_max_length,
-        return_tensors="pt",
-    )
+    tokens = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     pooled: Tensor = pipe.text_encoder(tokens.input_ids.to(pipe.device)).text_embeds
     return {"pooled_projections": pooled}
 

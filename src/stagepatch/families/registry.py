@@ -27,12 +27,7 @@ def call_by_keywords(model: Any, sample: Tensor, timesteps: Tensor, condition: d
 
 
 # How every pipeline's `encode_prompt` is called, as far as it has these: for captions alone, one row each.
-_ENCODE_PROMPT = {
-    "prompt_2": None,
-    "prompt_3": None,
-    "num_images_per_prompt": 1,
-    "do_classifier_free_guidance": False,
-}
+_USUAL = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
 
 
 def prompt_encoder(*names: str, **arguments: Any) -> EncodeCaptions:
@@ -45,7 +40,7 @@ def prompt_encoder(*names: str, **arguments: Any) -> EncodeCaptions:
 
     def encode(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
         taken = inspect.signature(pipe.encode_prompt).parameters
-        usual = {name: value for name, value in _ENCODE_PROMPT.items() if name in taken}
+        usual = {name: value for name, value in _USUAL.items() if name in taken}
         results = pipe.encode_prompt(captions, device=pipe.device, **usual, **arguments)
         return {name: result for name, result in zip(names, results, strict=False) if name}
 
@@ -92,15 +87,9 @@ def add_families(families: Iterable[Family]) -> None:
     _FAMILIES.update({family.model_class: family for family in families})
 
 
-def register(
-    class_name: str,
-    describe: Describe,
-    call: Call = call_by_keywords,
-    encode_captions: EncodeCaptions | None = None,
-    timestep_range: tuple[float, float] = (0.0, NUM_TIMESTEPS),
-) -> None:
+def register(class_name: str, describe: Describe, **options: Any) -> None:
     """Let models of a class (and its subclasses) be patched. The arguments are those of `Family`."""
-    add_families([Family(class_name, describe, call, encode_captions, timestep_range)])
+    add_families([Family(class_name, describe, **options)])
 
 
 def family_of(model_class: type) -> Family:
@@ -147,9 +136,9 @@ def make_backbone(
     """
     modules = dict(model.named_modules())
     taps = (*condition_taps, *(path for path in optional_taps if path in modules))
-    layers = [layer for layer in model.get_submodule(time_tap).modules() if isinstance(layer, nn.Linear)]
-    channels = layers[-1].out_features
-    return Backbone(family_of(type(model)).model_class, tuple(sites), time_tap, taps, channels, grid, begin)
+    *_, last = (layer for layer in modules[time_tap].modules() if isinstance(layer, nn.Linear))
+    model_class = family_of(type(model)).model_class
+    return Backbone(model_class, tuple(sites), time_tap, taps, last.out_features, grid, begin)
 
 
 DENOISERS = ("transformer", "unet", "transformer_2", "prior", "decoder")
@@ -168,16 +157,14 @@ def find_denoiser(target: Any, component: str = "") -> nn.Module:
         return uncompiled(target)
     name = type(target).__name__
     found = [part for part in DENOISERS if isinstance(getattr(target, part, None), nn.Module)]
-    if component:
-        module = getattr(target, component, None)
-        if not isinstance(module, nn.Module):
-            raise UserError(f"{name} has no model '{component}'. Its denoisers: {', '.join(found) or 'none'}.")
-        return uncompiled(module)
-    if not found:
+    if not component and not found:
         raise UserError(f"{name} is neither a model nor a pipeline with a transformer or unet.")
-    if len(found) > 1:
+    if not component and len(found) > 1:
         raise UserError(f"{name} has several denoisers, {', '.join(found)}: say which with component='{found[0]}'.")
-    return uncompiled(getattr(target, found[0]))
+    model = getattr(target, component or found[0], None)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} has no model '{component}'. Its denoisers: {', '.join(found) or 'none'}.")
+    return uncompiled(model)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -13,9 +13,7 @@ from stagepatch.families.transformer import Blocks, Transformer, image_extent
 def call_pixart(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """Models that embed resolution and aspect ratio are told the sample's own, as an image of eight times its size."""
     added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-    if model.config.use_additional_conditions or (
-        model.config.use_additional_conditions is None and model.config.sample_size == 128
-    ):
+    if model.use_additional_conditions:
         height, width = (8.0 * length for length in sample.shape[2:])
         added["resolution"] = sample.new_tensor([height, width]).repeat(len(sample), 1)
         added["aspect_ratio"] = sample.new_tensor([height / width]).repeat(len(sample), 1)

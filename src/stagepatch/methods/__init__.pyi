@@ -12,5 +12,6 @@ from .finetune import WEIGHTS_NAME as WEIGHTS_NAME
 from .finetune import BitFit as BitFit
 from .finetune import Finetune as Finetune
 from .finetune import Untrained as Untrained
+from .lora import FILE_NAME as FILE_NAME
 from .lora import LoRA as LoRA
 from .table import make_method as make_method

@@ -23,9 +23,9 @@ class Method(ABC):
     marker: ClassVar[str] = ""
 
     @classmethod
-    @abstractmethod
     def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
         """A method that is yet to be trained; `facts` say how it will be, in words."""
+        return cls()
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:

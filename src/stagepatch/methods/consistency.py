@@ -2,14 +2,13 @@
 
 import copy
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stagepatch.families import learns_sigma
 from stagepatch.methods.base import Method
-from stagepatch.methods.config import MethodConfig
 
 
 class Consistent(Method):
@@ -28,10 +27,6 @@ class Consistent(Method):
         self.original: nn.Module | None = None
         self._handle: Any = None
         self._last: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
-
-    @classmethod
-    def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
-        raise NotImplementedError("It goes around another method.")
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         self.close()

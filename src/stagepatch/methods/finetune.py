@@ -1,14 +1,13 @@
 """Training the model's own weights: all of them, biases and norms alone, or none."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
 from stagepatch.checkpoints import save_denoiser
 from stagepatch.core import UserError, read_tensors, write_tensors
 from stagepatch.methods.base import Method
-from stagepatch.methods.config import MethodConfig
 
 WEIGHTS_NAME = "weights.safetensors"
 _NORMS = ("LayerNorm", "GroupNorm", "RMSNorm", "BatchNorm2d")
@@ -32,10 +31,6 @@ class Finetune(Method):
         self.scheduler = scheduler
         self.model: nn.Module
         self.trained: list[str] = []
-
-    @classmethod
-    def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
-        return cls()
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         self.model = model.requires_grad_(False).eval()
@@ -78,14 +73,10 @@ class BitFit(Finetune):
     name = "bitfit"
 
     def _choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        in_norms = {
-            f"{path}.weight" for path, module in model.named_modules() if type(module).__name__.endswith(_NORMS)
-        }
-        return {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if name.endswith("bias") or name in in_norms
-        }
+        norms = [path for path, module in model.named_modules() if type(module).__name__.endswith(_NORMS)]
+        chosen = {f"{path}.weight" for path in norms}
+        named = model.named_parameters()
+        return {name: parameter for name, parameter in named if name.endswith("bias") or name in chosen}
 
 
 class Untrained(Finetune):

@@ -81,7 +81,11 @@ class LoRA(Method):
             raise UserError(f"lora targets={targets} cannot be had in {type(model).__name__}: {error}") from error
         self.model = model
         if 0 < self.config.min_rank < self.config.rank:
-            _mask_ranks(model, self.config)
+            mask = _Mask(model, self.config)
+            model.register_forward_pre_hook(mask.begin, with_kwargs=True)
+            for name, module in model.named_modules():
+                if name.endswith(f".lora_A.{ADAPTER}"):
+                    module.register_forward_hook(mask.apply)
 
 
 def _targets_of(model: nn.Module) -> list[str]:
@@ -92,14 +96,6 @@ def _targets_of(model: nn.Module) -> list[str]:
 def active_ranks(noise_level: Tensor, rank: int, min_rank: int) -> Tensor:
     """Ranks that are on at a noise level t/T in 0…1: ⌊(1 − t/T)·(rank − min_rank)⌋ + min_rank (T-LoRA, Eq. 4)."""
     return torch.floor((1.0 - noise_level) * (rank - min_rank)) + min_rank
-
-
-def _mask_ranks(model: nn.Module, config: LoRAConfig) -> None:
-    mask = _Mask(model, config)
-    model.register_forward_pre_hook(mask.begin, with_kwargs=True)
-    for name, module in model.named_modules():
-        if name.endswith(f".lora_A.{ADAPTER}"):
-            module.register_forward_hook(mask.apply)
 
 
 class _Mask:

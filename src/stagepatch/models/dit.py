@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.embeddings import LabelEmbedding, PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -87,7 +87,9 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         self.hidden_size = hidden_size
         self.gradient_checkpointing = False
 
-        self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
+        self.x_embedder = PatchEmbed(
+            sample_size, sample_size, patch_size, in_channels, hidden_size, pos_embed_type=None
+        )
         self.t_embedder = TimestepEmbedder(hidden_size, downscale_freq_shift=downscale_freq_shift)
         self.y_embedder: nn.Module | None = None
         if conditioning == "class":
@@ -125,7 +127,8 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         Raises:
             UserError: no such file, missing keys, or a head count that cannot be inferred.
         """
-        return cls._of_weights(*convert.read_original(checkpoint, num_attention_heads))
+        state = convert.load_original_state_dict(checkpoint)
+        return cls._of_weights(convert.original_config(state, num_attention_heads), state)
 
     @classmethod
     def from_diffusers(cls, model: DiTTransformer2DModel) -> DiT:
@@ -227,7 +230,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.hidden_size, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.x_embedder.proj.bias)
         if isinstance(self.y_embedder, LabelEmbedding):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for name, parameter in self.named_parameters():
@@ -235,17 +238,6 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
                 nn.init.normal_(parameter, std=0.02)
             elif "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
-
-
-class PatchEmbedder(nn.Module):
-    """[B, C, H, W] -> [B, N, D]"""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, sample: Tensor) -> Tensor:
-        return self.proj(sample).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class DiTBlock(nn.Module):
@@ -257,13 +249,8 @@ class DiTBlock(nn.Module):
         self.attn = Attention(hidden_size, num_attention_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         mlp_size = round(hidden_size * mlp_ratio)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=nn.Linear(hidden_size, mlp_size),
-                gelu=nn.GELU(approximate="tanh"),
-                fc2=nn.Linear(mlp_size, hidden_size),
-            )
-        )
+        fc1, fc2 = nn.Linear(hidden_size, mlp_size), nn.Linear(mlp_size, hidden_size)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(approximate="tanh"), fc2=fc2))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:

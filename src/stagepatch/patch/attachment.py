@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from stagepatch.core import UserError
 from stagepatch.families import Backbone
-from stagepatch.families.base import Begin
-from stagepatch.patch.prepending import attend_to_prompts
+from stagepatch.patch.prepending import PromptedAttention
 from stagepatch.patch.prompts import MixtureOfPrompts
 
 
@@ -25,28 +24,35 @@ class Attachment(AbstractContextManager["Attachment"]):
     backward, run no other forward.
     """
 
+    # Hooks are methods rather than closures, so that copy.deepcopy(model) copies the attached patch with it.
+
     def __init__(self, patch: MixtureOfPrompts, model: nn.Module, backbone: Backbone) -> None:
         self.patch = patch
+        self._read_extent = backbone.begin
+        self._names = list(inspect.signature(model.forward).parameters)
         modules = dict(model.named_modules())
         taps = [backbone.time_tap]
         if patch.config.condition == "t+c":
             taps += backbone.condition_taps
+        self._conditions: list[Tensor | None] = [None] * len(taps)
+        self._observed = False
         # Before the first hook is put on: an error leaves the model as it was.
         for name in (*taps, *(site.module for site in backbone.sites)):
             if name not in modules:
                 raise UserError(f"The model has no module '{name}', which its description names.")
-        hooks = _Hooks(patch, model, backbone.begin, len(taps))
-        self._handles = [model.register_forward_pre_hook(hooks.begin, with_kwargs=True)]
+        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for position, name in enumerate(taps):
-            self._handles.append(modules[name].register_forward_hook(partial(hooks.tap, position)))
+            self._handles.append(modules[name].register_forward_hook(partial(self._tap, position)))
         for position, site in enumerate(backbone.sites):
-            if patch.config.is_gated_prepending:
-                self._handles += attend_to_prompts(patch, position, site.attention, modules)
+            if site.attention and patch.config.is_gated_prepending:
+                prompted = PromptedAttention(patch, position, site.attention, modules)
+                self._handles.append(prompted.query.register_forward_hook(prompted.keep_queries))
+                self._handles.append(prompted.out.register_forward_pre_hook(prompted.attend))
                 continue
-            enter = partial(hooks.enter, position, site.argument)
+            enter = partial(self._enter, position, site.argument)
             self._handles.append(modules[site.module].register_forward_pre_hook(enter, with_kwargs=True))
             if patch.config.position == "prepend":
-                self._handles.append(modules[site.module].register_forward_hook(partial(hooks.strip, position)))
+                self._handles.append(modules[site.module].register_forward_hook(partial(self._strip, position)))
         _forget_compiled()
 
     def detach(self) -> None:
@@ -60,50 +66,30 @@ class Attachment(AbstractContextManager["Attachment"]):
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-
-def prompts_on(model: nn.Module) -> list[MixtureOfPrompts]:
-    """What is attached to a model, in the order in which it was."""
-    owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
-    return [owner.patch for owner in owners if isinstance(owner, _Hooks)]
-
-
-class _Hooks:
-    """What an attached patch does during a forward.
-
-    Its hooks are methods rather than closures, so that copy.deepcopy(model) copies the patch with it.
-    """
-
-    def __init__(self, patch: MixtureOfPrompts, model: nn.Module, begin: Begin | None, taps: int) -> None:
-        self.patch = patch
-        self.read_extent = begin
-        self.names = list(inspect.signature(model.forward).parameters)
-        self.conditions: list[Tensor | None] = [None] * taps
-        self.observed = False
-
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the extent; a former forward that broke off between two taps leaves nothing to this one."""
         if not self.patch.enabled:
             return
-        self.conditions = [None] * len(self.conditions)
-        self.observed = False
-        if self.read_extent is None:
+        self._conditions = [None] * len(self._conditions)
+        self._observed = False
+        if self._read_extent is None:
             return
         try:
-            self.patch.extent = self.read_extent(model, dict(zip(self.names, args, strict=False)) | kwargs)
+            self.patch.extent = self._read_extent(model, dict(zip(self._names, args, strict=False)) | kwargs)
         except KeyError:
             self.patch.extent = None  # the model will say itself which argument it misses
 
-    def tap(self, position: int, module: nn.Module, args: Any, output: Tensor) -> None:
+    def _tap(self, position: int, module: nn.Module, args: Any, output: Tensor) -> None:
         """Show the patch the sum of the taps' outputs when all have come, once a forward."""
-        if not self.patch.enabled or self.observed:
+        if not self.patch.enabled or self._observed:
             return
-        self.conditions[position] = output
-        outputs = [output for output in self.conditions if output is not None]
-        if len(outputs) == len(self.conditions):
-            self.observed = True
+        self._conditions[position] = output
+        outputs = [output for output in self._conditions if output is not None]
+        if len(outputs) == len(self._conditions):
+            self._observed = True
             self.patch.observe(sum(outputs[1:], start=outputs[0]))
 
-    def enter(
+    def _enter(
         self, position: int, argument: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Put the mixture into a block's hidden states."""
@@ -113,11 +99,15 @@ class _Hooks:
             return (self.patch.enter(position, args[0]), *args[1:]), kwargs
         return args, {**kwargs, argument: self.patch.enter(position, kwargs[argument])}
 
-    def strip(self, position: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _strip(self, position: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Take the prepended prompts off a block's output again."""
-        if not self.patch.enabled:
-            return None
-        return output[:, self.patch.prompts[position].shape[-2] :]
+        return output[:, self.patch.prompts[position].shape[-2] :] if self.patch.enabled else None
+
+
+def prompts_on(model: nn.Module) -> list[MixtureOfPrompts]:
+    """What is attached to a model, in the order in which it was."""
+    owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
+    return [owner.patch for owner in owners if isinstance(owner, Attachment)]
 
 
 def _forget_compiled() -> None:

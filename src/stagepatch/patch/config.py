@@ -97,8 +97,6 @@ class PatchConfig:
     load_loss: Literal["surrogate", "indicator", "smooth", "none"] | None = None
 
     def __post_init__(self) -> None:
-        kinds = _field_kinds()
-        _check_field("preset", self.preset, kinds["preset"])
         for name, (paper, released) in _BY_PRESET.items():
             if getattr(self, name) is None:
                 setattr(self, name, paper if self.preset == "paper" else released)
@@ -106,7 +104,7 @@ class PatchConfig:
             self.gate_initialization = "zero" if self.num_experts == 1 else "normal"
         if self.initialization is None:
             self.initialization = "normal" if self.is_gated_prepending else "zero"
-        for name, kind in kinds.items():
+        for name, kind in _field_kinds().items():
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
             _check_field(name, getattr(self, name), kind)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from stagepatch.core import UserError
 from stagepatch.families import Attention
@@ -17,19 +16,7 @@ from stagepatch.patch.mixture import no_autocast
 from stagepatch.patch.prompts import MixtureOfPrompts
 
 
-def attend_to_prompts(
-    patch: MixtureOfPrompts, position: int, attention: Attention | None, modules: dict[str, nn.Module]
-) -> list[RemovableHandle]:
-    """Let a site's attention see the patch's prompts."""
-    assert attention is not None, "select_sites takes only sites with an attention here"
-    hooks = _Hooks(patch, position, attention, modules)
-    return [
-        modules[attention.query].register_forward_hook(hooks.keep_queries),
-        modules[attention.out].register_forward_pre_hook(hooks.attend),
-    ]
-
-
-class _Hooks:
+class PromptedAttention:
     """One attention's queries, from the layer that makes them to the layer that takes the heads' outputs."""
 
     def __init__(
@@ -38,7 +25,8 @@ class _Hooks:
         self.patch = patch
         self.position = position
         self.heads = attention.heads
-        self.key, self.value = modules[attention.key], modules[attention.value]
+        layers = (attention.query, attention.key, attention.value, attention.out)
+        self.query, self.key, self.value, self.out = (modules[name] for name in layers)
         self.norms = [modules[name] if name else None for name in (attention.query_norm, attention.key_norm)]
         self.queries: Tensor | None = None
 
