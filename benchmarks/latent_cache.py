@@ -69,7 +69,7 @@ def main() -> None:
         make_images(directory / "images")
         data = DataConfig(source=str(directory / "images"), image_size=256)
         images = Images(open_source(data), data)
-        build_cache(directory / "cache", images, {}, lambda: vae, None, arguments.batch)
+        build_cache(directory / "cache", {}, lambda: images, lambda: vae, None, arguments.batch)
         cached = CachedLatents(directory / "cache")
         for name in arguments.models:
             measure(name, vae, images, cached, accelerator, arguments.batch, arguments.rounds)

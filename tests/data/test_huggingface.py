@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stagepatch.core.errors import UserError
-from stagepatch.data import HuggingFaceSource
+from stagepatch.data import DataConfig, HuggingFaceSource
 from tests.data.reading import load, shown, summary
 
 datasets = pytest.importorskip("datasets")
@@ -168,9 +168,9 @@ def test_no_rows(monkeypatch):
 
 def test_stamps_follow_the_content(saved, tmp_path):
     path = saved(build({"text": ["a", "b", "c"]}))
-    first = HuggingFaceSource(str(path)).stamp()
+    first = HuggingFaceSource(DataConfig(str(path))).stamp()
     assert first[0] == f"{datasets.load_from_disk(path)._fingerprint}:image:text:label:0"
     assert len(set(first)) == 3
-    assert HuggingFaceSource(str(path)).stamp() == first
+    assert HuggingFaceSource(DataConfig(str(path))).stamp() == first
     build({"text": ["a", "b", "d"]}).save_to_disk(tmp_path / "other")
-    assert not set(HuggingFaceSource(str(tmp_path / "other")).stamp()) & set(first)
+    assert not set(HuggingFaceSource(DataConfig(str(tmp_path / "other"))).stamp()) & set(first)

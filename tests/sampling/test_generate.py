@@ -1,6 +1,7 @@
 """Samples: every diffusers sampler, guidance, and image i from (seed, i) alone."""
 
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.families import predict
 from stagepatch.models import DiT
 from stagepatch.sampling import SamplingConfig, generate
+from stagepatch.sampling.generate import in_batches
 
 SAMPLERS = {
     "ddpm": DDPMScheduler,
@@ -168,6 +170,18 @@ def test_labels_are_balanced_by_default_and_progress_is_reported(tiny_dit):
     assert counts == [5, 5, 2]
     given = generate(model, scheduler, config(num_images=12), torch.tensor([*range(10), 0, 1]))
     torch.testing.assert_close(images, given, atol=1e-5, rtol=1e-5)
+
+
+def test_more_processes_than_images_share_them(monkeypatch):
+    module, parts = in_batches.__globals__, []
+    monkeypatch.setitem(module, "gather_object", lambda own: parts.extend(own) or parts)
+    for index in range(3):
+        state = SimpleNamespace(process_index=index, num_processes=3)
+        monkeypatch.setitem(module, "processes", lambda state=state: state)
+        images = in_batches(lambda indices: torch.tensor(indices).view(-1, 1, 1, 1), config(num_images=2), None)
+    assert images.flatten().tolist() == [0, 1]
+    with pytest.raises(UserError, match="num_images=0 must be at least 1"):
+        in_batches(None, config(num_images=0), None)
 
 
 @pytest.mark.parametrize(

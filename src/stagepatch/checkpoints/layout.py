@@ -39,15 +39,15 @@ def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, "schedule
         ) from error
 
 
-def component_of(directory: Path) -> str:
-    """Which part of a model directory is the denoiser: 'transformer' or 'unet'.
+def denoiser_directory(directory: Path) -> Path:
+    """The part of a model directory that is the denoiser: 'transformer/' or 'unet/'.
 
     Raises:
         UserError: it has neither.
     """
     for component in DENOISERS:
         if (directory / component).is_dir():
-            return component
+            return directory / component
     raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
 
 
@@ -62,7 +62,7 @@ def denoiser_reader(directory: Path) -> TensorReader:
     Raises:
         UserError: it has none.
     """
-    denoiser = directory / component_of(directory)
+    denoiser = denoiser_directory(directory)
     paths = sorted(denoiser.glob("diffusion_pytorch_model*.safetensors"))
     if not paths:
         raise UserError(f"No weights in '{denoiser}': looked for diffusion_pytorch_model*.safetensors.")

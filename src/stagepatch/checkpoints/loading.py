@@ -1,6 +1,7 @@
 """A model's parts out of a directory laid out as diffusers lays out a pipeline, or out of the Hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from stagepatch import models
-from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, component_of, find_model
+from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, denoiser_directory, find_model
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
 from stagepatch.core import UserError, read_json, read_tensors, write_tensors
-from stagepatch.families.registry import family_of
+from stagepatch.families.registry import Family, family_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What a pipeline does without to encode captions.
@@ -33,7 +34,7 @@ def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32) -> tup
         UserError: no such directory, files missing, truncated or foreign, or an unknown class.
     """
     directory = find_model(source)
-    model = _load_model(directory / component_of(directory))
+    model = _load_model(denoiser_directory(directory))
     model.register_to_config(_name_or_path=str(source))
     if dtype != model.dtype:
         model.to(dtype)
@@ -57,8 +58,7 @@ def load_scheduler(source: str | Path) -> Any:
 
 def build_denoiser(source: str | Path) -> Any:
     """The denoiser of a model on the meta device: its shape without its weights."""
-    directory = find_model(source)
-    component = directory / component_of(directory)
+    component = denoiser_directory(find_model(source))
     model_class: Any = _class_of(component)
     with torch.device("meta"):
         return model_class.from_config(read_json(component / "config.json"))
@@ -79,7 +79,7 @@ def load_captioner(
         UserError: they cannot be loaded, or the family has no way to use them.
     """
     directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
-    family = family_of(_class_of(directory / component_of(directory)))
+    family = _family(directory)
     if family.encode_captions is None:
         raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
     if (directory / "model_index.json").exists():
@@ -90,15 +90,22 @@ def load_captioner(
     return partial(family.encode_captions, pipe)
 
 
+@contextmanager
+def _loading(part: str) -> Iterator[None]:
+    """What a library raises on files that it cannot load becomes a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"{part} cannot be loaded: {error}") from error
+
+
 def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
     """`tokenizer/` and `text_encoder/` of a model directory of ours: CLIP, with its projection."""
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-    try:
+    with _loading(f"The text encoder in '{directory}'"):
         tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
         encoder: Any = CLIPTextModelWithProjection.from_pretrained(directory / "text_encoder")
-    except (OSError, ValueError) as error:
-        raise UserError(f"The text encoder in '{directory}' cannot be loaded: {error}") from error
     return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
 
 
@@ -114,17 +121,15 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     directory = find_model(source, ["*"])
     if not (directory / "model_index.json").exists():
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
-    try:
+    with _loading(f"The pipeline in '{directory}'"):
         return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"The pipeline in '{directory}' cannot be loaded: {error}") from error
 
 
 def takes_captions(source: str | Path) -> bool:
     """Whether the model's condition is made of captions."""
     directory = find_model(source)
     has_encoders = any(directory.glob("text_encoder*")) or any(directory.glob("tokenizer*"))
-    return has_encoders and family_of(_class_of(directory / component_of(directory))).encode_captions is not None
+    return has_encoders and _family(directory).encode_captions is not None
 
 
 def save_denoiser(model: Any, scheduler: Any, directory: str | Path) -> None:
@@ -143,6 +148,10 @@ def _class_of(directory: Path) -> type:
     if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin)):
         raise UserError(f"'{directory / 'config.json'}' names the class '{name}', which is no model known here.")
     return model_class
+
+
+def _family(directory: Path) -> Family:
+    return family_of(_class_of(denoiser_directory(directory)))
 
 
 def _load_model(directory: Path) -> Any:
@@ -165,12 +174,9 @@ def _load_model(directory: Path) -> Any:
     return model.eval()
 
 
-def _load_in_parts(model_class: Any, directory: Path) -> nn.Module:
+def _load_in_parts(model_class: Any, directory: Path) -> Any:
     """Weights in several files, or of a variant or format that diffusers knows."""
     variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
     variant = next((name for name in ("fp16", "bf16") if name in variants), None)
-    try:
-        model: nn.Module = model_class.from_pretrained(directory, variant=variant, torch_dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"The weights in '{directory}' cannot be loaded: {error}") from error
-    return model.eval()
+    with _loading(f"The weights in '{directory}'"):
+        return model_class.from_pretrained(directory, variant=variant, torch_dtype=torch.float32).eval()

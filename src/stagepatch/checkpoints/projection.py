@@ -44,10 +44,18 @@ def fold_projections(model: nn.Module) -> list[str]:
     projection: Any = getattr(model, PROJECTION, None)
     if projection is None:
         return []
-    left: list[str] = projection.fold(model)
-    if not left:
+    for number in list(projection.maps):
+        last = _last_convolution(model.get_submodule(projection.paths[int(number)])) if projection.is_map else None
+        if last is None:
+            continue
+        weight = projection.maps.pop(number).detach().double()
+        last.weight.data.copy_(torch.einsum("oc,cihw->oihw", weight, last.weight.detach().double()))
+        if last.bias is not None:
+            last.bias.data.copy_(weight @ last.bias.detach().double())
+        projection.handles.pop(number).remove()
+    if not projection.maps:
         delattr(model, PROJECTION)
-    return left
+    return [projection.paths[int(number)] for number in projection.maps]
 
 
 class ChannelProjection(nn.Module):
@@ -63,7 +71,7 @@ class ChannelProjection(nn.Module):
             widths = [*widths[1:], model.config.block_out_channels[0]]
         numbers = range(len(sites)) if numbers is None else sorted(numbers)
         self.maps = nn.ParameterDict({str(number): nn.Parameter(torch.eye(widths[number])) for number in numbers})
-        self._handles = {number: self._attach(model, number) for number in self.maps}
+        self.handles = {number: self._attach(model, number) for number in self.maps}
 
     def _attach(self, model: nn.Module, number: str) -> RemovableHandle:
         module = model.get_submodule(self.paths[int(number)])
@@ -88,25 +96,9 @@ class ChannelProjection(nn.Module):
         projected = F.linear(hidden_states, self.maps[number].to(hidden_states.dtype))
         return ((projected, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": projected})
 
-    def fold(self, model: nn.Module) -> list[str]:
-        """See `fold_projections`."""
-        for number in list(self.maps):
-            last = _last_convolution(model.get_submodule(self.paths[int(number)])) if self.is_map else None
-            if last is None:
-                continue
-            weight = self.maps.pop(number).detach().double()
-            last.weight.data.copy_(torch.einsum("oc,cihw->oihw", weight, last.weight.detach().double()))
-            if last.bias is not None:
-                last.bias.data.copy_(weight @ last.bias.detach().double())
-            self._handles.pop(number).remove()
-        return [self.paths[int(number)] for number in self.maps]
-
 
 def _last_convolution(stage: Any) -> nn.Conv2d | None:
     """The convolution that makes a stage's output, if it ends in one."""
-    for name in ("downsamplers", "upsamplers"):
-        samplers = getattr(stage, name, None)
-        if samplers is not None:
-            convolution = getattr(samplers[-1], "conv", None)
-            return convolution if isinstance(convolution, nn.Conv2d) else None
-    return None
+    samplers = getattr(stage, "downsamplers", None) or getattr(stage, "upsamplers", None) or [None]
+    convolution = getattr(samplers[-1], "conv", None)
+    return convolution if isinstance(convolution, nn.Conv2d) else None

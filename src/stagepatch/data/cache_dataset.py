@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from stagepatch.core import UserError, read_tensors
-from stagepatch.data.cache_writer import CAPTIONS_PER_FILE, INDEX_NAME
+from stagepatch.data.cache_writer import CAPTIONS_PER_FILE, INDEX_NAME, indices_by_size
 
 _OPEN_FILES = 128
 
@@ -56,10 +56,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
 
     def groups(self) -> list[list[int]]:
         """Indices of items with images of one size each."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for index, size in enumerate(self.index["size"].tolist()):
-            by_size.setdefault(tuple(size), []).append(index)
-        return list(by_size.values())
+        return indices_by_size([tuple(size) for size in self.index["size"].tolist()])
 
     def _condition(self, caption: int) -> dict[str, Tensor]:
         file = self._file("captions", caption // CAPTIONS_PER_FILE)

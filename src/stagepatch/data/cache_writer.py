@@ -7,7 +7,8 @@
 import gc
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ EncodeCaptions = Callable[[list[str]], dict[str, Tensor]]
 def build_cache(
     directory: Path,
     key: dict[str, str],
-    images: Images,
+    load_images: Callable[[], Images],
     load_vae: Callable[[], Any],
     load_captioner: Callable[[], EncodeCaptions] | None,
     batch_size: int,
@@ -40,6 +41,7 @@ def build_cache(
 
     Args:
         key: what the cache is of, by part; see `cache_key`.
+        load_images: called once where the cache is not whole.
         load_vae, load_captioner: called once where there is something to encode; what they give is freed after. No
             `load_captioner`: the model takes no captions.
         batch_size: images encoded at a time; captions by eights.
@@ -48,39 +50,28 @@ def build_cache(
         UserError: the directory holds the cache of something else.
     """
     state = processes()
-    if state.is_main_process:
-        if (directory / PLAN_NAME).exists():
-            check_key(directory, key)
-        else:
-            write_json(directory / PLAN_NAME, key)
-    state.wait_for_everyone()
+    if any((directory / name).exists() for name in (PLAN_NAME, INDEX_NAME)):
+        _check_key(directory, key)
     if (directory / INDEX_NAME).exists():
         return
-    image_files = _image_files(images)
+    images = load_images()
+    if state.is_main_process:
+        write_json(directory / PLAN_NAME, key)
+    state.wait_for_everyone()
+    image_files = [file for group in indices_by_size(images.sizes()) for file in _chunks(group, IMAGES_PER_FILE)]
     captions = ["", *sorted(set(images.captions()) - {""})]
     caption_files = _chunks(captions, CAPTIONS_PER_FILE) if load_captioner is not None else []
     with progress_bar(disable=not state.is_main_process) as progress:
-
-        def bar(name: str, total: int) -> Callable[[int], None]:
-            task = progress.add_task(name, total=total, status="")
-            return lambda count: progress.advance(task, count)
-
-        on_images = bar("images", len(images))
-
-        def encode_latents(vae: Any, indices: list[int]) -> dict[str, Tensor]:
-            return _encode_images(vae, images, indices, batch_size, on_images)
-
-        _write_missing(directory, "latents", image_files, load_vae, encode_latents)
+        task = progress.add_task("images", total=len(images), status="")
+        encode_file = partial(_encode_images, images, batch_size, partial(progress.advance, task))
+        _write_missing(directory, "latents", image_files, load_vae, encode_file)
         if load_captioner is not None:
-            on_captions = bar("captions", len(captions))
-
-            def encode_captions(encode: EncodeCaptions, texts: list[str]) -> dict[str, Tensor]:
-                return _encode_captions(encode, texts, on_captions)
-
-            _write_missing(directory, "captions", caption_files, load_captioner, encode_captions)
+            task = progress.add_task("captions", total=len(captions), status="")
+            encode_file = partial(_encode_captions, partial(progress.advance, task))
+            _write_missing(directory, "captions", caption_files, load_captioner, encode_file)
     state.wait_for_everyone()
     if state.is_main_process:
-        lengths = json.dumps(_longest(directory, len(caption_files)))
+        lengths = json.dumps(_longest(directory))
         write_tensors(directory / INDEX_NAME, _index(images, image_files, captions), {"lengths": lengths})
     state.wait_for_everyone()
 
@@ -99,14 +90,8 @@ def cache_key(source_stamps: list[str], preprocessing: dict[str, Any], encoders:
     return key | {name: sampled_fingerprint(directory) for name, directory in encoders.items()}
 
 
-def check_key(directory: Path, key: dict[str, str]) -> None:
-    """Refuse a cache of something else, by name of what differs.
-
-    Raises:
-        UserError: it is of something else, or not whole.
-    """
-    if not (directory / PLAN_NAME).exists():
-        raise UserError(f"No cache at '{directory}': make one with stagepatch cache.")
+def _check_key(directory: Path, key: dict[str, str]) -> None:
+    """Refuse a cache of something else, by name of what differs."""
     plan = read_json(directory / PLAN_NAME)
     changed = [part for part in sorted(set(plan) | set(key)) if plan.get(part) != key.get(part)]
     if "preprocessing" in changed:
@@ -120,12 +105,12 @@ def check_key(directory: Path, key: dict[str, str]) -> None:
         )
 
 
-def _image_files(images: Images) -> list[list[int]]:
-    """Indices of each file's images, all of one size."""
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for index, size in enumerate(images.sizes()):
-        by_size.setdefault(size, []).append(index)
-    return [file for group in by_size.values() for file in _chunks(group, IMAGES_PER_FILE)]
+def indices_by_size(sizes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Indices of items with images of one size each."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, size in enumerate(sizes):
+        groups.setdefault(size, []).append(index)
+    return list(groups.values())
 
 
 def _chunks(items: list[T], size: int) -> list[list[T]]:
@@ -152,7 +137,7 @@ def _write_missing(
 
 
 def _encode_images(
-    vae: Any, images: Images, indices: list[int], batch_size: int, on_images: Callable[[int], None]
+    images: Images, batch_size: int, advance: Callable[[int], None], vae: Any, indices: list[int]
 ) -> dict[str, Tensor]:
     """float16: 'mean', 'std' [B, C, h, w], and the same of the mirrored images."""
     parts: dict[str, list[Tensor]] = {name: [] for name in ("mean", "std", "mean_flipped", "std_flipped")}
@@ -162,13 +147,11 @@ def _encode_images(
             mean, std = encode_images(vae, shown)
             parts[f"mean{ending}"].append(mean.half().cpu())
             parts[f"std{ending}"].append(std.half().cpu())
-        on_images(len(pixels))
+        advance(len(pixels))
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _encode_captions(
-    encode: EncodeCaptions, captions: list[str], on_captions: Callable[[int], None]
-) -> dict[str, Tensor]:
+def _encode_captions(advance: Callable[[int], None], encode: EncodeCaptions, captions: list[str]) -> dict[str, Tensor]:
     """'{row}.{name}' for each tensor of each caption's condition."""
     tensors: dict[str, Tensor] = {}
     for number, texts in enumerate(_chunks(captions, 8)):
@@ -176,7 +159,7 @@ def _encode_captions(
             condition = encode(texts)
         for name, value in condition.items():
             tensors |= {f"{8 * number + row}.{name}": _compact(of_caption) for row, of_caption in enumerate(value)}
-        on_captions(len(texts))
+        advance(len(texts))
     return tensors
 
 
@@ -186,12 +169,11 @@ def _compact(value: Tensor) -> Tensor:
     return half if value.is_floating_point() and bool(half.isfinite().all()) else value
 
 
-def _longest(directory: Path, files: int) -> dict[str, int]:
+def _longest(directory: Path) -> dict[str, int]:
     """Most rows that each tensor of a caption's condition has."""
     longest: dict[str, int] = {}
-    for number in range(files):
-        tensors, _ = read_tensors(directory / f"captions-{number:05d}.safetensors")
-        for key, value in tensors.items():
+    for path in sorted(directory.glob("captions-*.safetensors")):
+        for key, value in read_tensors(path)[0].items():
             name = key.split(".", 1)[1]
             longest[name] = max(longest.get(name, 0), len(value))
     return longest

@@ -52,8 +52,7 @@ def open_source(config: DataConfig) -> Source:
     if kind == "webdataset":
         return WebDatasetSource(Path(config.source))
     if kind == "datasets":
-        columns = (config.image_column, config.caption_column, config.label_column)
-        return HuggingFaceSource(config.source, config.split, *columns)
+        return HuggingFaceSource(config)
     return FolderSource(Path(config.source), config.caption_column)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from stagepatch.core import UserError
+from stagepatch.data.config import DataConfig
 
 _SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 # By kind of column: the name that may be absent, what its dtype begins with, and what it holds, in words.
@@ -21,35 +22,27 @@ class HuggingFaceSource:
     """Rows of a dataset.
 
     Args:
-        path: a directory written by `save_to_disk`, or whatever else `datasets.load_dataset` takes.
-        split: where there are splits.
-        image_column: images, as files' bytes or paths.
-        caption_column: strings. '' or, for the name 'text', an absent column: no captions.
-        label_column: whole numbers from 0. '' or, for the name 'label', an absent column: all labels are 0.
+        config: its source is a directory written by `save_to_disk`, or whatever else `datasets.load_dataset` takes;
+            split, where there are splits; image_column: images, as files' bytes or paths; caption_column: strings,
+            where '' or, for the name 'text', an absent column means no captions; label_column: whole numbers from 0,
+            where '' or, for the name 'label', an absent column means that all labels are 0.
 
     Raises:
         UserError: `datasets` is not installed, no such dataset or split, or no such column.
     """
 
-    def __init__(
-        self,
-        path: str,
-        split: str = "train",
-        image_column: str = "image",
-        caption_column: str = "text",
-        label_column: str = "label",
-    ) -> None:
-        self.path = path
-        self._names = (image_column, caption_column, label_column)
-        dataset = _load(path, split)
+    def __init__(self, config: DataConfig) -> None:
+        self.path = config.source
+        self._names = (config.image_column, config.caption_column, config.label_column)
+        dataset = _load(self.path, config.split)
         # The library documents it and has no other name for it; caches that exist go by it.
         self._fingerprint = dataset._fingerprint
         # Each alone, so that to read a label is not to read an image.
         self._images, self._captions, self._labels = (
-            _column(dataset, kind, name, path) for kind, name in zip(_COLUMNS, self._names, strict=True)
+            _column(dataset, kind, name, self.path) for kind, name in zip(_COLUMNS, self._names, strict=True)
         )
         if not len(dataset):
-            raise UserError(f"No image in '{path}', split '{split}': it has no rows.")
+            raise UserError(f"No image in '{self.path}', split '{config.split}': it has no rows.")
 
     def __len__(self) -> int:
         return len(self._images)

@@ -32,11 +32,9 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     latents = latents.to(vae.device, vae.dtype)
     shift, scale = _shift_and_scale(vae, latents)
     latents = latents / scale + shift
-    if _is_video(vae):
-        images: Tensor = vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)
-    else:
-        images = vae.decode(latents, return_dict=False)[0]
-    return images.clamp(-1.0, 1.0)
+    is_video = _is_video(vae)
+    images: Tensor = vae.decode(latents.unsqueeze(2) if is_video else latents, return_dict=False)[0]
+    return (images.squeeze(2) if is_video else images).clamp(-1.0, 1.0)
 
 
 def _is_video(vae: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from stagepatch.checkpoints import encoder_directories, has_vae, load_captioner, load_vae, takes_captions
 from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
-from stagepatch.data.cache_writer import INDEX_NAME, build_cache, cache_key, check_key
+from stagepatch.data.cache_writer import build_cache, cache_key
 from stagepatch.data.config import DataConfig
 from stagepatch.data.dataset import load_dataset, open_source
 from stagepatch.data.images import Images
@@ -33,14 +33,11 @@ def make_cache(
     source = open_source(data)
     preprocessing = {name: getattr(data, name) for name in _PREPROCESSING}
     key = cache_key(source.stamp(), preprocessing, encoder_directories(model))
-    if (directory / INDEX_NAME).exists():
-        check_key(directory, key)
-        return
     device = processes().device
     build_cache(
         directory,
         key,
-        Images(source, data),
+        lambda: Images(source, data),
         lambda: load_vae(model).to(device, dtype),
         (lambda: load_captioner(model, device, dtype)) if takes_captions(model) else None,
         batch_size,

@@ -11,9 +11,7 @@ from stagepatch.core import UserError
 from stagepatch.diffusion.noise_schedule import at_timesteps, flow_sigmas, is_flow
 from stagepatch.diffusion.timesteps import TimestepSampler
 from stagepatch.diffusion.variational import Posterior
-from stagepatch.diffusion.weighting import Weighting, constant
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+from stagepatch.diffusion.weighting import ERROR_FACTORS, Weighting, constant
 
 
 @dataclass(eq=False)
@@ -42,8 +40,8 @@ class Objective:
         scheduler = self.scheduler
         self.is_flow = is_flow(scheduler)
         self.prediction_type = "flow_prediction" if self.is_flow else scheduler.config.prediction_type
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise UserError(f"prediction_type='{self.prediction_type}' is none of {', '.join(PREDICTION_TYPES)}.")
+        if self.prediction_type not in ERROR_FACTORS:
+            raise UserError(f"prediction_type='{self.prediction_type}' is none of {', '.join(ERROR_FACTORS)}.")
         if not self.is_flow and (
             self.prediction_type == "flow_prediction" or not hasattr(scheduler, "alphas_cumprod")
         ):

@@ -44,6 +44,18 @@ def make_sampler(name: str, trained_with: Any) -> Any:
     return scheduler_class.from_config(config)
 
 
+def set_steps(sampler: Any, count: int, name: str) -> None:
+    """Set a sampler, which the user named so, to a number of steps.
+
+    Raises:
+        UserError: it cannot sample in so many.
+    """
+    try:
+        sampler.set_timesteps(count)
+    except ValueError as error:
+        raise UserError(f"'{name}' cannot sample in {count} steps: {error}") from error
+
+
 def takes_timesteps(sampler: Any) -> bool:
     """Whether a sampler takes any timesteps, rather than their number alone."""
     return _is_flow(sampler) or "timesteps" in inspect.signature(sampler.set_timesteps).parameters

@@ -41,7 +41,7 @@ def make_weighting(config: WeightingConfig) -> Weighting:
 
     def weighting(snr: Tensor, prediction_type: str) -> Tensor:
         snr = snr.clamp_min(_LEAST_SNR)
-        return on_x_start(snr, config) / error_factor(snr, prediction_type)
+        return on_x_start(snr, config) / ERROR_FACTORS[prediction_type](snr)
 
     return weighting
 
@@ -51,15 +51,11 @@ def constant(snr: Tensor, prediction_type: str) -> Tensor:
     return torch.ones_like(snr)
 
 
-def error_factor(snr: Tensor, prediction_type: str) -> Tensor:
-    """c: a prediction's squared error over that of x_start, [B]."""
-    return _ERROR_FACTORS[prediction_type](snr)
-
-
-_ERROR_FACTORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sample": torch.ones_like,
+# c by prediction type: a prediction's squared error over that of x_start, [B]
+ERROR_FACTORS: dict[str, Callable[[Tensor], Tensor]] = {
     "epsilon": lambda snr: snr,
     "v_prediction": lambda snr: snr + 1.0,
+    "sample": torch.ones_like,
     "flow_prediction": lambda snr: (1.0 + snr.sqrt()) ** 2,
 }
 _ON_X_START: dict[str, Callable[[Tensor, Any], Tensor]] = {

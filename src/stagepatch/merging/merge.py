@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagepatch.checkpoints.layout import component_of, denoiser_reader
+from stagepatch.checkpoints.layout import denoiser_directory, denoiser_reader
 from stagepatch.checkpoints.projection import PROJECTION
 from stagepatch.core.errors import UserError
 from stagepatch.core.tensors import TensorReader, write_stream
@@ -71,7 +71,7 @@ def merge_models(
         UserError: other than one weight a stage, or a stage of another architecture, by name of what differs.
     """
     check_weights(stages, weights)
-    component = component_of(base)
+    component = denoiser_directory(base).name
     base_reader, *_ = readers = open_all(base, stages)
     (output / component).mkdir(parents=True, exist_ok=True)
     for part in base.iterdir():

@@ -6,6 +6,7 @@ import bisect
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,13 +28,14 @@ class ExpertRange:
 
     Args:
         start, end: in training timesteps 0…T, from the image's end.
-        denoiser: patched or not; None for the model that the experts are attached to.
+        denoiser: patched or not; None for the model that the experts are attached to. Out of a file that is read and
+            not yet loaded, an `ExpertSource`.
         name: for messages.
     """
 
     start: float
     end: float
-    denoiser: nn.Module | None = None
+    denoiser: Any = None
     name: str = BASE
 
 
@@ -47,7 +49,7 @@ class Experts:
         scheduler: the sampler that goes with `timesteps`; '' leaves it open.
 
     Raises:
-        UserError: no ranges, a gap, or an overlap.
+        UserError: no ranges, an empty one, a gap, or an overlap.
     """
 
     ranges: Sequence[ExpertRange]
@@ -55,13 +57,23 @@ class Experts:
     scheduler: str = ""
 
     def __post_init__(self) -> None:
-        self.ranges = sorted(self.ranges, key=lambda expert: expert.start)
-        check_ranges([(expert.start, expert.end) for expert in self.ranges])
+        self.ranges = sorted(self.ranges, key=lambda expert: (expert.start, expert.end))
+        if not self.ranges:
+            raise UserError("There are no experts: give at least one range.")
+        reached = 0.0
+        for start, end in ((expert.start, expert.end) for expert in self.ranges):
+            if start >= end:
+                raise UserError(f"The range from {start:g} to {end:g} is empty: `from` must be less than `to`.")
+            if start > reached:
+                raise UserError(f"No expert is there for timesteps {reached:g} to {start:g}: leave no gap.")
+            if start < reached:
+                raise UserError(
+                    f"Two experts are there for timesteps {start:g} to {min(reached, end):g}, or one starts below 0."
+                )
+            reached = end
 
     @classmethod
-    def at_steps(
-        cls, steps: Sequence[tuple[float, nn.Module | None, str]], total: float, scheduler: str = ""
-    ) -> Experts:
+    def at_steps(cls, steps: Sequence[tuple[float, Any, str]], total: float, scheduler: str = "") -> Experts:
         """A denoiser for each step of a sampler; a timestep between two belongs to the nearer.
 
         Args:
@@ -119,7 +131,7 @@ class Experts:
 
 # It stands in for the model's forward itself: an object rather than a closure, so that copy.deepcopy(model) copies the
 # experts with it.
-class AttachedExperts:
+class AttachedExperts(AbstractContextManager["AttachedExperts"]):
     """Handle of attached experts; `detach()`, or the end of a `with` block, restores the model."""
 
     def __init__(self, experts: Experts, model: nn.Module) -> None:
@@ -151,9 +163,6 @@ class AttachedExperts:
         if self._had_own_forward:
             self._model.forward = self._forward
         self._is_attached = False
-
-    def __enter__(self) -> AttachedExperts:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
@@ -207,32 +216,6 @@ class AttachedExperts:
 def experts_on(model: nn.Module) -> Experts | None:
     """The experts attached to a model."""
     return model.forward.experts if isinstance(model.forward, AttachedExperts) else None
-
-
-def check_ranges(ranges: Sequence[tuple[float, float]], total: float | None = None) -> None:
-    """See that ranges, sorted by their start, cover 0…T once.
-
-    Args:
-        total: T; None leaves the end open.
-
-    Raises:
-        UserError: they are none, or leave a gap, or overlap, or one is empty.
-    """
-    if not ranges:
-        raise UserError("There are no experts: give at least one range.")
-    reached = 0.0
-    for start, end in ranges:
-        if start >= end:
-            raise UserError(f"The range from {start:g} to {end:g} is empty: `from` must be less than `to`.")
-        if start > reached:
-            raise UserError(f"No expert is there for timesteps {reached:g} to {start:g}: leave no gap.")
-        if start < reached:
-            raise UserError(
-                f"Two experts are there for timesteps {start:g} to {min(reached, end):g}, or one starts below 0."
-            )
-        reached = end
-    if total is not None and reached != total:
-        raise UserError(f"The experts' ranges end at {reached:g}; the model has timesteps 0 to {total:g}.")
 
 
 def _take(value: Any, rows: list[int], batch: int, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from stagepatch.checkpoints import BUNDLED, load_denoiser
 from stagepatch.core import UserError, write_text
 from stagepatch.methods import WEIGHTS_NAME, load_learned
 from stagepatch.patch import patches_on
-from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, check_ranges, experts_on
+from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, experts_on
 
 _NUMBER, _TEXT, _LIST = "a number", "a text", "a list of at least one entry"
 _TYPES = {_NUMBER: (int, float), _TEXT: (str,), _LIST: (list,)}
@@ -39,21 +39,6 @@ class ExpertSource:
     model: str = ""
 
 
-@dataclass(frozen=True)
-class ModelSchedule:
-    """What a file of experts says; it has ranges or steps.
-
-    Args:
-        ranges: start, end, and where the expert comes from.
-        steps: timestep, and where the expert comes from.
-        scheduler: the steps' sampler.
-    """
-
-    ranges: tuple[tuple[float, float, ExpertSource], ...] = ()
-    steps: tuple[tuple[float, ExpertSource], ...] = ()
-    scheduler: str = ""
-
-
 def load_experts(path: str | Path, model: nn.Module, scheduler: Any) -> Experts:
     """The experts of a file, on a model's device and in its dtype, to be attached to it.
 
@@ -67,8 +52,7 @@ def load_experts(path: str | Path, model: nn.Module, scheduler: Any) -> Experts:
     Raises:
         UserError: no such file, a mistake in it, or an expert that does not fit the base.
     """
-    total = int(scheduler.config.num_train_timesteps)
-    schedule = read_schedule(Path(path), total)
+    experts = read_schedule(Path(path), scheduler.config.num_train_timesteps)
     loaded: dict[tuple[str, str], nn.Module | None] = {}
 
     def load(source: ExpertSource) -> nn.Module | None:
@@ -77,10 +61,7 @@ def load_experts(path: str | Path, model: nn.Module, scheduler: Any) -> Experts:
             loaded[place] = load_expert(source, model, scheduler)
         return loaded[place]
 
-    if schedule.steps:
-        steps = [(timestep, load(source), source.name) for timestep, source in schedule.steps]
-        return Experts.at_steps(steps, total, schedule.scheduler)
-    return Experts([ExpertRange(start, end, load(source), source.name) for start, end, source in schedule.ranges])
+    return replace(experts, ranges=[replace(each, denoiser=load(each.denoiser)) for each in experts.ranges])
 
 
 def whole_path(source: str, directory: str | Path = "") -> str:
@@ -138,8 +119,8 @@ def _check_trained_alike(scheduler: Any, base: Any) -> None:
         raise UserError("it was trained on another noise schedule than the base.")
 
 
-def read_schedule(path: Path, total: float) -> ModelSchedule:
-    """A file of experts.
+def read_schedule(path: Path, total: float) -> Experts:
+    """A file of experts, which are not loaded: each range has an `ExpertSource` as its denoiser.
 
     Args:
         total: T, where the ranges must end.
@@ -159,7 +140,7 @@ def read_schedule(path: Path, total: float) -> ModelSchedule:
         raise UserError(f"'{path}': {error}") from error
 
 
-def _parse(content: Any, directory: Path, total: float) -> ModelSchedule:
+def _parse(content: Any, directory: Path, total: float) -> Experts:
     values = _check_keys(content, _FILE, "the file", "experts")
     has_steps = "steps" in values
     if "scheduler" in values and not has_steps:
@@ -171,18 +152,21 @@ def _parse(content: Any, directory: Path, total: float) -> ModelSchedule:
         keys, required = (_NAMED, ("name",)) if has_steps else (_RANGE, ("from", "to"))
         sources.append(_source(_check_keys(entry, keys, f"expert {number}", *required), directory, number))
     if has_steps:
-        return ModelSchedule(steps=_steps(values["steps"], sources, total), scheduler=values.get("scheduler", ""))
-    ranges = [(entry["from"], entry["to"], source) for entry, source in zip(values["experts"], sources, strict=True)]
-    ranges.sort(key=lambda each: each[:2])
-    check_ranges([(start, end) for start, end, _ in ranges], total)
-    return ModelSchedule(tuple(ranges))
+        return Experts.at_steps(_steps(values["steps"], sources, total), total, values.get("scheduler", ""))
+    bounds = [(entry["from"], entry["to"]) for entry in values["experts"]]
+    experts = Experts([ExpertRange(*each, source, source.name) for each, source in zip(bounds, sources, strict=True)])
+    if experts.ranges[-1].end != total:
+        raise UserError(
+            f"The experts' ranges end at {experts.ranges[-1].end:g}; the model has timesteps 0 to {total:g}."
+        )
+    return experts
 
 
-def _steps(entries: list[Any], sources: list[ExpertSource], total: float) -> tuple[tuple[float, ExpertSource], ...]:
+def _steps(entries: list[Any], sources: list[ExpertSource], total: float) -> list[tuple[float, ExpertSource, str]]:
     experts = {source.name: source for source in sources}
     if len(experts) < len(sources):
         raise UserError("two experts have one name.")
-    steps: list[tuple[float, ExpertSource]] = []
+    steps: list[tuple[float, ExpertSource, str]] = []
     for number, entry in enumerate(entries, 1):
         step = _check_keys(entry, _STEP, f"step {number}", *_STEP)
         timestep, name = step["timestep"], step["expert"]
@@ -190,8 +174,8 @@ def _steps(entries: list[Any], sources: list[ExpertSource], total: float) -> tup
             raise UserError(f"step {number} has no expert '{name}' to go to. Experts: {', '.join(experts)}.")
         if not 0 <= timestep <= total or (steps and timestep >= steps[-1][0]):
             raise UserError(f"step {number} is at timestep {timestep:g}: they must fall, within 0 to {total:g}.")
-        steps.append((timestep, experts[name]))
-    return tuple(steps)
+        steps.append((timestep, experts[name], name))
+    return steps
 
 
 def _check_keys(entry: Any, keys: dict[str, str], where: str, *required: str) -> dict[str, Any]:

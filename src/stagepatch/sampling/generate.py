@@ -10,11 +10,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Generator, Tensor, nn
 
-from stagepatch.core import UserError, processes
-from stagepatch.diffusion import make_sampler, pin_timesteps
+from stagepatch.core import UserError, generator_for, processes
+from stagepatch.diffusion import make_sampler, pin_timesteps, set_steps
 from stagepatch.families import find_denoiser, learns_sigma, null_label, num_classes, predict, sample_shape
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.experts import experts_on
+
+# a condition of each sample, and that of none; tensors by keyword, with a row a sample
+Conditions = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 @dataclass
@@ -73,40 +76,41 @@ def generate(
 
     def denoise(indices: list[int]) -> Tensor:
         generators = [image_generator(config.seed, index) for index in indices]
-        condition, null = conditions(model, labels, captions, indices)
-        sampler = _set_sampler(model, scheduler, config)
+        batch_conditions = conditions(model, labels, captions, indices)
+        sampler = make_sampler(config.scheduler, scheduler)
+        experts = experts_on(find_denoiser(model))
+        if experts is not None and experts.timesteps is not None:
+            pin_timesteps(sampler, experts.timesteps)
+        set_steps(sampler, config.num_inference_steps, config.scheduler)
         device = next(model.parameters()).device
         sample = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         sample = (sample * sampler.init_noise_sigma if hasattr(sampler, "init_noise_sigma") else sample).to(device)
         keeps_variance = getattr(sampler.config, "variance_type", None) in ("learned", "learned_range")
-        takes_generator = "generator" in inspect.signature(sampler.step).parameters
-        options = {"generator": generators} if takes_generator else {}
+        options = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
         for timestep in sampler.timesteps:
             scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
-            output = guided(model, scaled, timestep.to(device), condition, null, config).float()
+            output = guided(model, scaled, timestep.to(device), batch_conditions, config).float()
             if learns_sigma(model) and not keeps_variance:
                 output = output.chunk(2, dim=1)[0]
             sample = sampler.step(output, timestep, sample, return_dict=False, **options)[0]
         return sample if decode is None else decode(sample)
 
-    return in_batches(denoise, config, on_batch, torch.empty(0, *shape))
+    return in_batches(denoise, config, on_batch)
 
 
 def in_batches(
-    make: Callable[[list[int]], Tensor],
-    config: SamplingConfig,
-    on_batch: Callable[[int], None] | None,
-    empty: Tensor | None = None,
+    make: Callable[[list[int]], Tensor], config: SamplingConfig, on_batch: Callable[[int], None] | None
 ) -> Tensor:
     """All images, on the CPU and in their order; the processes share them, a batch at a time.
 
     Args:
         make: the numbers of a batch's images -> the images.
-        empty: what a process gives that has no image to make.
 
     Raises:
-        UserError: there is such a process, and no `empty`.
+        UserError: no image is asked for.
     """
+    if config.num_images < 1:
+        raise UserError(f"num_images={config.num_images} must be at least 1.")
     state = processes()
     own: list[int] = np.array_split(np.arange(config.num_images), state.num_processes)[state.process_index].tolist()
     batches = []
@@ -115,30 +119,11 @@ def in_batches(
         batches.append(make(indices).float().cpu())
         if on_batch is not None:
             on_batch(len(indices))
-    if not batches and empty is None:
-        raise UserError(f"num_images={config.num_images} are too few for {state.num_processes} processes.")
-    images = empty if empty is not None and not batches else torch.cat(batches)
+    images = torch.cat(batches or [torch.empty(0)])  # torch.cat passes over a process's nothing
     return torch.cat(gather_object([images])) if state.num_processes > 1 else images
 
 
-def _set_sampler(model: nn.Module, trained_with: Any, config: SamplingConfig) -> Any:
-    """The config's sampler, set to its steps or to those that experts fix."""
-    sampler = make_sampler(config.scheduler, trained_with)
-    experts = experts_on(find_denoiser(model))
-    if experts is not None and experts.timesteps is not None:
-        pin_timesteps(sampler, experts.timesteps)
-    try:
-        sampler.set_timesteps(config.num_inference_steps)
-    except ValueError as error:
-        raise UserError(
-            f"'{config.scheduler}' cannot sample in {config.num_inference_steps} steps: {error}"
-        ) from error
-    return sampler
-
-
-def conditions(
-    model: nn.Module, labels: Tensor, captions: Captions | None, indices: list[int]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def conditions(model: nn.Module, labels: Tensor, captions: Captions | None, indices: list[int]) -> Conditions:
     """The condition of some images, and none, as guidance needs it."""
     parameter = next(model.parameters())
     if captions is None:
@@ -155,20 +140,16 @@ def conditions(
 
 
 def guided(
-    model: nn.Module,
-    sample: Tensor,
-    timestep: Tensor,
-    condition: dict[str, Tensor],
-    null: dict[str, Tensor],
-    config: SamplingConfig,
+    model: nn.Module, sample: Tensor, timestep: Tensor, conditions: Conditions, config: SamplingConfig
 ) -> Tensor:
     """The model's output, moved away from the unconditional one by the guidance scale (arXiv 2207.12598)."""
     sample = sample.to(next(model.parameters()).dtype)
+    condition, null = conditions
     if config.guidance_scale == 1.0:
         return predict(model, sample, timestep.expand(len(sample)), condition)
     both = torch.cat([sample, sample])
-    conditions = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
-    conditional, unconditional = predict(model, both, timestep.expand(len(both)), conditions).chunk(2)
+    both_conditions = {name: torch.cat([value, null[name]]) for name, value in condition.items()}
+    conditional, unconditional = predict(model, both, timestep.expand(len(both)), both_conditions).chunk(2)
     channels = config.guidance_channels or sample.shape[1]
     guided = unconditional + config.guidance_scale * (conditional - unconditional)
     return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
@@ -176,5 +157,4 @@ def guided(
 
 def image_generator(seed: int, index: int) -> Generator:
     """Of all that is drawn for one image."""
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
-    return Generator().manual_seed(int(state >> np.uint64(1)))
+    return generator_for(torch.device("cpu"), seed, index)

@@ -14,10 +14,7 @@ from stagepatch.sampling.generate import image_generator, in_batches
 
 @torch.no_grad()
 def generate_with_pipeline(
-    pipe: Any,
-    config: SamplingConfig,
-    prompts: list[str],
-    on_batch: Callable[[int], None] | None = None,
+    pipe: Any, config: SamplingConfig, prompts: list[str], on_batch: Callable[[int], None] | None = None
 ) -> Tensor:
     """Images [B, 3, H, W] in [−1, 1] on the CPU, with the pipeline's own scheduler, at its own size.
 
@@ -43,7 +40,7 @@ def generate_with_pipeline(
             options["class_labels"] = [index % pipe.transformer.config.num_embeds_ada_norm for index in indices]
         if "guidance_scale" in takes:
             options["guidance_scale"] = config.guidance_scale
-        steps = config.num_inference_steps
-        return pipe(**options, num_inference_steps=steps, output_type="pt", return_dict=False)[0]  # type: ignore[no-any-return]
+        options["num_inference_steps"] = config.num_inference_steps
+        return pipe(**options, output_type="pt", return_dict=False)[0]  # type: ignore[no-any-return]
 
     return in_batches(make, config, on_batch) * 2.0 - 1.0
