@@ -63,15 +63,8 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
     return checkpoint
 
 
-def read_original(
-    checkpoint: str | Path | Mapping[str, Any], num_attention_heads: int | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and state dict of a checkpoint of facebookresearch/DiT; see `DiT.from_original`."""
-    state = load_original_state_dict(checkpoint)
-    return _infer_config(state, num_attention_heads), state
-
-
-def _infer_config(state: Mapping[str, Tensor], num_attention_heads: int | None) -> dict[str, Any]:
+def original_config(state: Mapping[str, Tensor], num_attention_heads: int | None = None) -> dict[str, Any]:
+    """Config of a checkpoint of facebookresearch/DiT, as its shapes tell it; see `DiT.from_original`."""
     try:
         embedder = state["x_embedder.proj.weight"]
         out_features = state["final_layer.linear.weight"].shape[0]
