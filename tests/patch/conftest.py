@@ -1,7 +1,20 @@
 import pytest
 import torch
 
+from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
+
+
+@pytest.fixture
+def model(tiny_dit):
+    """A tiny DiT."""
+    return tiny_dit()
+
+
+@pytest.fixture
+def base(model, batch):
+    """What the model says of the batch before a patch comes."""
+    return predict(model, *batch)
 
 
 @pytest.fixture

@@ -45,23 +45,17 @@ def hooks_on(model):
 
 
 @pytest.mark.parametrize("choices", ADD_CHOICES + OTHER_ADD_CHOICES, ids=str)
-def test_fresh_patch_changes_no_bit_of_the_output(tiny_dit, batch, choices):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_fresh_patch_changes_no_bit_of_the_output(model, base, batch, choices):
     Patch.create(model, PatchConfig(**choices)).eval().attach(model)
     assert torch.equal(predict(model, *batch), base)
 
 
-def test_fresh_patch_in_training_with_noise_changes_no_bit_of_the_output(tiny_dit, batch):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_fresh_patch_in_training_with_noise_changes_no_bit_of_the_output(model, base, batch):
     Patch.create(model, PatchConfig(preset="released")).train().attach(model)
     assert torch.equal(predict(model, *batch), base)
 
 
-def test_creating_a_patch_does_not_touch_the_model(tiny_dit, batch, make_patch):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_creating_a_patch_does_not_touch_the_model(model, base, batch, make_patch):
     make_patch(model)
     assert hooks_on(model) == []
     assert torch.equal(predict(model, *batch), base)
@@ -71,9 +65,7 @@ def test_creating_a_patch_does_not_touch_the_model(tiny_dit, batch, make_patch):
 
 
 @pytest.mark.parametrize("position", ["add", "prepend"])
-def test_detached_model_is_bit_for_bit_what_it_was(tiny_dit, batch, make_patch, position):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_detached_model_is_bit_for_bit_what_it_was(model, base, batch, make_patch, position):
     handle = make_patch(model, position=position, condition="t+c").attach(model)
     assert not torch.allclose(predict(model, *batch), base)
     handle.detach()
@@ -81,9 +73,7 @@ def test_detached_model_is_bit_for_bit_what_it_was(tiny_dit, batch, make_patch, 
     assert hooks_on(model) == []
 
 
-def test_context_manager_detaches_at_the_end_and_after_an_error(tiny_dit, batch, make_patch):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_context_manager_detaches_at_the_end_and_after_an_error(model, base, batch, make_patch):
     patch = make_patch(model)
     with patch.attach(model) as handle:
         assert handle.patch is patch
@@ -94,8 +84,7 @@ def test_context_manager_detaches_at_the_end_and_after_an_error(tiny_dit, batch,
     assert torch.equal(predict(model, *batch), base)
 
 
-def test_detaching_twice_does_nothing_more(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_detaching_twice_does_nothing_more(model, batch, make_patch):
     patch = make_patch(model)
     first = patch.attach(model)
     first.detach()
@@ -109,9 +98,7 @@ def test_detaching_twice_does_nothing_more(tiny_dit, batch, make_patch):
 
 
 @pytest.mark.parametrize("position", ["add", "prepend"])
-def test_disabled_patch_is_as_good_as_detached(tiny_dit, batch, make_patch, position):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_disabled_patch_is_as_good_as_detached(model, base, batch, make_patch, position):
     patch = make_patch(model, position=position)
     patch.attach(model)
     patched = predict(model, *batch)
@@ -122,18 +109,14 @@ def test_disabled_patch_is_as_good_as_detached(tiny_dit, batch, make_patch, posi
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"gate": "none"}], ids=str)
-def test_scale_zero_is_the_base_model(tiny_dit, batch, make_patch, choices):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_scale_zero_is_the_base_model(model, base, batch, make_patch, choices):
     patch = make_patch(model, **choices)
     patch.attach(model)
     patch.scale = 0.0
     assert torch.equal(predict(model, *batch), base)
 
 
-def test_patch_stays_on_when_its_handle_is_thrown_away(tiny_dit, batch, make_patch):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_patch_stays_on_when_its_handle_is_thrown_away(model, base, batch, make_patch):
     make_patch(model).attach(model)
     gc.collect()
     assert not torch.equal(predict(model, *batch), base)
@@ -143,8 +126,7 @@ def test_patch_stays_on_when_its_handle_is_thrown_away(tiny_dit, batch, make_pat
 
 
 @pytest.mark.parametrize("choices", [{}, {"position": "prepend"}, {"preset": "released"}], ids=str)
-def test_backbone_keeps_its_names_and_values_throughout(tiny_dit, batch, make_patch, choices):
-    model = tiny_dit()
+def test_backbone_keeps_its_names_and_values_throughout(model, batch, make_patch, choices):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = [name for name, _ in model.named_parameters()]
     modules = [name for name, _ in model.named_modules()]
@@ -174,8 +156,7 @@ def test_backbone_keeps_its_names_and_values_throughout(tiny_dit, batch, make_pa
 # Where it can go
 
 
-def test_attaching_twice_is_refused_until_detached(tiny_dit, make_patch):
-    model = tiny_dit()
+def test_attaching_twice_is_refused_until_detached(model, make_patch):
     patch = make_patch(model)
     handle = patch.attach(model)
     with pytest.raises(UserError, match="attached to that model already"):
@@ -221,8 +202,7 @@ def test_two_patches_at_once_add_up(tiny_dit, batch, make_patch):
         assert torch.equal(predict(model, *inputs), left)
 
 
-def test_two_gated_patches_each_keep_their_own_mixture(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_two_gated_patches_each_keep_their_own_mixture(model, batch, make_patch):
     one, other = make_patch(model, seed=1), make_patch(model, seed=2, condition="t+c", position="prepend")
     weights = []
     for patch in (one, other):
@@ -237,9 +217,7 @@ def test_two_gated_patches_each_keep_their_own_mixture(tiny_dit, batch, make_pat
 
 
 @pytest.mark.parametrize("name", ["transformer", "unet"])
-def test_pipeline_is_patched_at_its_denoiser(tiny_dit, batch, make_patch, name):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_pipeline_is_patched_at_its_denoiser(model, base, batch, make_patch, name):
     pipeline = SimpleNamespace(vae=torch.nn.Identity(), **{name: model})
     patch = make_patch(pipeline)
     with patch.attach(pipeline):
@@ -256,8 +234,7 @@ def test_what_is_neither_model_nor_pipeline_is_refused(tiny_dit, make_patch, tar
         Patch.create(target)
 
 
-def test_broken_description_is_named(tiny_dit, make_patch):
-    model = tiny_dit()
+def test_broken_description_is_named(model, make_patch):
     patch = make_patch(model)
     patch.attach(model)
     patch.extent = Extent((5, 5))
@@ -265,8 +242,7 @@ def test_broken_description_is_named(tiny_dit, make_patch):
         patch.enter(0, torch.zeros(1, 16, 32))
 
 
-def test_forward_that_broke_off_leaves_nothing_to_the_next(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_forward_that_broke_off_leaves_nothing_to_the_next(model, batch, make_patch):
     make_patch(model, condition="t+c").attach(model)
     expected = predict(model, *batch)
     sample, timesteps, _ = batch
@@ -278,9 +254,7 @@ def test_forward_that_broke_off_leaves_nothing_to_the_next(tiny_dit, batch, make
 # Copies
 
 
-def test_copied_model_has_an_attached_patch_of_its_own(tiny_dit, batch, make_patch):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_copied_model_has_an_attached_patch_of_its_own(model, base, batch, make_patch):
     patch = make_patch(model, condition="t+c")
     patch.attach(model)
     patched = predict(model, *batch)  # with a graph behind patch.last
@@ -300,8 +274,7 @@ def test_copied_model_has_an_attached_patch_of_its_own(tiny_dit, batch, make_pat
         copied_patch.attach(copied)
 
 
-def test_copied_model_alone_keeps_working_after_a_backward(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_copied_model_alone_keeps_working_after_a_backward(model, batch, make_patch):
     patch = make_patch(model).train()
     patch.attach(model)
     patched = predict(model, *batch)
@@ -311,9 +284,7 @@ def test_copied_model_alone_keeps_working_after_a_backward(tiny_dit, batch, make
     assert [name for name, _ in copied.named_parameters()] == [name for name, _ in model.named_parameters()]
 
 
-def test_copied_patch_is_attached_to_nothing(tiny_dit, batch, make_patch):
-    model = tiny_dit()
-    base = predict(model, *batch)
+def test_copied_patch_is_attached_to_nothing(model, base, batch, make_patch):
     patch = make_patch(model)
     with patch.attach(model):
         patched = predict(model, *batch)

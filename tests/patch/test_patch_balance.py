@@ -106,8 +106,7 @@ def test_balance_loss_weighs_its_terms(tiny_dit, make_patch, importance, load):
     assert patch.balance_loss().item() == pytest.approx(importance * 0.08 / (1 + 1e-5) + load * 2.25)
 
 
-def test_balance_terms_are_those_of_the_last_forward(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_balance_terms_are_those_of_the_last_forward(model, batch, make_patch):
     patch = make_patch(model)
     with patch.attach(model):
         predict(model, *batch)
@@ -121,8 +120,7 @@ def test_balance_terms_are_those_of_the_last_forward(tiny_dit, batch, make_patch
     assert terms["importance"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_indicator_has_no_gradient_and_importance_and_surrogate_have(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_indicator_has_no_gradient_and_importance_and_surrogate_have(model, batch, make_patch):
     for load_loss in ("indicator", "surrogate"):
         patch = make_patch(model, load_loss=load_loss)
         with patch.attach(model):
@@ -144,8 +142,7 @@ def test_balance_losses_before_any_forward_are_refused(tiny_dit, make_patch):
         patch.balance_terms()
 
 
-def test_patch_without_a_gate_has_no_balance_loss(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_patch_without_a_gate_has_no_balance_loss(model, batch, make_patch):
     patch = make_patch(model, gate="none")
     with patch.attach(model):
         predict(model, *batch)

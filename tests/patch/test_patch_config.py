@@ -108,8 +108,7 @@ def test_saved_config_keeps_resolved_values(tiny_dit, tmp_path):
 
 
 @covers("position", "num_prompts", "prepending")
-def test_plainly_prepended_prompts_are_tokens_of_their_own(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_plainly_prepended_prompts_are_tokens_of_their_own(model, batch, make_patch):
     seen = []
     model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     plain = {"position": "prepend", "prepending": "plain", "num_prompts": 7}
@@ -136,8 +135,7 @@ def test_reference_size_sets_the_number_of_prompts(tiny_dit):
 
 
 @covers("normalization")
-def test_weights_of_mean_one_and_of_sigmoids(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_weights_of_mean_one_and_of_sigmoids(model, batch, make_patch):
     weights, logits = {}, None
     for normalization in ("softmax", "mean_one", "sigmoid"):
         patch = make_patch(model, normalization=normalization)
@@ -184,8 +182,7 @@ def test_grid_bounds_the_number_of_prompts(tiny_dit):
 
 
 @covers("num_experts")
-def test_experts_are_whole_sets_with_a_weight_each(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_experts_are_whole_sets_with_a_weight_each(model, batch, make_patch):
     patch = make_patch(model, num_experts=4)
     forward(model, patch, batch)
     assert [tuple(prompt.shape) for prompt in patch.prompts] == [(4, 16, 32)] * 3
@@ -195,8 +192,7 @@ def test_experts_are_whole_sets_with_a_weight_each(tiny_dit, batch, make_patch):
 
 
 @covers("initialization", "initialization_std")
-def test_initialization_of_the_prompts(tiny_dit):
-    model = tiny_dit()
+def test_initialization_of_the_prompts(model):
     zero = Patch.create(model, PatchConfig())
     assert all((prompt == 0).all() for prompt in zero.prompts)
     for std in (0.02, 3.0):
@@ -238,8 +234,7 @@ def test_sites_name_the_blocks_that_are_patched(tiny_dit, batch, make_patch, tmp
 
 
 @covers("gate")
-def test_gate_is_linear_attention_or_none(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_gate_is_linear_attention_or_none(model, batch, make_patch):
     names = {}
     for gate in ("linear", "attention", "none"):
         patch = make_patch(model, gate=gate)
@@ -254,8 +249,7 @@ def test_gate_is_linear_attention_or_none(tiny_dit, batch, make_patch):
 
 
 @covers("block_index")
-def test_block_index_makes_the_blocks_mixtures_distinct(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_block_index_makes_the_blocks_mixtures_distinct(model, batch, make_patch):
     for gate, weight in (("linear", "weight"), ("attention", "query_weight")):
         with_index = make_patch(model, gate=gate)
         forward(model, with_index, batch)
@@ -268,8 +262,7 @@ def test_block_index_makes_the_blocks_mixtures_distinct(tiny_dit, batch, make_pa
 
 
 @covers("condition")
-def test_condition_t_ignores_the_class_and_t_plus_c_sees_it(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_condition_t_ignores_the_class_and_t_plus_c_sees_it(model, batch, make_patch):
     sample, timesteps, labels = batch
     for condition, same in (("t", True), ("t+c", False)):
         patch = make_patch(model, condition=condition)
@@ -295,8 +288,7 @@ def test_condition_t_plus_c_of_an_unconditional_model_is_t(tiny_dit, batch, make
 @pytest.mark.parametrize(
     ("top_k", "chosen"), [(0.75, 12), (0.5, 8), (0.01, 1), (1, 1), (1.0, 1), (3, 3), (16, 16), (99, 16)]
 )
-def test_hard_selection_takes_the_top_k(tiny_dit, batch, make_patch, top_k, chosen):
-    model = tiny_dit()
+def test_hard_selection_takes_the_top_k(model, batch, make_patch, top_k, chosen):
     patch = make_patch(model, selection="hard", top_k=top_k)
     forward(model, patch, batch)
     weights, logits = patch.last.weights, patch.last.logits
@@ -306,8 +298,7 @@ def test_hard_selection_takes_the_top_k(tiny_dit, batch, make_patch, top_k, chos
     assert torch.equal(weights > 0, logits >= threshold)
 
 
-def test_soft_selection_weighs_every_prompt_whatever_top_k(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_soft_selection_weighs_every_prompt_whatever_top_k(model, batch, make_patch):
     patch = make_patch(model, top_k=3)
     forward(model, patch, batch)
     torch.testing.assert_close(patch.last.weights, patch.last.logits.softmax(-1))
@@ -315,8 +306,7 @@ def test_soft_selection_weighs_every_prompt_whatever_top_k(tiny_dit, batch, make
 
 @covers("hard_weight")
 @pytest.mark.parametrize(("hard_weight", "total"), [("one", 3.0), ("renormalized", 1.0)])
-def test_hard_weight_is_one_each_or_one_in_all(tiny_dit, batch, make_patch, hard_weight, total):
-    model = tiny_dit()
+def test_hard_weight_is_one_each_or_one_in_all(model, batch, make_patch, hard_weight, total):
     patch = make_patch(model, selection="hard", top_k=3, hard_weight=hard_weight)
     forward(model, patch, batch)
     torch.testing.assert_close(patch.last.weights.sum(-1), torch.full((3, 4), total))
@@ -324,8 +314,7 @@ def test_hard_weight_is_one_each_or_one_in_all(tiny_dit, batch, make_patch, hard
 
 @covers("gate_noise")
 @pytest.mark.parametrize("gate", ["linear", "attention"])
-def test_gate_noise_is_drawn_in_training_alone(tiny_dit, batch, make_patch, gate):
-    model = tiny_dit()
+def test_gate_noise_is_drawn_in_training_alone(model, batch, make_patch, gate):
     patch = make_patch(model, gate=gate, gate_noise=True)
     assert torch.equal(forward(model, patch, batch), forward(model, patch, batch))
     assert torch.equal(patch.last.noisy_logits, patch.last.logits)
@@ -360,8 +349,7 @@ def test_noise_starts_from_a_zero_weight(tiny_dit):
     ("experts", "given", "resolved"),
     [(1, None, "zero"), (2, None, "normal"), (1, "normal", "normal"), (2, "zero", "zero")],
 )
-def test_gate_initialization(tiny_dit, batch, gate, name, experts, given, resolved):
-    model = tiny_dit()
+def test_gate_initialization(model, batch, gate, name, experts, given, resolved):
     patch = Patch.create(model, PatchConfig(gate=gate, num_experts=experts, gate_initialization=given))
     assert patch.config.gate_initialization == resolved
     assert (getattr(patch.gate, name) == 0).all() == (resolved == "zero")
@@ -372,8 +360,7 @@ def test_gate_initialization(tiny_dit, batch, gate, name, experts, given, resolv
         assert patch.gate_entropy().item() == pytest.approx(math.log(patch.num_choices))
 
 
-def test_normal_gate_lets_equal_sets_part(tiny_dit, batch):
-    model = tiny_dit()
+def test_normal_gate_lets_equal_sets_part(model, batch):
     patch = Patch.create(model, PatchConfig(num_experts=2))
     forward(model, patch, batch).square().mean().backward()
     first, second = patch.prompts[0].grad
@@ -393,8 +380,7 @@ def test_gate_learning_rate_factor_reaches_the_gates_group(tiny_dit):
 
 
 @covers("importance_weight", "load_weight")
-def test_balance_weights_scale_their_terms(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_balance_weights_scale_their_terms(model, batch, make_patch):
     for importance, load in [(1.0, 1.0), (2.0, 0.0), (0.0, 3.0)]:
         patch = make_patch(model, importance_weight=importance, load_weight=load)
         forward(model, patch, batch)
@@ -406,8 +392,7 @@ def test_balance_weights_scale_their_terms(tiny_dit, batch, make_patch):
 
 
 @covers("importance_variance")
-def test_importance_variance_chooses_the_formula(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_importance_variance_chooses_the_formula(model, batch, make_patch):
     formulas = {"population": balance.importance_loss, "unbiased": balance.importance_loss_unbiased}
     values = []
     for kind, formula in formulas.items():
@@ -419,8 +404,7 @@ def test_importance_variance_chooses_the_formula(tiny_dit, batch, make_patch):
 
 
 @covers("load_loss")
-def test_load_loss_chooses_the_formula(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_load_loss_chooses_the_formula(model, batch, make_patch):
     for kind in ("surrogate", "indicator", "smooth", "none"):
         patch = make_patch(model, load_loss=kind, selection="hard", top_k=4, gate_noise=True).train()
         forward(model, patch, batch)
@@ -436,8 +420,7 @@ def test_load_loss_chooses_the_formula(tiny_dit, batch, make_patch):
         assert torch.equal(patch.balance_terms()["load"], expected[kind])
 
 
-def test_smooth_load_is_zero_where_it_is_not_defined(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_smooth_load_is_zero_where_it_is_not_defined(model, batch, make_patch):
     everything = make_patch(model, load_loss="smooth", selection="hard", top_k=16, gate_noise=True).train()
     forward(model, everything, batch)
     assert everything.balance_terms()["load"] == 0

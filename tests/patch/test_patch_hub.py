@@ -162,8 +162,7 @@ def test_paths_are_not_asked_of_the_hub(source):
         Patch.from_pretrained(source)
 
 
-def test_card_says_what_the_patch_is_and_how_to_load_it(tiny_dit, make_patch, tmp_path):
-    model = tiny_dit()
+def test_card_says_what_the_patch_is_and_how_to_load_it(model, make_patch, tmp_path):
     model.register_to_config(_name_or_path="somebody/model")
     patch = make_patch(model)
     patch.facts = {"data": "10 images", "steps": "20", "loss": "0.5"}

@@ -103,8 +103,7 @@ def test_patched_model_equals_equation_3_written_out(tiny_dit, batch, make_patch
     torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_naive_forward_without_prompts_is_the_model(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_naive_forward_without_prompts_is_the_model(model, batch, make_patch):
     with torch.no_grad():
         plain = naive_forward(model, make_patch(model), *batch, 0.0)
     torch.testing.assert_close(plain, predict(model, *batch))
@@ -148,8 +147,7 @@ def test_gradients_of_everything_learned_pass_gradcheck(tiny_dit, make_patch, ch
     assert all(gradient.abs().max() > 0 for gradient in torch.autograd.grad(output(*values).square().sum(), values))
 
 
-def test_noise_weight_gets_its_gradient(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_noise_weight_gets_its_gradient(model, batch, make_patch):
     patch = make_patch(model, gate_noise=True).train()
     with patch.attach(model):
         predict(model, *batch).square().mean().backward()

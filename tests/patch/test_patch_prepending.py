@@ -37,9 +37,8 @@ def test_it_is_the_blocks_attention_plus_a_gated_one_to_the_prompts(tiny_dit, ma
             torch.testing.assert_close(got["both"], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_gates_move_first_and_then_the_prompts(tiny_dit, batch):
+def test_gates_move_first_and_then_the_prompts(model, batch):
     """At zero gates the prompts have no gradient; after one step of the gates they have."""
-    model = tiny_dit()
     patch = Patch.create(model, PatchConfig(position="prepend", num_prompts=4)).train()
     patch.attach(model)
     optimizer = torch.optim.SGD(patch.parameters(), lr=1.0)

@@ -31,8 +31,7 @@ def test_released_checkpoint_becomes_a_patch_of_the_released_preset(checkpoint):
     assert torch.equal(patch.gate.noise_weight, checkpoint["w_noise"])
 
 
-def test_released_patch_on_its_dit_is_equation_3_with_the_class_in_the_gate(tiny_dit, batch, checkpoint):
-    model = tiny_dit()
+def test_released_patch_on_its_dit_is_equation_3_with_the_class_in_the_gate(model, batch, checkpoint):
     sample, timesteps, labels = batch
     condition = model.t_embedder(timesteps) + model.y_embedder(labels)
     hidden_states = model.x_embedder(sample) + model.positions
@@ -90,8 +89,7 @@ def test_fewer_prompts_than_blocks_patch_the_first_blocks(tiny_dit, checkpoint):
     patch.attach(tiny_dit()).detach()
 
 
-def test_released_patch_saves_and_loads_as_any_other(tiny_dit, batch, checkpoint, tmp_path):
-    model = tiny_dit()
+def test_released_patch_saves_and_loads_as_any_other(model, batch, checkpoint, tmp_path):
     patch = Patch.from_released(checkpoint)
     patch.save_pretrained(tmp_path)
     outputs = []

@@ -63,9 +63,8 @@ def test_gradients_pass():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 16)], ids=str)
-def test_gated_mixture_at_any_size_is_prompts_and_softmax_resampled_apart(tiny_dit, make_patch, size):
+def test_gated_mixture_at_any_size_is_prompts_and_softmax_resampled_apart(model, make_patch, size):
     """Written out: prompts and logits by Pillow, the softmax over the tokens of the size, times N/N_reference."""
-    model = tiny_dit()
     patch = make_patch(model, sites="first", block_index=False)
     entered = []
     model.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
@@ -83,8 +82,7 @@ def test_gated_mixture_at_any_size_is_prompts_and_softmax_resampled_apart(tiny_d
         torch.testing.assert_close((entered[1] - entered[0])[row], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hard_selection_takes_the_same_share_at_any_size(tiny_dit, make_patch):
-    model = tiny_dit()
+def test_hard_selection_takes_the_same_share_at_any_size(model, make_patch):
     patch = make_patch(model, selection="hard", top_k=4)
     patch.attach(model)
     for size, chosen in [(8, 4), (16, 16), (4, 1)]:
@@ -93,8 +91,7 @@ def test_hard_selection_takes_the_same_share_at_any_size(tiny_dit, make_patch):
         assert weights.round().sum(-1).tolist() == [chosen, chosen]
 
 
-def test_grid_of_few_prompts_covers_all_tokens(tiny_dit, make_patch, batch):
-    model = tiny_dit()
+def test_grid_of_few_prompts_covers_all_tokens(model, make_patch, batch):
     patch = make_patch(model, grid=[2, 2])
     assert patch.num_parameters() == 3 * 4 * 32 + 33 * 4 + 4
     base = predict(model, *batch)

@@ -79,8 +79,7 @@ def test_config_file_says_what_and_for_which_model(tiny_dit, make_patch, tmp_pat
     ],
     ids=str,
 )
-def test_saved_and_loaded_patch_gives_the_same_output_bit_for_bit(tiny_dit, batch, make_patch, tmp_path, choices):
-    model = tiny_dit()
+def test_saved_and_loaded_patch_gives_the_same_output_bit_for_bit(model, batch, make_patch, tmp_path, choices):
     patch = make_patch(model, **choices)
     with patch.attach(model):
         expected = predict(model, *batch)

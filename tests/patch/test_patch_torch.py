@@ -134,8 +134,7 @@ def test_compiled_pipeline_can_be_patched(tiny_dit, batch, make_patch, compiled)
 
 
 @pytest.mark.parametrize("choices", [*VARIANTS, RENORMALIZED], ids=str)
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_dit, batch, make_patch, monkeypatch, choices):
-    model = tiny_dit()
+def test_gradient_checkpointing_gives_the_same_gradients(model, batch, make_patch, monkeypatch, choices):
     patch = make_patch(model, **choices).train()
     patch.attach(model)
     calls = {"enter": 0, "observe": 0}
@@ -177,8 +176,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_dit, batch, make_p
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"position": "prepend"}, {"gate": "none"}], ids=str)
-def test_autocast_is_close_to_float32_and_keeps_the_gate_in_float32(tiny_dit, batch, make_patch, choices):
-    model = tiny_dit()
+def test_autocast_is_close_to_float32_and_keeps_the_gate_in_float32(model, batch, make_patch, choices):
     patch = make_patch(model, condition="t+c", **choices)
     patch.attach(model)
     with torch.no_grad():
@@ -196,8 +194,7 @@ def test_autocast_is_close_to_float32_and_keeps_the_gate_in_float32(tiny_dit, ba
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 3}, {"gate": "none"}, {"preset": "released"}], ids=str)
-def test_fresh_patch_changes_no_bit_under_autocast(tiny_dit, batch, choices):
-    model = tiny_dit()
+def test_fresh_patch_changes_no_bit_under_autocast(model, batch, choices):
     patch = Patch.create(model, PatchConfig(**choices))
     with torch.autocast("cpu", torch.bfloat16):
         base = predict(model, *batch)
@@ -206,8 +203,7 @@ def test_fresh_patch_changes_no_bit_under_autocast(tiny_dit, batch, choices):
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"position": "prepend", "num_experts": 2}], ids=str)
-def test_mixture_under_autocast_is_computed_in_the_patchs_own_precision(tiny_dit, batch, make_patch, choices):
-    model = tiny_dit()
+def test_mixture_under_autocast_is_computed_in_the_patchs_own_precision(model, batch, make_patch, choices):
     patch = make_patch(model, **choices)
     with patch.attach(model):
         predict(model, *batch)
@@ -219,8 +215,7 @@ def test_mixture_under_autocast_is_computed_in_the_patchs_own_precision(tiny_dit
     assert torch.equal(mixed, expected)
 
 
-def test_autocast_training_step_gives_float32_gradients(tiny_dit, batch, make_patch):
-    model = tiny_dit()
+def test_autocast_training_step_gives_float32_gradients(model, batch, make_patch):
     patch = make_patch(model, preset="released", load_loss="surrogate").train()
     patch.attach(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -237,9 +232,8 @@ def test_autocast_training_step_gives_float32_gradients(tiny_dit, batch, make_pa
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_model_takes_a_float32_patch(tiny_dit, batch, make_patch, dtype, choices):
+def test_half_precision_model_takes_a_float32_patch(model, batch, make_patch, dtype, choices):
     sample, *rest = batch
-    model = tiny_dit()
     patch = make_patch(model, **choices)
     with torch.no_grad():
         with patch.attach(model):
