@@ -27,28 +27,29 @@ from stagepatch.report import markdown_table, metric_curves
 from stagepatch.training import train
 
 SEEDS = [0, 1, 2]
+TRAINING, SAMPLING = demo_plan(quick=False)
 RATES = [1e-4, 3e-4, 1e-3]
 TRAINING_SEEDS = [0, 1]
 METRICS = {"fid_train": "training digits", "fid_held_out": "held-out digits"}
 
 
-def measured(directory: Path, plan, evaluator: Evaluator) -> dict[str, list[float]]:
+def measured(directory: Path, evaluator: Evaluator) -> dict[str, list[float]]:
     """Metrics of a model directory by seed, kept beside it."""
     kept = directory / "convergence.json"
     if not kept.exists():
         model, scheduler = load_denoiser(directory)
-        result = evaluator.measure(model, scheduler, plan.sampling, SEEDS)
+        result = evaluator.measure(model, scheduler, SAMPLING, SEEDS)
         names = [*METRICS, "nearest_train"]
         write_json(kept, {name: result.values(name) for name in names})
     return json.loads(kept.read_text())
 
 
-def finetuned(base: Path, rate: float, seed: int, plan, evaluator: Evaluator) -> Path:
+def finetuned(base: Path, rate: float, seed: int, evaluator: Evaluator) -> Path:
     """The base with all its weights trained for the demo's budget."""
     directory = base / "finetuned" / f"{rate:g}-{seed}"
     if not (directory / "transformer").exists():
         model, scheduler = load_denoiser(base)
-        training = replace(plan.training, learning_rate=rate, seed=1000 + seed)
+        training = replace(TRAINING, learning_rate=rate, seed=1000 + seed)
         objective = Objective(scheduler, learns_sigma(model))
         train(model, Finetune(scheduler), objective, evaluator.references.train, training, directory)
     return directory
@@ -59,21 +60,21 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/digits-dit"))
     parser.add_argument("--output", type=Path, default=Path("docs/convergence"))
     arguments = parser.parse_args()
-    plan, evaluator = demo_plan(quick=False), Evaluator.load("digits", DataConfig(), "digits", Path("cache"))
+    evaluator = Evaluator.load("digits", DataConfig(), "digits", Path("cache"))
 
     snapshots = sorted((arguments.run / "snapshots").iterdir())
     series: dict[str, list[tuple[int, float]]] = {label: [] for label in METRICS.values()}
     for snapshot in snapshots:
-        values = measured(snapshot, plan, evaluator)
+        values = measured(snapshot, evaluator)
         for name, label in METRICS.items():
             series[label].append((int(snapshot.name), statistics.fmean(values[name])))
         print(snapshot.name, {name: round(statistics.fmean(value), 4) for name, value in values.items()}, flush=True)
 
-    base = measured(arguments.run, plan, evaluator)
+    base = measured(arguments.run, evaluator)
     rows = [["base", "", *(f"{statistics.fmean(base[name]):.4f}" for name in [*METRICS, "nearest_train"]), ""]]
     for rate in RATES:
         for seed in TRAINING_SEEDS:
-            values = measured(finetuned(arguments.run, rate, seed, plan, evaluator), plan, evaluator)
+            values = measured(finetuned(arguments.run, rate, seed, evaluator), evaluator)
             mean, error = paired_difference(base["fid_held_out"], values["fid_held_out"])
             numbers = [f"{statistics.fmean(values[name]):.4f}" for name in [*METRICS, "nearest_train"]]
             rows.append([f"fine-tuned at {rate:g}", str(seed), *numbers, f"{mean:+.4f} ± {error:.4f}"])

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(ENTRIES))
     parser.add_argument("--output", type=Path, default=Path("runs/digits-patches"))
     arguments = parser.parse_args()
-    plan, evaluator = demo_plan(quick=False), Evaluator.load("digits", DataConfig(), "digits", Path("cache"))
+    (training, sampling), evaluator = demo_plan(quick=False), Evaluator.load("digits", DataConfig(), "digits", Path("cache"))
 
     def metrics_of(name: str) -> dict[str, list[float]]:
         directory = arguments.output / "".join(letter if letter.isalnum() else "-" for letter in name)
@@ -66,11 +66,9 @@ def main() -> None:
                 options, changes = ENTRIES[name]
                 method = DMP(PatchConfig(**options))
                 objective = Objective(scheduler, learns_sigma(model))
-                train(
-                    model, method, objective, evaluator.references.train, replace(plan.training, **changes), directory
-                )
+                train(model, method, objective, evaluator.references.train, replace(training, **changes), directory)
                 method.patch.eval()
-            result = evaluator.measure(model, scheduler, plan.sampling, SEEDS)
+            result = evaluator.measure(model, scheduler, sampling, SEEDS)
             write_json(kept, {key: result.values(key) for key in result.metrics[0]})
         return json.loads(kept.read_text())
 
