@@ -55,7 +55,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(ENTRIES))
     parser.add_argument("--output", type=Path, default=Path("runs/digits-patches"))
     arguments = parser.parse_args()
-    (training, sampling), evaluator = demo_plan(quick=False), Evaluator.load("digits", DataConfig(), "digits", Path("cache"))
+    training, sampling = demo_plan(quick=False)
+    evaluator = Evaluator.load("digits", DataConfig(), "digits", Path("cache"))
 
     def metrics_of(name: str) -> dict[str, list[float]]:
         directory = arguments.output / "".join(letter if letter.isalnum() else "-" for letter in name)
