@@ -18,6 +18,17 @@ def base(model, batch):
 
 
 @pytest.fixture
+def patched(model, batch):
+    """Gives what a patched model says of the batch; the gate's answer stays in `patch.last`."""
+
+    def call(patch, on=model, inputs=batch):
+        with patch.attach(on):
+            return predict(on, *inputs)
+
+    return call
+
+
+@pytest.fixture
 def make_patch():
     """A factory of patches in eval mode whose every weight is drawn, so that nothing is zero by chance."""
 

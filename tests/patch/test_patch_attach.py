@@ -202,12 +202,11 @@ def test_two_patches_at_once_add_up(tiny_dit, batch, make_patch):
         assert torch.equal(predict(model, *inputs), left)
 
 
-def test_two_gated_patches_each_keep_their_own_mixture(model, batch, make_patch):
+def test_two_gated_patches_each_keep_their_own_mixture(model, batch, make_patch, patched):
     one, other = make_patch(model, seed=1), make_patch(model, seed=2, condition="t+c", position="prepend")
     weights = []
     for patch in (one, other):
-        with patch.attach(model):
-            predict(model, *batch)
+        patched(patch)
         weights.append(patch.last.weights)
     one.attach(model)
     other.attach(model)

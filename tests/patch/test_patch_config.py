@@ -24,12 +24,6 @@ def test_every_field_is_covered():
     assert {field.name for field in fields(PatchConfig)} == COVERED
 
 
-def forward(model, patch, batch):
-    """The patched output; the gate's answer stays in `patch.last`."""
-    with patch.attach(model):
-        return predict(model, *batch)
-
-
 # Presets
 
 PAPER = {
@@ -108,7 +102,7 @@ def test_saved_config_keeps_resolved_values(tiny_dit, tmp_path):
 
 
 @covers("position", "num_prompts", "prepending")
-def test_plainly_prepended_prompts_are_tokens_of_their_own(model, batch, make_patch):
+def test_plainly_prepended_prompts_are_tokens_of_their_own(model, make_patch, patched):
     seen = []
     model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     plain = {"position": "prepend", "prepending": "plain", "num_prompts": 7}
@@ -116,7 +110,7 @@ def test_plainly_prepended_prompts_are_tokens_of_their_own(model, batch, make_pa
         patch = make_patch(model, **choices)
         # The patch's hook comes after this one, so look at the attention's input instead.
         handle = model.blocks[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-        forward(model, patch, batch)
+        patched(patch)
         handle.remove()
         assert seen == [(4, 16, 32), (4, tokens, 32)]
         seen.clear()
@@ -135,11 +129,11 @@ def test_reference_size_sets_the_number_of_prompts(tiny_dit):
 
 
 @covers("normalization")
-def test_weights_of_mean_one_and_of_sigmoids(model, batch, make_patch):
+def test_weights_of_mean_one_and_of_sigmoids(model, make_patch, patched):
     weights, logits = {}, None
     for normalization in ("softmax", "mean_one", "sigmoid"):
         patch = make_patch(model, normalization=normalization)
-        forward(model, patch, batch)
+        patched(patch)
         weights[normalization], logits = patch.last.weights, patch.last.logits
     torch.testing.assert_close(weights["mean_one"], 16 * weights["softmax"])
     torch.testing.assert_close(weights["sigmoid"], 2 / (1 + torch.exp(-logits)))
@@ -151,7 +145,7 @@ def test_weights_of_mean_one_and_of_sigmoids(model, batch, make_patch):
                 ours.copy_(theirs)
         for size in (8, 16):  # at a zero gate both are prompt tuning, at any size
             inputs = torch.randn(2, 1, size, size), torch.tensor([10, 800]), torch.tensor([0, 1])
-            torch.testing.assert_close(forward(model, patch, inputs), forward(model, tuning, inputs))
+            torch.testing.assert_close(patched(patch, inputs=inputs), patched(tuning, inputs=inputs))
 
 
 @covers("matched_step")
@@ -182,9 +176,9 @@ def test_grid_bounds_the_number_of_prompts(tiny_dit):
 
 
 @covers("num_experts")
-def test_experts_are_whole_sets_with_a_weight_each(model, batch, make_patch):
+def test_experts_are_whole_sets_with_a_weight_each(model, make_patch, patched):
     patch = make_patch(model, num_experts=4)
-    forward(model, patch, batch)
+    patched(patch)
     assert [tuple(prompt.shape) for prompt in patch.prompts] == [(4, 16, 32)] * 3
     assert patch.gate.weight.shape == (4, 33)
     assert patch.last.weights.shape == (3, 4, 4)
@@ -216,7 +210,9 @@ def test_initialization_of_the_prompts(model):
     ],
     ids=str,
 )
-def test_sites_name_the_blocks_that_are_patched(tiny_dit, batch, make_patch, tmp_path, sites, layers, expected):
+def test_sites_name_the_blocks_that_are_patched(
+    tiny_dit, batch, make_patch, tmp_path, sites, layers, expected, patched
+):
     model = tiny_dit(num_layers=layers)
     patch = make_patch(model, sites=sites)
     assert [site.index for site in patch.backbone.sites] == expected
@@ -227,18 +223,18 @@ def test_sites_name_the_blocks_that_are_patched(tiny_dit, batch, make_patch, tmp
     assert hooked == expected
     assert patch.last.weights.shape[0] == len(expected)
     patch.save_pretrained(tmp_path)
-    assert torch.equal(forward(model, Patch.from_pretrained(tmp_path), batch), output)
+    assert torch.equal(patched(Patch.from_pretrained(tmp_path), model), output)
 
 
 # Gate
 
 
 @covers("gate")
-def test_gate_is_linear_attention_or_none(model, batch, make_patch):
+def test_gate_is_linear_attention_or_none(model, make_patch, patched):
     names = {}
     for gate in ("linear", "attention", "none"):
         patch = make_patch(model, gate=gate)
-        forward(model, patch, batch)
+        patched(patch)
         names[gate] = {name for name, _ in patch.named_parameters() if name.startswith("gate.")}
     assert names == {
         "linear": {"gate.weight", "gate.bias"},
@@ -249,37 +245,37 @@ def test_gate_is_linear_attention_or_none(model, batch, make_patch):
 
 
 @covers("block_index")
-def test_block_index_makes_the_blocks_mixtures_distinct(model, batch, make_patch):
+def test_block_index_makes_the_blocks_mixtures_distinct(model, make_patch, patched):
     for gate, weight in (("linear", "weight"), ("attention", "query_weight")):
         with_index = make_patch(model, gate=gate)
-        forward(model, with_index, batch)
+        patched(with_index)
         assert not torch.equal(with_index.last.logits[0], with_index.last.logits[2])
         without = make_patch(model, gate=gate, block_index=False)
-        forward(model, without, batch)
+        patched(without)
         assert torch.equal(without.last.logits[0], without.last.logits[2])
         assert getattr(with_index.gate, weight).shape[1] == 33
         assert getattr(without.gate, weight).shape[1] == 32
 
 
 @covers("condition")
-def test_condition_t_ignores_the_class_and_t_plus_c_sees_it(model, batch, make_patch):
+def test_condition_t_ignores_the_class_and_t_plus_c_sees_it(model, batch, make_patch, patched):
     sample, timesteps, labels = batch
     for condition, same in (("t", True), ("t+c", False)):
         patch = make_patch(model, condition=condition)
-        forward(model, patch, (sample, timesteps, labels))
+        patched(patch, inputs=(sample, timesteps, labels))
         logits = patch.last.logits
-        forward(model, patch, (sample, timesteps, labels.flip(0)))
+        patched(patch, inputs=(sample, timesteps, labels.flip(0)))
         assert torch.equal(patch.last.logits, logits) == same
-        forward(model, patch, (sample, timesteps.flip(0), labels))
+        patched(patch, inputs=(sample, timesteps.flip(0), labels))
         assert not torch.allclose(patch.last.logits, logits)
 
 
-def test_condition_t_plus_c_of_an_unconditional_model_is_t(tiny_dit, batch, make_patch):
+def test_condition_t_plus_c_of_an_unconditional_model_is_t(tiny_dit, make_patch, patched):
     model = tiny_dit(conditioning="none")
     logits = []
     for condition in ("t", "t+c"):
         patch = make_patch(model, condition=condition)
-        forward(model, patch, batch)
+        patched(patch, model)
         logits.append(patch.last.logits)
     assert torch.equal(*logits)
 
@@ -288,9 +284,9 @@ def test_condition_t_plus_c_of_an_unconditional_model_is_t(tiny_dit, batch, make
 @pytest.mark.parametrize(
     ("top_k", "chosen"), [(0.75, 12), (0.5, 8), (0.01, 1), (1, 1), (1.0, 1), (3, 3), (16, 16), (99, 16)]
 )
-def test_hard_selection_takes_the_top_k(model, batch, make_patch, top_k, chosen):
+def test_hard_selection_takes_the_top_k(model, make_patch, top_k, chosen, patched):
     patch = make_patch(model, selection="hard", top_k=top_k)
-    forward(model, patch, batch)
+    patched(patch)
     weights, logits = patch.last.weights, patch.last.logits
     assert patch.top_k == chosen
     assert ((weights > 0).sum(-1) == chosen).all()
@@ -298,31 +294,31 @@ def test_hard_selection_takes_the_top_k(model, batch, make_patch, top_k, chosen)
     assert torch.equal(weights > 0, logits >= threshold)
 
 
-def test_soft_selection_weighs_every_prompt_whatever_top_k(model, batch, make_patch):
+def test_soft_selection_weighs_every_prompt_whatever_top_k(model, make_patch, patched):
     patch = make_patch(model, top_k=3)
-    forward(model, patch, batch)
+    patched(patch)
     torch.testing.assert_close(patch.last.weights, patch.last.logits.softmax(-1))
 
 
 @covers("hard_weight")
 @pytest.mark.parametrize(("hard_weight", "total"), [("one", 3.0), ("renormalized", 1.0)])
-def test_hard_weight_is_one_each_or_one_in_all(model, batch, make_patch, hard_weight, total):
+def test_hard_weight_is_one_each_or_one_in_all(model, make_patch, hard_weight, total, patched):
     patch = make_patch(model, selection="hard", top_k=3, hard_weight=hard_weight)
-    forward(model, patch, batch)
+    patched(patch)
     torch.testing.assert_close(patch.last.weights.sum(-1), torch.full((3, 4), total))
 
 
 @covers("gate_noise")
 @pytest.mark.parametrize("gate", ["linear", "attention"])
-def test_gate_noise_is_drawn_in_training_alone(model, batch, make_patch, gate):
+def test_gate_noise_is_drawn_in_training_alone(model, batch, make_patch, gate, patched):
     patch = make_patch(model, gate=gate, gate_noise=True)
-    assert torch.equal(forward(model, patch, batch), forward(model, patch, batch))
+    assert torch.equal(patched(patch), patched(patch))
     assert torch.equal(patch.last.noisy_logits, patch.last.logits)
     patch.train()
     torch.manual_seed(0)
-    first = forward(model, patch, batch)
+    first = patched(patch)
     last = patch.last
-    assert not torch.equal(first, forward(model, patch, batch))
+    assert not torch.equal(first, patched(patch))
 
     torch.manual_seed(0)
     noise = torch.randn(3, 4, 16)
@@ -336,7 +332,7 @@ def test_gate_noise_is_drawn_in_training_alone(model, batch, make_patch, gate):
     quiet = make_patch(model, gate=gate, gate_noise=False).train()
     assert quiet.gate.noise_weight is None
     assert quiet.gate.noise_std(t) is None
-    assert torch.equal(forward(model, quiet, batch), forward(model, quiet, batch))
+    assert torch.equal(patched(quiet), patched(quiet))
 
 
 def test_noise_starts_from_a_zero_weight(tiny_dit):
@@ -349,20 +345,20 @@ def test_noise_starts_from_a_zero_weight(tiny_dit):
     ("experts", "given", "resolved"),
     [(1, None, "zero"), (2, None, "normal"), (1, "normal", "normal"), (2, "zero", "zero")],
 )
-def test_gate_initialization(model, batch, gate, name, experts, given, resolved):
+def test_gate_initialization(model, gate, name, experts, given, resolved, patched):
     patch = Patch.create(model, PatchConfig(gate=gate, num_experts=experts, gate_initialization=given))
     assert patch.config.gate_initialization == resolved
     assert (getattr(patch.gate, name) == 0).all() == (resolved == "zero")
-    forward(model, patch, batch)
+    patched(patch)
     equal = torch.full_like(patch.last.weights, 1 / patch.num_choices)
     assert torch.allclose(patch.last.weights, equal) == (resolved == "zero")
     if resolved == "zero":
         assert patch.gate_entropy().item() == pytest.approx(math.log(patch.num_choices))
 
 
-def test_normal_gate_lets_equal_sets_part(model, batch):
+def test_normal_gate_lets_equal_sets_part(model, patched):
     patch = Patch.create(model, PatchConfig(num_experts=2))
-    forward(model, patch, batch).square().mean().backward()
+    patched(patch).square().mean().backward()
     first, second = patch.prompts[0].grad
     assert not torch.allclose(first, second)
 
@@ -380,10 +376,10 @@ def test_gate_learning_rate_factor_reaches_the_gates_group(tiny_dit):
 
 
 @covers("importance_weight", "load_weight")
-def test_balance_weights_scale_their_terms(model, batch, make_patch):
+def test_balance_weights_scale_their_terms(model, make_patch, patched):
     for importance, load in [(1.0, 1.0), (2.0, 0.0), (0.0, 3.0)]:
         patch = make_patch(model, importance_weight=importance, load_weight=load)
-        forward(model, patch, batch)
+        patched(patch)
         terms = patch.balance_terms()
         expected = importance * terms["importance"] + load * terms["load"]
         assert patch.balance_loss().item() == pytest.approx(expected.item())
@@ -392,22 +388,22 @@ def test_balance_weights_scale_their_terms(model, batch, make_patch):
 
 
 @covers("importance_variance")
-def test_importance_variance_chooses_the_formula(model, batch, make_patch):
+def test_importance_variance_chooses_the_formula(model, make_patch, patched):
     formulas = {"population": balance.importance_loss, "unbiased": balance.importance_loss_unbiased}
     values = []
     for kind, formula in formulas.items():
         patch = make_patch(model, importance_variance=kind)
-        forward(model, patch, batch)
+        patched(patch)
         values.append(patch.balance_terms()["importance"])
         assert torch.equal(values[-1], formula(patch.last.weights))
     assert not torch.allclose(*values)
 
 
 @covers("load_loss")
-def test_load_loss_chooses_the_formula(model, batch, make_patch):
+def test_load_loss_chooses_the_formula(model, make_patch, patched):
     for kind in ("surrogate", "indicator", "smooth", "none"):
         patch = make_patch(model, load_loss=kind, selection="hard", top_k=4, gate_noise=True).train()
-        forward(model, patch, batch)
+        patched(patch)
         last = patch.last
         expected = {
             "surrogate": balance.load_surrogate(last.noisy_logits),
@@ -420,12 +416,12 @@ def test_load_loss_chooses_the_formula(model, batch, make_patch):
         assert torch.equal(patch.balance_terms()["load"], expected[kind])
 
 
-def test_smooth_load_is_zero_where_it_is_not_defined(model, batch, make_patch):
+def test_smooth_load_is_zero_where_it_is_not_defined(model, make_patch, patched):
     everything = make_patch(model, load_loss="smooth", selection="hard", top_k=16, gate_noise=True).train()
-    forward(model, everything, batch)
+    patched(everything)
     assert everything.balance_terms()["load"] == 0
     without_noise = make_patch(model, load_loss="smooth", selection="hard", top_k=4, gate_noise=True)
-    forward(model, without_noise, batch)
+    patched(without_noise)
     assert without_noise.balance_terms()["load"] == 0
 
 

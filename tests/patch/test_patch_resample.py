@@ -91,12 +91,11 @@ def test_hard_selection_takes_the_same_share_at_any_size(model, make_patch):
         assert weights.round().sum(-1).tolist() == [chosen, chosen]
 
 
-def test_grid_of_few_prompts_covers_all_tokens(model, make_patch, batch):
+def test_grid_of_few_prompts_covers_all_tokens(model, make_patch, batch, patched):
     patch = make_patch(model, grid=[2, 2])
     assert patch.num_parameters() == 3 * 4 * 32 + 33 * 4 + 4
     base = predict(model, *batch)
-    with patch.attach(model):
-        assert (predict(model, *batch) - base).abs().flatten(1).amax(dim=1).gt(0).all()
+    assert (patched(patch) - base).abs().flatten(1).amax(dim=1).gt(0).all()
     created = Patch.create(model, PatchConfig(grid=[2, 2]))
     with torch.no_grad():
         created.prompts[0].copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]).unsqueeze(1).expand(4, 32))

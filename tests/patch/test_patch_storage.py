@@ -8,7 +8,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stagepatch.core.errors import UserError
-from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 
 N, D = 16, 32
@@ -79,15 +78,13 @@ def test_config_file_says_what_and_for_which_model(tiny_dit, make_patch, tmp_pat
     ],
     ids=str,
 )
-def test_saved_and_loaded_patch_gives_the_same_output_bit_for_bit(model, batch, make_patch, tmp_path, choices):
+def test_saved_and_loaded_patch_gives_the_same_output_bit_for_bit(model, make_patch, tmp_path, choices, patched):
     patch = make_patch(model, **choices)
-    with patch.attach(model):
-        expected = predict(model, *batch)
+    expected = patched(patch)
     patch.train().save_pretrained(tmp_path / "new" / "directory")
     loaded = Patch.from_pretrained(str(tmp_path / "new" / "directory"))
     assert not loaded.training
-    with loaded.attach(model):
-        assert torch.equal(predict(model, *batch), expected)
+    assert torch.equal(patched(loaded), expected)
 
 
 def test_saving_again_replaces_the_former_patch(tiny_dit, make_patch, tmp_path):

@@ -203,10 +203,9 @@ def test_fresh_patch_changes_no_bit_under_autocast(model, batch, choices):
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"position": "prepend", "num_experts": 2}], ids=str)
-def test_mixture_under_autocast_is_computed_in_the_patchs_own_precision(model, batch, make_patch, choices):
+def test_mixture_under_autocast_is_computed_in_the_patchs_own_precision(model, make_patch, choices, patched):
     patch = make_patch(model, **choices)
-    with patch.attach(model):
-        predict(model, *batch)
+    patched(patch)
     hidden_states = torch.randn(4, 16, 32)
     expected = patch.enter(0, hidden_states)
     with torch.autocast("cpu", torch.bfloat16):
@@ -232,12 +231,11 @@ def test_autocast_training_step_gives_float32_gradients(model, batch, make_patch
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_model_takes_a_float32_patch(model, batch, make_patch, dtype, choices):
+def test_half_precision_model_takes_a_float32_patch(model, batch, make_patch, dtype, choices, patched):
     sample, *rest = batch
     patch = make_patch(model, **choices)
     with torch.no_grad():
-        with patch.attach(model):
-            expected = predict(model, *batch)
+        expected = patched(patch)
         model.to(dtype)
         base = predict(model, sample.to(dtype), *rest)
         with patch.attach(model):
