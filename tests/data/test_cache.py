@@ -1,12 +1,8 @@
 """Images and captions encoded once, against the VAE and the encoders themselves."""
 
 import json
-import os
 import pickle
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -17,8 +13,9 @@ from stagepatch.checkpoints import load_captioner, load_vae
 from stagepatch.cli import main
 from stagepatch.core.errors import UserError
 from stagepatch.core.tensors import read_tensors
-from stagepatch.data import CachedLatents, DataConfig, Images, encode_images, open_source
+from stagepatch.data import CachedLatents, DataConfig, Images, cache_writer, encode_images, open_source
 from stagepatch.data.model_cache import make_cache
+from tests.runs import Strike, command_job
 from tests.tiny_pipelines import PIPELINES
 
 CAPTIONS = ["a red house", "a blue tree on the old house", "", "a red house"]
@@ -38,15 +35,9 @@ def folder(tmp_path):
     return directory
 
 
-def save_pipeline(name, directory):
-    pipe = PIPELINES[name].build()
-    pipe.save_pretrained(directory)
-    return pipe
-
-
 @pytest.fixture
 def sd(tmp_path):
-    save_pipeline("UNet2DConditionModel", tmp_path / "sd")
+    PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "sd")
     return tmp_path / "sd"
 
 
@@ -59,18 +50,21 @@ def cache(directory, model, config):
     return CachedLatents(directory)
 
 
-LATENT = [name for name in PIPELINES if name not in ("UNet2DModel", "DiTTransformer2DModel")]
+@pytest.fixture(params=[name for name in PIPELINES if name not in ("UNet2DModel", "DiTTransformer2DModel")])
+def of_pipeline(request, tmp_path, folder):
+    """A pipeline of latents, and its cache of the folder's images."""
+    tiny = PIPELINES[request.param]
+    pipe = tiny.build()
+    pipe.save_pretrained(tmp_path / "model")
+    config = data(folder, image_size=tiny.pixels[0])
+    return pipe, cache(tmp_path / "cache", tmp_path / "model", config), Images(open_source(config), config)
 
 
-@pytest.mark.parametrize("name", LATENT)
-def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(name, tmp_path, folder, monkeypatch):
+def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pipeline):
     """The mean of the posterior, through the pipeline's own decoding, is the VAE's own reconstruction."""
-    pipe = save_pipeline(name, tmp_path / "model")
-    size = PIPELINES[name].pixels[0]
-    cached = cache(tmp_path / "cache", tmp_path / "model", data(folder, image_size=size))
-    images = Images(open_source(data(folder, image_size=size)), data(folder, image_size=size))
+    pipe, cached, images = of_pipeline
     pixels = images[1]["image"].unsqueeze(0)
-    is_video = "Wan" in name or "Qwen" in name
+    is_video = type(pipe).__name__.startswith(("Wan", "Qwen"))
     latents = cached[1]["image"].float().unsqueeze(0)
     vae = pipe.vae
     with torch.no_grad():
@@ -89,11 +83,8 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(name, 
     assert expected.std() > 0.01
 
 
-@pytest.mark.parametrize("name", LATENT)
-def test_cached_captions_are_the_encoders_own(name, tmp_path, folder):
-    save_pipeline(name, tmp_path / "model")
-    size = PIPELINES[name].pixels[0]
-    cached = cache(tmp_path / "cache", tmp_path / "model", data(folder, image_size=size))
+def test_cached_captions_are_the_encoders_own(of_pipeline, tmp_path):
+    _, cached, _ = of_pipeline
     encode = load_captioner(tmp_path / "model")
     for index, caption in enumerate(CAPTIONS):
         with torch.no_grad():
@@ -146,41 +137,20 @@ def test_whole_cache_is_opened_without_images_or_encoders(tmp_path, folder, sd, 
     assert len(cache(tmp_path / "cache", sd, config)) == 4
 
 
-def change_image(folder, sd):
-    Image.new("RGB", (32, 32)).save(folder / "0.png")
-    return {}
-
-
-def change_captions(folder, sd):
-    (folder / "metadata.jsonl").write_text("")
-    return {}
-
-
-def change_vae(folder, sd):
-    path = sd / "vae" / "diffusion_pytorch_model.safetensors"
+def flip_last_bit(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    return {}
-
-
-def change_text_encoder(folder, sd):
-    (sd / "text_encoder" / "model.safetensors").write_bytes(b"other")
-    return {}
-
-
-def change_nothing_but_the_size(folder, sd):
-    return {"image_size": 16}
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (change_image, "changed since are images"),
-        (change_captions, "changed since are images"),
-        (change_vae, "changed since are vae"),
-        (change_text_encoder, "changed since are text_encoder"),
-        (change_nothing_but_the_size, r"changed since are image_size \(32 then, 16 now\)"),
+        (lambda folder, sd: Image.new("RGB", (32, 32)).save(folder / "0.png"), "images"),
+        (lambda folder, sd: (folder / "metadata.jsonl").write_text(""), "images"),
+        (lambda folder, sd: flip_last_bit(sd / "vae" / "diffusion_pytorch_model.safetensors"), "vae"),
+        (lambda folder, sd: (sd / "text_encoder" / "model.safetensors").write_bytes(b"other"), "text_encoder"),
+        (None, r"image_size \(32 then, 16 now\)"),
     ],
 )
 @pytest.mark.parametrize("whole", [True, False])
@@ -188,13 +158,14 @@ def test_stale_cache_is_refused_with_the_reason(tmp_path, folder, sd, change, re
     cache(tmp_path / "cache", sd, data(folder))
     if not whole:
         (tmp_path / "cache" / "index.safetensors").unlink()
-    config = data(folder, **change(folder, sd))
-    with pytest.raises(UserError, match=f"of something else: {reason}"):
-        cache(tmp_path / "cache", sd, config)
+    if change is not None:
+        change(folder, sd)
+    with pytest.raises(UserError, match=f"of something else: changed since are {reason}"):
+        cache(tmp_path / "cache", sd, data(folder, image_size=16 if change is None else 32))
 
 
 def test_model_without_captions_gets_none(tmp_path, folder):
-    save_pipeline("DiTTransformer2DModel", tmp_path / "model")
+    PIPELINES["DiTTransformer2DModel"].build().save_pretrained(tmp_path / "model")
     cached = cache(tmp_path / "cache", tmp_path / "model", data(folder))
     assert "condition" not in cached[0]
     assert cached.null_condition is None
@@ -210,31 +181,23 @@ def test_cache_that_is_not_whole_cannot_be_read(tmp_path, folder, sd):
         cached[0]
 
 
-def test_killed_while_caching_it_goes_on_and_ends_the_same(tmp_path, folder, sd, monkeypatch):
-    monkeypatch.setattr("stagepatch.data.cache_writer.IMAGES_PER_FILE", 1)
+def cache_job(arguments, strike=None):
+    """The command with an image a file, which says when it encodes one."""
+    encode = cache_writer._encode_images
+    cache_writer.IMAGES_PER_FILE = 1
+    cache_writer._encode_images = lambda *args: print("encodes a file") or encode(*args)
+    return command_job(["cache", *arguments], strike)
+
+
+def test_killed_while_caching_it_goes_on_and_ends_the_same(tmp_path, folder, sd, monkeypatch, processes):
+    monkeypatch.setattr(cache_writer, "IMAGES_PER_FILE", 1)
     whole = cache(tmp_path / "whole", sd, data(folder))
-    script = (
-        "import time, sys, stagepatch.data.cache_writer as c; c.IMAGES_PER_FILE = 1\n"
-        "write = c.write_tensors\n"
-        "def slowly(path, *rest):\n    write(path, *rest); print(path.name, flush=True); time.sleep(0.5)\n"
-        "c.write_tensors = slowly\n"
-        "from stagepatch.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    given = ["cache", f"--model={sd}", f"--data.source={folder}", "--data.image_size=32"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *given, f"--output_dir={tmp_path / 'cache'}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout.readline().decode().startswith("latents-00000")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     first = tmp_path / "cache" / "latents-00000.safetensors"
+    given = [f"--model={sd}", f"--data.source={folder}", "--data.image_size=32", f"--output_dir={first.parent}"]
+    strike = Strike("renamed", 1, first.name)
+    processes.call(cache_job, expected=-signal.SIGKILL, arguments=given, strike=strike)
+    assert [path.name for path in first.parent.glob("*.safetensors")] == [first.name]
     written = first.stat().st_mtime_ns
-    assert not (tmp_path / "cache" / "index.safetensors").exists()
-    time.sleep(0.01)
     resumed = cache(tmp_path / "cache", sd, data(folder))
     assert first.stat().st_mtime_ns == written
     for index in range(4):
@@ -242,29 +205,12 @@ def test_killed_while_caching_it_goes_on_and_ends_the_same(tmp_path, folder, sd,
             assert torch.equal(resumed[index][name], whole[index][name])
 
 
-def test_two_processes_share_the_work(tmp_path, folder, sd, monkeypatch):
-    monkeypatch.setattr("stagepatch.data.cache_writer.IMAGES_PER_FILE", 1)
+def test_two_processes_share_the_work(tmp_path, folder, sd, monkeypatch, processes):
+    monkeypatch.setattr(cache_writer, "IMAGES_PER_FILE", 1)
     alone = cache(tmp_path / "alone", sd, data(folder))
-    script = tmp_path / "two.py"
-    script.write_text(
-        "import os, sys, stagepatch.data.cache_writer as c; c.IMAGES_PER_FILE = 1\n"
-        "encode = c._encode_images\n"
-        "def counted(*args):\n    print('images of', os.environ['RANK'], flush=True); return encode(*args)\n"
-        "c._encode_images = counted\n"
-        "from stagepatch.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
-    given = ["cache", f"--model={sd}", f"--data.source={folder}", "--data.image_size=32"]
-    done = subprocess.run(
-        [*launch, str(script), *given, f"--output_dir={tmp_path / 'both'}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("images of 0") == 2
-    assert done.stdout.count("images of 1") == 2
+    given = [f"--model={sd}", f"--data.source={folder}", "--data.image_size=32", f"--output_dir={tmp_path / 'both'}"]
+    outputs = processes.call_together(cache_job, 2, arguments=given)
+    assert [output.count("encodes a file") for output in outputs] == [2, 2]
     both = CachedLatents(tmp_path / "both")
     for index in range(4):
         assert torch.equal(both[index]["image"], alone[index]["image"])

@@ -16,13 +16,13 @@ def images(folder, **choices):
     return Images(FolderSource(folder), DataConfig(**{"image_size": 8, "bucket_step": 2, **choices}))
 
 
+def values(dataset):
+    return [shown(dataset[index]) for index in range(len(dataset))]
+
+
 def paint(path, value=0, size=(12, 12), **options):
     """A flat image; the value tells which one an item shows."""
     Image.new("RGB", size, (value, value, value)).save(path, **options)
-
-
-def no_image(path):
-    path.write_bytes(b"not an image")
 
 
 def truncated(path, size=(64, 64)):
@@ -33,6 +33,18 @@ def truncated(path, size=(64, 64)):
     path.write_bytes(content[: len(content) // 2])
 
 
+def fill(folder, **files):
+    """a.png, b.png, … by name: a flat image of a value or a size, None for no image at all, "cut" for half a JPEG."""
+    for name, what in files.items():
+        if what is None:
+            (folder / f"{name}.png").write_bytes(b"not an image")
+        elif what == "cut":
+            truncated(folder / f"{name}.jpg")
+        else:
+            paint(folder / f"{name}.png", **({"size": what} if isinstance(what, tuple) else {"value": what}))
+    return folder
+
+
 @pytest.fixture
 def warnings(caplog):
     caplog.set_level(logging.WARNING, "stagepatch")
@@ -40,7 +52,7 @@ def warnings(caplog):
 
 
 def test_items(tmp_path, warnings):
-    paint(tmp_path / "a.png", 200)
+    fill(tmp_path, a=200)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "grey"}')
     item = images(tmp_path)[0]
     assert set(item) == {"image", "label", "caption"}
@@ -50,9 +62,7 @@ def test_items(tmp_path, warnings):
 
 
 def test_items_end(tmp_path):
-    paint(tmp_path / "a.png")
-    paint(tmp_path / "b.png", 7)
-    dataset = images(tmp_path)
+    dataset = images(fill(tmp_path, a=0, b=7))
     assert shown(dataset[-1]) == 7
     with pytest.raises(IndexError):
         dataset[2]
@@ -80,38 +90,27 @@ def test_sizes_are_known_without_decoding(tmp_path, monkeypatch):
 
 
 def test_sizes_of_squares(tmp_path):
-    paint(tmp_path / "a.png", size=(40, 20))
-    assert images(tmp_path).sizes() == [(8, 8)]
+    assert images(fill(tmp_path, a=(40, 20))).sizes() == [(8, 8)]
 
 
 def test_buckets_do_not_make_one_tensor(tmp_path):
-    paint(tmp_path / "a.png", size=(40, 20))
-    paint(tmp_path / "b.png", size=(20, 40))
     with pytest.raises(UserError, match=r"2 sizes.*crop=center"):
-        in_memory(images(tmp_path, crop="buckets"))
+        in_memory(images(fill(tmp_path, a=(40, 20), b=(20, 40)), crop="buckets"))
 
 
 def test_broken_headers_are_named_once_and_left_out(tmp_path, warnings):
-    paint(tmp_path / "a.png", 10)
-    no_image(tmp_path / "b.png")
-    paint(tmp_path / "c.png", 30)
-    paint(tmp_path / "d.png", 40, size=(99, 99))
+    fill(tmp_path, a=10, b=None, c=30, d=(99, 99))
     cut = (tmp_path / "d.png").read_bytes()
     (tmp_path / "d.png").write_bytes(cut[:-20])  # verify finds a PNG's missing end
-    dataset = images(tmp_path, max_broken=2)
-    assert [shown(item) for item in (dataset[0], dataset[1])] == [10, 30]
-    assert len(dataset) == 2
+    assert values(images(tmp_path, max_broken=2)) == [10, 30]
     (warning,) = warnings()
-    assert "2 of 4 images" in warning
-    assert "b.png" in warning
-    assert "d.png" in warning
+    assert all(part in warning for part in ("2 of 4 images", "b.png", "d.png"))
 
 
 def test_labels_and_captions_are_those_of_the_good_items(tmp_path):
     for name in ("x", "y", "z"):
         (tmp_path / name).mkdir()
-        paint(tmp_path / name / "a.png")
-    no_image(tmp_path / "y" / "a.png")
+        fill(tmp_path / name, a=None if name == "y" else 0)
     (tmp_path / "metadata.csv").write_text("file_name,text\nx/a.png,first\ny/a.png,second\nz/a.png,third\n")
     dataset = images(tmp_path)
     assert dataset.labels() == [0, 2]
@@ -119,9 +118,7 @@ def test_labels_and_captions_are_those_of_the_good_items(tmp_path):
 
 
 def test_too_many_broken_headers(tmp_path):
-    for name in "abcde":
-        no_image(tmp_path / f"{name}.png")
-    paint(tmp_path / "f.png")
+    fill(tmp_path, **dict.fromkeys("abcde"), f=0)
     with pytest.raises(UserError) as refusal:
         images(tmp_path, max_broken=4)
     message = str(refusal.value)
@@ -132,29 +129,40 @@ def test_too_many_broken_headers(tmp_path):
     assert len(images(tmp_path, max_broken=5)) == 1
 
 
-def test_nothing_but_broken_headers(tmp_path):
-    no_image(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"1 of 1 images: .*a\.png.*repair or remove them\.$"):
-        images(tmp_path)
+@pytest.mark.parametrize(
+    ("files", "limit", "message"),
+    [
+        ({"a": None}, 10, r"1 of 1 images: .*a\.png.*repair or remove them\.$"),
+        ({"a": "cut", "b": "cut"}, 10, r"2 of 2 images: .*a\.jpg.*b\.jpg.*repair or remove"),
+        # Headers and pixels count against one limit.
+        ({"a": None, "b": "cut", "c": 30}, 1, r"2 of 3 images: .*a\.png.*b\.jpg.*data\.max_broken=1"),
+    ],
+)
+def test_too_many_broken_or_nothing_else(tmp_path, files, limit, message):
+    with pytest.raises(UserError, match=message):
+        images(fill(tmp_path, **files), max_broken=limit)[0]
 
 
-def test_truncated_image_is_replaced_by_the_next_good_one(tmp_path, warnings):
-    paint(tmp_path / "a.png", 10)
-    truncated(tmp_path / "b.jpg")
-    truncated(tmp_path / "c.jpg")
-    paint(tmp_path / "d.png", 40)
-    dataset = images(tmp_path)
-    assert len(dataset) == 4
-    assert warnings() == []
+@pytest.mark.parametrize(
+    ("files", "limit", "expected"),
+    [
+        ({"a": 10, "b": "cut", "c": "cut", "d": 40}, 10, [10, 40, 40, 40]),
+        ({"a": 10, "b": "cut"}, 10, [10, 10]),  # after the last image comes the first
+        ({"a": None, "b": "cut", "c": 30}, 2, [30, 30]),
+    ],
+)
+def test_truncated_image_is_replaced_by_the_next_good_one(tmp_path, warnings, files, limit, expected):
+    dataset = images(fill(tmp_path, **files), max_broken=limit)
+    before = len(warnings())
+    assert before == list(files.values()).count(None)
     for _ in range(2):
-        assert [shown(dataset[index]) for index in range(4)] == [10, 40, 40, 40]
-    assert [name in warning for name, warning in zip(("b.jpg", "c.jpg"), warnings(), strict=True)] == [True, True]
+        assert values(dataset) == expected
+    cut = [f"{name}.jpg" for name, what in files.items() if what == "cut"]
+    assert [name in warning for name, warning in zip(cut, warnings()[before:], strict=True)] == [True] * len(cut)
 
 
-def test_after_the_last_image_comes_the_first(tmp_path):
-    paint(tmp_path / "a.png", 10)
-    truncated(tmp_path / "b.jpg")
-    assert shown(images(tmp_path)[1]) == 10
+def test_an_image_that_is_good_is_shown_whatever_is_broken(tmp_path):
+    assert shown(images(fill(tmp_path, a=None, b="cut", c=30), max_broken=1)[1]) == 30
 
 
 def test_a_replacement_has_the_size_of_what_it_replaces(tmp_path):
@@ -166,31 +174,9 @@ def test_a_replacement_has_the_size_of_what_it_replaces(tmp_path):
     assert shown(dataset[0]) == 20
 
 
-def test_headers_and_pixels_count_against_one_limit(tmp_path):
-    no_image(tmp_path / "a.png")
-    truncated(tmp_path / "b.jpg")
-    paint(tmp_path / "c.png", 30)
-    assert shown(images(tmp_path, max_broken=2)[0]) == 30
-    dataset = images(tmp_path, max_broken=1)
-    assert shown(dataset[1]) == 30
-    with pytest.raises(UserError, match=r"2 of 3 images: .*a\.png.*b\.jpg.*data\.max_broken=1"):
-        dataset[0]
-
-
-def test_nothing_but_truncated_images(tmp_path):
-    truncated(tmp_path / "a.jpg")
-    truncated(tmp_path / "b.jpg")
-    with pytest.raises(UserError, match=r"2 of 2 images: .*a\.jpg.*b\.jpg.*repair or remove"):
-        images(tmp_path)[0]
-
-
 def test_loading_processes_count_together(tmp_path):
     # Two processes take items in turn: each meets one truncated image, and a good one after it.
-    for index, name in enumerate("abcde"):
-        if name in "ad":
-            truncated(tmp_path / f"{name}.jpg")
-        else:
-            paint(tmp_path / f"{name}.png", 10 * index)
+    fill(tmp_path, a="cut", b=10, c=20, d="cut", e=40)
 
     def load(limit):
         return [shown(batch) for batch in DataLoader(images(tmp_path, max_broken=limit), num_workers=2)]
@@ -201,9 +187,7 @@ def test_loading_processes_count_together(tmp_path):
 
 
 def test_a_mistake_is_not_a_broken_image(tmp_path, monkeypatch):
-    paint(tmp_path / "a.png")
-    paint(tmp_path / "b.png")
-    source = FolderSource(tmp_path)
+    source = FolderSource(fill(tmp_path, a=0, b=0))
     dataset = Images(source, DataConfig())
 
     def refuse(index):
@@ -217,14 +201,12 @@ def test_a_mistake_is_not_a_broken_image(tmp_path, monkeypatch):
 
 
 def test_a_header_like_a_bomb_is_a_broken_image(tmp_path, monkeypatch):
-    paint(tmp_path / "a.png", 10)
-    paint(tmp_path / "b.png", size=(60, 60))
+    fill(tmp_path, a=10, b=(60, 60))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert len(images(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("setting", ["image_size", "max_broken"])
 def test_settings_below_their_least(tmp_path, setting):
-    paint(tmp_path / "a.png")
     with pytest.raises(UserError, match=f"{setting}=-1 must be at least"):
-        images(tmp_path, **{setting: -1})
+        images(fill(tmp_path, a=0), **{setting: -1})

@@ -10,7 +10,9 @@ from .layout import denoiser_directory as denoiser_directory
 from .layout import denoiser_reader as denoiser_reader
 from .layout import encoder_directories as encoder_directories
 from .layout import find_model as find_model
+from .layout import from_hub as from_hub
 from .layout import has_vae as has_vae
+from .layout import is_hub_id as is_hub_id
 from .loading import build_denoiser as build_denoiser
 from .loading import load_captioner as load_captioner
 from .loading import load_denoiser as load_denoiser

@@ -1,5 +1,6 @@
 """Where the parts of a model lie, in a directory laid out as diffusers lays out a pipeline."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,35 @@ def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, "schedule
     directory = BUNDLED.get(str(source), Path(source))
     if directory.is_dir():
         return directory
-    is_hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
-    if not is_hub_id:
+    if not is_hub_id(source):
         raise UserError(f"No model at '{source}': give a model directory, a Hub id, or one of: {', '.join(BUNDLED)}.")
+    return from_hub(source, ["model_index.json", *(f"{part}/*" for part in parts)], "model")
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether it may name a repository on the Hub, such as 'name/model'."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is not None
+
+
+def from_hub(source: str | Path, patterns: list[str], kind: str, **options: Any) -> Path:
+    """The directory where a repository's files are kept, fetched if need be.
+
+    Args:
+        patterns: names of the files.
+        kind: what is in it, for the message.
+        options: of `snapshot_download`.
+
+    Raises:
+        UserError: no such repository, or it cannot be reached and is not in the cache.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), allow_patterns=patterns, **options))
     except Exception as error:  # a dozen kinds, from HTTP to a missing cache
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise UserError(
-            f"No model at '{source}': no such directory, and the Hub does not give it ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]})."
+            f"No {kind} at '{source}': no such directory, and the Hub does not give it ({reason})."
         ) from error
 
 

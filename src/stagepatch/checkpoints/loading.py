@@ -1,7 +1,6 @@
 """A model's parts out of a directory laid out as diffusers lays out a pipeline, or out of the Hub."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +14,12 @@ from torch import Tensor
 from stagepatch import models
 from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, denoiser_directory, find_model
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
-from stagepatch.core import UserError, read_json, read_tensors, write_tensors
+from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_tensors
 from stagepatch.families.registry import Family, family_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What libraries raise on files that they cannot load.
+_UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError)
 # What a pipeline does without to encode captions.
 _HEAVY = ("transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker")
 
@@ -90,20 +91,11 @@ def load_captioner(
     return partial(family.encode_captions, pipe)
 
 
-@contextmanager
-def _loading(part: str) -> Iterator[None]:
-    """What a library raises on files that it cannot load becomes a `UserError`."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"{part} cannot be loaded: {error}") from error
-
-
 def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
     """`tokenizer/` and `text_encoder/` of a model directory of ours: CLIP, with its projection."""
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-    with _loading(f"The text encoder in '{directory}'"):
+    with as_user_error(f"The text encoder in '{directory}' cannot be loaded", *_UNLOADABLE):
         tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
         encoder: Any = CLIPTextModelWithProjection.from_pretrained(directory / "text_encoder")
     return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
@@ -121,7 +113,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     directory = find_model(source, ["*"])
     if not (directory / "model_index.json").exists():
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
-    with _loading(f"The pipeline in '{directory}'"):
+    with as_user_error(f"The pipeline in '{directory}' cannot be loaded", *_UNLOADABLE):
         return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
 
 
@@ -178,5 +170,5 @@ def _load_in_parts(model_class: Any, directory: Path) -> Any:
     """Weights in several files, or of a variant or format that diffusers knows."""
     variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
     variant = next((name for name in ("fp16", "bf16") if name in variants), None)
-    with _loading(f"The weights in '{directory}'"):
+    with as_user_error(f"The weights in '{directory}' cannot be loaded", *_UNLOADABLE):
         return model_class.from_pretrained(directory, variant=variant, torch_dtype=torch.float32).eval()

@@ -1,5 +1,6 @@
 from .errors import Interrupted as Interrupted
 from .errors import UserError as UserError
+from .errors import as_user_error as as_user_error
 from .files import append_text as append_text
 from .files import read_json as read_json
 from .files import write_atomically as write_atomically

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import torch
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, as_user_error
 
 _NAMES = {
     "ddpm": "DDPMScheduler",
@@ -50,10 +50,8 @@ def set_steps(sampler: Any, count: int, name: str) -> None:
     Raises:
         UserError: it cannot sample in so many.
     """
-    try:
+    with as_user_error(f"'{name}' cannot sample in {count} steps", ValueError):
         sampler.set_timesteps(count)
-    except ValueError as error:
-        raise UserError(f"'{name}' cannot sample in {count} steps: {error}") from error
 
 
 def takes_timesteps(sampler: Any) -> bool:
@@ -95,10 +93,8 @@ def _replace(sampler: Any, set_timesteps: Any, timesteps: list[float]) -> None:
             f"{name} takes no timesteps, only their number: use 'dpmsolver++', 'euler' or 'ddpm', or give the experts "
             f"ranges in place of steps."
         )
-    try:
+    with as_user_error(f"{name} cannot take the timesteps {timesteps}", ValueError):
         set_timesteps(timesteps=timesteps, device=sampler.timesteps.device)
-    except ValueError as error:
-        raise UserError(f"{name} cannot take the timesteps {timesteps}: {error}") from error
 
 
 def _is_flow(sampler: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, as_user_error
 from stagepatch.families import find_denoiser, learns_sigma, num_classes
 from stagepatch.families.registry import family_of
 from stagepatch.sampling.config import SamplingConfig
@@ -121,10 +121,8 @@ class Experts:
             raise UserError("The model has experts attached already: detach these first.")
         for expert in self.ranges:
             if expert.denoiser is not None and expert.denoiser is not model:
-                try:
+                with as_user_error(f"The expert '{expert.name}'", UserError):
                     check_fits(model, expert.denoiser)
-                except UserError as error:
-                    raise UserError(f"The expert '{expert.name}': {error}") from error
                 expert.denoiser.eval()
         return AttachedExperts(self, model)
 

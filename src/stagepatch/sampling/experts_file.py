@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from stagepatch.checkpoints import BUNDLED, load_denoiser
-from stagepatch.core import UserError, write_text
+from stagepatch.core import UserError, as_user_error, write_text
 from stagepatch.methods import WEIGHTS_NAME, load_learned
 from stagepatch.patch import patches_on
 from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, experts_on
@@ -76,7 +76,7 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
     Raises:
         UserError: it cannot be loaded, or was trained on another noise schedule or target than the base.
     """
-    try:
+    with as_user_error(f"The expert '{source.name}'", UserError):
         if source.model:
             expert, own_scheduler = load_denoiser(source.model)
             _check_trained_alike(own_scheduler, scheduler)
@@ -91,8 +91,6 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
             expert = _copy(model, shares_memory=not (learned / WEIGHTS_NAME).exists())
             load_learned(expert, learned)
             return expert.eval()
-    except UserError as error:
-        raise UserError(f"The expert '{source.name}': {error}") from error
     return None
 
 
@@ -128,16 +126,12 @@ def read_schedule(path: Path, total: float) -> Experts:
     Raises:
         UserError: no such file, no YAML, or what the mistake is.
     """
-    try:
+    if not path.exists():
+        raise UserError(f"No such schedule: '{path}'.")
+    with as_user_error(f"Cannot read the schedule '{path}'", OSError, ValueError, yaml.YAMLError):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"No such schedule: '{path}'.") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"Cannot read the schedule '{path}': {error}") from error
-    try:
+    with as_user_error(f"'{path}'", UserError):
         return _parse(content, path.parent, total)
-    except UserError as error:
-        raise UserError(f"'{path}': {error}") from error
 
 
 def _parse(content: Any, directory: Path, total: float) -> Experts:
