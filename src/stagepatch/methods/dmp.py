@@ -51,7 +51,7 @@ class DMP(Method):
         if not terms:
             return None, {}
         logged = {name: term.detach() for name, term in terms.items()}
-        return self.patch.balance_loss(), {**logged, "gate_entropy": self.patch.gate_entropy()}
+        return self.patch.balance_loss(terms), {**logged, "gate_entropy": self.patch.gate_entropy()}
 
     def save(self, directory: Path) -> None:
         self.patch.save_pretrained(directory)

@@ -2,6 +2,7 @@
 
 from huggingface_hub import ModelCardData
 
+from stagepatch.checkpoints import is_hub_id
 from stagepatch.patch.prompts import MixtureOfPrompts
 
 
@@ -9,9 +10,8 @@ def model_card(patch: MixtureOfPrompts) -> str:
     """README.md of a patch's directory: what it is for, what it was trained on, how to load it."""
     fingerprint, backbone = patch.fingerprint, patch.backbone
     base = fingerprint.model_id
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     data = ModelCardData(
-        base_model=base if is_hub_id else None,
+        base_model=base if is_hub_id(base) else None,
         library_name="stagepatch",
         tags=["stagepatch", "diffusion", "dmp", backbone.model_class],
     )
@@ -21,7 +21,7 @@ def model_card(patch: MixtureOfPrompts) -> str:
         "Prompts added to a frozen diffusion model and mixed anew at every timestep (DMP, arXiv 2405.17825), made "
         "with stagepatch. The model's own weights are not in it, and stay as they are.",
         "## Load it\n```python\nfrom diffusers import DiffusionPipeline\nfrom stagepatch import Patch\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base if is_hub_id else "the base model"}")\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{base if is_hub_id(base) else "the base model"}")\n'
         'patch = Patch.from_pretrained("this directory or its Hub id")\n'
         "patch.attach(pipe)  # patch.scale = 0 is the base model, 1 the patch as trained\n```",
         "## What it is\n" + _rows(_description(patch)),

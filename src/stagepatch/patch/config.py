@@ -122,11 +122,8 @@ class PatchConfig:
         size = self.sample_size if isinstance(self.sample_size, list) else [self.sample_size]
         if self.sample_size is not None and not _are_counts(size):
             raise UserError(f"sample_size={self.sample_size!r} must be whole numbers of at least 1.")
-        if isinstance(self.sites, list):
-            is_choice = bool(self.sites) and all(isinstance(name, str) for name in self.sites)
-        else:
-            is_choice = self.sites in get_args(SiteGroup) or _are_counts([self.sites])
-        if not is_choice:
+        are_names = isinstance(self.sites, list) and self.sites and all(isinstance(name, str) for name in self.sites)
+        if not are_names and self.sites not in get_args(SiteGroup) and not _are_counts([self.sites]):
             raise UserError(
                 f"sites={self.sites!r} is none of {', '.join(get_args(SiteGroup))}, a number of at least 1, or a list "
                 f"of names."

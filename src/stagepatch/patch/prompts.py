@@ -217,9 +217,13 @@ class MixtureOfPrompts(nn.Module):
             return balance.load_smooth(last.logits, last.noisy_logits, last.noise_std, self.top_k)
         return last.logits.new_zeros(())
 
-    def balance_loss(self) -> Tensor:
-        """importance_weight · importance + load_weight · load of the last forward, a scalar (Eq. 11–13)."""
-        terms = self.balance_terms()
+    def balance_loss(self, terms: dict[str, Tensor] | None = None) -> Tensor:
+        """importance_weight · importance + load_weight · load of the last forward, a scalar (Eq. 11–13).
+
+        Args:
+            terms: `balance_terms()`, where they are there already.
+        """
+        terms = self.balance_terms() if terms is None else terms
         if not terms:
             return torch.zeros((), device=self.prompts[0].device)
         return self.config.importance_weight * terms["importance"] + self.config.load_weight * terms["load"]

@@ -1,15 +1,12 @@
 """A patch as a directory: `config.json` and `model.safetensors`."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 import stagepatch
+from stagepatch.checkpoints import from_hub, is_hub_id
 from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors, write_text
 from stagepatch.families import Attention, Backbone, Site
 from stagepatch.models import load_original_state_dict
@@ -21,7 +18,6 @@ from stagepatch.patch.prompts import MixtureOfPrompts
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _Patch = TypeVar("_Patch", bound=MixtureOfPrompts)
 
 
@@ -50,15 +46,9 @@ def find_patch(source: str | Path, **options: Any) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    missing = f"No patch at '{source}': no such directory"
-    if not _HUB_ID.fullmatch(str(source)):
-        raise UserError(f"{missing}.")
-    files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME]
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=files, **options))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise UserError(f"{missing}, and the Hub does not give it ({reason}).") from error
+    if not is_hub_id(source):
+        raise UserError(f"No patch at '{source}': no such directory.")
+    return from_hub(source, [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME], "patch", **options)
 
 
 def load_patch(patch_class: type[_Patch], directory: Path) -> _Patch:
