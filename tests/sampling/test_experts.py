@@ -26,6 +26,7 @@ from stagepatch.sampling import (
     generate_with_pipeline,
     load_experts,
 )
+from tests.runs import assert_same
 from tests.sampling.test_generate import by_hand, noise
 from tests.tiny import FAMILIES, Family
 from tests.tiny_pipelines import PIPELINES
@@ -43,22 +44,30 @@ def at(*bounds):
     return Experts([ExpertRange(start, end, model) for start, (end, model) in zip(starts, bounds, strict=False)])
 
 
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def drawn_patch(model, seed=0):
-    patch = Patch.create(model, PatchConfig())
-    generator = torch.Generator().manual_seed(seed)
+def draw(parameters, std):
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in patch.parameters():
-            parameter.normal_(std=2.0, generator=generator)
+        for parameter in parameters:
+            parameter.normal_(std=std, generator=generator)
+
+
+def drawn_patch(model):
+    patch = Patch.create(model, PatchConfig())
+    draw(patch.parameters(), 2.0)
     return patch
 
 
-def save_model(model, directory, scheduler=SCHEDULER):
-    save_denoiser(model, scheduler, directory)
-    return directory
+def drawn_method(name, model, **lora):
+    """A method prepared on the model, what it learns drawn."""
+    method = make_method(MethodConfig(name, lora=LoRAConfig(**lora)))
+    method.prepare(model)
+    draw([parameter for parameter in model.parameters() if parameter.requires_grad], 0.2)
+    return method
+
+
+def steps_of(timesteps, name=""):
+    """The base alone, at these timesteps."""
+    return Experts.at_steps([(timestep, None, "base") for timestep in timesteps], 1000, name)
 
 
 # Who is called.
@@ -118,10 +127,9 @@ def test_borders_survive_the_division_by_1000_in_float32(tiny_dit):
     inputs = FAMILIES["FluxTransformer2DModel"].inputs(base, 1, 8, 8)
     for border in range(7, 1000, 31):
         timestep = torch.tensor([float(border)]) / 1000
+        at_border = {**inputs, "timestep": timestep}
         with at((border, low), (1000, high)).attach(base):
-            assert torch.equal(
-                base(**{**inputs, "timestep": timestep})[0], high(**{**inputs, "timestep": timestep})[0]
-            )
+            assert torch.equal(base(**at_border)[0], high(**at_border)[0])
 
 
 def test_a_batch_of_several_experts_is_split_and_put_together(tiny_dit):
@@ -129,17 +137,19 @@ def test_a_batch_of_several_experts_is_split_and_put_together(tiny_dit):
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(7, 1, 8, 8, generator=generator)
     timesteps, labels = torch.tensor([900, 3, 400, 999, 0, 300, 620]), torch.arange(7)
-    experts = at((300, other), (600, None), (1000, third))
-    with experts.attach(base):
+
+    def one_by_one(models):
+        rows = zip(models, *(value.split(1) for value in (sample, timesteps, labels)), strict=True)
+        return torch.cat([model(*row).sample for model, *row in rows])
+
+    with at((300, other), (600, None), (1000, third)).attach(base):
         together = base(sample, timesteps, labels).sample
-        alone = [base(sample[i : i + 1], timesteps[i : i + 1], labels[i : i + 1]).sample for i in range(7)]
+        alone = one_by_one([base] * 7)
         (tuple_output,) = base(sample, timesteps, labels, return_dict=False)
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert torch.equal(tuple_output, together)
-    by_hand = [(base, other, third)[0 if 300 <= t < 600 else 1 if t < 300 else 2] for t in timesteps.tolist()]
-    for i, model in enumerate(by_hand):
-        expected = model(sample[i : i + 1], timesteps[i : i + 1], labels[i : i + 1]).sample
-        torch.testing.assert_close(together[i : i + 1], expected, atol=1e-5, rtol=1e-5)
+    by_hand = one_by_one([third, other, base, third, other, base, third])
+    torch.testing.assert_close(together, by_hand, atol=1e-5, rtol=1e-5)
 
 
 def test_arguments_in_dicts_are_split_and_what_cannot_be_is_named():
@@ -155,31 +165,23 @@ def test_arguments_in_dicts_are_split_and_what_cannot_be_is_named():
         family.call(base, timestep=torch.tensor([0.9, 0.1]))
 
 
-def test_a_patched_base_takes_its_own_part_of_a_batch_with_its_patch(tiny_dit):
+@pytest.mark.parametrize(
+    "learn",
+    [
+        lambda base: drawn_patch(base).attach(base),
+        # Hooks that go by the sample: ranks of a LoRA that are masked by each sample's timestep (T-LoRA).
+        lambda base: drawn_method("lora", base, rank=4, min_rank=1),
+    ],
+)
+def test_a_base_with_hooks_takes_its_own_part_of_a_batch_with_them(tiny_dit, learn):
     base, other = tiny_dit(0), tiny_dit(1)
-    drawn_patch(base).attach(base)
-    sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([900, 10, 950, 20]), torch.arange(4)
+    learn(base)
+    sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([900, 10, 510, 20]), torch.arange(4)
     expected = base(sample, timesteps, labels).sample
     with at((500, other), (1000, None)).attach(base):
         mixed = base(sample, timesteps, labels).sample
     torch.testing.assert_close(mixed[::2], expected[::2], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mixed[1::2], other(sample, timesteps, labels).sample[1::2], atol=1e-5, rtol=1e-5)
-
-
-def test_a_base_whose_hooks_go_by_the_sample_takes_its_own_part_too(tiny_dit):
-    """Ranks of a LoRA that are masked by each sample's timestep (T-LoRA)."""
-    base, other = tiny_dit(0), tiny_dit(1)
-    method = make_method(MethodConfig("lora", lora=LoRAConfig(rank=4, min_rank=1)))
-    method.prepare(base)
-    with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            if ".lora_" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    sample, timesteps, labels = torch.randn(4, 1, 8, 8), torch.tensor([20, 990, 10, 510]), torch.arange(4)
-    expected = base(sample, timesteps, labels).sample
-    with at((500, other), (1000, None)).attach(base):
-        mixed = base(sample, timesteps, labels).sample
-    torch.testing.assert_close(mixed[1::2], expected[1::2], atol=1e-5, rtol=1e-5)
 
 
 def test_experts_are_put_in_eval_mode(tiny_dit, batch):
@@ -192,18 +194,10 @@ def test_experts_are_put_in_eval_mode(tiny_dit, batch):
 
 
 def test_experts_of_another_architecture(tiny_dit):
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).eval()
-    base = tiny_dit(learn_sigma=False, conditioning="none", num_classes=1)
-    sample = torch.randn(2, 1, 8, 8)
+    unet = FAMILIES["UNet2DModel"].model()
+    channels = unet.config.in_channels
+    base = tiny_dit(in_channels=channels, learn_sigma=False, conditioning="none", num_classes=1)
+    sample = torch.randn(2, channels, 8, 8)
     with at((500, unet), (1000, None)).attach(base):
         torch.testing.assert_close(predict(base, sample, torch.tensor([100, 100]), {}), unet(sample, 100).sample)
 
@@ -214,19 +208,18 @@ def test_experts_of_another_architecture(tiny_dit):
 def test_detached_the_model_is_what_it_was(tiny_dit, batch):
     base = tiny_dit()
     sample, timesteps, labels = batch
-    before, weights, attributes = base(sample, timesteps, labels).sample, state(base), set(vars(base))
+    before, attributes = base(sample, timesteps, labels).sample, set(vars(base))
+    weights = copy.deepcopy(base.state_dict())
     handle = at((500, tiny_dit(1)), (1000, None)).attach(base)
     assert experts_on(base) is not None
-    assert {name: value.shape for name, value in base.state_dict().items()} == {
-        name: value.shape for name, value in weights.items()
-    }
+    assert_same(base.state_dict(), weights)
     assert sum(1 for _ in base.modules()) == sum(1 for _ in tiny_dit().modules())
     handle.detach()
     handle.detach()
     assert experts_on(base) is None
     assert set(vars(base)) == attributes
     assert torch.equal(base(sample, timesteps, labels).sample, before)
-    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+    assert_same(base.state_dict(), weights)
 
 
 def test_an_instance_s_own_forward_comes_back(tiny_dit, batch):
@@ -309,7 +302,7 @@ def test_the_sampler_s_own_timesteps_change_nothing(tiny_dit, name):
     timesteps = sorted({float(timestep) for timestep in sampler.timesteps}, reverse=True)
     if len(timesteps) < len(sampler.timesteps):
         pytest.skip("the sampler repeats a timestep")
-    experts = Experts.at_steps([(timestep, None, "base") for timestep in timesteps], 1000, name)
+    experts = steps_of(timesteps, name)
     with experts.attach(base):
         assert torch.equal(generate(base, SCHEDULER, experts.sampling(plain)), expected)
 
@@ -324,7 +317,7 @@ def test_flow_samplers_take_timesteps_as_they_are(tiny_dit):
         for timestep, after in zip(timesteps, [*timesteps[1:], 0.0], strict=True):
             velocity = base(sample, torch.full((4,), timestep), torch.arange(4)).sample
             sample = sample + (after - timestep) / 1000 * velocity
-    experts = Experts.at_steps([(timestep, None, "base") for timestep in timesteps], 1000, "flow_euler")
+    experts = steps_of(timesteps, "flow_euler")
     with experts.attach(base):
         images = generate(base, scheduler, experts.sampling(config()))
     torch.testing.assert_close(images, sample, atol=1e-4, rtol=1e-4)
@@ -344,10 +337,15 @@ def test_samplers_that_take_no_timesteps(name, options):
 @pytest.mark.parametrize("timesteps", [[], [5, 5], [5, 9]])
 def test_steps_that_do_not_fall(timesteps):
     with pytest.raises(UserError, match="each lower than the one before"):
-        Experts.at_steps([(timestep, None, "base") for timestep in timesteps], 1000)
+        steps_of(timesteps)
 
 
 # Pipelines.
+
+
+def time_of(args, kwargs):
+    """The timestep that a denoiser is called with."""
+    return float(torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else None)).max())
 
 
 @pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"])
@@ -369,9 +367,8 @@ def test_pipelines_take_experts(name):
         config, dtype, device = own.config, own.dtype, own.device
 
         def forward(self, *args, **kwargs):
-            timestep = float(torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else None)).max())
-            called.append(timestep < 600)
-            return (expert if timestep < 600 else own)(*args, **kwargs)
+            called.append(time_of(args, kwargs) < 600)
+            return (expert if called[-1] else own)(*args, **kwargs)
 
     pipe.register_modules(**{part: Both()})
     expected = generate_with_pipeline(pipe, plain, prompts)
@@ -389,17 +386,13 @@ def test_pipelines_take_steps_whatever_their_arguments(name):
     pipe = tiny.build()
     seen = []
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    denoiser.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs.get("timestep", args[1] if len(args) > 1 else None)),
-        with_kwargs=True,
-    )
+    denoiser.register_forward_pre_hook(lambda _, *call: seen.append(time_of(*call)), with_kwargs=True)
     if name == "UNet2DConditionModel":
         pipe.scheduler = make_sampler("dpmsolver++", pipe.scheduler)
     pin_timesteps(pipe.scheduler, [950.0, 300.0, 290.0])
     tiny.call(pipe, steps=3)
     scale = 1000 if name.startswith("Flux") else 1
-    told = [float(torch.as_tensor(timestep).max()) * scale for timestep in seen]
-    assert told == pytest.approx([950.0, 300.0, 290.0])
+    assert [timestep * scale for timestep in seen] == pytest.approx([950.0, 300.0, 290.0])
 
 
 # Files.
@@ -409,31 +402,28 @@ def test_pipelines_take_steps_whatever_their_arguments(name):
 def stages(tiny_dit, tmp_path):
     """A base, another model, a patch, a LoRA and weights for the base; the models, with these on, by name."""
     base, models = tiny_dit(0), {}
-    save_model(base, tmp_path / "base")
+    save_denoiser(base, SCHEDULER, tmp_path / "base")
     models["base"] = load_denoiser(tmp_path / "base")[0]
     models["other"] = tiny_dit(1, hidden_size=16)
-    save_model(models["other"], tmp_path / "other")
+    save_denoiser(models["other"], SCHEDULER, tmp_path / "other")
     models["patch"] = copy.deepcopy(base)
     patch = drawn_patch(models["patch"])
     patch.save_pretrained(tmp_path / "patch")
     patch.attach(models["patch"])
     for name in ("lora", "finetune"):
         models[name] = copy.deepcopy(base)
-        method = make_method(MethodConfig(name, lora=LoRAConfig(rank=2)))
-        method.prepare(models[name])
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in models[name].parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.2, generator=generator)
         (tmp_path / name).mkdir()
-        method.save(tmp_path / name)
+        drawn_method(name, models[name], rank=2).save(tmp_path / name)
     return models
 
 
 def write(path, **content):
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def ranges(*bounds, **more):
+    return [{"from": start, "to": end, **more} for start, end in bounds]
 
 
 RANGES = [
@@ -447,7 +437,7 @@ RANGES = [
 
 def test_a_file_of_patch_lora_weights_model_and_base(stages, tmp_path, batch):
     base = stages["base"].requires_grad_(True)
-    weights = state(base)
+    weights = copy.deepcopy(base.state_dict())
     experts = load_experts(write(tmp_path / "experts.yaml", experts=RANGES), base, SCHEDULER)
     assert all(parameter.requires_grad for parameter in base.parameters())
     assert not patches_on(base)
@@ -459,17 +449,14 @@ def test_a_file_of_patch_lora_weights_model_and_base(stages, tmp_path, batch):
             assert torch.equal(output, stages[name](sample, timestep, labels).sample), name
             if name != "base":
                 assert not torch.equal(output, stages["base"].__class__.forward(base, sample, timestep, labels).sample)
-    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+    assert_same(base.state_dict(), weights)
 
 
 def test_what_a_patch_and_a_lora_stand_on_is_the_base_s_memory(stages, tmp_path):
     experts = load_experts(write(tmp_path / "experts.yaml", experts=RANGES), stages["base"], SCHEDULER)
     own = {parameter.data_ptr() for parameter in stages["base"].parameters()}
-    memory = {
-        expert.name: {parameter.data_ptr() for parameter in expert.denoiser.parameters()}
-        for expert in experts.ranges
-        if expert.denoiser is not None
-    }
+    learned = [expert for expert in experts.ranges if expert.denoiser is not None]
+    memory = {expert.name: {value.data_ptr() for value in expert.denoiser.parameters()} for expert in learned}
     assert memory["the patch"] == own
     assert memory["lora"] > own
     assert not memory["finetune"] & own
@@ -479,10 +466,8 @@ def test_a_directory_named_twice_is_loaded_once(stages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     entries = [
-        {"from": 0, "to": 100, "model": "other"},
-        {"from": 100, "to": 200, "model": str(tmp_path / "other")},
-        {"from": 200, "to": 300, "learned": "patch"},
-        {"from": 300, "to": 1000, "learned": "patch"},
+        *(*ranges((0, 100), model="other"), *ranges((100, 200), model=str(tmp_path / "other"))),
+        *ranges((200, 300), (300, 1000), learned="patch"),
     ]
     # The file is elsewhere: then its paths are of the working directory.
     experts = load_experts(write(tmp_path / "sub" / "experts.yaml", experts=entries), stages["base"], SCHEDULER)
@@ -498,14 +483,8 @@ def test_steps_of_a_file(stages, tmp_path):
     experts = load_experts(path, stages["base"], SCHEDULER)
     assert experts.timesteps == [900, 200.5]
     assert experts.sampling(config()) == config(scheduler="euler", num_inference_steps=2)
-    assert [(expert.start, expert.end, expert.name) for expert in experts.ranges] == [
-        (0, 550.25, "small"),
-        (550.25, 1000, "big"),
-    ]
-
-
-def ranges(*bounds, **more):
-    return [{"from": start, "to": end, **more} for start, end in bounds]
+    bounds = [(expert.start, expert.end, expert.name) for expert in experts.ranges]
+    assert bounds == [(0, 550.25, "small"), (550.25, 1000, "big")]
 
 
 NAMED = [{"name": "a"}, {"name": "b", "model": "digits"}]
@@ -584,7 +563,7 @@ def test_experts_that_do_not_fit_the_base_are_named(tiny_dit, tmp_path, changes,
     trained_with = DDPMScheduler.from_config(SCHEDULER.config, **(scheduler or {}))
     if scheduler is None:
         trained_with = FlowMatchEulerDiscreteScheduler()
-    save_model(tiny_dit(**changes), tmp_path / "expert", trained_with)
+    save_denoiser(tiny_dit(**changes), trained_with, tmp_path / "expert")
     path = write(tmp_path / "experts.yaml", experts=ranges((0, 1000), model="expert"))
     with pytest.raises(UserError, match=message) as error:
         load_experts(path, tiny_dit(), SCHEDULER)
@@ -652,12 +631,11 @@ def test_command_samples_a_pipeline_by_ranges_and_by_steps(tmp_path, capsys):
     steps = [{"timestep": 981, "expert": "base"}, {"timestep": 333, "expert": "other"}]
     path = write(tmp_path / "b.yaml", experts=named, steps=steps, scheduler="dpmsolver++")
     assert main([*given, f"--output_dir={tmp_path / 'steps'}", f"--schedule={path}"]) == 0
-    images = {
-        name: read_tensors(tmp_path / name / "samples.safetensors")[0]["images"]
-        for name in ("base", "ranges", "steps")
-    }
-    assert not torch.allclose(images["base"], images["ranges"], atol=1e-3)
-    assert not torch.allclose(images["steps"], images["ranges"], atol=1e-3)
+    base, by_ranges, by_steps = (
+        read_tensors(tmp_path / name / "samples.safetensors")[0]["images"] for name in ("base", "ranges", "steps")
+    )
+    assert not torch.allclose(base, by_ranges, atol=1e-3)
+    assert not torch.allclose(by_steps, by_ranges, atol=1e-3)
     path = write(tmp_path / "c.yaml", experts=named, steps=steps)
     assert main([*given, f"--output_dir={tmp_path / 'no'}", f"--schedule={path}"]) == 2
     assert "PNDMScheduler takes no timesteps" in capsys.readouterr().err
