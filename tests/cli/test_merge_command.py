@@ -23,23 +23,41 @@ from tests.tiny_pipelines import PIPELINES
 TINY = PIPELINES["UNet2DConditionModel"]
 
 
+def stages_of(*directories):
+    """The option that names them."""
+    return f"--stages={[str(directory) for directory in directories]}"
+
+
+def merged(capsys, *arguments):
+    """What the command prints."""
+    assert main(["merge", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, arguments, *expected):
+    assert main(["merge", *arguments]) == 2
+    message = capsys.readouterr().err
+    for text in expected:
+        assert text in message
+
+
+def assert_equal(model, expected):
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_merged_model_is_a_pipeline(tmp_path, capsys):
     for seed, name in enumerate(("base", "one", "two")):
         TINY.build(seed=seed).save_pretrained(tmp_path / name)
-    stages = f"--stages=['{tmp_path / 'one'}', '{tmp_path / 'two'}']"
+    stages = stages_of(tmp_path / "one", tmp_path / "two")
     given = [f"--base={tmp_path / 'base'}", stages, f"--output_dir={tmp_path / 'out'}"]
-    assert main(["merge", *given, "--weights=[0.0, 1.0]"]) == 0
-    assert "The merged model is in" in capsys.readouterr().out
-    merged, expected = (load_denoiser(tmp_path / name)[0] for name in ("out", "two"))
-    for ours, theirs in zip(merged.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert "The merged model is in" in merged(capsys, *given, "--weights=[0.0, 1.0]")
+    assert_equal(load_denoiser(tmp_path / "out")[0], load_denoiser(tmp_path / "two")[0])
     assert TINY.call(TINY.load(tmp_path / "out")).isfinite().all()
-    assert main(["merge", *given, "--weights=[0.5, 0.5]", "--ties_keep=0.3"]) == 0
-    assert main(["merge", *given, "--weights=[0.5]"]) == 2
-    assert "1 weights for 2 stages" in capsys.readouterr().err
-    assert main(["merge", *given, "--weights=[0.5, 0.5]", "--ties_keep=3"]) == 2
-    assert main(["merge", "--base=nowhere/at/all", stages, "--weights=[1, 1]"]) == 2
-    assert "No model at" in capsys.readouterr().err
+    merged(capsys, *given, "--weights=[0.5, 0.5]", "--ties_keep=0.3")
+    refused(capsys, [*given, "--weights=[0.5]"], "1 weights for 2 stages")
+    refused(capsys, [*given, "--weights=[0.5, 0.5]", "--ties_keep=3"], "must be a share from 0 to 1")
+    refused(capsys, ["--base=nowhere/at/all", stages, "--weights=[1, 1]"], "No model at")
 
 
 def test_merged_lora_is_the_weighted_sum_of_the_stages(tmp_path, capsys):
@@ -47,26 +65,22 @@ def test_merged_lora_is_the_weighted_sum_of_the_stages(tmp_path, capsys):
     directories = [tmp_path / "0", tmp_path / "1"]
     for number, directory in enumerate(directories):
         save_learned("lora", TINY.build().unet, directory, number)
-    stages = f"--stages=['{directories[0]}', '{directories[1]}']"
-    assert main(["merge", stages, "--weights=[1.0, 0.0]", f"--output_dir={tmp_path / 'out'}"]) == 0
-    assert "The merged LoRA" in capsys.readouterr().out
+    stages = stages_of(*directories)
+    assert "The merged LoRA" in merged(capsys, stages, "--weights=[1.0, 0.0]", f"--output_dir={tmp_path / 'out'}")
     shapes = {value.shape for name, value in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors").items()}
     assert any(4 in shape for shape in shapes)
     load_learned(pipe.unet, tmp_path / "out")
     first = TINY.build()
     load_learned(first.unet, directories[0])
     torch.testing.assert_close(TINY.call(pipe), TINY.call(first), rtol=1e-4, atol=1e-5)
-    ties = [stages, "--weights=[1.0, 0.0]", "--ties_keep=0.5", f"--output_dir={tmp_path / 'ties'}"]
-    assert main(["merge", *ties]) == 2
-    assert "would not be a LoRA" in capsys.readouterr().err
+    refused(capsys, [stages, "--weights=[1.0, 0.0]", "--ties_keep=0.5"], "would not be a LoRA")
 
 
 @pytest.mark.parametrize("stages", ["[]", "['nowhere']"])
 def test_missing_stages_are_named(tmp_path, capsys, stages):
     TINY.build().save_pretrained(tmp_path / "base")
     given = [f"--base={tmp_path / 'base'}", f"--stages={stages}", "--weights=[]", f"--output_dir={tmp_path / 'out'}"]
-    assert main(["merge", *given]) == 2
-    assert "stagepatch merge:" in capsys.readouterr().err
+    refused(capsys, given, "stagepatch merge:")
 
 
 SEARCH = [
@@ -96,18 +110,10 @@ def write_facts(stage, base):
     (stage / "stage.json").write_text(json.dumps(facts))
 
 
-def refused(capsys, arguments, *expected):
-    assert main(["merge", *arguments]) == 2
-    message = capsys.readouterr().err
-    for text in expected:
-        assert text in message
-
-
 def test_searched_model_is_the_merge_by_the_best_weights(decoupled, capsys):
     out = decoupled / "out"
-    given = [f"--stages=['{decoupled / 'run'}']", f"--output_dir={out}", *SEARCH]
-    assert main(["merge", *given]) == 0
-    printed = capsys.readouterr().out
+    given = [stages_of(decoupled / "run"), f"--output_dir={out}", *SEARCH]
+    printed = merged(capsys, *given)
     assert all(name in printed for name in ("grid", "tpe", "cma", "best weights", "fid_train", "The merged model"))
     found = json.loads((out / "search.json").read_text())
     assert {name: len(evaluations) for name, evaluations in found["strategies"].items()} == {
@@ -123,14 +129,11 @@ def test_searched_model_is_the_merge_by_the_best_weights(decoupled, capsys):
     assert yaml.safe_load((out / "run.yaml").read_text())["search"]["evaluations"] == 4
     stages = [decoupled / "run" / "stages" / str(number) for number in range(2)]
     merge_models(decoupled / "base", stages, found["best"]["weights"], decoupled / "expected")
-    merged, expected = (load_denoiser(path)[0] for path in (out, decoupled / "expected"))
-    for ours, theirs in zip(merged.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_equal(load_denoiser(out)[0], load_denoiser(decoupled / "expected")[0])
     journal = (out / "search.journal").stat().st_size
-    assert main(["merge", *given, "--sampling.batch_size=5"]) == 0  # all is there already
+    merged(capsys, *given, "--sampling.batch_size=5")  # all is there already
     assert json.loads((out / "search.json").read_text()) == found
     assert (out / "search.journal").stat().st_size - journal < 5000
-    capsys.readouterr()
     refused(capsys, [*given, "--sampling.seed=1"], "holds evaluations of something else (sampling.seed was 0, is 1)")
     refused(capsys, [*given, "--weights=[1, 1]"], "not both")
     shutil.copytree(stages[0] / "transformer", stages[1] / "transformer", dirs_exist_ok=True)
@@ -140,29 +143,28 @@ def test_searched_model_is_the_merge_by_the_best_weights(decoupled, capsys):
 def test_search_over_loras_writes_a_lora(decoupled, capsys):
     for number in range(2):
         save_learned("lora", load_denoiser(decoupled / "base")[0], decoupled / f"lora{number}", number)
-    loras = f"--stages=['{decoupled / 'lora0'}', '{decoupled / 'lora1'}']"
+    loras = stages_of(decoupled / "lora0", decoupled / "lora1")
     given = [loras, f"--output_dir={decoupled / 'out'}", *SEARCH, "--search.strategies=[grid]"]
     refused(capsys, given, "No base to merge the stages into")
-    assert main(["merge", f"--base={decoupled / 'base'}", *given]) == 0
-    assert "The merged LoRA" in capsys.readouterr().out
+    assert "The merged LoRA" in merged(capsys, f"--base={decoupled / 'base'}", *given)
     found = json.loads((decoupled / "out" / "search.json").read_text())
     assert len({one["value"] for one in found["strategies"]["grid"]}) == len(found["strategies"]["grid"])
-    weights = f"--weights={found['best']['weights']}"
-    assert main(["merge", loras, weights, f"--output_dir={decoupled / 'expected'}"]) == 0
+    merged(capsys, loras, f"--weights={found['best']['weights']}", f"--output_dir={decoupled / 'expected'}")
     ours, theirs = (load_file(decoupled / name / "pytorch_lora_weights.safetensors") for name in ("out", "expected"))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
 def test_searching_processes_of_a_launch_are_refused(decoupled, capsys, monkeypatch):
     monkeypatch.setattr(processes(), "num_processes", 2)
-    given = [f"--stages=['{decoupled / 'run'}']", f"--output_dir={decoupled / 'out'}", *SEARCH]
+    monkeypatch.setattr("stagepatch.search.merge_search.load_denoiser", lambda *_: pytest.fail("loaded"))
+    given = [stages_of(decoupled / "run"), f"--output_dir={decoupled / 'out'}", *SEARCH]
     refused(capsys, given, "start `stagepatch merge` several times instead")
 
 
 def test_stages_of_another_base_are_refused_by_name(decoupled, tiny_dit, capsys):
     other = decoupled / "other"
     save_denoiser(tiny_dit(7), make_scheduler(ObjectiveConfig()), other)
-    stages = f"--stages=['{decoupled / 'run'}']"
+    stages = stages_of(decoupled / "run")
     out = f"--output_dir={decoupled / 'out'}"
     names = (f"The stage '{decoupled / 'run' / 'stages' / '0'}'", f"from '{decoupled / 'base'}'", f"from '{other}'")
     refused(capsys, [f"--base={other}", stages, "--weights=[1, 1]", out], "another base", *names)
@@ -175,21 +177,18 @@ def test_stages_of_another_base_are_refused_by_name(decoupled, tiny_dit, capsys)
 def test_stages_of_another_architecture_are_refused_before_searching(decoupled, tiny_dit, capsys):
     stage = decoupled / "run" / "stages" / "1"
     save_denoiser(tiny_dit(1, num_layers=2), make_scheduler(ObjectiveConfig()), stage)
-    given = [f"--stages=['{decoupled / 'run'}']", f"--output_dir={decoupled / 'out'}", *SEARCH]
+    given = [stages_of(decoupled / "run"), f"--output_dir={decoupled / 'out'}", *SEARCH]
     refused(capsys, given, f"'{stage}' has another architecture than the base")
     assert not (decoupled / "out").exists()
 
 
-def test_stages_are_taken_in_their_order_and_their_base_from_them(decoupled, tiny_dit):
+def test_stages_are_taken_in_their_order_and_their_base_from_them(decoupled, tiny_dit, capsys):
     for number in range(2, 11):
         shutil.copytree(decoupled / "run" / "stages" / "0", decoupled / "run" / "stages" / str(number))
     save_denoiser(tiny_dit(9), make_scheduler(ObjectiveConfig()), decoupled / "run" / "stages" / "10")
     weights = f"--weights={[0.0] * 10 + [1.0]}"
-    assert main(["merge", f"--stages=['{decoupled / 'run'}']", weights, f"--output_dir={decoupled / 'out'}"]) == 0
-    merged, expected = load_denoiser(decoupled / "out")[0], tiny_dit(9)
-    assert all(
-        torch.equal(ours, theirs) for ours, theirs in zip(merged.parameters(), expected.parameters(), strict=True)
-    )
+    merged(capsys, stages_of(decoupled / "run"), weights, f"--output_dir={decoupled / 'out'}")
+    assert_equal(load_denoiser(decoupled / "out")[0], tiny_dit(9))
 
 
 def test_what_cannot_be_merged_is_named(decoupled, capsys):
@@ -199,17 +198,17 @@ def test_what_cannot_be_merged_is_named(decoupled, capsys):
     save_learned("lora", model, decoupled / "lora")
     one = decoupled / "run" / "stages" / "0"
     base = f"--base={decoupled / 'base'}"
-    refused(capsys, [base, f"--stages=['{decoupled / 'patch'}']"], "patch' is a patch", "sample --schedule")
-    refused(capsys, [base, f"--stages=['{decoupled / 'biases'}']"], "holds some of a model's weights")
-    refused(capsys, [base, f"--stages=['{decoupled / 'lora'}', '{one}']"], "is a LoRA and", "of one kind")
+    refused(capsys, [base, stages_of(decoupled / "patch")], "patch' is a patch", "sample --schedule")
+    refused(capsys, [base, stages_of(decoupled / "biases")], "holds some of a model's weights")
+    refused(capsys, [base, stages_of(decoupled / "lora", one)], "is a LoRA and", "of one kind")
     (one / "stage.json").unlink()
-    refused(capsys, [f"--stages=['{one}']", "--weights=[1]"], "No base to merge")
+    refused(capsys, [stages_of(one), "--weights=[1]"], "No base to merge")
     (one / "transformer" / "config.json").unlink()
-    refused(capsys, [base, f"--stages=['{one}']"], "but part of a model", "killed while it was written")
+    refused(capsys, [base, stages_of(one)], "but part of a model", "killed while it was written")
 
 
 def test_merging_by_given_weights_does_not_import_what_searching_needs(decoupled):
-    given = [f"--stages=['{decoupled / 'run'}']", "--weights=[1, 0]", f"--output_dir={decoupled / 'out'}"]
+    given = [stages_of(decoupled / "run"), "--weights=[1, 0]", f"--output_dir={decoupled / 'out'}"]
     script = (
         "import sys\n"
         "from stagepatch.cli import main\n"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from stagepatch.checkpoints import add_projections, load_denoiser, save_denoiser
 from stagepatch.core import TensorReader, write_stream
@@ -40,6 +40,12 @@ def weights_of(directory):
     return load_file(directory / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+def assert_same(tensors, expected):
+    """The same names and bits."""
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
+
+
 def merged(models, weights, tmp_path, **more):
     base, stages = models
     output = tmp_path / f"merged-{'-'.join(map(str, weights))}"
@@ -61,12 +67,10 @@ def test_the_pipeline_is_copied_and_a_training_run_beside_it_is_not(models, tmp_
 
 def test_no_weight_gives_the_base_and_one_gives_its_stage_exactly(models, tmp_path):
     base, stages = models
-    for name, value in merged(models, [0.0, 0.0, 0.0], tmp_path).items():
-        assert torch.equal(value, weights_of(base)[name])
+    assert_same(merged(models, [0.0, 0.0, 0.0], tmp_path), weights_of(base))
     for place, stage in enumerate(stages):
         weights = [float(place == other) for other in range(3)]
-        for name, value in merged(models, weights, tmp_path).items():
-            assert torch.equal(value, weights_of(stage)[name])
+        assert_same(merged(models, weights, tmp_path), weights_of(stage))
 
 
 def test_merging_is_linear_and_the_sum_of_task_vectors(models, tmp_path):
@@ -121,19 +125,14 @@ def test_streamed_file_is_what_the_library_reads(tmp_path):
     }
     shapes = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
     write_stream(tmp_path / "file.safetensors", shapes, lambda name: [tensors[name]])
-    for name, value in load_file(tmp_path / "file.safetensors").items():
-        assert torch.equal(value, tensors[name])
+    assert_same(load_file(tmp_path / "file.safetensors"), tensors)
     save_file(tensors, tmp_path / "other.safetensors")
     reader = TensorReader([tmp_path / "other.safetensors"])
-    assert set(reader.names()) == set(tensors)
-    for name, value in tensors.items():
-        assert torch.equal(reader.read(name), value)
-        assert reader.shape(name) == tuple(value.shape)
+    assert_same({name: reader.read(name) for name in reader.names()}, tensors)
+    assert {name: (reader.shape(name), reader.dtype(name)) for name in reader.names()} == shapes
     assert [piece.tolist() for piece in reader.pieces("d", 4)] == [[0, 1, 2, 3], [4, 5]]
-    in_pieces = lambda name: reader.pieces(name, 3)  # noqa: E731
-    write_stream(tmp_path / "pieces.safetensors", shapes, in_pieces)
-    for name, value in load_file(tmp_path / "pieces.safetensors").items():
-        assert torch.equal(value, tensors[name])
+    write_stream(tmp_path / "pieces.safetensors", shapes, lambda name: reader.pieces(name, 3))
+    assert_same(load_file(tmp_path / "pieces.safetensors"), tensors)
 
 
 def test_weights_in_several_files_are_read_as_one(tmp_path):
@@ -144,19 +143,15 @@ def test_weights_in_several_files_are_read_as_one(tmp_path):
     assert reader.read("b").tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 40, b"not a file of tensors at all"])
-def test_files_of_another_format_are_refused(tmp_path, content):
+TRUNCATED = save({"a": torch.ones(100)})[:-4]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 7, b"\xff" * 40, b"not a file of tensors at all", TRUNCATED])
+def test_files_of_another_format_and_truncated_ones_are_refused(tmp_path, content):
     (tmp_path / "file.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=r"not a (whole )?safetensors file"):
+    message = "not a whole safetensors file" if content == TRUNCATED else r"not a (whole )?safetensors file"
+    with pytest.raises(UserError, match=message):
         TensorReader([tmp_path / "file.safetensors"])
-
-
-def test_truncated_file_is_refused(tmp_path):
-    path = tmp_path / "file.safetensors"
-    save_file({"a": torch.ones(100)}, path)
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(UserError, match="not a whole safetensors file"):
-        TensorReader([path])
     with pytest.raises(UserError, match="No such file"):
         TensorReader([tmp_path / "nowhere"])
 

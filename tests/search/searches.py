@@ -7,9 +7,10 @@ import sys
 import time
 
 import torch
+from optuna.distributions import FloatDistribution
 
 from stagepatch.methods import LoRAConfig, MethodConfig, make_method
-from stagepatch.search import Box, Evaluation, Search, SearchConfig, Space, evolution, storages, weight_strategies
+from stagepatch.search import Evaluation, Search, SearchConfig, Space, evolution, storages, weight_strategies
 
 OPTIMUM = [0.62, 0.15, 0.4]
 SPACE = Space((1.0, 0.5, 0.25), 6, 3.0)
@@ -30,21 +31,20 @@ class Counted:
         return self.objective(point)
 
 
-def search(path, objective=quadratic, count=2, identity=None, on_progress=None, defaults=None, **options):
+def search(path, objective=quadratic, count=2, identity=None, on_progress=lambda *_: None, **options):
     """Evaluations by strategy; 'evolution', of toy model schedules, goes alone."""
-    options = {"strategies": ["tpe"], "evaluations": 12, **options}
-    config = SearchConfig(**options)
+    config = SearchConfig(**{"strategies": ["tpe"], "evaluations": 12, "storage": str(path), **options})
     if config.strategies == ["evolution"]:
-        strategies, box = [evolution(SPACE, config.evaluations, 0)], Box(SPACE.steps, -1, 2, step=1)
+        strategies = [evolution(SPACE, config.evaluations, 0)]
+        space = [FloatDistribution(-1, 2, step=1)] * SPACE.steps
     else:
-        strategies, box = weight_strategies(config, count), Box(count, config.low, config.high)
+        strategies = weight_strategies(config, count)
+        space = [FloatDistribution(config.low, config.high)] * count
 
     def evaluate(point, report):
         return objective(point) if report is None else objective(point, report)
 
-    more = {} if on_progress is None else {"on_progress": on_progress}
-    search = Search(config.name, str(path), box, evaluate, identity or {}, defaults, config.prune, **more)
-    return search.run(strategies)
+    return Search(config, None, space, evaluate, identity or {}, on_progress).run(strategies)
 
 
 def save_learned(name, model, directory, seed=0, rank=2):

@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from stagepatch.core.errors import UserError
-from stagepatch.search import Evaluation, best_of, storages
+from stagepatch.search import Evaluation, MergeConfig, best_of, storages
 from stagepatch.search.results import print_merge_results, write_merge_results
 from tests.search.searches import OPTIMUM, Counted, quadratic, search, start
 
@@ -48,11 +48,9 @@ def test_every_strategy_begins_with_the_base_and_the_mean(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_search_and_another_another(tmp_path):
-    first, again, other = (
-        search(tmp_path / name, seed=seed) for name, seed in (("first", 0), ("again", 0), ("other", 1))
-    )
-    weights = [[one.point for one in found["tpe"]] for found in (first, again, other)]
-    assert weights[0] == weights[1] != weights[2]
+    found = [search(tmp_path / str(number), seed=seed)["tpe"] for number, seed in enumerate((0, 0, 1))]
+    first, again, other = ([one.point for one in evaluations] for evaluations in found)
+    assert first == again != other
 
 
 def test_a_longer_search_goes_on_from_a_shorter_one(tmp_path):
@@ -68,16 +66,15 @@ def test_a_longer_search_goes_on_from_a_shorter_one(tmp_path):
 
 def test_progress_is_reported(tmp_path):
     reports = []
-    search(
-        tmp_path / "journal", evaluations=3, on_progress=lambda name, ended, total: reports.append((len(ended), total))
-    )
+    note = lambda name, ended, total: reports.append((len(ended), total))  # noqa: E731
+    search(tmp_path / "journal", evaluations=3, on_progress=note)
     assert reports == [(number, 3) for number in range(4)]
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_weights_that_were_drawn_again_are_looked_up(tmp_path, monkeypatch):
     always = optuna.samplers.PartialFixedSampler({"w0": 0.25}, optuna.samplers.RandomSampler())
-    monkeypatch.setattr("stagepatch.search.strategies._seeded", lambda *_, **options: always)
+    monkeypatch.setattr("stagepatch.search.merge_search._seeded", lambda *_, **options: always)
     objective = Counted()
     found = search(tmp_path / "journal", objective, count=1, evaluations=5)["tpe"]
     assert objective.asked == [(0.0,), (1.0,), (0.25,)]
@@ -113,8 +110,8 @@ def test_merges_that_sample_no_numbers_are_worst(tmp_path, value):
     for evaluations in found.values():
         assert any(one.value == math.inf for one in evaluations)
         assert math.isfinite(best_of(evaluations).value)
-    write_merge_results(found, "fid_train", 5, tmp_path)
-    print_merge_results(found, "fid_train", 5)
+    write_merge_results(MergeConfig(output_dir=str(tmp_path)), found)
+    print_merge_results(MergeConfig(), found)
     written = json.loads((tmp_path / "search.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert None in [one["value"] for one in written["strategies"]["tpe"]]
     assert (tmp_path / "search.png").stat().st_size > 1000
@@ -198,6 +195,19 @@ def storage_of(kind, directory):
     return str(directory / "journal") if kind == "journal" else f"sqlite:///{directory / 'search.db'}"
 
 
+def result_of(process):
+    """The points by strategy that a process prints at its end."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return eval(output)
+
+
+def study_of(directory):
+    """The study in a journal, as another process has it."""
+    backend = optuna.storages.journal.JournalFileBackend(str(directory / "journal"))
+    return optuna.load_study(study_name="merge tpe", storage=optuna.storages.JournalStorage(backend))
+
+
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [*itertools.product(["journal"], ["grid", "tpe", "cma", "evolution"]), ("database", "tpe")],
@@ -209,15 +219,13 @@ def test_nothing_is_evaluated_twice_after_sigkill(tmp_path, kind, strategy):
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
     assert len(lines(log, "end")) == 5 + 2
-    process = start(storage, log, grace=2, strategies=[strategy])
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    found = result_of(start(storage, log, grace=2, strategies=[strategy]))[strategy]
     ended = [weights for _, weights in lines(log, "end")]
     begun = [weights for _, weights in lines(log, "begin")]
     assert len(ended) == len(set(ended))
     assert set(begun) == set(ended)  # what was interrupted was done again, with its weights
     assert len(begun) == len(ended) + 2
-    assert {str(weights) for weights in eval(output)[strategy]} == set(ended)
+    assert {str(weights) for weights in found} == set(ended)
     if strategy != "grid":
         assert len(ended) == 15
 
@@ -228,16 +236,12 @@ def test_nothing_is_evaluated_twice_after_sigkill(tmp_path, kind, strategy):
 def test_processes_share_a_search(tmp_path, kind, strategies):
     storage, log = storage_of(kind, tmp_path), tmp_path / "log"
     processes = [start(storage, log, seconds=0.1, strategies=strategies) for _ in range(2)]
-    outputs = []
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        outputs.append(eval(output))
-    assert outputs[0] == outputs[1]
-    assert all(len(outputs[0][name]) == 15 for name in strategies if name != "grid")
+    found, again = map(result_of, processes)
+    assert found == again
+    assert all(len(found[name]) == 15 for name in strategies if name != "grid")
     ended = lines(log, "end")
-    assert len(ended) == sum(len(evaluations) for evaluations in outputs[0].values())
-    assert all(len(set(points)) == len(points) for points in outputs[0].values())
+    assert len(ended) == sum(map(len, found.values()))
+    assert all(len(set(points)) == len(points) for points in found.values())
     for process in processes:
         assert sum(name == str(process.pid) for name, _ in ended) > len(ended) / 5
 
@@ -245,10 +249,8 @@ def test_processes_share_a_search(tmp_path, kind, strategies):
 def test_the_work_of_a_process_that_dies_is_done_by_the_other(tmp_path):
     storage, log = storage_of("journal", tmp_path), tmp_path / "log"
     dies, lives = start(storage, log, 4, 0.1, strategies=["cma"]), start(storage, log, 0, 0.1, strategies=["cma"])
-    dies.communicate(timeout=60)
-    output, errors = lives.communicate(timeout=60)
-    assert (dies.returncode, lives.returncode) == (-signal.SIGKILL, 0), errors
-    assert len(eval(output)["cma"]) == len(lines(log, "end")) == 15
+    assert dies.wait(timeout=60) == -signal.SIGKILL
+    assert len(result_of(lives)["cma"]) == len(lines(log, "end")) == 15
 
 
 @pytest.mark.parametrize("strategy", ["tpe", "evolution"])
@@ -263,8 +265,7 @@ def test_what_a_longer_search_has_begun_is_left(tmp_path, strategy):
 def test_a_process_that_died_before_it_gave_its_name_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr("stagepatch.search.engine._CLAIM", 1.0)
     search(tmp_path / "journal", evaluations=4)
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal")))
-    study = optuna.load_study(study_name="merge tpe", storage=storage)
+    study = study_of(tmp_path)
     study.enqueue_trial({}, user_attrs={"slot": 4})
     study.ask()
     begun = time.monotonic()
@@ -275,8 +276,7 @@ def test_a_process_that_died_before_it_gave_its_name_is_noticed(tmp_path, monkey
 def test_a_process_that_was_taken_for_dead_goes_on(tmp_path):
     def slow(weights):
         if len(objective.asked) == 3:
-            backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "journal"))
-            study = optuna.load_study(study_name="merge tpe", storage=optuna.storages.JournalStorage(backend))
+            study = study_of(tmp_path)
             (running,) = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
             study.tell(running.number, state=optuna.trial.TrialState.FAIL)
         return quadratic(weights)
@@ -326,7 +326,7 @@ def test_what_is_clearly_bad_is_given_up_where_that_is_asked_for(tmp_path, strat
     assert search(tmp_path / "journal", objective, **options, prune=True)[strategy] == found
     assert len(whole) == count
     if strategy == "tpe":
-        write_merge_results({strategy: found}, "fid_train", 5, tmp_path)
+        write_merge_results(MergeConfig(output_dir=str(tmp_path)), {strategy: found})
         written = json.loads((tmp_path / "search.json").read_text())["strategies"]["tpe"]
         assert [one.get("pruned", False) for one in written] == [one.pruned for one in found]
     with pytest.raises(UserError, match="prune was True, is False"):
@@ -334,11 +334,15 @@ def test_what_is_clearly_bad_is_given_up_where_that_is_asked_for(tmp_path, strat
 
 
 def test_an_identity_may_gain_what_has_its_default(tmp_path):
-    class Defaults:
-        drop_steps = True
-
     search(tmp_path / "journal", identity={"budget": 1})
-    again = {"identity": {"budget": 1, "drop_steps": True}, "defaults": Defaults()}
-    search(tmp_path / "journal", **again)
-    with pytest.raises(UserError, match=r"drop_steps was True, is False"):
-        search(tmp_path / "journal", identity={"budget": 1, "drop_steps": False}, defaults=Defaults())
+    search(tmp_path / "journal", identity={"budget": 1, "metric": "fid_train"})
+    with pytest.raises(UserError, match=r"metric was fid_train, is fid_held_out"):
+        search(tmp_path / "journal", identity={"budget": 1, "metric": "fid_held_out"})
+
+
+def test_optuna_logs_afterwards_as_before(tmp_path):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search(tmp_path / "journal", evaluations=2)
+    with pytest.raises(UserError):
+        search(tmp_path / "journal", evaluations=2, seed=1)
+    assert optuna.logging.get_verbosity() == optuna.logging.WARNING

@@ -1,6 +1,7 @@
 """What a search evaluates is what merging writes, measured as everywhere else."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,8 +35,10 @@ def stages_of(directories):
     return find_stages(directories[0], directories[1:])
 
 
-def assert_equal(model, expected):
-    own, theirs = model.state_dict(), expected.state_dict()
+def assert_as_written(merged, stages, output, ties=0.0):
+    """At WEIGHTS, the model in memory is the one that `merge_models` writes."""
+    merge_models(Path(stages.base), stages.directories, WEIGHTS, output, ties)
+    own, theirs = merged.at(WEIGHTS).state_dict(), load_denoiser(output)[0].state_dict()
     assert set(own) == set(theirs)
     assert all(torch.equal(value, theirs[name]) for name, value in own.items())
 
@@ -46,8 +49,7 @@ def test_model_in_memory_is_the_model_that_is_written(directories, tmp_path, tie
     stages = stages_of(directories)
     merged = MergedModel(stages, ties)
     merged.at([1.0, -2.0])  # nothing of it stays
-    merge_models(tmp_path / "base", stages.directories, WEIGHTS, tmp_path / "out", ties)
-    assert_equal(merged.at(WEIGHTS), load_denoiser(tmp_path / "out")[0])
+    assert_as_written(merged, stages, tmp_path / "out", ties)
 
 
 def test_half_precision_is_rounded_as_in_the_written_model(directories, tmp_path):
@@ -55,8 +57,7 @@ def test_half_precision_is_rounded_as_in_the_written_model(directories, tmp_path
         path = tmp_path / directory / "transformer" / "diffusion_pytorch_model.safetensors"
         save_file({name: value.half() for name, value in load_file(path).items()}, path)
     stages = stages_of(directories)
-    merge_models(tmp_path / "base", stages.directories, WEIGHTS, tmp_path / "out")
-    assert_equal(MergedModel(stages).at(WEIGHTS), load_denoiser(tmp_path / "out")[0])
+    assert_as_written(MergedModel(stages), stages, tmp_path / "out")
 
 
 def test_projections_of_stages_are_merged_too(directories, tmp_path):
@@ -67,8 +68,7 @@ def test_projections_of_stages_are_merged_too(directories, tmp_path):
             weight.data.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
         save_denoiser(model, scheduler, tmp_path / name)
     stages = stages_of(directories)
-    merge_models(tmp_path / "base", stages.directories, WEIGHTS, tmp_path / "out")
-    assert_equal(MergedModel(stages).at(WEIGHTS), load_denoiser(tmp_path / "out")[0])
+    assert_as_written(MergedModel(stages), stages, tmp_path / "out")
 
 
 def test_lora_in_memory_is_the_lora_that_is_written(directories, tmp_path, batch):

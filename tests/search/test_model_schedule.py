@@ -1,7 +1,6 @@
 """The search for a model schedule: it finds what is best, keeps to the budget, goes on as if it had never stopped."""
 
 import itertools
-import json
 import math
 import random
 import signal
@@ -16,7 +15,8 @@ from diffusers import DPMSolverMultistepScheduler
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_json
+from stagepatch.core.files import read_json, write_json
+from stagepatch.core.processes import processes
 from stagepatch.core.tensors import read_tensors
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.evaluation import Evaluator, evaluate, features, load_extractor, load_references
@@ -183,7 +183,7 @@ def test_predictor_ranks_what_it_has_not_seen():
 
 def test_calls_take_turns_and_the_first_round_is_not_counted(monkeypatch):
     order, now = [], [0.0]
-    monkeypatch.setattr("stagepatch.search.zoo._now", lambda: now[0])
+    monkeypatch.setattr("stagepatch.search.schedule_search._now", lambda: now[0])
 
     def call(name, times):
         order.append(name)
@@ -201,7 +201,7 @@ def test_costs_are_measured_once_and_then_read(tiny_dit, tmp_path, monkeypatch):
     config = ScheduleConfig(str(tmp_path / "out"), zoo=entries, sampling=SamplingConfig("ddpm", 5))
     costs = Zoo(config, base, SCHEDULER, None).space.costs
     assert costs[0] > 3 * costs[1] > 0
-    monkeypatch.setattr("stagepatch.search.zoo.median_seconds", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("stagepatch.search.schedule_search.median_seconds", lambda *_: pytest.fail("measured again"))
     assert Zoo(config, base, SCHEDULER, None).space.costs == costs
     write_costs(tmp_path / "out", base=1.0)
     with pytest.raises(UserError, match="has not the costs of base, small: delete it"):
@@ -222,20 +222,10 @@ def models(tiny_dit, tmp_path):
         for prompts in patch.prompts:
             prompts.normal_(std=5.0, generator=torch.Generator().manual_seed(0))
     patch.save_pretrained(tmp_path / "patch")
-    zoo = [
-        {"name": "small", "model": str(tmp_path / "small")},
-        {"name": "patched", "learned": str(tmp_path / "patch")},
-    ]
-    return [
-        "schedule",
-        f"--model={tmp_path / 'base'}",
-        f"--zoo={json.dumps(zoo)}",
-        f"--output_dir={tmp_path / 'out'}",
-        "--evaluations=7",
-        "--seeds=[5, 6]",
-        "--sampling.num_images=60",
-        "--sampling.num_inference_steps=6",
-    ]
+    zoo = f"[{{name: small, model: {tmp_path / 'small'}}}, {{name: patched, learned: {tmp_path / 'patch'}}}]"
+    places = [f"--model={tmp_path / 'base'}", f"--zoo={zoo}", f"--output_dir={tmp_path / 'out'}"]
+    counts = ["--evaluations=7", "--seeds=[5, 6]", "--sampling.num_images=60", "--sampling.num_inference_steps=6"]
+    return ["schedule", *places, *counts]
 
 
 def write_costs(directory, **seconds):
@@ -243,14 +233,14 @@ def write_costs(directory, **seconds):
     write_json(directory / "costs.json", {"seconds": seconds})
 
 
-def found(tmp_path):
-    return json.loads((tmp_path / "out" / "search.json").read_text())["evaluations"]
+def found(tmp_path, name="out"):
+    return read_json(tmp_path / name / "search.json")["evaluations"]
 
 
 def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     assert main(models) == 0
     printed = capsys.readouterr().out
-    evaluations, costs = found(tmp_path), json.loads((tmp_path / "out" / "costs.json").read_text())["seconds"]
+    evaluations, costs = found(tmp_path), read_json(tmp_path / "out" / "costs.json")["seconds"]
     budget = 0.5 * 6 * costs["base"]
     assert len({tuple(evaluation["schedule"]) for evaluation in evaluations}) == len(evaluations) == 7
     for evaluation in evaluations:
@@ -267,12 +257,8 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     sampler = DPMSolverMultistepScheduler.from_config(load_denoiser(tmp_path / "base")[1].config)
     sampler.set_timesteps(6)
     six = sampler.timesteps
-    steps = [
-        {"timestep": timestep, "expert": name}
-        for timestep, name in zip(six.tolist(), best["schedule"], strict=True)
-        if name is not None
-    ]
-    assert file["steps"] == steps
+    steps = [step for step in zip(six.tolist(), best["schedule"], strict=True) if step[1] is not None]
+    assert [(step["timestep"], step["expert"]) for step in file["steps"]] == steps
     assert file["scheduler"] == "dpmsolver++"
     base = load_denoiser(tmp_path / "base")[0]
     patched = load_denoiser(tmp_path / "base")[0]
@@ -280,11 +266,11 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     by_name = {"base": base, "patched": patched, "small": load_denoiser(tmp_path / "small")[0]}
 
     def by_hand(steps, seed, count, labels):
-        sampler.set_timesteps(timesteps=[step["timestep"] for step in steps])
+        sampler.set_timesteps(timesteps=[timestep for timestep, _ in steps])
         sample, _ = noise(seed, count)
         with torch.no_grad():
-            for timestep, step in zip(sampler.timesteps, steps, strict=True):
-                output = by_name[step["expert"]](sample, timestep.expand(count), labels).sample
+            for timestep, (_, name) in zip(sampler.timesteps, steps, strict=True):
+                output = by_name[name](sample, timestep.expand(count), labels).sample
                 sample = sampler.step(output, timestep, sample).prev_sample
         return sample
 
@@ -294,24 +280,21 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     torch.testing.assert_close(images, by_hand(steps, 0, 4, torch.arange(4)), atol=1e-4, rtol=1e-4)
     # The value that the search gave it, and those of the comparison.
     references, extractor = load_references(ScheduleConfig().data), load_extractor("digits")
-    labels = references.train.labels[:60]
-    assert evaluate(by_hand(steps, 0, 60, labels), references, extractor)["fid_train"] == pytest.approx(
-        best["value"], rel=1e-3
-    )
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    expected = evaluate(by_hand(steps, 6, 60, labels), references, extractor)
-    name = next(name for name in metrics if name.startswith("schedule"))
-    assert metrics[name][1] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+    def measured(steps, seed):
+        return evaluate(by_hand(steps, seed, 60, references.train.labels[:60]), references, extractor)
+
+    assert best["value"] == pytest.approx(measured(steps, 0)["fid_train"], rel=1e-3)
+    metrics = read_json(tmp_path / "out" / "metrics.json")
     assert metrics["seeds"] == [5, 6]
+    name = next(name for name in metrics if name.startswith("schedule"))
+    assert metrics[name][1] == pytest.approx(measured(steps, 6), rel=1e-2, abs=1e-3)
     # The base within the same budget: the sampler's own three steps, and three of the six.
     sampler.set_timesteps(3)
-    for name, timesteps in [
-        ("base, 3 steps", sampler.timesteps.tolist()),
-        ("base, 3 of the 6", six[[0, 2, 5]].tolist()),
-    ]:
-        alone = [{"timestep": timestep, "expert": "base"} for timestep in timesteps]
-        expected = evaluate(by_hand(alone, 5, 60, labels), references, extractor)
-        assert metrics[name][0] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    three = sampler.timesteps.tolist()
+    for name, timesteps in [("base, 3 steps", three), ("base, 3 of the 6", six[[0, 2, 5]].tolist())]:
+        alone = measured([(timestep, "base") for timestep in timesteps], 5)
+        assert metrics[name][0] == pytest.approx(alone, rel=1e-2, abs=1e-3)
 
 
 def test_command_stopped_and_started_again_repeats_nothing(models, tiny_dit, tmp_path, monkeypatch, capsys):
@@ -398,14 +381,13 @@ def test_without_a_zoo_the_steps_are_chosen_and_without_dropping_the_models(mode
     file = yaml.safe_load((tmp_path / "out" / "schedule.yaml").read_text())
     assert min(recalls) < max(recalls)
     best = found(tmp_path)[recalls.index(max(recalls))]["schedule"]
-    timesteps = json.loads((tmp_path / "out" / "search.json").read_text())["settings"]["timesteps"]
+    timesteps = read_json(tmp_path / "out" / "search.json")["settings"]["timesteps"]
     kept = [timestep for timestep, name in zip(timesteps, best, strict=True) if name is not None]
     assert [step["timestep"] for step in file["steps"]] == kept
     write_costs(tmp_path / "kept", base=1.0, small=0.2, patched=1.0)
     kept = [*models, "--drop_steps=false", "--sampling.scheduler=ddim", "--budget=0.9"]
     assert main([*kept, f"--output_dir={tmp_path / 'kept'}", "--evaluations=4"]) == 0
-    evaluations = json.loads((tmp_path / "kept" / "search.json").read_text())["evaluations"]
-    assert all(None not in evaluation["schedule"] for evaluation in evaluations)
+    assert all(None not in evaluation["schedule"] for evaluation in found(tmp_path, "kept"))
     # All steps are there, so that even a sampler that takes none by itself has them.
     given = ["sample", f"--model={tmp_path / 'base'}", f"--schedule={tmp_path / 'kept' / 'schedule.yaml'}"]
     assert main([*given, "--sampling.num_images=2", f"--output_dir={tmp_path / 'samples'}"]) == 0
@@ -462,3 +444,9 @@ def test_model_of_latents_is_searched_by_its_images(tmp_path, monkeypatch, capsy
 def test_mistakes_are_named(models, capsys, changes, message):
     assert main([*models, *changes]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_processes_of_a_launch_are_refused_before_a_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(processes(), "num_processes", 2)
+    assert main(["schedule", "--model=nowhere/at/all"]) == 2
+    assert "start `stagepatch schedule` several times instead" in capsys.readouterr().err

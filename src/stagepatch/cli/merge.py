@@ -32,19 +32,17 @@ def _search_and_merge(config: configs.MergeConfig, stages: Stages) -> None:
     if config.weights:
         raise UserError("Give weights, or search.strategies to search for them, not both.")
     check_optuna()
-    from stagepatch.search.engine import best_of
-    from stagepatch.search.merge_search import search_weights
-    from stagepatch.search.results import RESULT, format_weights, print_merge_results, write_merge_results
+    from stagepatch.search import best_of, results, search_weights
 
-    output, metric, num_images = Path(config.output_dir), config.search.metric, config.sampling.num_images
-    found = search_weights(config, stages)
-    best = best_of(list(chain(*found.values())))
+    output, found = Path(config.output_dir), search_weights(config, stages)
+    best = best_of(list(chain(*found.values()))).point
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / "search.lock"):  # processes that shared a search end at the same time
-        write_merge_results(found, metric, num_images, output)
-        stages.merge(best.point, output, config.ties_keep)
-    print_merge_results(found, metric, num_images)
-    print(f"The best weights of all are {format_weights(best.point)}. Every evaluation is in '{output / RESULT}'.")
+        results.write_merge_results(config, found)
+        stages.merge(best, output, config.ties_keep)
+    results.print_merge_results(config, found)
+    where = output / results.RESULT
+    print(f"The best weights of all are {results.format_weights(best)}. Every evaluation is in '{where}'.")
 
 
 def check_optuna() -> None:

@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, write_json
-from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors
 from stagepatch.merging.merge import check_weights
-from stagepatch.methods.config import LoRAConfig
+from stagepatch.methods import LoRAConfig
 from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME
 
 

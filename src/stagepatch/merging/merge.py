@@ -12,8 +12,7 @@ from torch import Tensor
 
 from stagepatch.checkpoints.layout import denoiser_directory, denoiser_reader
 from stagepatch.checkpoints.projection import PROJECTION
-from stagepatch.core.errors import UserError
-from stagepatch.core.tensors import TensorReader, write_stream
+from stagepatch.core import TensorReader, UserError, write_stream
 
 # Numbers at a time: in the processor's cache, and too few for torch to share among threads, which costs more.
 PIECE = 2**15

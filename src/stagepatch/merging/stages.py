@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagepatch.checkpoints.fingerprint import model_fingerprint
-from stagepatch.checkpoints.layout import find_model
-from stagepatch.core.errors import UserError
+from stagepatch.checkpoints import find_model, model_fingerprint
+from stagepatch.core import UserError
 from stagepatch.merging.lora import merge_loras
 from stagepatch.merging.merge import merge_models
-from stagepatch.methods.artifacts import Artifact, open_artifact
+from stagepatch.methods import Artifact, open_artifact
 
 _RANGES = "in its own range of timesteps: stagepatch sample --schedule."
 _NOT_MERGED = {

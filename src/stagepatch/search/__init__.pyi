@@ -2,7 +2,6 @@ from .config import MergeConfig as MergeConfig
 from .config import ScheduleConfig as ScheduleConfig
 from .config import SearchConfig as SearchConfig
 from .config import ZooEntry as ZooEntry
-from .engine import Box as Box
 from .engine import Evaluation as Evaluation
 from .engine import Search as Search
 from .engine import Strategy as Strategy
@@ -10,13 +9,13 @@ from .engine import best_of as best_of
 from .merge_search import MergedLoRA as MergedLoRA
 from .merge_search import MergedModel as MergedModel
 from .merge_search import search_weights as search_weights
+from .merge_search import weight_strategies as weight_strategies
 from .model_schedule import NONE as NONE
 from .model_schedule import Choices as Choices
 from .model_schedule import Space as Space
 from .model_schedule import evolution as evolution
 from .model_schedule import propose as propose
 from .objective import SampledMetric as SampledMetric
+from .schedule_search import Zoo as Zoo
+from .schedule_search import median_seconds as median_seconds
 from .schedule_search import search_model_schedule as search_model_schedule
-from .strategies import weight_strategies as weight_strategies
-from .zoo import Zoo as Zoo
-from .zoo import median_seconds as median_seconds

@@ -1,4 +1,4 @@
-"""One search: strategies choose points of a box, an objective evaluates them, a storage by Optuna keeps all.
+"""One search: strategies choose points of a space, an objective evaluates them, a storage by Optuna keeps all.
 
 What is to be evaluated are numbered slots, trials that wait in a study: a strategy says their points, or leaves them
 to one of Optuna's samplers when they are begun. A trial whose process died fails, and its slot is filled with its
@@ -9,19 +9,22 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import FloatDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.storages import BaseStorage
-from optuna.storages._heartbeat import BaseHeartbeat
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from stagepatch.core.settings import as_json, check_unchanged
+from stagepatch.core import as_json, check_unchanged
+from stagepatch.search.config import ScheduleConfig, SearchConfig
 from stagepatch.search.storages import Workers, open_storage
 
 Point = tuple[float, ...]
@@ -40,16 +43,6 @@ class Evaluation:
     value: float
     seconds: float
     pruned: bool = False
-
-
-@dataclass(frozen=True)
-class Box:
-    """Points of `size` numbers from `low` to `high`, at a distance of `step`."""
-
-    size: int
-    low: float
-    high: float
-    step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,24 +76,21 @@ class Search:
     Other processes may work on the same storage; what they have begun is waited for.
 
     Args:
-        name: of the search; several in one database need several names.
-        storage: a database's URL, or a journal file.
-        box: of the points.
+        config: its name, storage and pruning (MedianPruner) are the search's; its defaults are the values of what a
+            former identity lacks.
+        output: directory of the journal, where the config names no other storage.
+        space: what each number of a point may be.
         objective: to be made small; a function of the point alone. Its second argument is to be called with an
             intermediate value; it is None where nothing is pruned.
         identity: what the objective depends on; a search goes on only with the same.
-        defaults: attributes are the values of what a former identity lacks.
-        prune: give up an evaluation whose intermediate value is above the median of the others (MedianPruner).
         on_progress: called with a strategy's name, its evaluations so far, and how many there will be.
     """
 
-    name: str
-    storage: str
-    box: Box
+    config: SearchConfig | ScheduleConfig
+    output: Path
+    space: Sequence[FloatDistribution]
     objective: Callable[[Point, Report | None], float]
     identity: Mapping[str, Any]
-    defaults: object = None
-    prune: bool = False
     on_progress: Callable[[str, list[Evaluation], int], None] = lambda name, ended, total: None
 
     def run(self, strategies: Sequence[Strategy]) -> dict[str, list[Evaluation]]:
@@ -112,32 +102,48 @@ class Search:
         Raises:
             UserError: a storage that cannot be opened, or one with another identity.
         """
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            with open_storage(self.storage) as (storage, workers):
-                runs = [_Run(self, strategy, self._study(storage, strategy), workers) for strategy in strategies]
-                return {run.strategy.name: run.finish() for run in runs}
+        place = self.config.storage or str(self.output / "search.journal")
+        with _quiet(), open_storage(place) as (storage, workers):
+            runs = [_Run(self, strategy, storage, workers) for strategy in strategies]
+            return {run.strategy.name: run.finish() for run in runs}
 
-    def _study(self, storage: BaseStorage, strategy: Strategy) -> optuna.Study:
-        now = {**self.identity, **strategy.settings, "prune": self.prune}
+    def study(self, storage: BaseStorage, strategy: Strategy) -> optuna.Study:
+        """Where a strategy's trials are kept.
+
+        Raises:
+            UserError: it is of another identity.
+        """
+        now = {**self.identity, **strategy.settings, "prune": self.config.prune}
         study = optuna.create_study(
             storage=storage,
-            study_name=f"{self.name} {strategy.name}",
+            study_name=f"{self.config.name} {strategy.name}",
             sampler=strategy.sampler or RandomSampler(),
-            pruner=MedianPruner() if self.prune else NopPruner(),
+            pruner=MedianPruner() if self.config.prune else NopPruner(),
             load_if_exists=True,
         )
         check_unchanged(
             {"prune": False, **study.user_attrs.get("identity", as_json(now))},
             now,
-            f"The storage of the search '{self.name}' holds evaluations of something else",
+            f"The storage of the search '{self.config.name}' holds evaluations of something else",
             "Give another name of the search, or another output_dir or storage.",
-            defaults=self.defaults,
+            defaults=type(self.config)(),
             ignored=_NO_DIFFERENCE,
         )
         study.set_user_attr("identity", as_json(now))
         return study
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna says nothing but errors."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -148,9 +154,10 @@ def best_of(evaluations: Sequence[Evaluation]) -> Evaluation:
 class _Run:
     """One strategy on its study."""
 
-    def __init__(self, search: Search, strategy: Strategy, study: optuna.Study, workers: Workers | None) -> None:
-        self.search, self.strategy, self.study, self.workers = search, strategy, study, workers
-        self.names = [f"w{number}" for number in range(search.box.size)]
+    def __init__(self, search: Search, strategy: Strategy, storage: BaseStorage, workers: Workers | None) -> None:
+        self.search, self.strategy, self.storage, self.workers = search, strategy, storage, workers
+        self.study = search.study(storage, strategy)
+        self.names = [f"w{number}" for number in range(len(search.space))]
         self.slots = 0
 
     def finish(self) -> list[Evaluation]:
@@ -197,15 +204,14 @@ class _Run:
         """Fail the trials whose process died."""
         optuna.storages.fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if self._is_orphan(trial):
-                with contextlib.suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):
-                    self.study.tell(trial.number, state=TrialState.FAIL)
-
-    def _is_orphan(self, trial: FrozenTrial) -> bool:
-        worker = trial.user_attrs.get("worker")
-        if worker is None:
-            return datetime.now() - (trial.datetime_start or datetime.min) > timedelta(seconds=_CLAIM)
-        return self.workers is not None and self.workers.is_gone(worker)
+            worker, start = trial.user_attrs.get("worker"), trial.datetime_start or datetime.min
+            if worker is None:
+                is_orphan = datetime.now() - start > timedelta(seconds=_CLAIM)
+            else:
+                is_orphan = self.workers is not None and self.workers.is_gone(worker)
+            if is_orphan:
+                with contextlib.suppress(UpdateFinishedTrialError):
+                    self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _fill(self, points: Sequence[Point | None], begun: Mapping[int, Point]) -> None:
         """Put a trial into each slot that has none, with the point of one that failed there."""
@@ -217,18 +223,16 @@ class _Run:
                 self.study.enqueue_trial(params, user_attrs={"slot": slot, "params": params})
 
     def _evaluate_next(self) -> None:
-        valued: list[int] = []
+        values: list[float] = []
 
         def value_of(trial: Trial) -> float:
-            value = self._value_of(trial)
-            valued.append(trial.number)
-            return value
+            values.append(self._value_of(trial))
+            return values[0]
 
         try:
             self.study.optimize(value_of, n_trials=1, catch=(_NotWanted,))
-        except Exception:  # Optuna has several for a trial that is over
-            trials = self.study.get_trials(deepcopy=False)
-            if not any(trials[number].state == TrialState.FAIL for number in valued):
+        except (ValueError, UpdateFinishedTrialError):
+            if not values:
                 raise
             # Another process took this one for dead, as after a long pause, and the slot is filled again.
 
@@ -236,11 +240,13 @@ class _Run:
         slot, trials = trial.user_attrs.get("slot", self.slots), self.study.get_trials(deepcopy=False)
         if slot >= self.slots or slot in _taken(trials[: trial.number]):
             raise _NotWanted
+        storage = self.storage
+        if isinstance(storage, RDBStorage):  # a sign of life before the name: Optuna's thread may give its first later
+            study = storage.get_study_id_from_name(self.study.study_name)
+            storage.record_heartbeat(storage.get_trial_id_from_study_id_trial_number(study, trial.number))
         trial.set_user_attr("worker", "" if self.workers is None else self.workers.own)
-        if isinstance(trial.storage, BaseHeartbeat):  # a sign of life before Optuna's thread gives its first
-            trial.storage.record_heartbeat(trial._trial_id)
-        box = self.search.box
-        point = tuple(float(trial.suggest_float(name, box.low, box.high, step=box.step)) for name in self.names)
+        bounds = zip(self.names, self.search.space, strict=True)
+        point = tuple(float(trial.suggest_float(name, each.low, each.high, step=each.step)) for name, each in bounds)
         for evaluation in self._state()[0].values():
             if evaluation.point == point and not evaluation.pruned:
                 return evaluation.value
@@ -250,7 +256,7 @@ class _Run:
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        value = self.search.objective(point, report if self.search.prune else None)
+        value = self.search.objective(point, report if self.search.config.prune else None)
         return value if math.isfinite(value) else math.inf
 
 

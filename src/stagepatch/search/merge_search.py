@@ -1,28 +1,33 @@
-"""A search for the weights of a merge."""
+"""A search for the weights of a merge: a grid of two levels (DeMe, arXiv 2410.06664, supplement), TPE, CMA-ES."""
 
-from collections.abc import Sequence
+import importlib.util
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import optuna
 import torch
+from optuna.distributions import FloatDistribution
+from optuna.samplers import BaseSampler, CmaEsSampler, TPESampler
+from optuna.trial import FrozenTrial
 from torch import nn
 
-from stagepatch.checkpoints import add_projections, load_denoiser
-from stagepatch.checkpoints.fingerprint import model_fingerprint, weights_fingerprint
-from stagepatch.checkpoints.layout import find_model
+from stagepatch.checkpoints import add_projections, find_model, load_denoiser, model_fingerprint, weights_fingerprint
 from stagepatch.checkpoints.projection import PROJECTION
-from stagepatch.core.processes import processes
-from stagepatch.core.tensors import TensorReader
+from stagepatch.core import TensorReader, UserError, processes
 from stagepatch.evaluation import Evaluator
-from stagepatch.merging.lora import combine_loras, read_loras
-from stagepatch.merging.merge import combine, open_all, piece_size
-from stagepatch.merging.stages import Stages
+from stagepatch.merging import Stages, combine, combine_loras
+from stagepatch.merging.lora import read_loras
+from stagepatch.merging.merge import open_all, piece_size
 from stagepatch.methods import LoRA
 from stagepatch.methods.lora import ADAPTER
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE
-from stagepatch.search.config import MergeConfig
-from stagepatch.search.engine import Box, Evaluation, Point, Report
-from stagepatch.search.objective import SampledMetric, run_search
-from stagepatch.search.strategies import weight_strategies
+from stagepatch.search.config import MergeConfig, SearchConfig
+from stagepatch.search.engine import Evaluation, Point, Report, Search, Strategy
+from stagepatch.search.objective import SampledMetric, check_alone, run_search
+
+NAMES = ("grid", "tpe", "cma")
 
 
 class MergedModel:
@@ -84,10 +89,10 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
 
     Raises:
         UserError: settings that cannot be, a stage of another architecture, data or an extractor that cannot be had,
-            or a storage of another search.
+            a storage of another search, or a process of a launch.
     """
-    options, output = config.search, Path(config.output_dir)
-    count = len(stages.directories)
+    check_alone("merge")
+    options, output, count = config.search, Path(config.output_dir), len(stages.directories)
     strategies = weight_strategies(options, count)
     merged = MergedLoRA(stages) if stages.are_loras else MergedModel(stages, config.ties_keep)
     evaluator = Evaluator.load(stages.base, config.data, config.extractor, Path(config.cache or output / "cache"))
@@ -96,14 +101,79 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
     def objective(weights: Point, report: Report | None) -> float:
         return metric(merged.at(weights), merged.scheduler, config.sampling, report)
 
+    def fingerprint(stage: Path) -> str:
+        is_lora = stages.are_loras
+        return weights_fingerprint(TensorReader([stage / LORA_FILE])) if is_lora else model_fingerprint(stage)
+
     identity = {
         "base": model_fingerprint(find_model(stages.base)),
-        "stages": [_fingerprint(directory, stages.are_loras) for directory in stages.directories],
+        "stages": [fingerprint(stage) for stage in stages.directories],
         **{name: getattr(config, name) for name in ("ties_keep", "extractor", "sampling", "data")},
-        "metric": options.metric,
+        **{name: getattr(options, name) for name in ("metric", "low", "high")},
     }
-    return run_search(options, output, Box(count, options.low, options.high), objective, metric, identity, strategies)
+    space = [FloatDistribution(options.low, options.high)] * count
+    return run_search(Search(options, output, space, objective, identity), strategies, metric)
 
 
-def _fingerprint(directory: Path, is_lora: bool) -> str:
-    return weights_fingerprint(TensorReader([directory / LORA_FILE])) if is_lora else model_fingerprint(directory)
+def weight_strategies(config: SearchConfig, count: int) -> list[Strategy]:
+    """The strategies of a config, each beginning with the base and the mean.
+
+    Args:
+        count: number of weights.
+
+    Raises:
+        UserError: settings that cannot be, by name.
+    """
+    unknown = [name for name in config.strategies if name not in NAMES]
+    if unknown or len(set(config.strategies)) < len(config.strategies):
+        raise UserError(f"search.strategies={config.strategies} must be some of {', '.join(NAMES)}, once each.")
+    if not config.low <= 0.0 < config.high:
+        raise UserError(f"search.low={config.low} and high={config.high} must have low ≤ 0 < high: 0 is the base.")
+    if not all(config.low <= weight <= config.high for weight in config.coarse):
+        raise UserError(f"search.coarse={config.coarse} must be within low={config.low} and high={config.high}.")
+    starts: list[Point] = [(0.0,) * count, (min(1.0 / count, config.high),) * count]
+    if config.evaluations < len(starts):
+        raise UserError(f"search.evaluations={config.evaluations} must be 2 or more: the base and the mean are two.")
+    if "cma" in config.strategies and importlib.util.find_spec("cmaes") is None:
+        raise UserError("The strategy 'cma' needs cmaes: pip install 'stagepatch[search]'.")
+    points = [*starts, *[None] * (config.evaluations - len(starts))]
+    samplers = {
+        "tpe": _seeded(TPESampler, config.seed, multivariate=True, constant_liar=True),
+        "cma": _seeded(CmaEsSampler, config.seed),
+    }
+    return [
+        _grid(config, starts)
+        if name == "grid"
+        else Strategy(name, {"seed": config.seed}, lambda ended, begun: points, samplers[name])
+        for name in config.strategies
+    ]
+
+
+def _grid(config: SearchConfig, starts: list[Point]) -> Strategy:
+    count = len(starts[0])
+    coarse = list(dict.fromkeys([*starts, *itertools.product(config.coarse, repeat=count)]))
+
+    def around(best: Point) -> Iterator[Point]:
+        for offsets in itertools.product(config.fine, repeat=count):
+            moved = (weight + offset for weight, offset in zip(best, offsets, strict=True))
+            yield tuple(round(min(max(weight, config.low), config.high), 10) for weight in moved)
+
+    def points(ended: Mapping[int, Evaluation], begun: Mapping[int, Point]) -> list[Point]:
+        if any(slot not in ended for slot in range(len(coarse))):
+            return coarse
+        best = min(range(len(coarse)), key=lambda slot: ended[slot].value)
+        return list(dict.fromkeys([*coarse, *around(coarse[best])]))
+
+    return Strategy("grid", {"coarse": config.coarse, "fine": config.fine}, points)
+
+
+def _seeded(kind: type[BaseSampler], seed: int, **options: Any) -> BaseSampler:
+    """A sampler whose seed is of the trial: it draws other numbers after a restart, and beside another process."""
+
+    class SeededByNumber(kind):  # type: ignore[valid-type, misc]
+        def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+            super().__init__(seed=(1_000_003 * seed + trial.number) % 2**32, **options)
+            super().before_trial(study, trial)
+
+    sampler: BaseSampler = SeededByNumber(seed=seed, **options)
+    return sampler

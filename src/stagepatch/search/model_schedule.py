@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.search.engine import Evaluation, Point, Strategy
 
 # The number of a model for each step, from noise to image; NONE leaves the step out.
@@ -58,7 +58,12 @@ class Space:
     @property
     def cheapest(self) -> int:
         """The number of the model of the least cost."""
-        return min(range(len(self.costs)), key=self.costs.__getitem__)
+        return self.costs.index(min(self.costs))
+
+    @property
+    def fallback(self) -> int:
+        """What a step gets that the budget has no room for."""
+        return NONE if self.drop_steps else self.cheapest
 
     def options(self) -> list[int]:
         """What a step may be given to."""
@@ -68,9 +73,9 @@ class Space:
         """A schedule brought within the budget: steps at random are left out, or else given to the cheapest model, one
         by one. One step at least remains."""
         mended = list(choices)
-        instead = NONE if self.drop_steps else self.cheapest
         while not self.holds(self.seconds(tuple(mended))):
-            mended[draw.choice([step for step, choice in enumerate(mended) if choice != instead])] = instead
+            step = draw.choice([step for step, choice in enumerate(mended) if choice != self.fallback])
+            mended[step] = self.fallback
         if all(choice == NONE for choice in mended):
             mended[draw.randrange(self.steps)] = self.cheapest
         return tuple(mended)
@@ -83,8 +88,7 @@ class Space:
         room = self.budget * (1.0 + 1e-9) - rest * self.steps
         count = self.steps if extra * self.steps <= room else int(room / extra)
         chosen = {round(step) for step in np.linspace(0, self.steps - 1, count)} if count else set()
-        other = NONE if self.drop_steps else self.cheapest
-        return tuple(model if step in chosen else other for step in range(self.steps))
+        return tuple(model if step in chosen else self.fallback for step in range(self.steps))
 
     def starts(self) -> list[Choices]:
         """Each model alone, the first first."""

@@ -2,23 +2,19 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.processes import processes
-from stagepatch.core.progress import progress_bar
+from stagepatch.core import UserError, processes, progress_bar
 from stagepatch.evaluation import METRICS, Evaluator, LatentSampling
 from stagepatch.evaluation.features import extract_features
 from stagepatch.families import sample_shape
 from stagepatch.sampling import SamplingConfig
-from stagepatch.search.config import ScheduleConfig, SearchConfig
-from stagepatch.search.engine import Box, Evaluation, Point, Report, Search, Strategy, best_of
+from stagepatch.search.engine import Evaluation, Report, Search, Strategy, best_of
 
 _PARTS = 4  # an intermediate value is of the first of so many parts of the images
 
@@ -83,31 +79,28 @@ class SampledMetric:
         return decode_and_report
 
 
-def run_search(
-    config: SearchConfig | ScheduleConfig,
-    output: Path,
-    box: Box,
-    objective: Callable[[Point, Report | None], float],
-    metric: SampledMetric,
-    identity: Mapping[str, Any],
-    strategies: Sequence[Strategy],
-) -> dict[str, list[Evaluation]]:
-    """`Search.run` with progress bars.
-
-    Args:
-        config: its name, storage and pruning are the search's.
-        output: directory of the journal, if no other storage is given.
-        metric: that the objective takes.
+def check_alone(command: str) -> None:
+    """Refuse to search in a launch.
 
     Raises:
-        UserError: see `Search.run`; or this process is one of a launch.
+        UserError: this process is one of several.
     """
     if processes().num_processes > 1:
-        command = "schedule" if isinstance(config, ScheduleConfig) else "merge"
         raise UserError(
             f"A search is not shared under `accelerate launch`: start `stagepatch {command}` several times instead, "
             f"each on its own device; they share the evaluations through the storage."
         )
+
+
+def run_search(search: Search, strategies: Sequence[Strategy], metric: SampledMetric) -> dict[str, list[Evaluation]]:
+    """`Search.run` with progress bars.
+
+    Args:
+        metric: that the objective takes.
+
+    Raises:
+        UserError: see `Search.run`.
+    """
     with progress_bar() as progress:
         images = progress.add_task("sampling", total=None, status="")
         metric.on_batch = lambda count: progress.advance(images, count)
@@ -117,6 +110,4 @@ def run_search(
             best = f"best {metric.metric.sign * best_of(ended).value:.4g}" if ended else ""
             progress.update(tasks[name], completed=len(ended), total=total, status=best)
 
-        storage = config.storage or str(output / "search.journal")
-        search = Search(config.name, storage, box, objective, identity, type(config)(), config.prune, on_progress)
-        return search.run(strategies)
+        return replace(search, on_progress=on_progress).run(strategies)

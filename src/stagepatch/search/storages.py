@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy import Connection, Engine, event
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 
 _HEARTBEAT, _GRACE = 30, 120  # seconds, of a database
 
