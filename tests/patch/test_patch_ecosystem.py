@@ -162,14 +162,15 @@ def offload_sequentially(pipe):
     assert next(denoiser(pipe).parameters()).is_meta
 
 
+CPU = torch.device("cpu")
+
+
 def offload_groups(pipe):
-    devices = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
-    apply_group_offloading(denoiser(pipe), offload_type="block_level", num_blocks_per_group=1, **devices)
+    apply_group_offloading(denoiser(pipe), CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
 
 
 def offload_leaves(pipe):
-    devices = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
-    apply_group_offloading(denoiser(pipe), offload_type="leaf_level", **devices)
+    apply_group_offloading(denoiser(pipe), CPU, CPU, offload_type="leaf_level")
 
 
 @pytest.mark.parametrize("offload", [offload_model, offload_sequentially, offload_groups, offload_leaves])

@@ -11,9 +11,8 @@ from torch import nn
 from stagepatch.core import UserError
 from stagepatch.models import DIT_SIZES, DiT
 
-NAMED_MODELS: dict[str, Any] = yaml.safe_load(
-    (Path(__file__).parent.parent / "assets" / "named_models.yaml").read_text(encoding="utf-8")
-)
+_FILE = Path(__file__).parent.parent / "assets" / "named_models.yaml"
+NAMED_MODELS: dict[str, Any] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
 """`model_class`, `config` and `grid` of each; see the file."""
 
 

@@ -198,8 +198,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
             else:
                 hidden_states = block(hidden_states, conditioning)
-        hidden_states = self.final_layer(hidden_states, conditioning)
-        output = self._unpatchify(hidden_states, grid)
+        output = self._unpatchify(self.final_layer(hidden_states, conditioning), grid)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _condition(self, batch: int, class_labels: Tensor | None, pooled_projections: Tensor | None) -> Tensor:

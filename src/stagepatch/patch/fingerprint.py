@@ -70,8 +70,8 @@ def architecture_differences(made_for: Fingerprint, model: Fingerprint) -> list[
     """What differs, in words; nothing where the architectures are equal or cannot be read."""
     if not made_for.architecture or not model.architecture or made_for.architecture == model.architecture:
         return []
-    names = [name for name in made_for.config if made_for.config[name] != model.config.get(name)]
-    differences = [f"{name} {made_for.config[name]} against the model's {model.config.get(name)}" for name in names]
+    pairs = [(name, value, model.config.get(name)) for name, value in made_for.config.items()]
+    differences = [f"{name} {value} against the model's {other}" for name, value, other in pairs if value != other]
     return differences or ["names or shapes of its parameters"]
 
 

@@ -36,11 +36,9 @@ def _choose(backbone: Backbone, choice: str | int | list[str] | None) -> tuple[S
     sites = tuple(site for site in backbone.sites if site.kind == kind)
     if not sites:
         raise UserError(f"sites={choice!r}: {backbone.model_class} has no {choice}.")
-    if choice == "first":
-        return sites[:1]
-    if choice == "half":
-        return sites[: (len(sites) + 1) // 2]
-    return sites[:choice] if isinstance(choice, int) else sites
+    counts = {"first": 1, "half": (len(sites) + 1) // 2}
+    count = choice if isinstance(choice, int) else counts.get(str(choice))
+    return sites[:count]
 
 
 def _check_prepending(backbone: Backbone, sites: tuple[Site, ...], prepending: str) -> None:
