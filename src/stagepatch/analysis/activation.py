@@ -1,7 +1,5 @@
 """Gate activation: the weight of every prompt at every timestep and block (DMP, Fig. 5)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

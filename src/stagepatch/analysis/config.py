@@ -1,7 +1,5 @@
 """The choices of an analysis."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from stagepatch.data import DataConfig

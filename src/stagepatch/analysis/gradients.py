@@ -1,7 +1,5 @@
 """Pairwise similarity of the timesteps' gradients (DeMe, arXiv 2410.06664, Fig. 1a)."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """The loss at each timestep, and what was learned against the base from the same images and noise."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What an analysis hands over, and how its numbers are shown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

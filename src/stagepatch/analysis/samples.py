@@ -1,7 +1,5 @@
 """What is drawn at a timestep, and its loss: as in training, but for the timestep and for dropped conditions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Cosines between task vectors, what training on from a base added to it (DeMe, arXiv 2410.06664, Fig. 1)."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The differences of a base and a patched model."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

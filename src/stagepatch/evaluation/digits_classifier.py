@@ -3,8 +3,6 @@
 Made by `experiments/train_digits_classifier.py`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

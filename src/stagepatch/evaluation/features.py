@@ -1,7 +1,5 @@
 """Feature extractors, by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """What sampling needs for a model of latents."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

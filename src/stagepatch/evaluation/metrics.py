@@ -1,7 +1,5 @@
 """The table of metrics, and their functions, by torchmetrics where it has them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What samples are measured against, out of a data config, and its features, cached by content."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

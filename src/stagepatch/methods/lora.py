@@ -34,7 +34,7 @@ class LoRA(Method):
                 f"lora rank={config.rank} and min_rank={config.min_rank} must have 0 ≤ min_rank ≤ rank ≥ 1."
             )
         self.config = config
-        self.model: nn.Module
+        self.model: nn.Module | None = None
 
     @classmethod
     def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
@@ -62,7 +62,8 @@ class LoRA(Method):
 
         self.config = LoRAConfig(**read_json(directory / CONFIG_NAME))
         tensors, _ = read_tensors(directory / FILE_NAME)
-        self._inject(model)
+        if self.model is not model:  # else it is another checkpoint of the same run
+            self._inject(model)
         state = {name.split(".", 1)[1]: value for name, value in tensors.items()}
         odd: Any = set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
         if odd.unexpected_keys:

@@ -1,7 +1,5 @@
 """Where a result was made: versions and hardware, nothing that names a person or a host."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """One HTML page with everything in it: no script, no font, no picture comes from elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sample grids, and pictures as data URIs."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Plots with matplotlib's figures alone: no state is shared between them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

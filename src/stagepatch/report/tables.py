@@ -1,7 +1,5 @@
 """Tables for the terminal and for Markdown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
-from stagepatch.core import UserError, as_json, processes, read_json, write_json, write_tensors
+from stagepatch.core import UserError, as_json, as_user_error, processes, read_json, write_json, write_tensors
 from stagepatch.data import cache_directory
 from stagepatch.diffusion import WeightingConfig, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
@@ -80,19 +80,20 @@ class CompareJob(Job):
             Run(self.config, identity=self.identity()).train(progress=False)
             if is_main:
                 write_json(self.directory / COST_NAME, _cost(self.config.training.batch_size, learned))
-        done = self.metrics()
+        done, method, sampling = self.metrics(), None, self.sampling
+        model, scheduler = load_denoiser(self.config.model, getattr(torch, self.config.dtype))
+        model.to(processes().device)
+        if self.schedule:
+            experts = load_experts(self.schedule, model, scheduler)
+            experts.attach(model)
+            sampling = experts.sampling(sampling)
         evaluator = Evaluator.load(self.config.model, self.config.data, self.extractor, Path(self.config.cache))
         for step in sorted(set(self.checkpoints) - set(done)):
-            model, scheduler = load_denoiser(self.config.model, getattr(torch, self.config.dtype))
-            model.to(processes().device)
-            if self.config.method != "none":
-                is_last = step == self.config.training.steps
-                load_learned(model, learned if is_last else learned / "snapshots" / f"{step:07d}")
-            sampling = self.sampling
-            if self.schedule:
-                experts = load_experts(self.schedule, model, scheduler)
-                experts.attach(model)
-                sampling = experts.sampling(sampling)
+            saved = learned if step == self.config.training.steps else learned / "snapshots" / f"{step:07d}"
+            if method is not None:
+                method.load(model, saved)
+            elif self.config.method != "none":
+                method = load_learned(model, saved)
             measured = evaluator.measure(model, scheduler, sampling, self.sampling_seeds)
             done[step] = measured.metrics
             if is_main:
@@ -138,12 +139,10 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
         config = _quick(config)
     jobs: list[CompareJob] = []
     for entry in config.entries:
-        try:
+        with as_user_error(f"Entry '{entry.name}'", UserError):
             own = _jobs_of(entry, config)
             for job in {(job.config.model, job.schedule): job for job in own}.values():
                 job.trainable_parameters()
-        except UserError as error:
-            raise UserError(f"Entry '{entry.name}': {error}") from error
         jobs += own
     ignored = set(BOOKKEEPING) - {"snapshot_every"}  # a snapshot is a checkpoint that is measured
     for job in jobs:

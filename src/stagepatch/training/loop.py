@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stagepatch.core import GLOBAL, BatchOrder, Interrupted, UserError, processes, seed_for
+from stagepatch.core import GLOBAL, BatchOrder, Interrupted, UserError, as_user_error, processes, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict
 from stagepatch.methods import Method
@@ -172,10 +172,8 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         # A process's first Accelerator would decide the precision of all later runs in it.
         AcceleratorState._reset_state()
     processes()
-    try:
+    with as_user_error(f"mixed_precision='{config.mixed_precision}' cannot be had here", ValueError):
         return Accelerator(mixed_precision=config.mixed_precision)
-    except ValueError as error:
-        raise UserError(f"mixed_precision='{config.mixed_precision}' cannot be had here: {error}") from error
 
 
 def _check_settings(config: TrainingConfig, num_processes: int) -> None:
