@@ -41,3 +41,15 @@ def make_patch():
         return patch
 
     return make
+
+
+@pytest.fixture
+def used_patch(model, make_patch, patched):
+    """A factory of patches with a forward of the model behind them, off the model again."""
+
+    def make(**choices):
+        patch = make_patch(model, **choices)
+        patched(patch)
+        return patch
+
+    return make

@@ -120,10 +120,9 @@ def test_balance_terms_are_those_of_the_last_forward(model, batch, make_patch):
     assert terms["importance"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_indicator_has_no_gradient_and_importance_and_surrogate_have(model, make_patch, patched):
+def test_indicator_has_no_gradient_and_importance_and_surrogate_have(used_patch):
     for load_loss in ("indicator", "surrogate"):
-        patch = make_patch(model, load_loss=load_loss)
-        patched(patch)
+        patch = used_patch(load_loss=load_loss)
         terms = patch.balance_terms()
         assert terms["load"] > 0
         assert terms["load"].requires_grad == (load_loss == "surrogate")
@@ -141,9 +140,8 @@ def test_balance_losses_before_any_forward_are_refused(tiny_dit, make_patch):
         patch.balance_terms()
 
 
-def test_patch_without_a_gate_has_no_balance_loss(model, make_patch, patched):
-    patch = make_patch(model, gate="none")
-    patched(patch)
+def test_patch_without_a_gate_has_no_balance_loss(used_patch):
+    patch = used_patch(gate="none")
     assert patch.balance_terms() == {}
     assert patch.balance_loss().item() == 0
     assert patch.gate_entropy().item() == 0

@@ -129,11 +129,10 @@ def test_reference_size_sets_the_number_of_prompts(tiny_dit):
 
 
 @covers("normalization")
-def test_weights_of_mean_one_and_of_sigmoids(model, make_patch, patched):
+def test_weights_of_mean_one_and_of_sigmoids(model, patched, used_patch):
     weights, logits = {}, None
     for normalization in ("softmax", "mean_one", "sigmoid"):
-        patch = make_patch(model, normalization=normalization)
-        patched(patch)
+        patch = used_patch(normalization=normalization)
         weights[normalization], logits = patch.last.weights, patch.last.logits
     torch.testing.assert_close(weights["mean_one"], 16 * weights["softmax"])
     torch.testing.assert_close(weights["sigmoid"], 2 / (1 + torch.exp(-logits)))
@@ -176,9 +175,8 @@ def test_grid_bounds_the_number_of_prompts(tiny_dit):
 
 
 @covers("num_experts")
-def test_experts_are_whole_sets_with_a_weight_each(model, make_patch, patched):
-    patch = make_patch(model, num_experts=4)
-    patched(patch)
+def test_experts_are_whole_sets_with_a_weight_each(used_patch):
+    patch = used_patch(num_experts=4)
     assert [tuple(prompt.shape) for prompt in patch.prompts] == [(4, 16, 32)] * 3
     assert patch.gate.weight.shape == (4, 33)
     assert patch.last.weights.shape == (3, 4, 4)
@@ -230,11 +228,10 @@ def test_sites_name_the_blocks_that_are_patched(
 
 
 @covers("gate")
-def test_gate_is_linear_attention_or_none(model, make_patch, patched):
+def test_gate_is_linear_attention_or_none(used_patch):
     names = {}
     for gate in ("linear", "attention", "none"):
-        patch = make_patch(model, gate=gate)
-        patched(patch)
+        patch = used_patch(gate=gate)
         names[gate] = {name for name, _ in patch.named_parameters() if name.startswith("gate.")}
     assert names == {
         "linear": {"gate.weight", "gate.bias"},
@@ -245,13 +242,11 @@ def test_gate_is_linear_attention_or_none(model, make_patch, patched):
 
 
 @covers("block_index")
-def test_block_index_makes_the_blocks_mixtures_distinct(model, make_patch, patched):
+def test_block_index_makes_the_blocks_mixtures_distinct(used_patch):
     for gate, weight in (("linear", "weight"), ("attention", "query_weight")):
-        with_index = make_patch(model, gate=gate)
-        patched(with_index)
+        with_index = used_patch(gate=gate)
         assert not torch.equal(with_index.last.logits[0], with_index.last.logits[2])
-        without = make_patch(model, gate=gate, block_index=False)
-        patched(without)
+        without = used_patch(gate=gate, block_index=False)
         assert torch.equal(without.last.logits[0], without.last.logits[2])
         assert getattr(with_index.gate, weight).shape[1] == 33
         assert getattr(without.gate, weight).shape[1] == 32
@@ -284,9 +279,8 @@ def test_condition_t_plus_c_of_an_unconditional_model_is_t(tiny_dit, make_patch,
 @pytest.mark.parametrize(
     ("top_k", "chosen"), [(0.75, 12), (0.5, 8), (0.01, 1), (1, 1), (1.0, 1), (3, 3), (16, 16), (99, 16)]
 )
-def test_hard_selection_takes_the_top_k(model, make_patch, top_k, chosen, patched):
-    patch = make_patch(model, selection="hard", top_k=top_k)
-    patched(patch)
+def test_hard_selection_takes_the_top_k(top_k, chosen, used_patch):
+    patch = used_patch(selection="hard", top_k=top_k)
     weights, logits = patch.last.weights, patch.last.logits
     assert patch.top_k == chosen
     assert ((weights > 0).sum(-1) == chosen).all()
@@ -294,17 +288,15 @@ def test_hard_selection_takes_the_top_k(model, make_patch, top_k, chosen, patche
     assert torch.equal(weights > 0, logits >= threshold)
 
 
-def test_soft_selection_weighs_every_prompt_whatever_top_k(model, make_patch, patched):
-    patch = make_patch(model, top_k=3)
-    patched(patch)
+def test_soft_selection_weighs_every_prompt_whatever_top_k(used_patch):
+    patch = used_patch(top_k=3)
     torch.testing.assert_close(patch.last.weights, patch.last.logits.softmax(-1))
 
 
 @covers("hard_weight")
 @pytest.mark.parametrize(("hard_weight", "total"), [("one", 3.0), ("renormalized", 1.0)])
-def test_hard_weight_is_one_each_or_one_in_all(model, make_patch, hard_weight, total, patched):
-    patch = make_patch(model, selection="hard", top_k=3, hard_weight=hard_weight)
-    patched(patch)
+def test_hard_weight_is_one_each_or_one_in_all(hard_weight, total, used_patch):
+    patch = used_patch(selection="hard", top_k=3, hard_weight=hard_weight)
     torch.testing.assert_close(patch.last.weights.sum(-1), torch.full((3, 4), total))
 
 
@@ -376,10 +368,9 @@ def test_gate_learning_rate_factor_reaches_the_gates_group(tiny_dit):
 
 
 @covers("importance_weight", "load_weight")
-def test_balance_weights_scale_their_terms(model, make_patch, patched):
+def test_balance_weights_scale_their_terms(used_patch):
     for importance, load in [(1.0, 1.0), (2.0, 0.0), (0.0, 3.0)]:
-        patch = make_patch(model, importance_weight=importance, load_weight=load)
-        patched(patch)
+        patch = used_patch(importance_weight=importance, load_weight=load)
         terms = patch.balance_terms()
         expected = importance * terms["importance"] + load * terms["load"]
         assert patch.balance_loss().item() == pytest.approx(expected.item())
@@ -388,12 +379,11 @@ def test_balance_weights_scale_their_terms(model, make_patch, patched):
 
 
 @covers("importance_variance")
-def test_importance_variance_chooses_the_formula(model, make_patch, patched):
+def test_importance_variance_chooses_the_formula(used_patch):
     formulas = {"population": balance.importance_loss, "unbiased": balance.importance_loss_unbiased}
     values = []
     for kind, formula in formulas.items():
-        patch = make_patch(model, importance_variance=kind)
-        patched(patch)
+        patch = used_patch(importance_variance=kind)
         values.append(patch.balance_terms()["importance"])
         assert torch.equal(values[-1], formula(patch.last.weights))
     assert not torch.allclose(*values)
@@ -416,69 +406,44 @@ def test_load_loss_chooses_the_formula(model, make_patch, patched):
         assert torch.equal(patch.balance_terms()["load"], expected[kind])
 
 
-def test_smooth_load_is_zero_where_it_is_not_defined(model, make_patch, patched):
+def test_smooth_load_is_zero_where_it_is_not_defined(model, make_patch, patched, used_patch):
     everything = make_patch(model, load_loss="smooth", selection="hard", top_k=16, gate_noise=True).train()
     patched(everything)
     assert everything.balance_terms()["load"] == 0
-    without_noise = make_patch(model, load_loss="smooth", selection="hard", top_k=4, gate_noise=True)
-    patched(without_noise)
+    without_noise = used_patch(load_loss="smooth", selection="hard", top_k=4, gate_noise=True)
     assert without_noise.balance_terms()["load"] == 0
 
 
 # Bad values
 
-BAD = [
-    ("preset", "papers"),
-    ("preset", ["paper"]),
-    ("position", "append"),
-    ("position", None),
-    ("num_prompts", 0),
-    ("num_prompts", "50"),
-    ("num_prompts", 2.5),
-    ("prepending", "softly"),
-    ("sample_size", 0),
-    ("sample_size", [8, -1]),
-    ("sample_size", "8"),
-    ("grid", [0, 4]),
-    ("grid", [2.5, 4]),
-    ("grid", 4),
-    ("normalization", "softplus"),
-    ("matched_step", "yes"),
-    ("num_experts", 0),
-    ("num_experts", True),
-    ("sites", "last"),
-    ("sites", 0),
-    ("sites", -1),
-    ("sites", 1.5),
-    ("sites", True),
-    ("sites", []),
-    ("sites", [0, 1]),
-    ("initialization", "ones"),
-    ("initialization_std", -0.1),
-    ("initialization_std", math.inf),
-    ("initialization_std", "0.02"),
-    ("gate", "mlp"),
-    ("block_index", "no"),
-    ("block_index", None),
-    ("condition", "c"),
-    ("selection", "top"),
-    ("top_k", 0),
-    ("top_k", -3),
-    ("top_k", 1.5),
-    ("top_k", math.nan),
-    ("top_k", "half"),
-    ("hard_weight", "two"),
-    ("gate_noise", 1),
-    ("gate_initialization", "ones"),
-    ("gate_learning_rate_factor", -1.0),
-    ("gate_learning_rate_factor", math.nan),
-    ("importance_weight", -1.0),
-    ("importance_weight", None),
-    ("importance_variance", "sample"),
-    ("load_weight", math.inf),
-    ("load_weight", "1"),
-    ("load_loss", "hinge"),
-]
+BAD_VALUES = {
+    "preset": ["papers", ["paper"]],
+    "position": ["append", None],
+    "num_prompts": [0, "50", 2.5],
+    "prepending": ["softly"],
+    "sample_size": [0, [8, -1], "8"],
+    "grid": [[0, 4], [2.5, 4], 4],
+    "normalization": ["softplus"],
+    "matched_step": ["yes"],
+    "num_experts": [0, True],
+    "sites": ["last", 0, -1, 1.5, True, [], [0, 1]],
+    "initialization": ["ones"],
+    "initialization_std": [-0.1, math.inf, "0.02"],
+    "gate": ["mlp"],
+    "block_index": ["no", None],
+    "condition": ["c"],
+    "selection": ["top"],
+    "top_k": [0, -3, 1.5, math.nan, "half"],
+    "hard_weight": ["two"],
+    "gate_noise": [1],
+    "gate_initialization": ["ones"],
+    "gate_learning_rate_factor": [-1.0, math.nan],
+    "importance_weight": [-1.0, None],
+    "importance_variance": ["sample"],
+    "load_weight": [math.inf, "1"],
+    "load_loss": ["hinge"],
+}
+BAD = [(name, value) for name, values in BAD_VALUES.items() for value in values]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=str)
@@ -489,7 +454,7 @@ def test_bad_value_is_refused_by_name(name, value):
 
 
 def test_bad_values_are_tried_for_every_field():
-    assert {name for name, _ in BAD} == {field.name for field in fields(PatchConfig)}
+    assert set(BAD_VALUES) == {field.name for field in fields(PatchConfig)}
 
 
 @pytest.mark.parametrize(

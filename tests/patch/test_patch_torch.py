@@ -203,9 +203,8 @@ def test_fresh_patch_changes_no_bit_under_autocast(model, batch, choices):
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"position": "prepend", "num_experts": 2}], ids=str)
-def test_mixture_under_autocast_is_computed_in_the_patchs_own_precision(model, make_patch, choices, patched):
-    patch = make_patch(model, **choices)
-    patched(patch)
+def test_mixture_under_autocast_is_computed_in_the_patchs_own_precision(choices, used_patch):
+    patch = used_patch(**choices)
     hidden_states = torch.randn(4, 16, 32)
     expected = patch.enter(0, hidden_states)
     with torch.autocast("cpu", torch.bfloat16):
