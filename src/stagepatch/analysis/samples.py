@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from stagepatch.core import BatchOrder, UserError, seed_for
+from stagepatch.core import UserError, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict
-from stagepatch.training import Conditions, Draws, TrainingConfig, draw
+from stagepatch.training import Conditions, Draws, TrainingConfig, draw, load_batches
 
 _ANALYSIS = 101  # first part of the seeds, which training does not use
 
@@ -64,10 +64,8 @@ class Samples:
         size = min(self.batch_size, count)
         seed = seed_for(_ANALYSIS, self.seed, timestep, half or 0)
         config = TrainingConfig(batch_size=size, label_dropout=0.0, seed=seed)
-        groups = dataset.groups() if hasattr(dataset, "groups") else [range(len(dataset))]
-        order = BatchOrder(groups, size, 0, math.ceil(count / size), seed)
         conditions, device = Conditions(model, dataset), next(model.parameters()).device
-        loader = DataLoader(dataset, batch_sampler=order, num_workers=self.num_workers)
+        loader = load_batches(dataset, size, 0, math.ceil(count / size), seed, self.num_workers)
         for number, batch in enumerate(loader):
             draws = draw(batch, config, objective, conditions, number, self.horizontal_flip, device)
             draws.timesteps.fill_(timestep)

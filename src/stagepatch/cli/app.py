@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import zip_longest
 
 COMMANDS = {
     "demo": "patch the bundled digits model and report what it gained",
@@ -126,7 +126,6 @@ def _keys(config_class: type, prefix: str = "") -> dict[str, object]:
 def _with_flags(arguments: list[str], keys: dict[str, object]) -> list[str]:
     """Arguments in which a boolean without a value is true; a key that there is not is refused with its neighbour."""
     import difflib
-    from itertools import zip_longest
 
     from stagepatch.core.errors import UserError
 
@@ -145,18 +144,9 @@ def _with_flags(arguments: list[str], keys: dict[str, object]) -> list[str]:
 
 def _check_config_files(arguments: list[str]) -> None:
     """Name the file that is missing or not YAML: the parser's own messages do not."""
-    import yaml
+    from stagepatch.core.files import read_yaml
 
-    from stagepatch.core.errors import UserError
-
-    for index, argument in enumerate(arguments):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         name, _, value = argument.partition("=")
-        if name != "--config":
-            continue
-        value = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
-        try:
-            yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"No such config file: '{value}'.") from error
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"Cannot read the config file '{value}': {error}") from error
+        if name == "--config":
+            read_yaml(value or following, "config file")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stagepatch.core.errors import UserError
+from stagepatch.core.errors import UserError, as_user_error
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -60,6 +60,23 @@ def append_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """`write_atomically` for JSON, indented, with a final newline."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_yaml(path: str | Path, noun: str = "file") -> Any:
+    """What a YAML file holds.
+
+    Args:
+        noun: what it is called in messages.
+
+    Raises:
+        UserError: no such file, or no YAML.
+    """
+    import yaml
+
+    if not Path(path).exists():
+        raise UserError(f"No such {noun}: '{path}'.")
+    with as_user_error(f"Cannot read the {noun} '{path}'", OSError, ValueError, yaml.YAMLError):
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Randomness as a function of where a run is: no generator is carried from one iteration to the next."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,24 +59,16 @@ class BatchOrder(Sampler[list[int]]):
 
     def _gapless(self) -> Iterator[list[int]]:
         (group,) = self.groups
-        epoch, order = -1, []
-        for iteration in range(self.start, self.stop):
-            batch = []
-            for position in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
-                if position // len(group) != epoch:
-                    epoch = position // len(group)
-                    order = self._shuffled(len(group), epoch)
-                batch.append(group[order[position % len(group)]])
-            yield batch
+        order_of = functools.lru_cache(1)(functools.partial(self._shuffled, len(group)))
+        for first in range(self.start * self.batch_size, self.stop * self.batch_size, self.batch_size):
+            positions = (divmod(position, len(group)) for position in range(first, first + self.batch_size))
+            yield [group[order_of(epoch)[place]] for epoch, place in positions]
 
     def _by_group(self) -> Iterator[list[int]]:
         per_epoch = sum(math.ceil(len(group) / self.batch_size) for group in self.groups)
-        epoch, batches = -1, []
+        batches_of = functools.lru_cache(1)(self._batches_of)
         for iteration in range(self.start, self.stop):
-            if iteration // per_epoch != epoch:
-                epoch = iteration // per_epoch
-                batches = self._batches_of(epoch)
-            yield batches[iteration % per_epoch]
+            yield batches_of(iteration // per_epoch)[iteration % per_epoch]
 
     def _batches_of(self, epoch: int) -> list[list[int]]:
         batches = []

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from stagepatch.checkpoints import BUNDLED, DENOISERS, load_denoiser
-from stagepatch.core import UserError, as_user_error, read_json
+from stagepatch.core import UserError, read_json, read_yaml
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import METHODS, MethodConfig
 from stagepatch.methods.table import method_class
@@ -135,8 +134,7 @@ def _open_directory(path: Path) -> Artifact:
 
 def _open_file(path: Path) -> Artifact:
     if path.suffix in (".yaml", ".yml"):
-        with as_user_error(f"Cannot read '{path}'", OSError, ValueError, yaml.YAMLError):
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         if isinstance(content, dict) and "experts" in content:
             return Artifact(path, "experts")
     if path.suffix in _SUFFIXES:

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from stagepatch.checkpoints import BUNDLED, load_denoiser
-from stagepatch.core import UserError, as_user_error, write_text
+from stagepatch.core import UserError, as_user_error, read_yaml, write_text
 from stagepatch.methods import WEIGHTS_NAME, load_learned
 from stagepatch.patch import patches_on
 from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, experts_on
@@ -126,10 +126,7 @@ def read_schedule(path: Path, total: float) -> Experts:
     Raises:
         UserError: no such file, no YAML, or what the mistake is.
     """
-    if not path.exists():
-        raise UserError(f"No such schedule: '{path}'.")
-    with as_user_error(f"Cannot read the schedule '{path}'", OSError, ValueError, yaml.YAMLError):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path, "schedule")
     with as_user_error(f"'{path}'", UserError):
         return _parse(content, path.parent, total)
 

@@ -4,7 +4,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scipy import stats
 
@@ -12,6 +11,7 @@ from stagepatch.core import read_json
 from stagepatch.studies.compare_jobs import COST_NAME, CompareJob
 
 SIGNIFICANCE = 0.05
+_COSTS = ("seconds_per_step", "peak_memory", "file_size")
 
 
 @dataclass
@@ -86,15 +86,16 @@ def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: st
             paired = [[v - b[metric] for v, b in zip(each, base, strict=True)] for each in values]
             differences[step] = difference(paired)
     last = [seed for each in measured for seed in each[max(each)]]
+    seconds, memory, size = (statistics.fmean(cost[name] for cost in costs) if costs else 0.0 for name in _COSTS)
     return Row(
         jobs[0].name,
         jobs[0].config.method,
         is_base,
         trainable,
         total,
-        _mean(costs, "seconds_per_step"),
-        _mean(costs, "peak_memory"),
-        _mean(costs, "file_size"),
+        seconds,
+        memory,
+        size,
         curve,
         differences,
         {name: statistics.fmean(seed[name] for seed in last) for name in last[0]},
@@ -118,7 +119,3 @@ def difference(paired: list[list[float]]) -> Difference:
 
 def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def _mean(costs: list[dict[str, Any]], name: str) -> float:
-    return statistics.fmean(cost[name] for cost in costs) if costs else 0.0

@@ -3,6 +3,7 @@ from .config import TrainingConfig as TrainingConfig
 from .draws import Conditions as Conditions
 from .draws import Draws as Draws
 from .draws import draw as draw
+from .draws import load_batches as load_batches
 from .log import read_log as read_log
 from .loop import train as train
 from .run import RUN_CONFIG as RUN_CONFIG

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader
 
-from stagepatch.core import GLOBAL, NOISE, UserError, generator_for, seed_for
+from stagepatch.core import GLOBAL, NOISE, BatchOrder, UserError, generator_for, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import null_label, num_classes
 from stagepatch.training.config import TrainingConfig
@@ -34,6 +35,20 @@ class Draws:
         size = len(self.x_start) // parts
         for first in range(0, len(self.x_start), size):
             yield self.rows(slice(first, first + size))
+
+
+def load_batches(
+    dataset: Any, batch_size: int, start: int, stop: int, seed: int, num_workers: int, *share: int
+) -> DataLoader[dict[str, Any]]:
+    """The batches of iterations start to stop − 1, or one process's share of each; see `BatchOrder`.
+
+    Args:
+        dataset: one with a method `groups()` gives indices of items that a batch may hold together.
+        share: number of the process, and of processes.
+    """
+    groups = dataset.groups() if hasattr(dataset, "groups") else [range(len(dataset))]
+    order = BatchOrder(groups, batch_size, start, stop, seed, *share)
+    return DataLoader(dataset, batch_sampler=order, num_workers=num_workers)
 
 
 class Conditions:

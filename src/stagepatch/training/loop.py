@@ -13,15 +13,15 @@ from accelerate.state import AcceleratorState, is_initialized
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from stagepatch.core import GLOBAL, BatchOrder, Interrupted, UserError, as_user_error, processes, seed_for
+from stagepatch.core import GLOBAL, Interrupted, UserError, as_user_error, processes, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict
 from stagepatch.methods import Method
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import TrainingConfig
-from stagepatch.training.draws import Conditions, Draws, draw
+from stagepatch.training.draws import Conditions, Draws, draw, load_batches
 from stagepatch.training.log import RunLog
 from stagepatch.training.signals import StopSignals
 
@@ -103,7 +103,8 @@ def train(
     if config.compile:
         model.compile()
     step = accelerator.prepare(DenoisingLoss(model, method, objective, nn.ParameterList(parameters)))
-    loader = _loader(dataset, config, start, accelerator, num_workers)
+    share = (accelerator.process_index, accelerator.num_processes)
+    loader = load_batches(dataset, config.batch_size, start, config.steps, config.seed, num_workers, *share)
     conditions = Conditions(model, dataset)
     is_main = accelerator.is_main_process
     if is_main and on_start is not None:
@@ -201,26 +202,6 @@ def _rate_factor(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> An
         name = "constant_with_warmup"
     # The schedule's function alone: the rate follows from the iteration, so nothing of it is saved.
     return get_scheduler(name, optimizer, None, config.warmup_steps, config.steps).lr_lambdas[0]
-
-
-def _loader(
-    dataset: Dataset[dict[str, Any]],
-    config: TrainingConfig,
-    start: int,
-    accelerator: Accelerator,
-    num_workers: int,
-) -> DataLoader[dict[str, Any]]:
-    groups = getattr(dataset, "groups", None)
-    order = BatchOrder(
-        groups() if groups is not None else [range(len(dataset))],  # type: ignore[arg-type]
-        config.batch_size,
-        start,
-        config.steps,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    return DataLoader(dataset, batch_sampler=order, num_workers=num_workers)
 
 
 def _backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerator) -> dict[str, Tensor]:
