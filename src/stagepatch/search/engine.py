@@ -231,7 +231,7 @@ class _Run:
 
         try:
             self.study.optimize(value_of, n_trials=1, catch=(_NotWanted,))
-        except (ValueError, UpdateFinishedTrialError):
+        except Exception:  # Optuna has several for a trial that is over
             if not values:
                 raise
             # Another process took this one for dead, as after a long pause, and the slot is filled again.
