@@ -6,7 +6,7 @@ from .core import UserError as UserError
 from .data import DataConfig as DataConfig
 from .evaluation import Evaluator as Evaluator
 from .evaluation import evaluate as evaluate
-from .merging.stages import merge as merge
+from .merging import merge as merge
 from .methods import LoRAConfig as LoRAConfig
 from .methods import open_artifact as open_artifact
 from .models import DiT as DiT

@@ -20,7 +20,7 @@ from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.families import predict
 from stagepatch.models import DiT
 from stagepatch.sampling import SamplingConfig, generate
-from stagepatch.sampling.generate import in_batches
+from stagepatch.sampling.generation import in_batches
 
 SAMPLERS = {
     "ddpm": DDPMScheduler,

@@ -45,7 +45,7 @@ def assert_as_written(merged, stages, output, ties=0.0):
 
 @pytest.mark.parametrize("ties", [0.0, 0.4])
 def test_model_in_memory_is_the_model_that_is_written(directories, tmp_path, ties, monkeypatch):
-    monkeypatch.setattr("stagepatch.merging.merge.PIECE", 7)
+    monkeypatch.setattr("stagepatch.merging.models.PIECE", 7)
     stages = stages_of(directories)
     merged = MergedModel(stages, ties)
     merged.at([1.0, -2.0])  # nothing of it stays

@@ -76,11 +76,7 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
         report.Table("What the patch changed", columns, rows, _NOTE),
         report.Prose("Verdict", verdict(base, patched, quick)),
         report.Picture("Samples", pairs, "Base and patched model from the same noise."),
-        report.Picture(
-            "Training",
-            report.training_curves(read_log(run.directory)),
-            "Loss, balance terms and gate.",
-        ),
+        report.Picture("Training", report.training_curves(read_log(run.directory)), "Loss, balance terms and gate."),
         report.Picture(
             "Gate activation",
             plot_gate_activation(activation, timesteps, [site.name for site in patch.backbone.sites]),

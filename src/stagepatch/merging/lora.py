@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors
-from stagepatch.merging.merge import check_weights
+from stagepatch.merging.models import check_weights
 from stagepatch.methods import LoRAConfig
 from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME
 

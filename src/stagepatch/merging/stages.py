@@ -7,7 +7,7 @@ from pathlib import Path
 from stagepatch.checkpoints import find_model, model_fingerprint
 from stagepatch.core import UserError
 from stagepatch.merging.lora import merge_loras
-from stagepatch.merging.merge import merge_models
+from stagepatch.merging.models import merge_models
 from stagepatch.methods import Artifact, open_artifact
 
 _RANGES = "in its own range of timesteps: stagepatch sample --schedule."

@@ -8,7 +8,7 @@ from .experts_file import load_expert as load_expert
 from .experts_file import load_experts as load_experts
 from .experts_file import read_schedule as read_schedule
 from .experts_file import write_schedule as write_schedule
-from .generate import Captions as Captions
-from .generate import balanced_labels as balanced_labels
-from .generate import generate as generate
+from .generation import Captions as Captions
+from .generation import balanced_labels as balanced_labels
+from .generation import generate as generate
 from .pipeline import generate_with_pipeline as generate_with_pipeline

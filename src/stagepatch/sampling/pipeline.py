@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stagepatch.core import UserError
 from stagepatch.sampling.config import SamplingConfig
-from stagepatch.sampling.generate import image_generator, in_batches
+from stagepatch.sampling.generation import image_generator, in_batches
 
 
 @torch.no_grad()

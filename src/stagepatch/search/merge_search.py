@@ -19,7 +19,7 @@ from stagepatch.core import TensorReader, UserError, processes
 from stagepatch.evaluation import Evaluator
 from stagepatch.merging import Stages, combine, combine_loras
 from stagepatch.merging.lora import read_loras
-from stagepatch.merging.merge import open_all, piece_size
+from stagepatch.merging.models import open_all, piece_size
 from stagepatch.methods import LoRA
 from stagepatch.methods.lora import ADAPTER
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE

@@ -37,7 +37,7 @@ from stagepatch.sampling import (
     write_schedule,
 )
 from stagepatch.sampling.experts import BASE
-from stagepatch.sampling.generate import conditions, guided
+from stagepatch.sampling.generation import conditions, guided
 from stagepatch.search.config import ScheduleConfig
 from stagepatch.search.engine import Evaluation, Point, Report, Search, best_of
 from stagepatch.search.model_schedule import NONE, Choices, Space, evolution

@@ -88,9 +88,7 @@ def write_results(
         report.Table("All methods", columns, cells, note(jobs, metric)),
         report.Picture("Over iterations", curves(rows, metric, features), "Bars: standard deviation."),
         report.Picture(
-            "Gain against cost",
-            gain_against_cost(rows),
-            f"Difference to the base. {direction_note([metric])}",
+            "Gain against cost", gain_against_cost(rows), f"Difference to the base. {direction_note([metric])}"
         ),
         report.Table(
             "All metrics at the last checkpoint", *_all_metrics(rows, features), direction_note(rows[0].metrics)

@@ -7,13 +7,7 @@ from stagepatch.core import UserError
 from stagepatch.studies.launch_jobs import LaunchConfig
 from stagepatch.training import TrainConfig, TrainingConfig
 
-_RELEASED = {
-    "adam_beta1": 0.95,
-    "weight_decay": 1e-6,
-    "max_grad_norm": 1.0,
-    "ema_decay": 0.9999,
-    "ema_power": 0.75,
-}
+_RELEASED = {"adam_beta1": 0.95, "weight_decay": 1e-6, "max_grad_norm": 1.0, "ema_decay": 0.9999, "ema_power": 0.75}
 
 
 @dataclass
