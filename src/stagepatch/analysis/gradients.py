@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stagepatch.analysis.config import AnalyzeConfig
 from stagepatch.analysis.result import Analysis, signed
 from stagepatch.analysis.samples import Samples, sample_losses
-from stagepatch.core import UserError, generator_for
+from stagepatch.core import UserError, as_user_error, generator_for
 from stagepatch.diffusion import Objective
 from stagepatch.report import Table, similarity_heatmaps
 
@@ -108,10 +108,8 @@ def gradient_similarity(
 
 
 def _choose(model: nn.Module, pattern: str) -> list[nn.Parameter]:
-    try:
+    with as_user_error(f"parameters='{pattern}' is not a regular expression", re.error):
         chosen = {name: value for name, value in model.named_parameters() if re.search(pattern, name)}
-    except re.error as error:
-        raise UserError(f"parameters='{pattern}' is not a regular expression: {error}.") from error
     if not chosen:
         names = [name for name, _ in model.named_parameters()]
         raise UserError(

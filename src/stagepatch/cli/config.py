@@ -5,6 +5,7 @@ from typing import Literal
 
 from stagepatch.analysis.config import AnalyzeConfig as AnalyzeConfig
 from stagepatch.data import DataConfig
+from stagepatch.evaluation.config import EvaluationConfig
 from stagepatch.patch import PatchConfig
 from stagepatch.sampling import SamplingConfig
 from stagepatch.search.config import MergeConfig as MergeConfig
@@ -61,7 +62,7 @@ class SampleConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(EvaluationConfig):
     """Measure a model against its training images, and for digits against the held-out third.
 
     Args:
@@ -71,12 +72,7 @@ class EvaluateConfig:
             from the same noise.
         patch_scale: factor on the patch's prompts; 1 as trained.
         schedule: YAML file of experts by range of timesteps, which then are compared with the base.
-        extractor: features for FID, KID, precision and recall: 'digits' (the bundled classifier's) or 'inception'
-            (needs torch-fidelity).
-        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
-            'cache' in output_dir.
         seeds: sampling seeds; the spread and the paired difference are over these.
-        data: reference images.
         sampling: sampler and count; its seed is replaced by each of `seeds`.
     """
 
@@ -85,11 +81,7 @@ class EvaluateConfig:
     patch: str = ""
     patch_scale: float = 1.0
     schedule: str = ""
-    extractor: str = "digits"
-    cache: str = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    data: DataConfig = field(default_factory=DataConfig)
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=3000))
 
 
 @dataclass
@@ -101,23 +93,11 @@ class ParamsConfig:
 
     Args:
         models: DiT sizes, or SD-1.5, SDXL, SD3-medium, FLUX.1-dev, PixArt-Sigma, Wan2.1-1.3B, from their public
-            configs.
+            configs; empty for these and DiT-B/2, L/2 and XL/2.
         patch: what the patch would learn.
     """
 
-    models: list[str] = field(
-        default_factory=lambda: [
-            "DiT-B/2",
-            "DiT-L/2",
-            "DiT-XL/2",
-            "SD-1.5",
-            "SDXL",
-            "SD3-medium",
-            "FLUX.1-dev",
-            "PixArt-Sigma",
-            "Wan2.1-1.3B",
-        ]
-    )
+    models: list[str] = field(default_factory=list)
     patch: PatchConfig = field(default_factory=PatchConfig)
 
 

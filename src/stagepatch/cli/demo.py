@@ -106,12 +106,10 @@ def verdict(base: Measured, patched: Measured, quick: bool) -> str:
     before = sum(base.values("fid_held_out")) / len(base.metrics)
     mean, error = paired_difference(base.values("fid_held_out"), patched.values("fid_held_out"))
     change = f"{mean:+.4f} ± {error:.4f} ({100 * mean / before:+.1f} %)"
+    outcome = "The patch gains" if mean < 0 else "The patch does not gain"
     if abs(mean) <= 2 * error:
-        result = f"No gain to be told from noise: FID (digits features) against held-out digits changes by {change}."
-    elif mean < 0:
-        result = f"The patch gains: FID (digits features) against held-out digits changes by {change}."
-    else:
-        result = f"The patch does not gain: FID (digits features) against held-out digits changes by {change}."
+        outcome = "No gain to be told from noise"
+    result = f"{outcome}: FID (digits features) against held-out digits changes by {change}."
     return result + (" This was the quick form, too short to judge by." if quick else "")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from stagepatch.cli import config as configs
 from stagepatch.core import read_json, read_tensors
 from stagepatch.methods import Artifact, open_artifact
-from stagepatch.patch import Patch
+from stagepatch.patch import Patch, describe_patch
 from stagepatch.report import print_table
 from stagepatch.training import read_log
 
@@ -39,17 +39,10 @@ def describe_path(path: Path) -> Rows:
 
 def _patch(artifact: Artifact) -> Rows:
     patch = Patch.from_pretrained(artifact.path)
-    sites = patch.backbone.sites
-    rows = [
-        ["patch for", f"{patch.backbone.model_class}, {len(sites)} sites: {sites[0].name} … {sites[-1].name}"],
-        ["tokens and channels", f"{sites[0].grid[0]}×{sites[0].grid[1]}, {sites[0].channels}"],
-        ["parameters", f"{patch.num_parameters():,}"],
-        ["size of file", f"{(artifact.path / 'model.safetensors').stat().st_size:,} bytes"],
-    ]
-    for name in ("preset", "position", "gate", "condition", "selection", "num_experts"):
-        rows.append([name, str(getattr(patch.config, name))])
+    rows = [[f"patch: {name}", value] for name, value in describe_patch(patch).items()]
+    size = f"{(artifact.path / 'model.safetensors').stat().st_size:,} bytes"
     norms = " ".join(f"{float(prompt.detach().norm()):.3g}" for prompt in patch.prompts)
-    return [*rows, ["norm of prompts by site", norms]]
+    return [*rows, ["size of file", size], ["norm of prompts by site", norms]]
 
 
 def _lora(artifact: Artifact) -> Rows:

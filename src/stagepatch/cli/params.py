@@ -14,7 +14,7 @@ from stagepatch.report import print_table
 def params(config: configs.ParamsConfig, resolved: str) -> None:
     """Count base and added parameters on the meta device."""
     rows = []
-    for name in config.models:
+    for name in config.models or ["DiT-B/2", "DiT-L/2", "DiT-XL/2", *NAMED_MODELS]:
         model = build_named(name)
         base = sum(value.numel() for value in model.parameters())
         small = config.patch.grid or (NAMED_MODELS[name]["grid"] if name in NAMED_MODELS else [16, 16])

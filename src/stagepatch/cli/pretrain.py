@@ -34,15 +34,12 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
 def _make_model(config: ModelConfig, label_dropout: float) -> nn.Module:
     if config.block_out_channels:
         return _make_unet(config)
-    options = {key: value for key, value in asdict(config).items() if key not in _OF_UNETS}
-    name = options.pop("name")
-    if name:
-        # A named size sets these itself.
-        options = {key: value for key, value in options.items() if key not in DIT_SIZES["DiT-S/2"]}
-        model: DiT = DiT.from_name(name, class_dropout_prob=label_dropout, **options)
-    else:
-        model = DiT(class_dropout_prob=label_dropout, **options)
-    return model
+    options = {key: value for key, value in asdict(config).items() if key not in (*_OF_UNETS, "name")}
+    if not config.name:
+        return DiT(class_dropout_prob=label_dropout, **options)  # type: ignore[no-any-return]
+    options = {key: value for key, value in options.items() if key not in DIT_SIZES["DiT-S/2"]}
+    # A named size sets the others itself.
+    return DiT.from_name(config.name, class_dropout_prob=label_dropout, **options)  # type: ignore[no-any-return]
 
 
 def _make_unet(config: ModelConfig) -> nn.Module:

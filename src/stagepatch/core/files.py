@@ -62,6 +62,16 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def check_exists(path: str | Path, noun: str = "file") -> None:
+    """Refuse a file that is not there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"No such {noun}: '{path}'.")
+
+
 def read_yaml(path: str | Path, noun: str = "file") -> Any:
     """What a YAML file holds.
 
@@ -73,8 +83,7 @@ def read_yaml(path: str | Path, noun: str = "file") -> Any:
     """
     import yaml
 
-    if not Path(path).exists():
-        raise UserError(f"No such {noun}: '{path}'.")
+    check_exists(path, noun)
     with as_user_error(f"Cannot read the {noun} '{path}'", OSError, ValueError, yaml.YAMLError):
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
@@ -85,12 +94,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or it does not hold a JSON object.
     """
-    try:
+    check_exists(path)
+    with as_user_error(f"Cannot read '{path}' as JSON", OSError, ValueError):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"No such file: '{path}'.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read '{path}' as JSON: {error}.") from error
     if not isinstance(value, dict):
         raise UserError(f"'{path}' holds {type(value).__name__}, not a JSON object.")
     return value

@@ -4,34 +4,26 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich import progress as rich_progress
 
 SECONDS_BETWEEN_LINES = 30.0
 
 
-def progress_bar(**options: Any) -> Progress:
+def progress_bar(**options: Any) -> rich_progress.Progress:
     """A bar with count, rate and time left."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.TaskProgressColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[status]}"),
     )
     return _Progress(*columns, **options)
 
 
-class _Progress(Progress):
+class _Progress(rich_progress.Progress):
     """rich's, which shows nothing until the end where the output is a file or a pipe."""
 
     _last_line = 0.0

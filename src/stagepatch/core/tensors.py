@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import write_atomically
+from stagepatch.core.errors import UserError, as_user_error
+from stagepatch.core.files import check_exists, write_atomically
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -31,8 +31,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise UserError(f"No such file: '{path}'.")
+    check_exists(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -99,15 +98,14 @@ class TensorReader:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    try:
+    check_exists(path)
+    with (
+        as_user_error(f"'{path}' is not a safetensors file", OSError, ValueError, struct.error),
+        open(path, "rb") as file,
+    ):
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length)) if length <= size else {}
-    except FileNotFoundError as error:
-        raise UserError(f"No such file: '{path}'.") from error
-    except (OSError, ValueError, struct.error) as error:
-        raise UserError(f"'{path}' is not a safetensors file: {error}.") from error
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length)) if length <= size else {}
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=-1)
     if end < 0 or size < 8 + length + end:
         raise UserError(f"'{path}' is not a whole safetensors file: fetch or write it again.")

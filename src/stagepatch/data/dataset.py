@@ -1,5 +1,6 @@
 """A data source by name, as a map-style dataset."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,12 @@ from stagepatch.data.source import Source
 from stagepatch.data.webdataset import WebDatasetSource, find_shards
 
 
+@dataclass(eq=False)
 class ImageDataset(Dataset[dict[str, Any]]):
     """Images [B, C, H, W] in [−1, 1] and labels [B], in memory."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
+    images: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.images)

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, as_user_error
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -65,10 +65,8 @@ def _read_captions(directory: Path, column: str, names: set[str]) -> dict[str, s
     path = next((path for path in (directory / "metadata.jsonl", directory / "metadata.csv") if path.is_file()), None)
     if path is None:
         return {}
-    try:
+    with as_user_error(f"Cannot read '{path}'", OSError, ValueError, csv.Error):
         rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"Cannot read '{path}': {error}.") from error
     columns = {key for row in rows for key in row}
     for needed in ("file_name", column) if rows else ():
         if needed not in columns:

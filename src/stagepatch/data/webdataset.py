@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, as_user_error
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
@@ -138,17 +138,13 @@ def _read(sample: Sample, extension: str) -> bytes:
 
 
 def _read_text(sample: Sample, extension: str) -> str:
-    try:
+    with as_user_error(f"'{sample.key}.{extension}' in '{sample.shard}' is not UTF-8 text", UnicodeDecodeError):
         return _read(sample, extension).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{sample.key}.{extension}' in '{sample.shard}' is not UTF-8 text ({error}).") from error
 
 
 def _read_json(sample: Sample) -> dict[str, Any]:
     if "json" not in sample.members:
         return {}
-    try:
+    with as_user_error(f"'{sample.key}.json' in '{sample.shard}' is not JSON", json.JSONDecodeError):
         values = json.loads(_read_text(sample, "json"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"'{sample.key}.json' in '{sample.shard}' is not JSON ({error}).") from error
     return values if isinstance(values, dict) else {}

@@ -1,5 +1,6 @@
 from .comparison import comparison_table as comparison_table
 from .comparison import paired_difference as paired_difference
+from .config import EvaluationConfig as EvaluationConfig
 from .evaluator import Evaluator as Evaluator
 from .evaluator import Measured as Measured
 from .evaluator import evaluate as evaluate

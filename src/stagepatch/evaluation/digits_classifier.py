@@ -20,18 +20,10 @@ class DigitsClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(32, 64, 3, padding=1, stride=2),
-            nn.GELU(),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.GELU(),
-            nn.Flatten(),
-            nn.Dropout(0.3),
-            nn.Linear(64 * 16, NUM_FEATURES),
-            nn.GELU(),
-        )
+        convolutions = [(1, 32, 1), (32, 64, 2), (64, 64, 1)]  # channels in, channels out, stride
+        layers = [(nn.Conv2d(i, o, 3, padding=1, stride=stride), nn.GELU()) for i, o, stride in convolutions]
+        features = (nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 16, NUM_FEATURES), nn.GELU())
+        self.body = nn.Sequential(*(layer for pair in layers for layer in pair), *features)
         self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES)
         self.feature_scale: Tensor
         self.register_buffer("feature_scale", torch.ones(()))

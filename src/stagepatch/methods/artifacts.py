@@ -144,6 +144,5 @@ def _open_file(path: Path) -> Artifact:
 
 def _named(kind: str) -> str:
     """A kind for a message."""
-    if kind in ("weights", "experts", "stages", "tensors") or kind.startswith("part"):
-        return {"weights": "a model's weights", "stages": "stages of timesteps"}.get(kind, kind)
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+    words = {"weights": "a model's weights", "stages": "stages of timesteps", "experts": kind, "tensors": kind}
+    return words.get(kind, kind if kind.startswith("part") else f"{'an' if kind[0] == 'u' else 'a'} {kind}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.checkpoints import component_for
-from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors
+from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors
 from stagepatch.families.registry import family_of
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import LoRAConfig, MethodConfig
@@ -76,10 +76,8 @@ class LoRA(Method):
             raise UserError("LoRA needs peft: pip install peft.") from error
         targets = self.config.targets or _targets_of(model)
         config = peft.LoraConfig(r=self.config.rank, lora_alpha=self.config.rank, target_modules=targets)
-        try:
+        with as_user_error(f"lora targets={targets} cannot be had in {type(model).__name__}", ValueError):
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise UserError(f"lora targets={targets} cannot be had in {type(model).__name__}: {error}") from error
         self.model = model
         if 0 < self.config.min_rank < self.config.rank:
             mask = _Mask(model, self.config)

@@ -1,4 +1,5 @@
 from .attachment import Attachment as Attachment
+from .card import describe_patch as describe_patch
 from .config import PatchConfig as PatchConfig
 from .patch import Patch as Patch
 from .patch import patches_on as patches_on

@@ -24,18 +24,19 @@ def model_card(patch: MixtureOfPrompts) -> str:
         f'pipe = DiffusionPipeline.from_pretrained("{base if is_hub_id(base) else "the base model"}")\n'
         'patch = Patch.from_pretrained("this directory or its Hub id")\n'
         "patch.attach(pipe)  # patch.scale = 0 is the base model, 1 the patch as trained\n```",
-        "## What it is\n" + _rows(_description(patch)),
+        "## What it is\n" + _rows(describe_patch(patch)),
         "## How it was trained\n" + _rows(patch.facts or {"training": "not recorded"}),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _description(patch: MixtureOfPrompts) -> dict[str, str]:
+def describe_patch(patch: MixtureOfPrompts) -> dict[str, str]:
+    """What a patch is, in words."""
     sites, config = patch.backbone.sites, patch.config
     return {
         "base model": patch.fingerprint.model_id or "not recorded",
         "architecture": f"{patch.backbone.model_class}, {patch.fingerprint.architecture[:12]}",
-        "sites": f"{len(sites)}: {sites[0].name} … {sites[-1].name}",
+        "sites": f"{len(sites)}: {sites[0].name} … {sites[-1].name}, {sites[0].channels} channels at the first",
         "reference grid": "×".join(map(str, patch.gate_grid)),
         "parameters": f"{patch.num_parameters():,}",
         "choices": f"preset {config.preset}, position {config.position}, gate {config.gate}, "

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelHubMixin
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, as_user_error
 from stagepatch.families import describe, find_denoiser
 from stagepatch.patch.attachment import Attachment, prompts_on
 from stagepatch.patch.config import PatchConfig
@@ -107,10 +107,8 @@ class Patch(MixtureOfPrompts, ModelHubMixin):
         Raises:
             UserError: no such namespace, no permission, or the Hub cannot be reached.
         """
-        try:
+        with as_user_error(f"Cannot push to '{repo_id}'", HfHubHTTPError, HFValidationError, OSError):
             return str(super().push_to_hub(repo_id, commit_message=commit_message, **options))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise UserError(f"Cannot push to '{repo_id}': {error}") from error
 
     def attach(self, target: Any, component: str = "") -> Attachment:
         """Put the patch on a model, or on the denoiser of a diffusers pipeline; it follows to the model's device.

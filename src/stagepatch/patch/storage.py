@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import stagepatch
 from stagepatch.checkpoints import from_hub, is_hub_id
-from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors, write_text
+from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors, write_text
 from stagepatch.families import Attention, Backbone, Site
 from stagepatch.models import load_original_state_dict
 from stagepatch.patch.card import model_card
@@ -63,23 +63,19 @@ def load_patch(patch_class: type[_Patch], directory: Path) -> _Patch:
     patch = patch_class(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
     tensors, _ = read_tensors(directory / WEIGHTS_NAME)
     patch.fill(tensors, str(directory / WEIGHTS_NAME))
-    try:
+    with as_user_error("A patch's config has a fingerprint in a form not known here", TypeError):
         patch.fingerprint = Fingerprint(**config.get("fingerprint", {}))
-    except TypeError as error:
-        raise UserError(f"A patch's config has a fingerprint in a form not known here: {error}.") from error
     patch.facts = {str(name): str(value) for name, value in config.get("facts", {}).items()}
     return patch.eval()
 
 
 def _backbone_from_dict(values: dict[str, Any]) -> Backbone:
-    try:
+    with as_user_error("A patch's config describes its backbone in a form not known here", KeyError, TypeError):
         sites = tuple(_site_from_dict(site) for site in values["sites"])
         if not sites:
             raise KeyError("sites")
         lists = {name: tuple(values[name]) for name in ("condition_taps", "grid")}
         return Backbone(**{**values, **lists, "sites": sites})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"A patch's config describes its backbone in a form not known here: {error}.") from error
 
 
 def _site_from_dict(values: dict[str, Any]) -> Site:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stagepatch.data.config import DataConfig
+from stagepatch.evaluation.config import EvaluationConfig
 from stagepatch.sampling.config import SamplingConfig
 
 
@@ -47,7 +47,7 @@ class SearchConfig:
 
 
 @dataclass
-class MergeConfig:
+class MergeConfig(EvaluationConfig):
     """Merge models that were trained on from one base, or their LoRAs, into one (DeMe, arXiv 2410.06664).
 
     With `search.strategies` the weights are searched for, on `data`, `sampling` and `extractor`.
@@ -60,12 +60,7 @@ class MergeConfig:
         weights: of each stage's task vector; 1 takes it whole.
         ties_keep: share of each tensor's task vector that TIES-merging (arXiv 2306.01708) keeps; 0 is the plain sum.
         output_dir: takes the merged model as an ordinary model directory, or the merged LoRA; and what a search found.
-        extractor: of a search: features for FID, 'digits' (the bundled classifier's) or 'inception' (needs
-            torch-fidelity).
-        cache: of a search: directory of the latents and captions of a model with a VAE, made first if it is not there;
-            empty for 'cache' in output_dir.
         search: for weights.
-        data: of a search: reference images.
         sampling: of a search: sampler, count (DeMe: 5,000 images) and the noise's seed.
     """
 
@@ -74,10 +69,7 @@ class MergeConfig:
     weights: list[float] = field(default_factory=list)
     ties_keep: float = 0.0
     output_dir: str = "runs/merged"
-    extractor: str = "digits"
-    cache: str = ""
     search: SearchConfig = field(default_factory=SearchConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=5000))
 
 
@@ -97,7 +89,7 @@ class ZooEntry:
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(EvaluationConfig):
     """Search, under a time budget, which model of a zoo to use for each step of sampling (arXiv 2306.08860).
 
     The same command again goes on where it stopped; with more evaluations it searches on.
@@ -112,9 +104,6 @@ class ScheduleConfig:
         evaluations: model schedules that are sampled and measured in the search.
         metric: that model schedules are chosen by, against the training images; FID and KID are to be low, the others
             high.
-        extractor: features for the metrics: 'digits' or 'inception'.
-        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
-            'cache' in output_dir.
         seeds: sampling seeds of the final comparison with the base at the same budget; not the search's.
         storage: where evaluations are kept: a database's URL as Optuna takes it (postgresql://..., sqlite:///...), or
             a journal file; empty for 'search.journal' in output_dir. Start the command again, on as many machines as
@@ -122,7 +111,6 @@ class ScheduleConfig:
         name: of the search; several searches in one database need several names.
         prune: give up an evaluation whose metric of the first quarter of the images is worse than the median of the
             others'.
-        data: training images.
         sampling: sampler, the steps to choose among, images per evaluation, and the search's seed.
     """
 
@@ -133,11 +121,8 @@ class ScheduleConfig:
     drop_steps: bool = True
     evaluations: int = 100
     metric: Literal["fid_train", "kid", "precision", "recall"] = "fid_train"
-    extractor: str = "digits"
-    cache: str = ""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     storage: str = ""
     name: str = "schedule"
     prune: bool = False
-    data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(scheduler="dpmsolver++", num_images=1000))

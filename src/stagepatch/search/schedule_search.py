@@ -27,17 +27,9 @@ from stagepatch.diffusion import make_sampler, set_steps, takes_timesteps
 from stagepatch.evaluation import METRICS, Evaluator, LatentSampling, comparison_table
 from stagepatch.families import sample_shape
 from stagepatch.report import write_picture
-from stagepatch.sampling import (
-    Experts,
-    ExpertSource,
-    SamplingConfig,
-    balanced_labels,
-    generate,
-    load_expert,
-    write_schedule,
-)
+from stagepatch.sampling import Experts, ExpertSource, SamplingConfig, generate, load_expert, write_schedule
 from stagepatch.sampling.experts import BASE
-from stagepatch.sampling.generation import conditions, guided
+from stagepatch.sampling.generation import balanced_labels, conditions, guided
 from stagepatch.search.config import ScheduleConfig
 from stagepatch.search.engine import Evaluation, Point, Report, Search, best_of
 from stagepatch.search.model_schedule import NONE, Choices, Space, evolution

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stagepatch.data import DataConfig
-from stagepatch.sampling import SamplingConfig
+from stagepatch.evaluation.config import EvaluationConfig
 from stagepatch.studies.launch_jobs import LaunchConfig
 from stagepatch.training import TrainingConfig
 
@@ -37,7 +36,7 @@ class EntryConfig:
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(EvaluationConfig):
     """Train and measure methods alike, and put them in one table.
 
     The same command again goes on with what is unfinished and skips what is done.
@@ -51,12 +50,8 @@ class CompareConfig:
         sampling_seeds: each checkpoint is measured with each: at least 3, the same noise for all.
         evaluate_every: steps between checkpoints that are measured; 0 measures the last alone.
         metric: the table's metric, a key of the metrics.
-        extractor: features for FID, KID, precision and recall.
         dtype: of frozen models' weights, in training and sampling.
-        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
-            'cache' in output_dir.
         cache_batch_size: images encoded at a time for the cache.
-        data: training images and references.
         training: common to all entries; its seed and snapshot_every are set by the comparison.
         sampling: common to all; its seed is set by the comparison.
         launch: where jobs run.
@@ -70,12 +65,8 @@ class CompareConfig:
     sampling_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     evaluate_every: int = 0
     metric: str = "fid_held_out"
-    extractor: str = "digits"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    cache: str = ""
     cache_batch_size: int = 8
-    data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=3000))
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     quick: bool = False

@@ -218,16 +218,10 @@ def _cost(batch_size: int, learned: Path) -> dict[str, Any]:
     """Seconds a step, peak memory [bytes] and size of what was learned [bytes]."""
     speeds = [record["images_per_second"] for record in read_log(learned)]
     kept = [path for path in learned.iterdir() if path.suffix == ".safetensors" and "checkpoint" not in path.name]
+    # Of the accelerator, or of the process, its imports included.
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "seconds_per_step": batch_size / statistics.median(speeds),
-        "peak_memory": _peak_memory(),
+        "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else memory,
         "file_size": sum(path.stat().st_size for path in kept),
     }
-
-
-def _peak_memory() -> int:
-    """Of the accelerator, or of the process, its imports included."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

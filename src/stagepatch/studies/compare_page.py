@@ -29,14 +29,13 @@ def table(rows: Sequence[Row], metric: str, features: str) -> tuple[list[str], l
 
 def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
     cells = [row.name, f"{row.trainable:,}", f"{100 * row.trainable / row.total:.2f}%"]
-    if row.is_base:
-        cells += ["", "", ""]
-        value = report.format_mean(*row.curve[0], 4)
-        return [*cells, *([value] * len(steps) or [value]), "", "", ""]
     if row.method == "none":
         cells += ["", "", ""]
     else:
         cells += [f"{row.seconds_per_step:.3f}", f"{row.peak_memory / 2**20:.0f}", f"{row.file_size / 2**20:.2f}"]
+    if row.is_base:
+        value = report.format_mean(*row.curve[0], 4)
+        return [*cells, *([value] * len(steps) or [value]), "", "", ""]
     cells += [report.format_mean(*row.curve[step], 4) if step in row.curve else "" for step in steps]
     change = row.differences.get(row.last)
     if change is None:
@@ -84,25 +83,19 @@ def write_results(
     csv.writer(sheet).writerows([columns, *cells])
     write_text(directory / "table.csv", sheet.getvalue())
     write_text(directory / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    names = {key: label for key, label in metric_names(features).items() if key in rows[0].metrics}
+    header, direction = ["method", *names.values()], direction_note([metric])
+    values = [[row.name, *(f"{row.metrics[key]:.4f}" for key in names)] for row in rows]
     sections: list[report.Section] = [
         report.Table("All methods", columns, cells, note(jobs, metric)),
         report.Picture("Over iterations", curves(rows, metric, features), "Bars: standard deviation."),
-        report.Picture(
-            "Gain against cost", gain_against_cost(rows), f"Difference to the base. {direction_note([metric])}"
-        ),
-        report.Table(
-            "All metrics at the last checkpoint", *_all_metrics(rows, features), direction_note(rows[0].metrics)
-        ),
+        report.Picture("Gain against cost", gain_against_cost(rows), f"Difference to the base. {direction}"),
+        report.Table("All metrics at the last checkpoint", header, values, direction_note(rows[0].metrics)),
         *_grids(jobs),
         *report.provenance(resolved, "stagepatch compare --config run.yaml\n"),
     ]
     lead = f"{len(rows)} methods on '{jobs[0].config.model}', trained on the same batches, noise and timesteps."
     report.write_page(directory / "report.html", "stagepatch compare", lead, sections)
-
-
-def _all_metrics(rows: Sequence[Row], features: str) -> tuple[list[str], list[list[str]]]:
-    names = {key: label for key, label in metric_names(features).items() if key in rows[0].metrics}
-    return ["method", *names.values()], [[row.name, *(f"{row.metrics[key]:.4f}" for key in names)] for row in rows]
 
 
 def _grids(jobs: Sequence[CompareJob]) -> list[report.Section]:

@@ -7,14 +7,7 @@ from typing import Any
 import torch
 import yaml
 
-from stagepatch.checkpoints import (
-    add_projections,
-    build_denoiser,
-    find_model,
-    fold_projections,
-    load_scheduler,
-    model_fingerprint,
-)
+from stagepatch import checkpoints
 from stagepatch.core import STAGE, UserError, as_json, processes, seed_for, write_json, write_text
 from stagepatch.data import cache_directory
 from stagepatch.diffusion import Objective, TimestepSampler, equal_in_log_snr, equal_in_t, make_weighting, split_at
@@ -67,7 +60,7 @@ class Stage(Job):
     def work(self) -> None:
         run = Run(self.config, identity=self.identity())
         if self.study.projection:
-            add_projections(run.model)
+            checkpoints.add_projections(run.model)
         if self.config.method == "finetune":
             run.method = Finetune(run.scheduler)
         run.objective.timesteps = self.timesteps(run.objective.num_train_timesteps)
@@ -77,14 +70,14 @@ class Stage(Job):
         run.train(progress=self.study.stage >= 0)
         if processes().is_main_process:
             if self.study.projection:
-                fold_projections(run.model)
+                checkpoints.fold_projections(run.model)
                 learned.save(self.directory)
             write_json(self.directory / STAGE_NAME, self._facts())
 
     def _facts(self) -> dict[str, Any]:
         """What merging and model schedules need to know of it."""
         model = self.config.model
-        base = {"source": model, "fingerprint": model_fingerprint(find_model(model))}
+        base = {"source": model, "fingerprint": checkpoints.model_fingerprint(checkpoints.find_model(model))}
         return {"number": self.number, "from": self.first, "to": self.stop, "base": base, **as_json(self.identity())}
 
 
@@ -94,8 +87,8 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     Raises:
         UserError: ranges that cannot be had, a method that the model cannot take, or a `stage` that is not there.
     """
-    scheduler = load_scheduler(config.model)
-    make_method(config).prepare(build_denoiser(config.model))
+    scheduler = checkpoints.load_scheduler(config.model)
+    make_method(config).prepare(checkpoints.build_denoiser(config.model))
     objective = Objective(scheduler, weighting=make_weighting(config.weighting))
     total = objective.num_train_timesteps
     if config.boundaries:

@@ -92,10 +92,25 @@ def _results(jobs: Sequence[Job], config: LaunchConfig, logs: Path) -> Iterator[
         for job in jobs:
             yield job, _error_of(job.run)
         return
-    executor = _executor(config, logs)
+    import submitit
+
+    logs.mkdir(parents=True, exist_ok=True)
+    executor = submitit.AutoExecutor(folder=logs / "%j", cluster=config.executor)
+    executor.update_parameters(
+        timeout_min=config.minutes,
+        tasks_per_node=config.tasks,
+        gpus_per_node=config.gpus,
+        slurm_cpus_per_task=4,
+        **({"slurm_partition": config.partition} if config.partition else {}),
+    )
 
     def submit_and_wait(job: Job) -> None:
-        _wait(executor.submit(_run_in_process, job, config.tasks, config.threads))
+        submitted = executor.submit(_run_in_process, job, config.tasks, config.threads)
+        try:
+            submitted.results()
+        except Exception as error:  # whatever the job raised, and submitit's own for a job that died
+            last = [line for line in str(error).splitlines() if line.strip()][-1:]
+            raise UserError(f"{' '.join(last)} (log: '{submitted.paths.stderr}')") from error
 
     # submitit starts and watches the processes; the threads only hold back more than `workers` of them.
     with ThreadPoolExecutor(config.workers) as pool:
@@ -110,31 +125,6 @@ def _error_of(run: Callable[..., None], *arguments: Any) -> UserError | None:
     except UserError as error:
         return error
     return None
-
-
-def _wait(submitted: Any) -> None:
-    try:
-        submitted.results()
-    except Exception as error:  # whatever the job raised, and submitit's own for a job that died
-        last = [line for line in str(error).splitlines() if line.strip()][-1:]
-        log = getattr(getattr(submitted, "paths", None), "stderr", "its log")
-        raise UserError(f"{' '.join(last)} (log: '{log}')") from error
-
-
-def _executor(config: LaunchConfig, logs: Path) -> Any:
-    import submitit
-
-    logs.mkdir(parents=True, exist_ok=True)
-    executor = submitit.AutoExecutor(folder=logs / "%j", cluster=config.executor)
-    options: dict[str, Any] = {
-        "timeout_min": config.minutes,
-        "tasks_per_node": config.tasks,
-        "gpus_per_node": config.gpus,
-    }
-    if config.executor == "slurm":
-        options |= {"cpus_per_task": 4} | ({"slurm_partition": config.partition} if config.partition else {})
-    executor.update_parameters(**options)
-    return executor
 
 
 def _run_in_process(job: Job, tasks: int, threads: int) -> None:

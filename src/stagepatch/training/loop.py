@@ -94,8 +94,11 @@ def train(
         weight_decay=config.weight_decay,
     )
     rates = [group["lr"] for group in optimizer.param_groups]
-    rate_factor = _rate_factor(config, optimizer)
-    ema = _average(parameters, config) if config.ema_decay else None
+    schedule = config.lr_scheduler if config.lr_scheduler != "constant" else "constant_with_warmup"
+    # Its function alone: the rate follows from the iteration, so nothing of it is saved.
+    rate_factor: Any = get_scheduler(schedule, optimizer, None, config.warmup_steps, config.steps).lr_lambdas[0]
+    warmup = {"use_ema_warmup": config.ema_power > 0.0, "power": config.ema_power}
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True, **warmup) if config.ema_decay else None
     scaler: Any = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     identity = {**(identity or {}), "training": config}
     state = TrainingState(directory / CHECKPOINT_NAME, identity, parameters, optimizer, ema, scaler)
@@ -189,19 +192,6 @@ def _check_settings(config: TrainingConfig, num_processes: int) -> None:
             f"batch_size={config.batch_size} does not divide by {num_processes} processes × "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
         )
-
-
-def _average(parameters: list[nn.Parameter], config: TrainingConfig) -> Any:
-    warmup = {"use_ema_warmup": True, "inv_gamma": 1.0, "power": config.ema_power} if config.ema_power else {}
-    return EMAModel(parameters, decay=config.ema_decay, foreach=True, **warmup)
-
-
-def _rate_factor(config: TrainingConfig, optimizer: torch.optim.Optimizer) -> Any:
-    name: str = config.lr_scheduler
-    if name == "constant" and config.warmup_steps:
-        name = "constant_with_warmup"
-    # The schedule's function alone: the rate follows from the iteration, so nothing of it is saved.
-    return get_scheduler(name, optimizer, None, config.warmup_steps, config.steps).lr_lambdas[0]
 
 
 def _backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerator) -> dict[str, Tensor]:

@@ -59,13 +59,11 @@ class Run:
             raise UserError(
                 f"method='{config.method}' trains the model's own weights, which dtype='{config.dtype}' spoils."
             )
+        named = config.model if model is None else ""  # first the cache, then the model
+        cache = (config.cache, config.output_dir, config.cache_batch_size)
+        self.dataset: Any = load_training_data(named, config.data, *cache)
         if model is None:
-            self.dataset: Any = load_training_data(
-                config.model, config.data, config.cache, config.output_dir, config.cache_batch_size
-            )
-            model, scheduler = load_denoiser(config.model, getattr(torch, config.dtype))
-        else:
-            self.dataset = load_training_data("", config.data)
+            model, scheduler = load_denoiser(named, getattr(torch, config.dtype))
         self.model, self.scheduler = model, scheduler
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
 
