@@ -68,7 +68,7 @@ def check_exists(path: str | Path, noun: str = "file") -> None:
     Raises:
         UserError: it is not.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(f"No such {noun}: '{path}'.")
 
 

@@ -101,15 +101,24 @@ def open_artifact(path: str | Path, *kinds: str) -> Artifact:
     return artifact.require(*kinds) if kinds else artifact
 
 
-def load_learned(model: nn.Module, directory: Path) -> Method:
-    """Put on a model what a method saved: a patch, a LoRA, or weights.
+def open_learned(directory: Path) -> Artifact:
+    """What a method saved in a directory: a patch, a LoRA, or weights.
 
     Raises:
-        UserError: no such directory, or it holds none of them, or one for another model.
+        UserError: no such directory, or nothing in it that is known here.
     """
     if not directory.is_dir():
         raise UserError(f"No patch at '{directory}': no such directory.")
-    return open_artifact(directory).put_on(model)
+    return open_artifact(directory)
+
+
+def load_learned(model: nn.Module, directory: Path) -> Method:
+    """Put on a model what a method saved.
+
+    Raises:
+        UserError: see `open_learned`; or it is of another model.
+    """
+    return open_learned(directory).put_on(model)
 
 
 def _open_directory(path: Path) -> Artifact:

@@ -12,7 +12,7 @@ from torch import nn
 
 from stagepatch.checkpoints import BUNDLED, load_denoiser
 from stagepatch.core import UserError, as_user_error, read_yaml, write_text
-from stagepatch.methods import WEIGHTS_NAME, load_learned
+from stagepatch.methods import open_learned
 from stagepatch.patch import patches_on
 from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, experts_on
 
@@ -78,18 +78,16 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
     """
     with as_user_error(f"The expert '{source.name}'", UserError):
         if source.model:
-            expert, own_scheduler = load_denoiser(source.model)
-            _check_trained_alike(own_scheduler, scheduler)
             parameter = next(model.parameters())
+            expert, own_scheduler = load_denoiser(source.model, parameter.dtype)
+            _check_trained_alike(own_scheduler, scheduler)
             expert = expert.to(parameter.device)
-            if next(expert.parameters()).dtype != parameter.dtype:
-                expert = expert.to(parameter.dtype)
             check_fits(model, expert)
             return expert  # type: ignore[no-any-return]
         if source.learned:
-            learned = Path(source.learned)
-            expert = _copy(model, shares_memory=not (learned / WEIGHTS_NAME).exists())
-            load_learned(expert, learned)
+            artifact = open_learned(Path(source.learned))
+            expert = _copy(model, shares_memory=artifact.kind != "weights")
+            artifact.put_on(expert)
             return expert.eval()
     return None
 
