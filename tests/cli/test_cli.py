@@ -188,6 +188,27 @@ def test_wrong_type(capsys):
     fails(capsys, ["train", "--patch.gate=quadratic"], "patch.gate", "quadratic")
 
 
+def test_options_cannot_be_shortened_or_misspelt(capsys):
+    fails(capsys, ["train", "--metod=dmp"], "There is no option --metod. Did you mean --method?")
+    fails(capsys, ["decouple", "--num_stage", "3"], "There is no option --num_stage. Did you mean --num_stages?")
+    fails(capsys, ["train", "--method=none"], "trains nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flipped"),
+    [
+        (["--data.horizontal_flip"], True),
+        (["--data.horizontal_flip", "--output_dir", "x"], True),
+        (["--output_dir", "x", "--data.horizontal_flip", "false"], False),
+        (["--data.horizontal_flip=false"], False),
+        ([], False),
+    ],
+)
+def test_a_boolean_is_a_flag(arguments, flipped):
+    assert _parse("train", arguments)[0].data.horizontal_flip is flipped
+    assert _parse("decouple", [*arguments, "--antithetic"])[0].antithetic is True
+
+
 def test_missing_files(capsys, tmp_path):
     fails(capsys, ["train", "--config=nowhere.yaml"], "No such config file", "nowhere.yaml")
     fails(capsys, ["train", "--config", "nowhere.yaml"], "No such config file", "nowhere.yaml")

@@ -153,7 +153,7 @@ def test_terminal_shows_the_last_checkpoint_of_each_entry():
 def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
     training = {"steps": 80, "batch_size": 8, "log_every": 1}
     entries = [*ENTRIES[:2], {"name": "long", "method": "dmp", "training": {"steps": 4000}}]
-    assert compare(tmp_path, "--quick=true", training=training, entries=entries, training_seeds=[0, 1]) == 0
+    assert compare(tmp_path, "--quick", training=training, entries=entries, training_seeds=[0, 1]) == 0
     jobs = tmp_path / "out-quick" / "jobs"
     assert {path.name for path in jobs.iterdir()} == {"base", "dmp-0", "long-0"}
     assert json.loads((jobs / "long-0" / "job.json").read_text())["training"]["steps"] == 2

@@ -55,6 +55,8 @@ class Run:
         facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
         facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
         self.method: Method = make_method(config, facts)
+        if config.method == "none":
+            raise UserError("method='none' trains nothing: give one that does.")
         if config.dtype != "float32" and isinstance(self.method, Finetune):
             raise UserError(
                 f"method='{config.method}' trains the model's own weights, which dtype='{config.dtype}' spoils."
