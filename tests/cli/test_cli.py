@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import COMMANDS, main
+from stagepatch.cli.app import _parse
 from stagepatch.core.tensors import write_tensors
 from stagepatch.methods import LoRAConfig, MethodConfig, make_method
 from tests.tiny import FAMILIES
