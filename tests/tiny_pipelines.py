@@ -388,10 +388,7 @@ PIPELINES: dict[str, Tiny] = {
         [GEMMA],
         other_pixels=(64, 32),
         arguments=prompted(
-            clean_caption=False,
-            use_resolution_binning=False,
-            max_sequence_length=32,
-            complex_human_instruction=None,
+            clean_caption=False, use_resolution_binning=False, max_sequence_length=32, complex_human_instruction=None
         ),
     ),
     "Lumina2Transformer2DModel": Tiny(

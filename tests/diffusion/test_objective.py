@@ -104,8 +104,7 @@ def test_models_of_diffusion_take_the_timestep_itself():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"],
+    "name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
 )
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sampled", [False, True])

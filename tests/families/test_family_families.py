@@ -198,10 +198,7 @@ def test_images_to_edit_behind_the_image_are_left_alone():
     inputs = family.inputs(model, 2, 8, 8)
     ids = inputs["img_ids"].clone()
     ids[:, 0] = 1
-    both = {
-        "img_ids": torch.cat([inputs["img_ids"], ids]),
-        "hidden_states": inputs["hidden_states"].repeat(1, 2, 1),
-    }
+    both = {"img_ids": torch.cat([inputs["img_ids"], ids]), "hidden_states": inputs["hidden_states"].repeat(1, 2, 1)}
     patch = drawn(Patch.create(model, config_for("FluxTransformer2DModel")))
     patch.attach(model)
     family.call(model, **both)
