@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -65,12 +66,10 @@ class Family:
         inputs = {**self.inputs(model, batch, *(size or self.size)), **changes}
         torch.set_rng_state(generator_state)
         dtype = next(model.parameters()).dtype
-        inputs = {name: _cast(value, dtype) for name, value in inputs.items()}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                inputs[name] = value.to(dtype)
         return model(**inputs, return_dict=False)[0]
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
 def draw(*shape: int) -> Draw:
@@ -79,10 +78,6 @@ def draw(*shape: int) -> Draw:
 
 def latents(batch: int, height: int, width: int) -> Tensor:
     return torch.randn(batch, 4, height, width)
-
-
-def video(batch: int, height: int, width: int) -> Tensor:
-    return torch.randn(batch, 4, FRAMES, height, width)
 
 
 def packed(batch: int, height: int, width: int) -> Tensor:
@@ -105,16 +100,11 @@ def labels(batch: int, height: int, width: int) -> Tensor:
     return torch.arange(batch) % 10
 
 
-def mask(batch: int, height: int, width: int) -> Tensor:
-    return torch.ones(batch, TEXT, dtype=torch.bool)
-
-
 def mask_of_different_lengths(batch: int, height: int, width: int) -> Tensor:
-    lengths = torch.tensor([TEXT] * (batch - 1) + [2])
-    return torch.arange(TEXT) < lengths[:, None]
+    return torch.arange(TEXT) < torch.tensor([TEXT] * (batch - 1) + [2])[:, None]
 
 
-def added_conditions_of_sdxl(batch: int, height: int, width: int) -> dict[str, Tensor]:
+def conditions_of_sdxl(batch: int, height: int, width: int) -> dict[str, Tensor]:
     return {"text_embeds": torch.randn(batch, 12), "time_ids": torch.arange(6.0).repeat(batch, 1)}
 
 
@@ -129,78 +119,57 @@ pooled = draw(12)
 LATENTS = {"sample_size": 8, "in_channels": 4, "out_channels": 4}
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 LAYERS = {"num_layers": 2, **HEADS}
-UNET = {
-    **LATENTS,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "attention_head_dim": 8,
-}
-TEXT_UNET = {
-    **UNET,
-    "cross_attention_dim": TEXT_CHANNELS,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
+DIT = {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+POOLED = {"pooled_projection_dim": 12}
+JOINT = {"joint_attention_dim": TEXT_CHANNELS}
+CAPTIONS = {"cross_attention_dim": 32, "caption_channels": TEXT_CHANNELS}
 ROPE = {"axes_dims_rope": (4, 4, 8)}
 UNET_INPUTS = {"sample": latents, "timestep": whole_timesteps}
 TEXT_INPUTS = {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}
 
+
+def config(*shared: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What several models share, and what is this one's."""
+    return {name: value for part in (*shared, more) for name, value in part.items()}
+
+
+def unet(*kinds: str, **more: Any) -> dict[str, Any]:
+    """A U-Net's config, from the kinds of its blocks, the outermost first."""
+    down = tuple(f"{kind}DownBlock2D" for kind in kinds)
+    up = tuple(f"{kind}UpBlock2D" for kind in reversed(kinds))
+    sizes = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
+    return config(LATENTS, sizes, more, down_block_types=down, up_block_types=up)
+
+
+text_unet = partial(unet, "CrossAttn", "", cross_attention_dim=TEXT_CHANNELS)
+
 FAMILIES = {
-    "DiT": Family(
-        DiT,
-        {
-            "sample_size": 8,
-            "in_channels": 4,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "num_classes": 10,
-        },
-        {"sample": latents, "timestep": timesteps, "class_labels": labels},
-    ),
+    "DiT": Family(DiT, {**DIT, "num_classes": 10}, {"sample": latents, "timestep": timesteps, "class_labels": labels}),
     "DiTTransformer2DModel": Family(
         diffusers.DiTTransformer2DModel,
         {**LATENTS, **LAYERS, "num_embeds_ada_norm": 10},
         {"hidden_states": latents, "timestep": whole_timesteps, "class_labels": labels},
         only_square=True,
     ),
-    "UNet2DModel": Family(
-        diffusers.UNet2DModel,
-        {
-            **UNET,
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        },
-        UNET_INPUTS,
-        blocks=5,
-    ),
+    "UNet2DModel": Family(diffusers.UNet2DModel, unet("", "Attn"), UNET_INPUTS, blocks=5),
     "UNet2DConditionModel": Family(
-        diffusers.UNet2DConditionModel, TEXT_UNET, {**UNET_INPUTS, "encoder_hidden_states": text}, blocks=5
+        diffusers.UNet2DConditionModel, text_unet(), {**UNET_INPUTS, "encoder_hidden_states": text}, blocks=5
     ),
     "UNet2DConditionModel of SDXL": Family(
         diffusers.UNet2DConditionModel,
-        {
-            **TEXT_UNET,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 12,
-            "transformer_layers_per_block": (2, 1),
-            "use_linear_projection": True,
-        },
-        {"added_cond_kwargs": added_conditions_of_sdxl, **UNET_INPUTS, "encoder_hidden_states": text},
+        text_unet(
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 12,
+            transformer_layers_per_block=(2, 1),
+            use_linear_projection=True,
+        ),
+        {"added_cond_kwargs": conditions_of_sdxl, **UNET_INPUTS, "encoder_hidden_states": text},
         blocks=5,
     ),
     "PixArtTransformer2DModel": Family(
         diffusers.PixArtTransformer2DModel,
-        {
-            **LATENTS,
-            **LAYERS,
-            "out_channels": 8,
-            "cross_attention_dim": 32,
-            "caption_channels": TEXT_CHANNELS,
-            "use_additional_conditions": False,
-        },
+        config(LATENTS, LAYERS, CAPTIONS, out_channels=8, use_additional_conditions=False),
         {
             **TEXT_INPUTS,
             "timestep": whole_timesteps,
@@ -209,29 +178,12 @@ FAMILIES = {
     ),
     "SD3Transformer2DModel": Family(
         diffusers.SD3Transformer2DModel,
-        {
-            **LATENTS,
-            **LAYERS,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "caption_projection_dim": 32,
-            "pooled_projection_dim": 12,
-            "pos_embed_max_size": 16,
-            "qk_norm": "rms_norm",
-        },
+        config(LATENTS, LAYERS, JOINT, POOLED, caption_projection_dim=32, pos_embed_max_size=16, qk_norm="rms_norm"),
         {**TEXT_INPUTS, "pooled_projections": pooled},
     ),
     "FluxTransformer2DModel": Family(
         diffusers.FluxTransformer2DModel,
-        {
-            **HEADS,
-            **ROPE,
-            "in_channels": 16,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "pooled_projection_dim": 12,
-            "guidance_embeds": True,
-        },
+        config(HEADS, ROPE, JOINT, POOLED, in_channels=16, num_layers=1, num_single_layers=1, guidance_embeds=True),
         {
             "hidden_states": packed,
             "timestep": fractions,
@@ -244,72 +196,65 @@ FAMILIES = {
     ),
     "SanaTransformer2DModel": Family(
         diffusers.SanaTransformer2DModel,
-        {
-            **LATENTS,
-            **LAYERS,
-            "sample_size": 4,
-            "patch_size": 1,
-            "num_cross_attention_heads": 2,
-            "cross_attention_head_dim": 16,
-            "cross_attention_dim": 32,
-            "caption_channels": TEXT_CHANNELS,
-        },
+        config(
+            LATENTS,
+            LAYERS,
+            CAPTIONS,
+            sample_size=4,
+            patch_size=1,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+        ),
         TEXT_INPUTS,
         size=(4, 4),
     ),
     "Lumina2Transformer2DModel": Family(
         diffusers.Lumina2Transformer2DModel,
-        {
-            "sample_size": 8,
-            "in_channels": 4,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "num_attention_heads": 2,
-            "num_kv_heads": 1,
-            "multiple_of": 16,
-            "axes_dim_rope": (4, 4, 8),
-            "axes_lens": (32, 32, 32),
-            "cap_feat_dim": TEXT_CHANNELS,
-        },
+        config(
+            DIT,
+            num_refiner_layers=1,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 4, 8),
+            axes_lens=(32, 32, 32),
+            cap_feat_dim=TEXT_CHANNELS,
+        ),
         {**TEXT_INPUTS, "timestep": fractions, "encoder_attention_mask": mask_of_different_lengths},
         blocks=3,
     ),
     "AuraFlowTransformer2DModel": Family(
         diffusers.AuraFlowTransformer2DModel,
-        {
-            **LATENTS,
-            **HEADS,
-            "num_mmdit_layers": 1,
-            "num_single_dit_layers": 1,
-            "joint_attention_dim": TEXT_CHANNELS,
-            "caption_projection_dim": 32,
-            "pos_embed_max_size": 64,
-        },
+        config(
+            LATENTS,
+            HEADS,
+            JOINT,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            caption_projection_dim=32,
+            pos_embed_max_size=64,
+        ),
         {**TEXT_INPUTS, "timestep": fractions},
     ),
     "QwenImageTransformer2DModel": Family(
         diffusers.QwenImageTransformer2DModel,
-        {**LAYERS, **ROPE, "in_channels": 16, "out_channels": 4, "joint_attention_dim": TEXT_CHANNELS},
+        config(LAYERS, ROPE, JOINT, in_channels=16, out_channels=4),
         {
             "hidden_states": packed,
             "timestep": fractions,
             "encoder_hidden_states": text,
-            "encoder_hidden_states_mask": mask,
+            "encoder_hidden_states_mask": lambda batch, *_: torch.ones(batch, TEXT, dtype=torch.bool),
             "img_shapes": lambda batch, height, width: [[(1, height // 2, width // 2)]] * batch,
         },
     ),
     "WanTransformer3DModel": Family(
         diffusers.WanTransformer3DModel,
+        config(
+            LAYERS, in_channels=4, out_channels=4, text_dim=TEXT_CHANNELS, freq_dim=16, ffn_dim=32, rope_max_seq_len=32
+        ),
         {
-            **LAYERS,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": TEXT_CHANNELS,
-            "freq_dim": 16,
-            "ffn_dim": 32,
-            "rope_max_seq_len": 32,
+            **TEXT_INPUTS,
+            "hidden_states": lambda batch, *size: torch.randn(batch, 4, FRAMES, *size),
+            "timestep": whole_timesteps,
         },
-        {**TEXT_INPUTS, "hidden_states": video, "timestep": whole_timesteps},
     ),
 }

@@ -91,27 +91,17 @@ class Tiny:
                     parameter.data = parameter.data.clone()
         return pipe
 
-    def call(
-        self,
-        pipe: Any,
-        seed: int = 0,
-        steps: int = 2,
-        height: int | None = None,
-        width: int | None = None,
-        **more: Any,
-    ) -> Tensor:
+    def call(self, pipe: Any, seed: int = 0, steps: int = 2, **more: Any) -> Tensor:
         """Images [B, 3, height, width] in 0…1; videos [B, frames, 3, height, width].
 
         Args:
-            more: further arguments of the pipeline, or others for its own.
+            more: further arguments of the pipeline, height and width among them, or others for its own.
         """
         pipe.set_progress_bar_config(disable=True)
-        size = {"height": height or self.pixels[0], "width": width or self.pixels[1]}
-        if self.other_pixels is None:
-            if tuple(size.values()) != self.pixels:
-                raise ValueError(f"{type(pipe).__name__} makes images of {self.pixels} alone.")
-            size = {}
+        size = dict(zip(("height", "width"), self.pixels, strict=True))
         arguments = {"output_type": "pt", **self.arguments, **size, "num_inference_steps": steps, **more}
+        if self.other_pixels is None and (arguments.pop("height"), arguments.pop("width")) != self.pixels:
+            raise ValueError(f"{type(pipe).__name__} makes images of {self.pixels} alone.")
         images: Tensor = pipe(generator=torch.Generator().manual_seed(seed), return_dict=False, **arguments)[0]
         return images
 
@@ -188,43 +178,23 @@ def _merges(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 def clip(tokenizer: Any, hidden_size: int, projection: int | None = None) -> Any:
     """With `projection` the class with a projected pooled output of that width."""
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=32,
-        projection_dim=projection or hidden_size,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    widths = {"hidden_size": hidden_size, "intermediate_size": 32, "projection_dim": projection or hidden_size}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77}
+    config = transformers.CLIPTextConfig(vocab_size=len(tokenizer), **ids, **widths, **sizes)
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 
 
 def t5(tokenizer: Any, kind: str = "T5") -> Any:
     """`kind` is T5 or UMT5."""
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer),
-        d_model=TEXT_CHANNELS,
-        d_kv=12,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    return getattr(transformers, f"{kind}EncoderModel")(config)
+    widths = {"vocab_size": len(tokenizer), "d_model": TEXT_CHANNELS, "d_kv": 12, "d_ff": 32}
+    layers = {"num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    return getattr(transformers, f"{kind}EncoderModel")(getattr(transformers, f"{kind}Config")(**widths, **layers))
 
 
-_SMALL = {
-    "hidden_size": TEXT_CHANNELS,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.2,
-}
+_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+_WIDTHS = {"hidden_size": TEXT_CHANNELS, "intermediate_size": 32}
+_SMALL = {**_HEADS, **_WIDTHS, "num_hidden_layers": 2, "initializer_range": 0.2}
 
 
 def gemma(tokenizer: Any) -> Any:
@@ -233,22 +203,11 @@ def gemma(tokenizer: Any) -> Any:
 
 
 def qwen_vl(tokenizer: Any) -> Any:
-    text = {
-        **_SMALL,
-        "vocab_size": len(tokenizer),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
-        "bos_token_id": tokenizer.eos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": TEXT_CHANNELS,
-        "fullatt_block_indexes": [0],
-    }
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
+    text = {**_SMALL, **ends, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    widths = {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": TEXT_CHANNELS}
+    vision = {**widths, "depth": 1, "num_heads": 2, "patch_size": 4, "fullatt_block_indexes": [0]}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     tokens = dict.fromkeys(names, len(tokenizer) - 1)
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
@@ -260,19 +219,11 @@ def qwen_vl(tokenizer: Any) -> Any:
 
 def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3) -> Any:
     """Smaller by 2 to the levels - 1."""
-    quantized = shift_factor is None
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(8, *(16,) * (levels - 1)),
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=32,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        use_quant_conv=quantized,
-        use_post_quant_conv=quantized,
-    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    sizes = {"block_out_channels": (8, *(16,) * (levels - 1)), "norm_num_groups": 8, "latent_channels": 4}
+    factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+    quantized = dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), shift_factor is None)
+    return diffusers.AutoencoderKL(**blocks, **sizes, **factors, **quantized, sample_size=32)
 
 
 def dc() -> Any:
@@ -306,6 +257,7 @@ wan_vae = partial(diffusers.AutoencoderKLWan, **_VIDEO_VAE, scale_factor_tempora
 # Pipelines.
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+_DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5}
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 flow_match = partial(partial, diffusers.FlowMatchEulerDiscreteScheduler)
 
@@ -313,6 +265,7 @@ second_clip_tokenizer = partial(clip_tokenizer, pad_token="!")
 T5 = (t5_tokenizer, t5)
 UMT5 = (t5_tokenizer, partial(t5, kind="UMT5"))
 GEMMA = (gemma_tokenizer, gemma)
+PLAIN_CAPTION = {"clean_caption": False, "use_resolution_binning": False, "max_sequence_length": 32}
 
 
 def prompted(**more: Any) -> dict[str, Any]:
@@ -360,7 +313,7 @@ PIPELINES: dict[str, Tiny] = {
         partial(diffusers.DPMSolverMultistepScheduler, beta_schedule="linear"),
         partial(kl, 0.13025),
         [T5],
-        arguments=prompted(clean_caption=False, use_resolution_binning=False, max_sequence_length=32),
+        arguments=prompted(**PLAIN_CAPTION),
     ),
     "SD3Transformer2DModel": Tiny(
         diffusers.StableDiffusion3Pipeline,
@@ -375,7 +328,7 @@ PIPELINES: dict[str, Tiny] = {
     ),
     "FluxTransformer2DModel": Tiny(
         diffusers.FluxPipeline,
-        flow_match(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
         partial(kl, 0.3611, 0.1159),
         [(clip_tokenizer, partial(clip, hidden_size=12)), T5],
         arguments=prompted(max_sequence_length=32),
@@ -387,9 +340,7 @@ PIPELINES: dict[str, Tiny] = {
         dc,
         [GEMMA],
         other_pixels=(64, 32),
-        arguments=prompted(
-            clean_caption=False, use_resolution_binning=False, max_sequence_length=32, complex_human_instruction=None
-        ),
+        arguments=prompted(**PLAIN_CAPTION, complex_human_instruction=None),
     ),
     "Lumina2Transformer2DModel": Tiny(
         diffusers.Lumina2Pipeline,
@@ -410,9 +361,7 @@ PIPELINES: dict[str, Tiny] = {
     ),
     "QwenImageTransformer2DModel": Tiny(
         diffusers.QwenImagePipeline,
-        flow_match(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-        ),
+        flow_match(**_DYNAMIC, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
         qwen_vae,
         [(qwen_tokenizer, qwen_vl)],
         arguments=prompted(negative_prompt=" ", max_sequence_length=64),
