@@ -10,27 +10,18 @@ from stagepatch.core.errors import UserError
 from stagepatch.families import Extent, predict
 from stagepatch.patch import Patch, PatchConfig
 
+GATES = [("linear", 1), ("linear", 3), ("attention", 1), ("attention", 3), ("none", 1)]
+SELECTIONS = [
+    {"selection": "soft"},
+    {"selection": "hard", "hard_weight": "one"},
+    {"selection": "hard", "hard_weight": "renormalized", "top_k": 2},
+]
 ADD_CHOICES = [
     {"preset": preset, "gate": gate, "num_experts": experts, **selection}
-    for preset, gate, experts, selection in itertools.product(
-        ("paper", "released"),
-        ("linear", "attention", "none"),
-        (1, 3),
-        (
-            {"selection": "soft"},
-            {"selection": "hard", "hard_weight": "one"},
-            {"selection": "hard", "hard_weight": "renormalized", "top_k": 2},
-        ),
-    )
-    if not (gate == "none" and experts > 1)
+    for preset, (gate, experts), selection in itertools.product(("paper", "released"), GATES, SELECTIONS)
 ]
-OTHER_ADD_CHOICES = [
-    {"condition": "t+c"},
-    {"block_index": False},
-    {"sites": "first"},
-    {"sites": ["blocks.1"]},
-    {"gate_initialization": "normal"},
-]
+ADD_CHOICES += [{"condition": "t+c"}, {"block_index": False}, {"sites": "first"}, {"sites": ["blocks.1"]}]
+ADD_CHOICES += [{"gate_initialization": "normal"}]
 
 
 def hooks_on(model):
@@ -41,10 +32,7 @@ def hooks_on(model):
     ]
 
 
-# A fresh patch
-
-
-@pytest.mark.parametrize("choices", ADD_CHOICES + OTHER_ADD_CHOICES, ids=str)
+@pytest.mark.parametrize("choices", ADD_CHOICES, ids=str)
 def test_fresh_patch_changes_no_bit_of_the_output(model, base, batch, choices):
     Patch.create(model, PatchConfig(**choices)).eval().attach(model)
     assert torch.equal(predict(model, *batch), base)
@@ -61,16 +49,30 @@ def test_creating_a_patch_does_not_touch_the_model(model, base, batch, make_patc
     assert torch.equal(predict(model, *batch), base)
 
 
-# Off again
-
-
-@pytest.mark.parametrize("position", ["add", "prepend"])
-def test_detached_model_is_bit_for_bit_what_it_was(model, base, batch, make_patch, position):
-    handle = make_patch(model, position=position, condition="t+c").attach(model)
-    assert not torch.allclose(predict(model, *batch), base)
-    handle.detach()
+@pytest.mark.parametrize(
+    ("switch_off", "stays_attached"),
+    [
+        (lambda patch, handle: handle.detach(), False),
+        (lambda patch, handle: setattr(patch, "enabled", False), True),
+        (lambda patch, handle: setattr(patch, "scale", 0.0), True),
+    ],
+    ids=["detached", "disabled", "scale 0"],
+)
+@pytest.mark.parametrize(
+    "choices",
+    [{"condition": "t+c"}, {"position": "prepend", "condition": "t+c"}, {}, {"num_experts": 2}, {"gate": "none"}],
+    ids=str,
+)
+def test_switched_off_is_bit_for_bit_the_base(model, base, batch, make_patch, choices, switch_off, stays_attached):
+    patch = make_patch(model, **choices)
+    handle = patch.attach(model)
+    patched = predict(model, *batch)
+    assert not torch.allclose(patched, base)
+    switch_off(patch, handle)
     assert torch.equal(predict(model, *batch), base)
-    assert hooks_on(model) == []
+    assert bool(hooks_on(model)) == stays_attached
+    patch.enabled, patch.scale = True, 1.0
+    assert torch.equal(predict(model, *batch), patched if stays_attached else base)
 
 
 def test_context_manager_detaches_at_the_end_and_after_an_error(model, base, batch, make_patch):
@@ -97,50 +99,29 @@ def test_detaching_twice_does_nothing_more(model, batch, make_patch):
     assert hooks_on(model) == []
 
 
-@pytest.mark.parametrize("position", ["add", "prepend"])
-def test_disabled_patch_is_as_good_as_detached(model, base, batch, make_patch, position):
-    patch = make_patch(model, position=position)
-    patch.attach(model)
-    patched = predict(model, *batch)
-    patch.enabled = False
-    assert torch.equal(predict(model, *batch), base)
-    patch.enabled = True
-    assert torch.equal(predict(model, *batch), patched)
-
-
-@pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"gate": "none"}], ids=str)
-def test_scale_zero_is_the_base_model(model, base, batch, make_patch, choices):
-    patch = make_patch(model, **choices)
-    patch.attach(model)
-    patch.scale = 0.0
-    assert torch.equal(predict(model, *batch), base)
-
-
 def test_patch_stays_on_when_its_handle_is_thrown_away(model, base, batch, make_patch):
     make_patch(model).attach(model)
     gc.collect()
     assert not torch.equal(predict(model, *batch), base)
 
 
-# The model's own weights
-
-
 @pytest.mark.parametrize("choices", [{}, {"position": "prepend"}, {"preset": "released"}], ids=str)
 def test_backbone_keeps_its_names_and_values_throughout(model, batch, make_patch, choices):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    names = [name for name, _ in model.named_parameters()]
-    modules = [name for name, _ in model.named_modules()]
-    patch = make_patch(model, **choices).train()
-    handle = patch.attach(model)
+
+    def names():
+        return [[name for name, _ in named] for named in (model.named_parameters(), model.named_modules())]
 
     def check():
         state = model.state_dict()
         assert list(state) == list(before)
         assert all(torch.equal(state[name], before[name]) for name in before)
-        assert [name for name, _ in model.named_parameters()] == names
-        assert [name for name, _ in model.named_modules()] == modules
+        assert names() == names_before
         assert all(parameter.grad is None for parameter in model.parameters())
 
+    names_before = names()
+    patch = make_patch(model, **choices).train()
+    handle = patch.attach(model)
     check()
     output = predict(model, *batch)
     check()
@@ -151,9 +132,6 @@ def test_backbone_keeps_its_names_and_values_throughout(model, batch, make_patch
     check()
     handle.detach()
     check()
-
-
-# Where it can go
 
 
 def test_attaching_twice_is_refused_until_detached(model, make_patch):
@@ -169,13 +147,15 @@ def test_one_patch_serves_two_models(tiny_dit, batch, make_patch):
     first, second = tiny_dit(seed=0), tiny_dit(seed=1)
     bases = [predict(model, *batch) for model in (first, second)]
     patch = make_patch(first)
+
+    def unchanged():
+        return [torch.equal(predict(model, *batch), base) for model, base in zip((first, second), bases, strict=True)]
+
     patch.attach(first)
     handle = patch.attach(second)
-    assert not torch.equal(predict(first, *batch), bases[0])
-    assert not torch.equal(predict(second, *batch), bases[1])
+    assert unchanged() == [False, False]
     handle.detach()
-    assert not torch.equal(predict(first, *batch), bases[0])
-    assert torch.equal(predict(second, *batch), bases[1])
+    assert unchanged() == [False, True]
 
 
 def test_new_model_at_a_freed_models_address_is_not_taken_for_it(tiny_dit, make_patch):
@@ -186,8 +166,7 @@ def test_new_model_at_a_freed_models_address_is_not_taken_for_it(tiny_dit, make_
 
 def test_two_patches_at_once_add_up(tiny_dit, batch, make_patch):
     model = tiny_dit().double()
-    sample, *rest = batch
-    inputs = (sample.double(), *rest)
+    inputs = batch[0].double(), *batch[1:]
     one, other, both = (make_patch(model, seed=seed, gate="none").double() for seed in (1, 2, 3))
     for summed, a, b in zip(both.prompts, one.prompts, other.prompts, strict=True):
         summed.data = a.data + b.data
@@ -203,23 +182,20 @@ def test_two_patches_at_once_add_up(tiny_dit, batch, make_patch):
 
 
 def test_two_gated_patches_each_keep_their_own_mixture(model, batch, make_patch, patched):
-    one, other = make_patch(model, seed=1), make_patch(model, seed=2, condition="t+c", position="prepend")
-    weights = []
-    for patch in (one, other):
+    patches = make_patch(model, seed=1), make_patch(model, seed=2, condition="t+c", position="prepend")
+    for patch in patches:
         patched(patch)
-        weights.append(patch.last.weights)
-    one.attach(model)
-    other.attach(model)
+    alone = [patch.last.weights for patch in patches]
+    for patch in patches:
+        patch.attach(model)
     predict(model, *batch)
-    assert torch.equal(one.last.weights, weights[0])
-    assert torch.equal(other.last.weights, weights[1])
+    assert all(torch.equal(patch.last.weights, weights) for patch, weights in zip(patches, alone, strict=True))
 
 
 @pytest.mark.parametrize("name", ["transformer", "unet"])
 def test_pipeline_is_patched_at_its_denoiser(model, base, batch, make_patch, name):
     pipeline = SimpleNamespace(vae=torch.nn.Identity(), **{name: model})
-    patch = make_patch(pipeline)
-    with patch.attach(pipeline):
+    with make_patch(pipeline).attach(pipeline):
         assert not torch.equal(predict(model, *batch), base)
     assert torch.equal(predict(model, *batch), base)
 
@@ -244,13 +220,9 @@ def test_broken_description_is_named(model, make_patch):
 def test_forward_that_broke_off_leaves_nothing_to_the_next(model, batch, make_patch):
     make_patch(model, condition="t+c").attach(model)
     expected = predict(model, *batch)
-    sample, timesteps, _ = batch
     with pytest.raises(UserError, match="class_labels"):
-        model(sample, timesteps)  # after the timestep's tap, before the label's
+        model(*batch[:2])  # after the timestep's tap, before the label's
     assert torch.equal(predict(model, *batch), expected)
-
-
-# Copies
 
 
 def test_copied_model_has_an_attached_patch_of_its_own(model, base, batch, make_patch):
@@ -261,7 +233,6 @@ def test_copied_model_has_an_attached_patch_of_its_own(model, base, batch, make_
     assert copied_patch is not patch
     assert copied_patch.last is None
     assert torch.equal(predict(copied, *batch), patched)
-
     with torch.no_grad():
         for parameter in patch.parameters():
             parameter.zero_()
@@ -301,5 +272,4 @@ def test_patch_can_be_part_of_a_module_to_which_a_function_is_applied(tiny_dit, 
     patch = make_patch(tiny_dit())
     seen = []
     torch.nn.ModuleList([patch]).apply(seen.append)
-    assert patch in seen
-    assert patch.gate in seen
+    assert {patch, patch.gate} <= set(seen)

@@ -36,21 +36,16 @@ def denoiser(pipe):
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
-# Scale, on and off, several at once
-
-
 def test_scale_leads_from_the_base_images_to_the_patched_ones(tiny):
     pipe = tiny.build()
     base = tiny.call(pipe)
     patch = drawn(pipe, size=tiny.sample_size)
     patch.attach(pipe)
-    images = {}
+    distances = []
     for scale in (0.0, 0.5, 1.0):
         patch.scale = scale
-        images[scale] = tiny.call(pipe)
-    assert torch.equal(images[0.0], base)
-    distances = [(images[scale] - base).norm() for scale in (0.0, 0.5, 1.0)]
-    assert distances[0] < distances[1] < distances[2]
+        distances.append((tiny.call(pipe) - base).norm())
+    assert 0 == distances[0] < distances[1] < distances[2]
 
 
 def test_all_patches_of_a_pipeline_go_off_and_on_again():
@@ -61,12 +56,10 @@ def test_all_patches_of_a_pipeline_go_off_and_on_again():
         patch.attach(pipe)
     patched = SD.call(pipe)
     assert patches_on(pipe) == patches
-    for patch in patches_on(pipe):
-        patch.enabled = False
-    assert torch.equal(SD.call(pipe), base)
-    for patch in patches_on(pipe):
-        patch.enabled = True
-    assert torch.equal(SD.call(pipe), patched)
+    for enabled, expected in ((False, base), (True, patched)):
+        for patch in patches_on(pipe):
+            patch.enabled = enabled
+        assert torch.equal(SD.call(pipe), expected)
 
 
 def test_several_patches_add_up_each_with_its_scale():
@@ -84,20 +77,18 @@ def test_several_patches_add_up_each_with_its_scale():
 
 
 def test_patch_goes_on_the_denoiser_that_is_named():
-    pipe = PIPELINES["WanTransformer3DModel"].build()
+    wan = PIPELINES["WanTransformer3DModel"]
+    pipe = wan.build()
     pipe.register_modules(transformer_2=copy.deepcopy(pipe.transformer))
-    size = PIPELINES["WanTransformer3DModel"].sample_size
-    patch = Patch.create(pipe, PatchConfig(sample_size=size), component="transformer_2")
+    patch = Patch.create(pipe, PatchConfig(sample_size=wan.sample_size), component="transformer_2")
     patch.attach(pipe, component="transformer_2")
     assert patches_on(pipe, "transformer_2") == [patch]
     assert patches_on(pipe, "transformer") == []
 
 
-# LoRA
-
-
 def lora_files(pipe, directory):
     """A LoRA of random weights, as `pipe.save_lora_weights` writes it."""
+    torch.manual_seed(0)
     model = copy.deepcopy(denoiser(pipe))
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     with torch.no_grad():
@@ -112,10 +103,8 @@ def lora_files(pipe, directory):
 def test_patch_and_lora_live_side_by_side_in_either_order(tiny, tmp_path):
     pipe = tiny.build()
     base = tiny.call(pipe)
-    torch.manual_seed(0)
     lora_files(pipe, tmp_path)
     patch = drawn(pipe, size=tiny.sample_size)
-
     pipe.load_lora_weights(tmp_path, adapter_name="style")
     with_lora = tiny.call(pipe)
     assert not torch.allclose(with_lora, base, atol=1e-3)
@@ -137,7 +126,6 @@ def test_patch_and_lora_live_side_by_side_in_either_order(tiny, tmp_path):
 
 def test_prompts_that_are_attended_to_go_through_the_lora(tmp_path):
     pipe = SD.build()
-    torch.manual_seed(0)
     lora_files(pipe, tmp_path)
     patch = drawn(pipe, sites="attention", position="prepend")
     pipe.load_lora_weights(tmp_path)
@@ -148,47 +136,35 @@ def test_prompts_that_are_attended_to_go_through_the_lora(tmp_path):
     torch.testing.assert_close(SD.call(pipe), with_lora)
 
 
-# Offloading
-
-
-def offload_model(pipe):
-    """What `enable_model_cpu_offload` does to each model; it asks for an accelerator itself."""
-    cpu_offload_with_hook(denoiser(pipe), torch.device("cpu"))
-
-
-def offload_sequentially(pipe):
-    """What `enable_sequential_cpu_offload` does to each model: weights on the meta device between uses."""
-    cpu_offload(denoiser(pipe), torch.device("cpu"), offload_buffers=False)
-    assert next(denoiser(pipe).parameters()).is_meta
-
-
+# What a pipeline's `enable_..._offload` does to each model; the pipeline itself asks for an accelerator.
 CPU = torch.device("cpu")
+OFFLOADS = {
+    "model": lambda model: cpu_offload_with_hook(model, CPU),
+    "sequential": lambda model: cpu_offload(model, CPU, offload_buffers=False),
+    "groups": lambda model: apply_group_offloading(
+        model, CPU, CPU, offload_type="block_level", num_blocks_per_group=1
+    ),
+    "leaves": lambda model: apply_group_offloading(model, CPU, CPU, offload_type="leaf_level"),
+}
 
 
-def offload_groups(pipe):
-    apply_group_offloading(denoiser(pipe), CPU, CPU, offload_type="block_level", num_blocks_per_group=1)
-
-
-def offload_leaves(pipe):
-    apply_group_offloading(denoiser(pipe), CPU, CPU, offload_type="leaf_level")
-
-
-@pytest.mark.parametrize("offload", [offload_model, offload_sequentially, offload_groups, offload_leaves])
+@pytest.mark.parametrize("way", OFFLOADS)
 @pytest.mark.parametrize("first", ["patch", "offload"])
-def test_offloaded_pipeline_makes_the_same_patched_images(tiny, offload, first):
+def test_offloaded_pipeline_makes_the_same_patched_images(tiny, way, first):
     pipe = tiny.build()
     patch = drawn(pipe, size=tiny.sample_size)
     base = tiny.call(pipe)
     with patch.attach(pipe):
         expected = tiny.call(pipe)
     assert not torch.allclose(expected, base, atol=1e-3)
-    if first == "offload":
-        offload(pipe)
-    patch.attach(pipe)
     if first == "patch":
-        offload(pipe)
-    assert torch.equal(tiny.call(pipe), expected)
-    assert torch.equal(tiny.call(pipe), expected)
+        patch.attach(pipe)
+    OFFLOADS[way](denoiser(pipe))
+    assert next(denoiser(pipe).parameters()).is_meta == (way == "sequential")
+    if first == "offload":
+        patch.attach(pipe)
+    for _ in range(2):
+        assert torch.equal(tiny.call(pipe), expected)
     patch.enabled = False
     assert torch.equal(tiny.call(pipe), base)
 
@@ -206,9 +182,6 @@ def test_offloaded_pipeline_on_an_accelerator(way):
     torch.testing.assert_close(SD.call(pipe), base)
 
 
-# Precision
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_pipeline_is_patched_by_a_float32_patch(tmp_path, dtype):
     pipe = SD.build()
@@ -224,9 +197,6 @@ def test_half_precision_pipeline_is_patched_by_a_float32_patch(tmp_path, dtype):
     assert patch.prompts[0].dtype == torch.float32
     assert not torch.allclose(patched, base, atol=1e-2)
     assert (patched.float() - expected).abs().mean() < 0.25 * (base.float() - expected).abs().mean()
-
-
-# Compiling
 
 
 @pytest.mark.parametrize("name", ["DiT", "UNet2DConditionModel", "SD3Transformer2DModel", "WanTransformer3DModel"])
@@ -262,9 +232,6 @@ def test_compiled_blocks_equal_eager(tiny):
     torch.testing.assert_close(tiny.call(pipe), expected, rtol=1e-4, atol=1e-4)
 
 
-# Guidance
-
-
 def test_guidance_in_one_pass_and_in_two_is_the_same():
     """A batch of conditional and unconditional rows, as most pipelines do it, and a forward for each."""
     family = FAMILIES["SD3Transformer2DModel"]
@@ -286,9 +253,6 @@ def test_pipeline_is_patched_with_guidance_and_without(scale):
     base = SD.call(pipe, guidance_scale=scale)
     with drawn(pipe).attach(pipe):
         assert not torch.allclose(SD.call(pipe, guidance_scale=scale), base, atol=1e-3)
-
-
-# Attention that is laid out otherwise
 
 
 def test_fused_projections_are_told_to_be_unfused_for_prepending():
