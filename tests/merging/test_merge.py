@@ -15,6 +15,7 @@ from stagepatch.core.tensors import write_tensors
 from stagepatch.merging import combine, merge_loras, merge_models
 from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE
+from tests.runs import assert_same
 from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
@@ -23,27 +24,18 @@ from tests.tiny_pipelines import PIPELINES
 def models(tmp_path):
     """A base and three stages that differ from it everywhere, as directories."""
     pipe = PIPELINES["UNet2DModel"].build()
-    paths = []
-    for number, name in enumerate(("base", "one", "two", "three")):
+    paths = [tmp_path / name for name in ("base", "one", "two", "three")]
+    for number, path in enumerate(paths):
         other = DDPMPipeline(copy.deepcopy(pipe.unet), pipe.scheduler)
         generator = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for parameter in other.unet.parameters():
-                if number:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        other.save_pretrained(tmp_path / name)
-        paths.append(tmp_path / name)
+        for parameter in other.unet.parameters():
+            parameter.data += (0.1 if number else 0.0) * torch.randn(parameter.shape, generator=generator)
+        other.save_pretrained(path)
     return paths[0], paths[1:]
 
 
 def weights_of(directory):
     return load_file(directory / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def assert_same(tensors, expected):
-    """The same names and bits."""
-    assert set(tensors) == set(expected)
-    assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
 
 
 def merged(models, weights, tmp_path, **more):
@@ -76,13 +68,11 @@ def test_no_weight_gives_the_base_and_one_gives_its_stage_exactly(models, tmp_pa
 def test_merging_is_linear_and_the_sum_of_task_vectors(models, tmp_path):
     base, stages = (weights_of(models[0]), [weights_of(stage) for stage in models[1]])
     weights = [0.3, -0.2, 0.7]
-    both = merged(models, weights, tmp_path)
+    both, twice = (merged(models, [scale * weight for weight in weights], tmp_path) for scale in (1, 2))
     for name, value in both.items():
         vectors = [stage[name].double() - base[name].double() for stage in stages]
         expected = base[name].double() + sum(w * vector for w, vector in zip(weights, vectors, strict=True))
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-7)
-    twice = merged(models, [2 * weight for weight in weights], tmp_path)
-    for name, value in both.items():
         torch.testing.assert_close(twice[name] - base[name], 2 * (value - base[name]), rtol=1e-4, atol=1e-6)
 
 
@@ -160,13 +150,10 @@ def test_stages_of_other_architectures_and_numbers_are_refused(models, tmp_path)
     base, stages = models
     with pytest.raises(UserError, match="2 weights for 3 stages"):
         merge_models(base, stages, [1.0, 0.0], tmp_path / "out")
-    other = tmp_path / "other" / "unet"
-    other.mkdir(parents=True)
-    tensors = weights_of(base)
-    save_file({**tensors, "more": torch.ones(1)}, other / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(
-        UserError, match=r"other' has another architecture than the base: 1 tensors differ, first 'more'"
-    ):
+    other = tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors"
+    write_tensors(other, {**weights_of(base), "more": torch.ones(1)})
+    message = "other' has another architecture than the base: 1 tensors differ, first 'more'"
+    with pytest.raises(UserError, match=message):
         merge_models(base, [tmp_path / "other"], [1.0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -182,9 +169,8 @@ def test_loras_merge_into_one_of_the_summed_rank(tmp_path):
     merge_loras(stages, weights, tmp_path / "merged")
     one = load_file(tmp_path / "merged" / LORA_FILE)
     assert one["x.lora_A.weight"].shape == (6, 5)
-    expected = sum(
-        w * lora["x.lora_B.weight"] @ lora["x.lora_A.weight"] for w, lora in zip(weights, loras, strict=True)
-    )
+    products = [lora["x.lora_B.weight"] @ lora["x.lora_A.weight"] for lora in loras]
+    expected = sum(weight * product for weight, product in zip(weights, products, strict=True))
     torch.testing.assert_close(one["x.lora_B.weight"] @ one["x.lora_A.weight"], expected)
     assert read_json(tmp_path / "merged" / LORA_CONFIG) == {"rank": 6, "targets": None, "min_rank": 0}
     with pytest.raises(UserError, match="2 weights for 3 stages"):
@@ -195,15 +181,13 @@ def test_loras_merge_into_one_of_the_summed_rank(tmp_path):
 
 
 def test_a_projection_that_the_base_has_not_is_the_identity_there(tmp_path):
-    family = FAMILIES["UNet2DModel"]
     for number, name in enumerate(("base", "one", "two")):
-        model = family.model(seed=0)
-        if number:
-            with torch.no_grad():
-                for weight in add_projections(model, [1, 4][:number]).maps.values():
-                    weight.normal_(generator=torch.Generator().manual_seed(number))
+        model = FAMILIES["UNet2DModel"].model(seed=0)
+        for weight in add_projections(model, [1, 4][:number]).maps.values() if number else ():
+            weight.data.normal_(generator=torch.Generator().manual_seed(number))
         save_denoiser(model, DDPMScheduler(), tmp_path / name)
-    merge_models(tmp_path / "base", [tmp_path / "one", tmp_path / "two"], [0.5, 0.25], tmp_path / "out")
+    stages = [tmp_path / "one", tmp_path / "two"]
+    merge_models(tmp_path / "base", stages, [0.5, 0.25], tmp_path / "out")
     maps = {name: weights_of(tmp_path / name) for name in ("one", "two", "out")}
     first, second = "stagepatch_projection.maps.1", "stagepatch_projection.maps.4"
     eye = torch.eye(len(maps["out"][first]))
@@ -212,5 +196,5 @@ def test_a_projection_that_the_base_has_not_is_the_identity_there(tmp_path):
     eye = torch.eye(len(maps["out"][second]))
     torch.testing.assert_close(maps["out"][second], eye + 0.25 * (maps["two"][second] - eye))
     assert load_denoiser(tmp_path / "out")[0].stagepatch_projection.maps.keys() == {"1", "4"}
-    merge_models(tmp_path / "base", [tmp_path / "one", tmp_path / "two"], [0.0, 1.0], tmp_path / "two again")
-    assert all(torch.equal(value, maps["two"][name]) for name, value in weights_of(tmp_path / "two again").items())
+    merge_models(tmp_path / "base", stages, [0.0, 1.0], tmp_path / "two again")
+    assert_same(weights_of(tmp_path / "two again"), maps["two"])

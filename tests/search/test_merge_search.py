@@ -23,16 +23,17 @@ WEIGHTS = [0.3, 0.9]
 
 
 @pytest.fixture
-def directories(tiny_dit, tmp_path):
-    """A base and two stages, as model directories."""
-    scheduler = make_scheduler(ObjectiveConfig())
-    for seed, name in enumerate(("base", "one", "two")):
-        save_denoiser(tiny_dit(seed), scheduler, tmp_path / name)
-    return [str(tmp_path / name) for name in ("base", "one", "two")]
+def stages(tiny_dit, tmp_path):
+    """A base and two stages."""
+    directories = [tmp_path / name for name in ("base", "one", "two")]
+    for seed, directory in enumerate(directories):
+        save_denoiser(tiny_dit(seed), make_scheduler(ObjectiveConfig()), directory)
+    base, *others = map(str, directories)
+    return find_stages(base, others)
 
 
-def stages_of(directories):
-    return find_stages(directories[0], directories[1:])
+def weights_file(directory):
+    return directory / "transformer" / "diffusion_pytorch_model.safetensors"
 
 
 def assert_as_written(merged, stages, output, ties=0.0):
@@ -44,41 +45,37 @@ def assert_as_written(merged, stages, output, ties=0.0):
 
 
 @pytest.mark.parametrize("ties", [0.0, 0.4])
-def test_model_in_memory_is_the_model_that_is_written(directories, tmp_path, ties, monkeypatch):
+def test_model_in_memory_is_the_model_that_is_written(stages, tmp_path, ties, monkeypatch):
     monkeypatch.setattr("stagepatch.merging.models.PIECE", 7)
-    stages = stages_of(directories)
     merged = MergedModel(stages, ties)
     merged.at([1.0, -2.0])  # nothing of it stays
     assert_as_written(merged, stages, tmp_path / "out", ties)
 
 
-def test_half_precision_is_rounded_as_in_the_written_model(directories, tmp_path):
-    for directory in directories:
-        path = tmp_path / directory / "transformer" / "diffusion_pytorch_model.safetensors"
+def test_half_precision_is_rounded_as_in_the_written_model(stages, tmp_path):
+    for name in ("base", "one", "two"):
+        path = weights_file(tmp_path / name)
         save_file({name: value.half() for name, value in load_file(path).items()}, path)
-    stages = stages_of(directories)
     assert_as_written(MergedModel(stages), stages, tmp_path / "out")
 
 
-def test_projections_of_stages_are_merged_too(directories, tmp_path):
+def test_projections_of_stages_are_merged_too(stages, tmp_path):
     for name in ("one", "two"):
         model, scheduler = load_denoiser(tmp_path / name)
-        projection = add_projections(model)
-        for number, weight in enumerate(projection.parameters()):
+        for number, weight in enumerate(add_projections(model).parameters()):
             weight.data.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
         save_denoiser(model, scheduler, tmp_path / name)
-    stages = stages_of(directories)
     assert_as_written(MergedModel(stages), stages, tmp_path / "out")
 
 
-def test_lora_in_memory_is_the_lora_that_is_written(directories, tmp_path, batch):
+def test_lora_in_memory_is_the_lora_that_is_written(stages, tmp_path, batch):
     for number in (1, 2):
-        save_learned("lora", load_denoiser(directories[0])[0], tmp_path / f"lora{number}", number, rank=number)
-    stages = find_stages(directories[0], [str(tmp_path / "lora1"), str(tmp_path / "lora2")], needs_base=True)
-    merged = MergedLoRA(stages)
+        save_learned("lora", load_denoiser(stages.base)[0], tmp_path / f"lora{number}", number, rank=number)
+    loras = find_stages(stages.base, [str(tmp_path / "lora1"), str(tmp_path / "lora2")], needs_base=True)
+    merged = MergedLoRA(loras)
     merged.at([5.0, 5.0])
-    merge_loras(stages.directories, WEIGHTS, tmp_path / "out")
-    expected, _ = load_denoiser(directories[0])
+    merge_loras(loras.directories, WEIGHTS, tmp_path / "out")
+    expected, _ = load_denoiser(stages.base)
     load_learned(expected, tmp_path / "out")
     with torch.no_grad():
         predicted = [model(*batch, return_dict=False)[0] for model in (merged.at(WEIGHTS), expected)]
@@ -91,8 +88,8 @@ def evaluator():
 
 
 @pytest.mark.parametrize("metric", ["fid_train", "fid_held_out"])
-def test_value_is_the_fid_that_evaluate_reports(directories, evaluator, metric):
-    merged, fid = MergedModel(stages_of(directories)), SampledMetric(evaluator, metric)
+def test_value_is_the_fid_that_evaluate_reports(stages, evaluator, metric):
+    merged, fid = MergedModel(stages), SampledMetric(evaluator, metric)
     value = fid(merged.at(WEIGHTS), merged.scheduler, SAMPLING)
     assert fid(merged.at([0.0, 0.0]), merged.scheduler, SAMPLING) != value
     measured = evaluator.measure(merged.at(WEIGHTS), merged.scheduler, SAMPLING, [SAMPLING.seed])
@@ -101,8 +98,8 @@ def test_value_is_the_fid_that_evaluate_reports(directories, evaluator, metric):
 
 
 @pytest.mark.parametrize("batch_size", [2, 256])
-def test_the_first_quarter_is_reported_on_the_way(directories, evaluator, batch_size):
-    merged, metric = MergedModel(stages_of(directories)), SampledMetric(evaluator, "recall")
+def test_the_first_quarter_is_reported_on_the_way(stages, evaluator, batch_size):
+    merged, metric = MergedModel(stages), SampledMetric(evaluator, "recall")
     model, reports, done = merged.at(WEIGHTS), [], []
     sampling = SamplingConfig(num_images=17, num_inference_steps=2, batch_size=batch_size)
     metric.on_batch = done.append
@@ -116,8 +113,8 @@ def test_the_first_quarter_is_reported_on_the_way(directories, evaluator, batch_
     assert value <= 0.0  # recall is to be high
 
 
-def test_models_that_sample_no_numbers_are_infinitely_bad(directories, evaluator):
-    merged = MergedModel(stages_of(directories))
+def test_models_that_sample_no_numbers_are_infinitely_bad(stages, evaluator):
+    merged = MergedModel(stages)
     assert SampledMetric(evaluator, "fid_train")(merged.at([1e30, -1e30]), merged.scheduler, SAMPLING) == math.inf
 
 
@@ -126,29 +123,28 @@ def test_held_out_images_must_be_there(evaluator):
         SampledMetric(evaluator.without_held_out(), "fid_held_out")
 
 
-def test_stages_of_other_architectures_are_refused_by_name(directories, tiny_dit, tmp_path):
+def test_stages_of_other_architectures_are_refused_by_name(stages, tiny_dit, tmp_path):
     save_denoiser(tiny_dit(num_layers=2), make_scheduler(ObjectiveConfig()), tmp_path / "two")
     with pytest.raises(UserError, match=r"two' has another architecture than the base: \d+ tensors differ"):
-        MergedModel(stages_of(directories))
+        MergedModel(stages)
 
 
-def test_fingerprint_is_of_the_weights_however_they_are_divided(directories, tmp_path):
+@pytest.mark.usefixtures("stages")
+def test_fingerprint_is_of_the_weights_however_they_are_divided(tmp_path):
     first = model_fingerprint(tmp_path / "one")
     assert first != model_fingerprint(tmp_path / "two")
-    path = tmp_path / "one" / "transformer" / "diffusion_pytorch_model.safetensors"
+    path = weights_file(tmp_path / "one")
     tensors = load_file(path)
     names = sorted(tensors)
-    parts = (names[:3], names[3:])
-    for number, part in enumerate(reversed(parts)):
-        save_file({name: tensors[name] for name in part}, path.with_stem(f"{path.stem}-0000{number}-of-00002"))
+    for changed in (
+        {**tensors, names[0]: tensors[names[0]] + 1e-6},
+        {name: value.view(-1) for name, value in tensors.items()},
+    ):
+        save_file(changed, path)
+        assert model_fingerprint(tmp_path / "one") != first
     path.unlink()
+    for number, part in enumerate((names[3:], names[:3])):
+        save_file({name: tensors[name] for name in part}, path.with_stem(f"{path.stem}-0000{number}-of-00002"))
     assert model_fingerprint(tmp_path / "one") == first
-    changed = {**tensors, names[0]: tensors[names[0]] + 1e-6}
-    for part in path.parent.glob("*.safetensors"):
-        part.unlink()
-    save_file(changed, path)
-    assert model_fingerprint(tmp_path / "one") != first
-    save_file({name: value.view(-1) for name, value in tensors.items()}, path)
-    assert model_fingerprint(tmp_path / "one") != first
     with pytest.raises(UserError, match="not a model directory"):
         model_fingerprint(tmp_path)
