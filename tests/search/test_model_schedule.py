@@ -4,8 +4,7 @@ import itertools
 import math
 import random
 import signal
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,22 +13,18 @@ from diffusers import DPMSolverMultistepScheduler
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, write_json
-from stagepatch.core.processes import processes
-from stagepatch.core.tensors import read_tensors
-from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.evaluation import Evaluator, evaluate, features, load_extractor, load_references
+from stagepatch.core import UserError, read_json, write_json
+from stagepatch.core.processes import processes as own_processes
+from stagepatch.evaluation import Evaluator, evaluate, load_extractor, load_references
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig
 from stagepatch.search import NONE, ScheduleConfig, Space, Zoo, ZooEntry, best_of, evolution, median_seconds, propose
 from stagepatch.search.model_schedule import _features, _predicted
-from tests.sampling.test_generate import noise
-from tests.search.searches import alone
+from tests.sampling.test_generate import SCHEDULER, by_hand, sampled, sampler_of
+from tests.search.searches import alone, schedule_job
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
 
-SCHEDULER = make_scheduler(ObjectiveConfig())
 COSTS = (1.0, 0.5, 0.25)
 
 
@@ -55,23 +50,16 @@ def all_within(space):
             yield choices
 
 
-# The search.
-
-
 @pytest.mark.parametrize("drop_steps", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_of_all_is_found_in_a_fraction_of_the_evaluations(drop_steps, seed):
     space, error = Space(COSTS, 7, 3.5, drop_steps), toy(7, seed)
-    everything = {choices: error(choices) for choices in all_within(space)}
-    best = min(everything, key=everything.get)
-    found = best_of(alone(evolution(space, 120, seed), error)).point
+    everything = [error(choices) for choices in all_within(space)]
+    found = best_of(alone(evolution(space, 120, seed), error)).value
     assert len(everything) > (5000 if drop_steps else 600)
-    assert everything[found] <= everything[best] * 1.02
-    ranks = sorted(everything.values())
-    assert ranks.index(everything[found]) < 8
-    draw = random.Random(seed)
-    at_random = min(draw.sample(list(everything.values()), 120))
-    assert everything[found] < at_random
+    assert found <= min(everything) * 1.02
+    assert sorted(everything).index(found) < 8
+    assert found < min(random.Random(seed).sample(everything, 120))
 
 
 def test_small_spaces_are_searched_through_and_then_it_stops():
@@ -178,9 +166,6 @@ def test_predictor_ranks_what_it_has_not_seen():
     assert _features((0, NONE, 1), 2) == [1, 0, 0, 0, 0, 1, 1, 2, 2, 1]
 
 
-# Costs.
-
-
 def test_calls_take_turns_and_the_first_round_is_not_counted(monkeypatch):
     order, now = [], [0.0]
     monkeypatch.setattr("stagepatch.search.schedule_search._now", lambda: now[0])
@@ -198,7 +183,7 @@ def test_calls_take_turns_and_the_first_round_is_not_counted(monkeypatch):
 def test_costs_are_measured_once_and_then_read(tiny_dit, tmp_path, monkeypatch):
     save_denoiser(tiny_dit(hidden_size=16, num_layers=1), SCHEDULER, tmp_path / "small")
     entries, base = [ZooEntry("small", str(tmp_path / "small"))], tiny_dit(hidden_size=256, num_layers=8)
-    config = ScheduleConfig(str(tmp_path / "out"), zoo=entries, sampling=SamplingConfig("ddpm", 5))
+    config = ScheduleConfig(output_dir=str(tmp_path / "out"), zoo=entries, sampling=SamplingConfig("ddpm", 5))
     costs = Zoo(config, base, SCHEDULER, None).space.costs
     assert costs[0] > 3 * costs[1] > 0
     monkeypatch.setattr("stagepatch.search.schedule_search.median_seconds", lambda *_: pytest.fail("measured again"))
@@ -206,9 +191,6 @@ def test_costs_are_measured_once_and_then_read(tiny_dit, tmp_path, monkeypatch):
     write_costs(tmp_path / "out", base=1.0)
     with pytest.raises(UserError, match="has not the costs of base, small: delete it"):
         Zoo(config, base, SCHEDULER, None)
-
-
-# The command.
 
 
 @pytest.fixture
@@ -237,6 +219,17 @@ def found(tmp_path, name="out"):
     return read_json(tmp_path / name / "search.json")["evaluations"]
 
 
+def steps_of(tmp_path, name="out"):
+    """(timestep, expert) of each step of the schedule that was found."""
+    steps = yaml.safe_load((tmp_path / name / "schedule.yaml").read_text())["steps"]
+    return [(step["timestep"], step["expert"]) for step in steps]
+
+
+def sample_schedule(tmp_path, *arguments, model="base", name="out"):
+    schedule = f"--schedule={tmp_path / name / 'schedule.yaml'}"
+    return sampled(tmp_path / model, tmp_path / "samples", schedule, *arguments)
+
+
 def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     assert main(models) == 0
     printed = capsys.readouterr().out
@@ -252,37 +245,27 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
         assert text in printed
     # The best schedule, by hand: its own steps and models, in diffusers' loop.
     best = min(evaluations, key=lambda evaluation: evaluation["value"])
-    file = yaml.safe_load((tmp_path / "out" / "schedule.yaml").read_text())
+    names = {"base": "base", "patched": "base", "small": "small"}
+    by_name = {name: load_denoiser(tmp_path / directory)[0] for name, directory in names.items()}
+    Patch.from_pretrained(tmp_path / "patch").attach(by_name["patched"])
     # Out of its file: diffusers takes over settings that were written, and not those that are a class's defaults.
-    sampler = DPMSolverMultistepScheduler.from_config(load_denoiser(tmp_path / "base")[1].config)
-    sampler.set_timesteps(6)
-    six = sampler.timesteps
+    own_sampler = partial(sampler_of, DPMSolverMultistepScheduler, load_denoiser(tmp_path / "base")[1])
+    six = own_sampler(6).timesteps
     steps = [step for step in zip(six.tolist(), best["schedule"], strict=True) if step[1] is not None]
-    assert [(step["timestep"], step["expert"]) for step in file["steps"]] == steps
-    assert file["scheduler"] == "dpmsolver++"
-    base = load_denoiser(tmp_path / "base")[0]
-    patched = load_denoiser(tmp_path / "base")[0]
-    Patch.from_pretrained(tmp_path / "patch").attach(patched)
-    by_name = {"base": base, "patched": patched, "small": load_denoiser(tmp_path / "small")[0]}
+    assert steps_of(tmp_path) == steps
+    assert "scheduler: dpmsolver++" in (tmp_path / "out" / "schedule.yaml").read_text()
 
-    def by_hand(steps, seed, count, labels):
-        sampler.set_timesteps(timesteps=[timestep for timestep, _ in steps])
-        sample, _ = noise(seed, count)
-        with torch.no_grad():
-            for timestep, (_, name) in zip(sampler.timesteps, steps, strict=True):
-                output = by_name[name](sample, timestep.expand(count), labels).sample
-                sample = sampler.step(output, timestep, sample).prev_sample
-        return sample
+    def expected(steps, seed, count, labels):
+        experts = {timestep: by_name[name] for timestep, name in steps}
+        return by_hand(own_sampler(list(experts)), lambda x, t: experts[int(t[0])](x, t, labels).sample, count, seed)
 
-    given = ["sample", f"--model={tmp_path / 'base'}", f"--schedule={tmp_path / 'out' / 'schedule.yaml'}"]
-    assert main([*given, "--sampling.num_images=4", f"--output_dir={tmp_path / 'samples'}"]) == 0
-    images = read_tensors(tmp_path / "samples" / "samples.safetensors")[0]["images"]
-    torch.testing.assert_close(images, by_hand(steps, 0, 4, torch.arange(4)), atol=1e-4, rtol=1e-4)
+    images = sample_schedule(tmp_path, "--sampling.num_images=4")
+    torch.testing.assert_close(images, expected(steps, 0, 4, torch.arange(4)), atol=1e-4, rtol=1e-4)
     # The value that the search gave it, and those of the comparison.
     references, extractor = load_references(ScheduleConfig().data), load_extractor("digits")
 
     def measured(steps, seed):
-        return evaluate(by_hand(steps, seed, 60, references.train.labels[:60]), references, extractor)
+        return evaluate(expected(steps, seed, 60, references.train.labels[:60]), references, extractor)
 
     assert best["value"] == pytest.approx(measured(steps, 0)["fid_train"], rel=1e-3)
     metrics = read_json(tmp_path / "out" / "metrics.json")
@@ -290,32 +273,28 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     name = next(name for name in metrics if name.startswith("schedule"))
     assert metrics[name][1] == pytest.approx(measured(steps, 6), rel=1e-2, abs=1e-3)
     # The base within the same budget: the sampler's own three steps, and three of the six.
-    sampler.set_timesteps(3)
-    three = sampler.timesteps.tolist()
+    three = own_sampler(3).timesteps.tolist()
     for name, timesteps in [("base, 3 steps", three), ("base, 3 of the 6", six[[0, 2, 5]].tolist())]:
         alone = measured([(timestep, "base") for timestep in timesteps], 5)
         assert metrics[name][0] == pytest.approx(alone, rel=1e-2, abs=1e-3)
 
 
 def test_command_stopped_and_started_again_repeats_nothing(models, tiny_dit, tmp_path, monkeypatch, capsys):
-    sample, seen, small = Evaluator.sample, [], tmp_path / "small"
+    sample, seen, stops_after = Evaluator.sample, [], 3
 
-    def stopping(after):
-        def counted(evaluator, model, scheduler, sampling, *more):
-            if sampling.seed == 0:
-                if len(seen) == after:
-                    raise KeyboardInterrupt
-                seen.append(sampling)
-            # What is chosen must not be judged by the same images.
-            assert (evaluator.references.held_out is None) == (sampling.seed == 0)
-            return sample(evaluator, model, scheduler, sampling, *more)
+    def counted(evaluator, model, scheduler, sampling, *more):
+        if sampling.seed == 0:
+            if len(seen) == stops_after:
+                raise KeyboardInterrupt
+            seen.append(sampling)
+        # What is chosen must not be judged by the same images.
+        assert (evaluator.references.held_out is None) == (sampling.seed == 0)
+        return sample(evaluator, model, scheduler, sampling, *more)
 
-        return counted
-
-    monkeypatch.setattr(Evaluator, "sample", stopping(3))
+    monkeypatch.setattr(Evaluator, "sample", counted)
     assert main(models) == 130
     costs = (tmp_path / "out" / "costs.json").read_text()
-    monkeypatch.setattr(Evaluator, "sample", stopping(-1))
+    stops_after = None
     assert main(models) == 0
     assert len(seen) == 7
     assert (tmp_path / "out" / "costs.json").read_text() == costs
@@ -333,40 +312,16 @@ def test_command_stopped_and_started_again_repeats_nothing(models, tiny_dit, tmp
     capsys.readouterr()
     assert main([*models, "--sampling.num_images=61"]) == 2
     assert "sampling.num_images was 60, is 61" in capsys.readouterr().err
-    save_denoiser(tiny_dit(2, learn_sigma=False, hidden_size=16, num_layers=1), SCHEDULER, small)
+    save_denoiser(tiny_dit(2, learn_sigma=False, hidden_size=16, num_layers=1), SCHEDULER, tmp_path / "small")
     assert main(models) == 2  # another model in the same place
     assert "weights.small was" in capsys.readouterr().err
 
 
-def test_commands_share_a_search_and_one_that_is_killed_is_replaced(models, tmp_path):
-    script = """
-import os, signal, sys
-from stagepatch.cli import main
-from stagepatch.evaluation import Evaluator
-
-sample, dies_at, log, asked = Evaluator.sample, int(sys.argv[1]), sys.argv[2], []
-
-def noted(evaluator, model, scheduler, sampling, *more):
-    if sampling.seed == 0:
-        asked.append(sampling)
-        if len(asked) == dies_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with open(log, "a") as file:
-            file.write(f"{os.getpid()}\\n")
-    return sample(evaluator, model, scheduler, sampling, *more)
-
-Evaluator.sample = noted
-sys.exit(main(sys.argv[3:]))
-"""
-
-    def start(dies_at):
-        command = [sys.executable, "-c", script, str(dies_at), str(tmp_path / "log"), *models, "--evaluations=12"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    assert start(3).wait(timeout=300) == -signal.SIGKILL
-    processes = [start(0), start(0)]
-    printed = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
+def test_commands_share_a_search_and_one_that_is_killed_is_replaced(models, tmp_path, processes):
+    job = {"function": schedule_job, "arguments": [*models, "--evaluations=12"], "log": tmp_path / "log"}
+    processes.call(**job, dies_at=3, expected=-signal.SIGKILL)
+    for process in [processes.start(**job), processes.start(**job)]:
+        processes.finish(process)
     assert len({tuple(evaluation["schedule"]) for evaluation in found(tmp_path)}) == 12
     noted = (tmp_path / "log").read_text().split()
     assert len(noted) == 12  # none twice, and what the one that died was at
@@ -378,30 +333,21 @@ def test_without_a_zoo_the_steps_are_chosen_and_without_dropping_the_models(mode
     assert main([*models, "--zoo=[]", "--metric=recall", "--evaluations=4"]) == 0
     assert {name for each in found(tmp_path) for name in each["schedule"]} == {"base", None}
     recalls = [evaluation["value"] for evaluation in found(tmp_path)]
-    file = yaml.safe_load((tmp_path / "out" / "schedule.yaml").read_text())
     assert min(recalls) < max(recalls)
     best = found(tmp_path)[recalls.index(max(recalls))]["schedule"]
     timesteps = read_json(tmp_path / "out" / "search.json")["settings"]["timesteps"]
     kept = [timestep for timestep, name in zip(timesteps, best, strict=True) if name is not None]
-    assert [step["timestep"] for step in file["steps"]] == kept
+    assert [timestep for timestep, _ in steps_of(tmp_path)] == kept
     write_costs(tmp_path / "kept", base=1.0, small=0.2, patched=1.0)
-    kept = [*models, "--drop_steps=false", "--sampling.scheduler=ddim", "--budget=0.9"]
-    assert main([*kept, f"--output_dir={tmp_path / 'kept'}", "--evaluations=4"]) == 0
+    kept = ["--drop_steps=false", "--sampling.scheduler=ddim", "--budget=0.9", f"--output_dir={tmp_path / 'kept'}"]
+    assert main([*models, *kept, "--evaluations=4"]) == 0
     assert all(None not in evaluation["schedule"] for evaluation in found(tmp_path, "kept"))
     # All steps are there, so that even a sampler that takes none by itself has them.
-    given = ["sample", f"--model={tmp_path / 'base'}", f"--schedule={tmp_path / 'kept' / 'schedule.yaml'}"]
-    assert main([*given, "--sampling.num_images=2", f"--output_dir={tmp_path / 'samples'}"]) == 0
+    sample_schedule(tmp_path, "--sampling.num_images=2", name="kept")
 
 
-def test_model_of_latents_is_searched_by_its_images(tmp_path, monkeypatch, capsys):
-    class Pixels:
-        name = fingerprint = "pixels"
-
-        def __call__(self, images):
-            return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
-
-    monkeypatch.setitem(features._EXTRACTORS, "digits", Pixels)
-    monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path / "features"))
+@pytest.mark.usefixtures("pixels")
+def test_model_of_latents_is_searched_by_its_images(tmp_path):
     tiny = PIPELINES["UNet2DConditionModel"]
     tiny.build(0).save_pretrained(tmp_path / "model")
     tiny.build(1).save_pretrained(tmp_path / "other")
@@ -411,10 +357,7 @@ def test_model_of_latents_is_searched_by_its_images(tmp_path, monkeypatch, capsy
     given += ["--sampling.num_images=6", "--sampling.num_inference_steps=4", "--sampling.guidance_scale=3"]
     assert main(["schedule", *given, f"--output_dir={tmp_path / 'out'}"]) == 0
     assert len(found(tmp_path)) == 3
-    path = tmp_path / "out" / "schedule.yaml"
-    capsys.readouterr()
-    sample = [f"--model={tmp_path / 'model'}", "--prompts=['a cat']", "--sampling.num_images=1", f"--schedule={path}"]
-    assert main(["sample", *sample, f"--output_dir={tmp_path / 'samples'}"]) == 0
+    sample_schedule(tmp_path, "--prompts=['a cat']", "--sampling.num_images=1", model="model")
 
 
 @pytest.mark.parametrize(
@@ -447,6 +390,6 @@ def test_mistakes_are_named(models, capsys, changes, message):
 
 
 def test_processes_of_a_launch_are_refused_before_a_model_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(processes(), "num_processes", 2)
+    monkeypatch.setattr(own_processes(), "num_processes", 2)
     assert main(["schedule", "--model=nowhere/at/all"]) == 2
     assert "start `stagepatch schedule` several times instead" in capsys.readouterr().err
