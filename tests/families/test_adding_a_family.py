@@ -26,17 +26,9 @@ def row(monkeypatch):
 
 def test_row_of_at_most_ten_lines_is_a_whole_family(row):
     torch.manual_seed(0)
-    model = diffusers.SkyReelsV2Transformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        text_dim=24,
-        freq_dim=16,
-        ffn_dim=32,
-        rope_max_seq_len=32,
-    ).eval()
+    heads = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
+    config = {**heads, "in_channels": 4, "out_channels": 4, "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 32}
+    model = diffusers.SkyReelsV2Transformer3DModel(**config, text_dim=24).eval()
     inputs = torch.randn(2, 4, 3, 8, 8), torch.tensor([900, 10]), {"encoder_hidden_states": torch.randn(2, 5, 24)}
     base = predict(model, *inputs)
     assert torch.equal(base, model(*inputs[:2], **inputs[2]).sample)

@@ -12,20 +12,16 @@ from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
 
-def test_class_conditional_model_gets_its_labels(tiny_dit, batch):
-    model = tiny_dit()
+@pytest.mark.parametrize("conditioning", ["class", "none"])
+def test_only_a_class_conditional_model_gets_its_labels(tiny_dit, batch, conditioning):
+    model = tiny_dit(conditioning=conditioning)
     sample, timesteps, labels = batch
-    assert num_classes(model)
-    assert torch.equal(predict(model, *batch), model(sample, timesteps, class_labels=labels).sample)
-    assert not torch.equal(predict(model, *batch), predict(model, sample, timesteps, labels.flip(0)))
-
-
-def test_unconditional_model_ignores_the_labels(tiny_dit, batch):
-    model = tiny_dit(conditioning="none")
-    sample, timesteps, labels = batch
-    assert not num_classes(model)
-    assert torch.equal(predict(model, *batch), model(sample, timesteps).sample)
-    assert torch.equal(predict(model, *batch), predict(model, sample, timesteps, labels.flip(0)))
+    is_conditional = conditioning == "class"
+    assert bool(num_classes(model)) == is_conditional
+    more = {"class_labels": labels} if is_conditional else {}
+    output = predict(model, *batch)
+    assert torch.equal(output, model(sample, timesteps, **more).sample)
+    assert torch.equal(output, predict(model, sample, timesteps, labels.flip(0))) != is_conditional
 
 
 def test_text_model_is_not_called_without_its_text(tiny_dit, batch):
@@ -49,25 +45,17 @@ def test_null_label_and_sample_shape_are_the_models(tiny_dit):
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "null"),
-    [("DiTTransformer2DModel", 10, 10), ("UNet2DModel", 0, None), ("PixArtTransformer2DModel", 0, None)],
+    ("name", "changes", "classes", "null"),
+    [
+        ("DiTTransformer2DModel", {}, 10, 10),
+        ("UNet2DModel", {}, 0, None),
+        ("PixArtTransformer2DModel", {}, 0, None),
+        ("UNet2DModel", {"num_class_embeds": 5}, 5, None),  # a U-Net with classes has no label for none
+    ],
 )
-def test_classes_of_diffusers_models(name, classes, null):
-    model = FAMILIES[name].build()
+def test_classes_of_diffusers_models(name, changes, classes, null):
+    model = FAMILIES[name].model_class(**FAMILIES[name].config, **changes)
     assert (num_classes(model), null_label(model)) == (classes, null)
-
-
-def test_unet_with_classes_has_no_label_for_none():
-    model = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16,),
-        norm_num_groups=8,
-        num_class_embeds=5,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    assert (num_classes(model), null_label(model)) == (5, None)
 
 
 def test_learned_variance_of_diffusers_models_shows_in_their_channels():
@@ -97,8 +85,7 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     """What the pipeline's scheduler is given, from the sample and the timestep that it was given with."""
     tiny = PIPELINES[name]
     pipe = tiny.build()
-    seen = []
-    step = type(pipe.scheduler).step
+    seen, step = [], type(pipe.scheduler).step
 
     def noted(self, output, timestep, sample, *args, **kwargs):
         seen.append((output, timestep, sample))
@@ -111,15 +98,12 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     condition = family_of(type(model)).encode_captions(pipe, [tiny.arguments["prompt"]])
     assert len(seen) >= 2
-    for output, timestep, sample in seen[:1]:
-        if "Euler" in type(pipe.scheduler).__name__ and hasattr(pipe.scheduler, "scale_model_input"):
-            sigma = pipe.scheduler.sigmas[0]
-            sample = sample / (sigma**2 + 1) ** 0.5
-        is_packed = sample.ndim == 3
-        if is_packed:
-            sample, output = (unpack(tokens, *(2 * side for side in (4, 4))) for tokens in (sample, output))
-        timesteps = timestep.float().expand(len(sample))
-        ours = predict(model, sample.float(), timesteps, condition)
-        if ours.shape[1] == 2 * output.shape[1]:
-            ours = ours.chunk(2, dim=1)[0]
-        torch.testing.assert_close(ours, output.float(), rtol=1e-4, atol=1e-5)
+    output, timestep, sample = seen[0]
+    if "Euler" in type(pipe.scheduler).__name__ and hasattr(pipe.scheduler, "scale_model_input"):
+        sample = sample / (pipe.scheduler.sigmas[0] ** 2 + 1) ** 0.5
+    if sample.ndim == 3:
+        sample, output = (unpack(tokens, 8, 8) for tokens in (sample, output))
+    ours = predict(model, sample.float(), timestep.float().expand(len(sample)), condition)
+    if ours.shape[1] == 2 * output.shape[1]:
+        ours = ours.chunk(2, dim=1)[0]
+    torch.testing.assert_close(ours, output.float(), rtol=1e-4, atol=1e-5)

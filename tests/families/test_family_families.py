@@ -7,12 +7,15 @@ import torch
 from torch.nn import functional as F
 
 from stagepatch.core.errors import UserError
-from stagepatch.families import describe
+from stagepatch.families import describe, registry
 from stagepatch.patch import Patch, PatchConfig
 from tests.tiny import FAMILIES, FRAMES
 
-SIZELESS = {"FluxTransformer2DModel": (8, 8), "QwenImageTransformer2DModel": (8, 8)}
-VIDEO = {"WanTransformer3DModel": (FRAMES, 8, 8)}
+SIZES = {
+    "FluxTransformer2DModel": [8, 8],
+    "QwenImageTransformer2DModel": [8, 8],
+    "WanTransformer3DModel": [FRAMES, 8, 8],
+}
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -25,14 +28,18 @@ def family(name):
     return FAMILIES[name]
 
 
-def config_for(name, **choices):
-    size = SIZELESS.get(name) or VIDEO.get(name)
-    return PatchConfig(**{"sample_size": list(size) if size else None, **choices})
+@pytest.fixture
+def model(family):
+    return family.model()
 
 
-def drawn(patch, seed=3):
+def fresh(name, model, **choices):
+    return Patch.create(model, PatchConfig(**{"sample_size": SIZES.get(name), **choices}))
+
+
+def drawn(patch):
     """Every weight of a patch drawn, the prompts large: a mixture that can be seen in the output."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in patch.named_parameters():
             std = 20.0 if name.startswith("prompts") else 0.1
@@ -41,9 +48,8 @@ def drawn(patch, seed=3):
 
 
 def choices_of(name):
-    everywhere = [{}, {"num_experts": 2}, {"condition": "t+c"}, {"grid": [2, 2]}, {"gate": "none"}]
-    if name in VIDEO:
-        everywhere[3] = {"grid": [2, 2, 2]}
+    grid = [2] * len(SIZES.get(name, [8, 8]))
+    everywhere = [{}, {"num_experts": 2}, {"condition": "t+c"}, {"grid": grid}, {"gate": "none"}]
     if name.startswith("UNet"):
         everywhere += [{"sites": "attention"}, {"sites": "attention", "position": "prepend"}]
     if describe(FAMILIES[name].model()).sites[0].attention:
@@ -59,7 +65,7 @@ def test_fresh_patch_is_the_identity_bit_for_bit(name, choices):
     family = FAMILIES[name]
     model = family.model()
     base = family.call(model)
-    patch = Patch.create(model, config_for(name, **choices))
+    patch = fresh(name, model, **choices)
     with patch.attach(model):
         assert torch.equal(family.call(model), base)
         drawn(patch)
@@ -71,7 +77,7 @@ def test_fresh_patch_is_the_identity_bit_for_bit(name, choices):
 def test_gradients_reach_everything_that_is_learned_and_the_model_keeps_none(name, choices):
     family = FAMILIES[name]
     model = family.model()
-    patch = drawn(Patch.create(model, config_for(name, **choices))).train()
+    patch = drawn(fresh(name, model, **choices)).train()
     patch.attach(model)
     (family.call(model).square().mean() + patch.balance_loss()).backward()
     for learned, parameter in patch.named_parameters():
@@ -81,9 +87,8 @@ def test_gradients_reach_everything_that_is_learned_and_the_model_keeps_none(nam
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_saved_and_loaded_patch_gives_the_same_output(name, family, tmp_path):
-    model = family.model()
-    patch = drawn(Patch.create(model, config_for(name)))
+def test_saved_and_loaded_patch_gives_the_same_output(name, family, model, tmp_path):
+    patch = drawn(fresh(name, model))
     with patch.attach(model):
         expected = family.call(model)
     patch.save_pretrained(tmp_path)
@@ -91,21 +96,18 @@ def test_saved_and_loaded_patch_gives_the_same_output(name, family, tmp_path):
         assert torch.equal(family.call(model), expected)
 
 
-def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family):
-    model = family.model()
-    backbone = describe(model, config_for(name).sample_size)
+def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family, model):
+    backbone = describe(model, SIZES.get(name))
     seen = {}
     for site in backbone.sites:
 
         def note(module, args, kwargs, site=site):
-            hidden_states = args[0] if args else kwargs[site.argument]
-            seen[site.name] = tuple(hidden_states.shape)
+            seen[site.name] = tuple((args[0] if args else kwargs[site.argument]).shape)
 
         model.get_submodule(site.module).register_forward_pre_hook(note, with_kwargs=True)
     family.call(model)
-    default = [site for site in backbone.sites if site.kind == backbone.sites[0].kind]
-    assert len(default) == family.blocks
-    assert [site.index for site in default] == list(range(family.blocks))
+    default = [site.index for site in backbone.sites if site.kind == backbone.sites[0].kind]
+    assert default == list(range(family.blocks))
     for site in backbone.sites:
         shape = seen[site.name]
         if site.layout == "map":
@@ -116,42 +118,34 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape[1] == site.num_tokens + more, site
 
 
-def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family):
-    model = family.model()
-    patch = drawn(Patch.create(model, config_for(name))).train()
+def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):
+    patch = drawn(fresh(name, model)).train()
     taps = []
     model.get_submodule(describe(model).time_tap).register_forward_hook(lambda *call: taps.append(call[2]))
     with patch.attach(model):
         family.call(model)
-    weight, bias = patch.gate.weight, patch.gate.bias
-    expected = F.linear(torch.cat([taps[0], torch.zeros(2, 1)], dim=1), weight, bias)
+    expected = F.linear(torch.cat([taps[0], torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
     torch.testing.assert_close(patch.last.logits[0], expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(patch.last.logits[0, 0], patch.last.logits[0, 1])
 
 
 @pytest.mark.parametrize("size", [(12, 12), (8, 12), (12, 4)], ids=str)
-def test_other_sizes_and_shapes_are_taken(name, family, size):
+def test_other_sizes_and_shapes_are_taken(name, family, model, size):
     if family.only_square and size[0] != size[1]:
         pytest.skip("the model itself takes squares alone")
-    model = family.model()
     base = family.call(model, size=size)
-    patch = Patch.create(model, config_for(name))
+    patch = fresh(name, model)
     with patch.attach(model):
         assert torch.equal(family.call(model, size=size), base)
-        output = family.call(drawn_in_place(patch, model), size=size)
+        drawn(patch)
+        output = family.call(model, size=size)
     assert output.shape == base.shape
     assert not torch.allclose(output, base, atol=1e-3)
 
 
-def drawn_in_place(patch, model):
-    drawn(patch)
-    return model
-
-
-def test_constant_prompts_are_the_same_shift_at_every_size(name, family):
+def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
     """With one prompt everywhere and an equal gate, every token gets prompt / N, at whatever size."""
-    model = family.model()
-    patch = Patch.create(model, config_for(name, sites="first"))
+    patch = fresh(name, model, sites="first")
     site = patch.backbone.sites[0]
     shift = torch.randn(site.channels, generator=torch.Generator().manual_seed(0))
     layout = shift.view(-1, 1, 1) if site.layout == "map" else shift
@@ -174,9 +168,8 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family):
         torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_only_tokens_of_the_image_are_prompted(name, family):
-    model = family.model()
-    patch = drawn(Patch.create(model, config_for(name)))
+def test_only_tokens_of_the_image_are_prompted(name, family, model):
+    patch = drawn(fresh(name, model))
     patch.attach(model)
     for position, site in enumerate(patch.backbone.sites):
         if site.image_tokens == "first":
@@ -199,7 +192,7 @@ def test_images_to_edit_behind_the_image_are_left_alone():
     ids = inputs["img_ids"].clone()
     ids[:, 0] = 1
     both = {"img_ids": torch.cat([inputs["img_ids"], ids]), "hidden_states": inputs["hidden_states"].repeat(1, 2, 1)}
-    patch = drawn(Patch.create(model, config_for("FluxTransformer2DModel")))
+    patch = drawn(fresh("FluxTransformer2DModel", model))
     patch.attach(model)
     family.call(model, **both)
     assert patch.extent.grid == (4, 4)
@@ -209,26 +202,21 @@ def test_images_to_edit_behind_the_image_are_left_alone():
 
 
 def test_every_family_that_is_registered_is_tested_here():
-    from stagepatch.families.registry import _FAMILIES
-
-    assert set(_FAMILIES) == {name.split()[0] for name in FAMILIES}
+    assert set(registry._FAMILIES) == {name.split()[0] for name in FAMILIES}
 
 
 def test_qwenimage_that_embeds_two_timesteps_is_refused():
-    family = FAMILIES["QwenImageTransformer2DModel"]
-    model = family.model()
+    model = FAMILIES["QwenImageTransformer2DModel"].model()
     model.register_to_config(zero_cond_t=True)
     with pytest.raises(UserError, match="zero_cond_t"):
         Patch.create(model)
 
 
-def test_gate_is_asked_once_a_forward(name, family, monkeypatch):
+def test_gate_is_asked_once_a_forward(name, family, model, monkeypatch):
     """Also where the model embeds its timestep again in every block: noise of the gate is drawn once."""
-    model = family.model()
-    patch = drawn(Patch.create(model, config_for(name, condition="t+c")))
+    patch = drawn(fresh(name, model, condition="t+c"))
     patch.attach(model)
-    observed = []
-    observe = patch.observe
+    observed, observe = [], patch.observe
     monkeypatch.setattr(patch, "observe", lambda condition: observed.append(condition) or observe(condition))
     family.call(model)
     family.call(model)

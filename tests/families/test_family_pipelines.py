@@ -23,9 +23,14 @@ def tiny(name):
     return PIPELINES[name]
 
 
-def draw(patch, seed=3):
+@pytest.fixture
+def pipe(tiny):
+    return tiny.build()
+
+
+def draw(patch):
     """Prompts so large that they can be seen in the images."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for prompts in patch.prompts:
             prompts.copy_(20 * torch.randn(prompts.shape, generator=generator))
@@ -36,20 +41,17 @@ def differ(images, others):
     return not torch.allclose(images, others, rtol=0, atol=1e-3)
 
 
-def test_saved_and_loaded_pipeline_makes_the_same_images(tiny, tmp_path):
-    pipe = tiny.build()
+def test_saved_and_loaded_pipeline_makes_the_same_images(tiny, pipe, tmp_path):
     images = tiny.call(pipe)
     pipe.save_pretrained(tmp_path)
     loaded = tiny.load(tmp_path)
     assert type(loaded) is type(pipe)
-    assert {key: type(part) for key, part in loaded.components.items()} == {
-        key: type(part) for key, part in pipe.components.items()
-    }
+    classes, expected = ({key: type(part) for key, part in it.components.items()} for it in (loaded, pipe))
+    assert classes == expected
     assert torch.equal(tiny.call(loaded), images)
 
 
-def test_seed_and_caption_reach_the_images(tiny):
-    pipe = tiny.build()
+def test_seed_and_caption_reach_the_images(tiny, pipe):
     images = tiny.call(pipe)
     assert images.isfinite().all()
     assert images.shape[-2:] == tiny.pixels
@@ -59,8 +61,7 @@ def test_seed_and_caption_reach_the_images(tiny):
         assert not torch.allclose(tiny.call(pipe, prompt=WOLVES), images, rtol=0, atol=1e-4)
 
 
-def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(tiny, tmp_path):
-    pipe = tiny.build()
+def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(tiny, pipe, tmp_path):
     base = tiny.call(pipe)
     pipe.save_pretrained(tmp_path / "pipeline")
     patch = Patch.create(pipe, PatchConfig(sample_size=tiny.sample_size))
@@ -80,8 +81,7 @@ def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(tiny, tmp_p
     assert torch.equal(tiny.call(loaded), base)
 
 
-def test_patch_works_at_another_size_than_its_own(name, tiny):
-    pipe = tiny.build()
+def test_patch_works_at_another_size_than_its_own(name, tiny, pipe):
     height, width = tiny.other_pixels or tiny.pixels
     base = tiny.call(pipe, height=height, width=width)
     assert base.shape[-2:] == (height, width)
@@ -93,10 +93,9 @@ def test_patch_works_at_another_size_than_its_own(name, tiny):
     assert torch.equal(tiny.call(pipe, height=height, width=width), base)
 
 
-def test_captions_of_different_lengths_are_patched_side_by_side(tiny):
+def test_captions_of_different_lengths_are_patched_side_by_side(tiny, pipe):
     if not tiny.is_prompted:
         pytest.skip("takes no captions")
-    pipe = tiny.build()
     captions = tiny.of([PROMPT, WOLVES])
     base = tiny.call(pipe, **captions)
     assert len(base) == 2

@@ -15,22 +15,22 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
 
 
-class Child(DiT):
-    pass
+class Child(DiT): ...
 
 
-class Grandchild(Child):
-    pass
+class Grandchild(Child): ...
 
 
 def test_dit_has_a_site_before_every_block(tiny_dit):
     backbone = describe(tiny_dit())
     assert backbone.model_class == "DiT"
-    assert [site.name for site in backbone.sites] == ["blocks.0", "blocks.1", "blocks.2"]
-    assert [site.index for site in backbone.sites] == [0, 1, 2]
+    names = [f"blocks.{index}" for index in range(3)]
+    assert [(site.index, site.name, site.module) for site in backbone.sites] == list(
+        zip(range(3), names, names, strict=True)
+    )
     for site in backbone.sites:
-        assert (site.channels, site.grid, site.num_tokens, site.layout) == (32, (4, 4), 16, "tokens")
         assert site.module == site.name
+        assert (site.channels, site.grid, site.num_tokens, site.layout) == (32, (4, 4), 16, "tokens")
     assert (backbone.time_tap, backbone.condition_taps) == ("t_embedder", ("y_embedder",))
     assert backbone.condition_channels == 32
 
@@ -39,12 +39,9 @@ def test_site_counts_the_tokens_of_its_grid():
     assert Site("a", "a", 0, 8, (4, 6)).num_tokens == 24
 
 
-def test_unconditional_dit_has_no_condition_to_tap(tiny_dit):
-    assert describe(tiny_dit(conditioning="none")).condition_taps == ()
-
-
-def test_text_dit_is_tapped_like_any_other(tiny_dit):
-    assert describe(tiny_dit(conditioning="text", pooled_projection_dim=6)).condition_taps == ("y_embedder",)
+@pytest.mark.parametrize(("conditioning", "taps"), [("none", ()), ("text", ("y_embedder",))])
+def test_a_dit_is_tapped_where_it_has_a_condition(tiny_dit, conditioning, taps):
+    assert describe(tiny_dit(conditioning=conditioning, pooled_projection_dim=6)).condition_taps == taps
 
 
 def test_description_of_a_model_without_weights():
@@ -69,17 +66,17 @@ def test_subclass_is_described_as_its_parent_unless_it_has_a_description_of_its_
     model = Grandchild(sample_size=8, hidden_size=32, num_layers=2, num_attention_heads=2)
     assert describe(model).model_class == "DiT"
     assert len(Patch.create(model).prompts) == 2
-    register("Child", lambda model, sample_size: "the child's")
-    assert describe(model) == "the child's"
-    register("Grandchild", lambda model, sample_size: "the grandchild's")
-    assert describe(model) == "the grandchild's"
+    for name in ("Child", "Grandchild"):
+        register(name, lambda model, sample_size, name=name: name)
+        assert describe(model) == name
 
 
 def test_denoiser_of_a_pipeline_and_of_a_model():
-    model, unet = nn.Linear(2, 2), nn.Linear(3, 3)
-    assert find_denoiser(model) is model
-    assert find_denoiser(SimpleNamespace(transformer=model)) is model
-    assert find_denoiser(SimpleNamespace(unet=unet, transformer=None)) is unet
+    model = nn.Linear(2, 2)
+    compiled = torch.compile(model)
+    pipes = [SimpleNamespace(transformer=model), SimpleNamespace(unet=model, transformer=None)]
+    for target in (model, *pipes, compiled, SimpleNamespace(unet=compiled)):
+        assert find_denoiser(target) is model
 
 
 def test_one_of_several_denoisers_has_to_be_named():
@@ -91,13 +88,6 @@ def test_one_of_several_denoisers_has_to_be_named():
         find_denoiser(pipe)
     with pytest.raises(UserError, match=r"no model 'transformer_3'\. Its denoisers: transformer, transformer_2"):
         find_denoiser(pipe, "transformer_3")
-
-
-def test_denoiser_under_torch_compile():
-    model = nn.Linear(2, 2)
-    compiled = torch.compile(model)
-    assert find_denoiser(compiled) is model
-    assert find_denoiser(SimpleNamespace(unet=compiled)) is model
 
 
 @pytest.mark.parametrize("target", [None, "model", SimpleNamespace(vae=nn.Identity())], ids=str)
