@@ -1,14 +1,14 @@
-"""Searches on toy objectives, in this process or, as `python -m tests.search.searches`, in one that may die."""
+"""Searches on toy objectives, in this process or in one that may die."""
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import torch
 from optuna.distributions import FloatDistribution
 
+from stagepatch.cli import main
+from stagepatch.evaluation import Evaluator
 from stagepatch.methods import LoRAConfig, MethodConfig, make_method
 from stagepatch.search import Evaluation, Search, SearchConfig, Space, evolution, storages, weight_strategies
 
@@ -67,36 +67,40 @@ def alone(strategy, error, stop=None):
     return list(ended.values())
 
 
-def start(storage, log, dies_at=0, seconds=0.0, evaluations=15, grace=60, strategies=("grid", "tpe", "cma")):
-    """A search in a process of its own, which kills itself in its evaluation number `dies_at`."""
-    arguments = [storage, log, dies_at, seconds, evaluations, grace, *strategies]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.search.searches", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def note(log, *words):
+    with open(log, "a") as file:
+        print(*words, file=file)
 
 
-def _main(storage, log, dies_at, seconds, evaluations, grace, *strategies):
-    storages._HEARTBEAT, storages._GRACE = 1, int(grace)
-
-    def note(what, point):
-        with open(log, "a") as file:
-            file.write(f"{what} {os.getpid()} {point}\n")
+def search_job(directory, strategies=("grid", "tpe", "cma"), kind="journal", dies_at=0, seconds=0, grace=60, count=15):
+    """A search for a process of its own, which kills itself in its evaluation number `dies_at`; prints its points."""
+    storages._HEARTBEAT, storages._GRACE = 1, grace
 
     def objective(point):
-        note("begin", point)
-        time.sleep(float(seconds))
-        if len(counted.asked) == int(dies_at):
+        note(directory / "log", "begin", os.getpid(), point)
+        time.sleep(seconds)
+        if len(counted.asked) == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        note("end", point)
+        note(directory / "log", "end", os.getpid(), point)
         return sum((number - 0.3) ** 2 for number in point)
 
     counted = Counted(objective)
-    found = search(storage, counted, strategies=list(strategies), evaluations=int(evaluations))
+    storage = directory / "journal" if kind == "journal" else f"sqlite:///{directory / 'search.db'}"
+    found = search(storage, counted, strategies=list(strategies), evaluations=count)
     print({name: [one.point for one in ended] for name, ended in found.items()})
 
 
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+def schedule_job(arguments, log, dies_at=0):
+    """`stagepatch schedule` for a process of its own, which kills itself in its evaluation number `dies_at`."""
+    sample, asked = Evaluator.sample, []
+
+    def noted(evaluator, model, scheduler, sampling, *more):
+        if sampling.seed == 0:
+            asked.append(sampling)
+            if len(asked) == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            note(log, os.getpid())
+        return sample(evaluator, model, scheduler, sampling, *more)
+
+    Evaluator.sample = noted
+    return main(arguments)

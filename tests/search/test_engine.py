@@ -6,14 +6,15 @@ import math
 import os
 import signal
 import time
+from functools import partial
 
 import optuna
 import pytest
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.search import Evaluation, MergeConfig, best_of, storages
 from stagepatch.search.results import print_merge_results, write_merge_results
-from tests.search.searches import OPTIMUM, Counted, quadratic, search, start
+from tests.search.searches import OPTIMUM, Counted, quadratic, search, search_job
 
 
 def test_grid_finds_the_best_point_of_both_levels(tmp_path):
@@ -185,21 +186,22 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         search(tmp_path / "journal", evaluations=6)
 
 
-def lines(log, what):
-    """(process, weights) of each time that an evaluation began or ended."""
-    noted = [line.split(" ", 2) for line in log.read_text().splitlines()]
-    return [(process, weights) for kind, process, weights in noted if kind == what]
+@pytest.fixture
+def start(processes, tmp_path):
+    """Starts a search in another process."""
+    return partial(processes.start, search_job, directory=tmp_path)
 
 
-def storage_of(kind, directory):
-    return str(directory / "journal") if kind == "journal" else f"sqlite:///{directory / 'search.db'}"
-
-
-def result_of(process):
+@pytest.fixture
+def result_of(processes):
     """The points by strategy that a process prints at its end."""
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return eval(output)
+    return lambda process: eval(processes.finish(process).splitlines()[-1])
+
+
+def lines(directory, what):
+    """(process, weights) of each time that an evaluation began or ended."""
+    noted = [line.split(" ", 2) for line in (directory / "log").read_text().splitlines()]
+    return [(process, weights) for kind, process, weights in noted if kind == what]
 
 
 def study_of(directory):
@@ -209,19 +211,15 @@ def study_of(directory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy"),
-    [*itertools.product(["journal"], ["grid", "tpe", "cma", "evolution"]), ("database", "tpe")],
+    ("kind", "strategy"), [*itertools.product(["journal"], ["grid", "tpe", "cma", "evolution"]), ("database", "tpe")]
 )
-def test_nothing_is_evaluated_twice_after_sigkill(tmp_path, kind, strategy):
-    storage, log = storage_of(kind, tmp_path), tmp_path / "log"
+def test_nothing_is_evaluated_twice_after_sigkill(tmp_path, processes, start, result_of, kind, strategy):
+    options = {"kind": kind, "grace": 2, "strategies": [strategy]}
     for dies_at in (6, 3):
-        process = start(storage, log, dies_at, grace=2, strategies=[strategy])
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-    assert len(lines(log, "end")) == 5 + 2
-    found = result_of(start(storage, log, grace=2, strategies=[strategy]))[strategy]
-    ended = [weights for _, weights in lines(log, "end")]
-    begun = [weights for _, weights in lines(log, "begin")]
+        processes.finish(start(**options, dies_at=dies_at), -signal.SIGKILL)
+    assert len(lines(tmp_path, "end")) == 5 + 2
+    found = result_of(start(**options))[strategy]
+    ended, begun = ([weights for _, weights in lines(tmp_path, what)] for what in ("end", "begin"))
     assert len(ended) == len(set(ended))
     assert set(begun) == set(ended)  # what was interrupted was done again, with its weights
     assert len(begun) == len(ended) + 2
@@ -233,32 +231,29 @@ def test_nothing_is_evaluated_twice_after_sigkill(tmp_path, kind, strategy):
 @pytest.mark.parametrize(
     ("kind", "strategies"), [("journal", ("grid", "tpe", "cma")), ("journal", ("evolution",)), ("database", ("cma",))]
 )
-def test_processes_share_a_search(tmp_path, kind, strategies):
-    storage, log = storage_of(kind, tmp_path), tmp_path / "log"
-    processes = [start(storage, log, seconds=0.1, strategies=strategies) for _ in range(2)]
-    found, again = map(result_of, processes)
+def test_processes_share_a_search(tmp_path, start, result_of, kind, strategies):
+    both = [start(kind=kind, seconds=0.1, strategies=strategies) for _ in range(2)]
+    found, again = map(result_of, both)
     assert found == again
     assert all(len(found[name]) == 15 for name in strategies if name != "grid")
-    ended = lines(log, "end")
+    ended = lines(tmp_path, "end")
     assert len(ended) == sum(map(len, found.values()))
     assert all(len(set(points)) == len(points) for points in found.values())
-    for process in processes:
+    for process in both:
         assert sum(name == str(process.pid) for name, _ in ended) > len(ended) / 5
 
 
-def test_the_work_of_a_process_that_dies_is_done_by_the_other(tmp_path):
-    storage, log = storage_of("journal", tmp_path), tmp_path / "log"
-    dies, lives = start(storage, log, 4, 0.1, strategies=["cma"]), start(storage, log, 0, 0.1, strategies=["cma"])
-    assert dies.wait(timeout=60) == -signal.SIGKILL
-    assert len(result_of(lives)["cma"]) == len(lines(log, "end")) == 15
+def test_the_work_of_a_process_that_dies_is_done_by_the_other(tmp_path, processes, start, result_of):
+    dies, lives = (start(dies_at=dies_at, seconds=0.1, strategies=["cma"]) for dies_at in (4, 0))
+    processes.finish(dies, -signal.SIGKILL)
+    assert len(result_of(lives)["cma"]) == len(lines(tmp_path, "end")) == 15
 
 
 @pytest.mark.parametrize("strategy", ["tpe", "evolution"])
-def test_what_a_longer_search_has_begun_is_left(tmp_path, strategy):
-    storage, log = storage_of("journal", tmp_path), tmp_path / "log"
-    start(storage, log, dies_at=3, evaluations=20, strategies=[strategy]).communicate(timeout=60)
+def test_what_a_longer_search_has_begun_is_left(tmp_path, processes, start, strategy):
+    processes.finish(start(dies_at=3, count=20, strategies=[strategy]), -signal.SIGKILL)
     objective = Counted()
-    assert len(search(storage, objective, strategies=[strategy], evaluations=8)[strategy]) == 8
+    assert len(search(tmp_path / "journal", objective, strategies=[strategy], evaluations=8)[strategy]) == 8
     assert len(objective.asked) == 6
 
 

@@ -1,31 +1,29 @@
 """`stagepatch compare`: what it refuses, what it resumes, what it says."""
 
 import csv
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from filelock import FileLock
 from scipy import stats
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
-from stagepatch.cli import main
-from stagepatch.core.tensors import read_tensors
+from stagepatch.core import read_json, read_tensors
 from stagepatch.sampling import SamplingConfig
-from stagepatch.studies import LaunchConfig
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import CompareJob, plan_jobs
-from stagepatch.studies.compare_page import COLUMNS, short
+from stagepatch.studies.compare_page import COLUMNS, note, short
 from stagepatch.studies.compare_results import difference
-from stagepatch.training import TrainingConfig
+from stagepatch.training import TrainConfig, TrainingConfig
+from tests.studies.conftest import study, write_config
 
 ENTRIES = [
     {"name": "base", "method": "none"},
@@ -34,29 +32,27 @@ ENTRIES = [
 ]
 
 
-def config_file(tmp_path, **changes):
-    config = {
-        "output_dir": str(tmp_path / "out"),
-        "entries": ENTRIES,
-        "training": {"steps": 4, "batch_size": 8, "log_every": 1},
-        "sampling": {"num_images": 60, "num_inference_steps": 2, "batch_size": 60},
-        "evaluate_every": 2,
-        "launch": {"executor": "debug"},
-        **changes,
-    }
-    path = tmp_path / "compare.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+SMALL = {
+    "entries": ENTRIES,
+    "training": {"steps": 4, "batch_size": 8, "log_every": 1},
+    "sampling": {"num_images": 60, "num_inference_steps": 2, "batch_size": 60},
+    "evaluate_every": 2,
+}
 
 
-def compare(tmp_path, *more, **changes):
-    return main(["compare", f"--config={config_file(tmp_path, **changes)}", *more])
+def compare(folder, *more, **changes):
+    return study("compare", folder, *more, **{**SMALL, **changes})
+
+
+def results_of(folder):
+    """Rows by name."""
+    return {row["name"]: row for row in json.loads((folder / "out" / "results.json").read_text())}
 
 
 def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
     assert compare(tmp_path, training_seeds=[0, 1]) == 0
     out = tmp_path / "out"
-    results = {row["name"]: row for row in json.loads((out / "results.json").read_text())}
+    results = results_of(tmp_path)
     assert list(results) == ["base", "DMP", "bias"]
     assert set(results["base"]["curve"]) == {"0"}
     assert set(results["DMP"]["curve"]) == set(results["DMP"]["differences"]) == {"2", "4"}
@@ -65,14 +61,12 @@ def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
     assert results["DMP"]["peak_memory"] > 1e7
     assert results["DMP"]["file_size"] == (out / "jobs" / "dmp-0" / "learned" / "model.safetensors").stat().st_size
     # The difference is that of the jobs' own metrics, paired by sampling seed.
-    metrics = {
-        name: json.loads((out / "jobs" / name / "metrics.json").read_text()) for name in ("base", "dmp-0", "dmp-1")
-    }
-    runs = [
-        sum(v["fid_held_out"] - b["fid_held_out"] for v, b in zip(metrics[n]["4"], metrics["base"]["0"], strict=True))
-        / 3
-        for n in ("dmp-0", "dmp-1")
-    ]
+    metrics = {name: read_json(out / "jobs" / name / "metrics.json") for name in ("base", "dmp-0", "dmp-1")}
+    base, *others = (
+        sum(each["fid_held_out"] for each in values) / 3
+        for values in (metrics["base"]["0"], metrics["dmp-0"]["4"], metrics["dmp-1"]["4"])
+    )
+    runs = [other - base for other in others]
     assert math.isclose(results["DMP"]["differences"]["4"]["mean"], sum(runs) / 2)
     assert math.isclose(results["DMP"]["differences"]["4"]["p_value"], stats.ttest_1samp(runs, 0).pvalue)
     assert metrics["dmp-0"] != metrics["dmp-1"]
@@ -96,12 +90,10 @@ def test_what_is_done_is_skipped_and_the_table_is_the_same(tmp_path, monkeypatch
 
 
 def test_killed_in_two_processes_it_goes_on_and_ends_with_the_same_table(tmp_path):
-    changes = {
-        "training": {"steps": 400, "batch_size": 32, "checkpoint_every": 20, "log_every": 10},
-        "evaluate_every": 0,
-        "launch": {"executor": "local", "workers": 2},
-    }
-    command = [sys.executable, "-m", "stagepatch", "compare", f"--config={config_file(tmp_path, **changes)}"]
+    training = {"steps": 400, "batch_size": 32, "checkpoint_every": 20, "log_every": 10}
+    changes = {**SMALL, "training": training, "evaluate_every": 0}
+    config = write_config(tmp_path, **changes, launch={"executor": "local", "workers": 2})
+    command = [sys.executable, "-m", "stagepatch", "compare", f"--config={config}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / "out" / "jobs" / "dmp-0" / "learned" / "checkpoint.safetensors"
@@ -113,25 +105,20 @@ def test_killed_in_two_processes_it_goes_on_and_ends_with_the_same_table(tmp_pat
     assert checkpoint.exists()
     assert not (tmp_path / "out" / "results.json").exists()
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=300)
-    killed = json.loads((tmp_path / "out" / "results.json").read_text())
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    config = config_file(whole, **{**changes, "launch": {"executor": "debug"}})
-    assert main(["compare", f"--config={config}"]) == 0
-    expected = json.loads((whole / "out" / "results.json").read_text())
-    for ours, theirs in zip(killed, expected, strict=True):
-        for name in ("curve", "differences", "metrics", "trainable"):
-            assert ours[name] == theirs[name]
+    assert compare(tmp_path / "whole", **changes) == 0
+    killed, whole = results_of(tmp_path), results_of(tmp_path / "whole")
+    assert list(killed) == list(whole)
+    for name, key in itertools.product(whole, ("curve", "differences", "metrics", "trainable")):
+        assert killed[name][key] == whole[name][key]
 
 
 def test_job_of_two_processes_ends_with_the_same_patch(tmp_path):
     results = []
     for processes in (1, 2):
-        directory = tmp_path / str(processes)
-        directory.mkdir()
         launch = {"executor": "local", "workers": 1, "processes": processes}
-        assert compare(directory, entries=ENTRIES[:2], launch=launch) == 0
-        results.append(read_tensors(directory / "out" / "jobs" / "dmp-0" / "learned" / "model.safetensors")[0])
+        folder = tmp_path / str(processes)
+        assert compare(folder, entries=ENTRIES[:2], launch=launch) == 0
+        results.append(read_tensors(folder / "out" / "jobs" / "dmp-0" / "learned" / "model.safetensors")[0])
     assert len(list((tmp_path / "2" / "out" / "logs").rglob("*_1_log.out"))) == 2
     for name, alone in results[0].items():
         torch.testing.assert_close(results[1][name], alone, rtol=1e-4, atol=1e-5)
@@ -150,44 +137,42 @@ def test_terminal_shows_the_last_checkpoint_of_each_entry():
     assert [row[2] for row in cells] == ["0.4", "0.3"]
 
 
+@pytest.mark.parametrize(("metric", "better"), [("fid_train", "Lower"), ("kid", "Lower"), ("recall", "Higher")])
+def test_the_note_says_which_way_the_metric_is_better(metric, better):
+    job = CompareJob(Path(), TrainConfig(), "dmp", SamplingConfig(), [1, 2, 3], "digits", [10])
+    assert note([job], metric).endswith(f" {better} is better.")
+
+
 def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
     training = {"steps": 80, "batch_size": 8, "log_every": 1}
     entries = [*ENTRIES[:2], {"name": "long", "method": "dmp", "training": {"steps": 4000}}]
     assert compare(tmp_path, "--quick", training=training, entries=entries, training_seeds=[0, 1]) == 0
     jobs = tmp_path / "out-quick" / "jobs"
     assert {path.name for path in jobs.iterdir()} == {"base", "dmp-0", "long-0"}
-    assert json.loads((jobs / "long-0" / "job.json").read_text())["training"]["steps"] == 2
+    assert read_json(jobs / "long-0" / "job.json")["training"]["steps"] == 2
+
+
+def entry(method="dmp", **more):
+    return {"entries": [{"name": "a", "method": method, **more}]}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"entries": []}, "entries is empty"),
-        ({"entries": [{"name": "a", "method": "dpm"}]}, "Entry 'a': No method 'dpm'. Methods: dmp"),
+        (entry("dpm"), "Entry 'a': No method 'dpm'. Methods: dmp"),
         ({"entries": [{"name": "A b", "method": "dmp"}, {"name": "a-b", "method": "lora"}]}, "Two entries are called"),
-        (
-            {"entries": [{"name": "a", "method": "dmp", "patch": {"gaet": "none"}}]},
-            "Entry 'a': patch has no key 'gaet'. Keys: balance",
-        ),
-        ({"entries": [{"name": "a", "method": "dmp", "patch": {"gate": "mlp"}}]}, "gate='mlp' is none of"),
-        (
-            {"entries": [{"name": "a", "method": "lora", "lora": {"targets": ["to_q"]}}]},
-            "Entry 'a': lora targets=['to_q']",
-        ),
-        (
-            {"entries": [{"name": "a", "method": "dmp", "patch": {"sites": "attention"}}]},
-            "Entry 'a': sites='attention'",
-        ),
-        ({"entries": [{"name": "a", "method": "dmp", "weighting": {"name": "snr2"}}]}, "weighting 'snr2' is none of"),
-        (
-            {"entries": [{"name": "a", "method": "dmp", "training": {"stepz": 2}}]},
-            "Entry 'a': training has no key 'stepz'",
-        ),
+        (entry(patch={"gaet": "none"}), "Entry 'a': patch has no key 'gaet'. Keys: "),
+        (entry(patch={"gate": "mlp"}), "gate='mlp' is none of"),
+        (entry("lora", lora={"targets": ["to_q"]}), "Entry 'a': lora targets=['to_q']"),
+        (entry(patch={"sites": "attention"}), "Entry 'a': sites='attention'"),
+        (entry(weighting={"name": "snr2"}), "weighting 'snr2' is none of"),
+        (entry(training={"stepz": 2}), "Entry 'a': training has no key 'stepz'"),
         ({"sampling_seeds": [0, 1]}, "sampling_seeds=[0, 1] must be at least 3"),
         ({"model": "nowhere"}, "No model at 'nowhere'"),
-        ({"entries": [{"name": "a", "method": "none", "model": "gone-{seed}"}]}, "No model at 'gone-0'"),
-        ({"entries": [{"name": "a", "method": "none", "schedule": "gone.yaml"}]}, "gone.yaml"),
-        ({"entries": [{"name": "a", "method": "dmp", "schedule": "x.yaml"}]}, "a schedule is sampled as it is"),
+        (entry("none", model="gone-{seed}"), "No model at 'gone-0'"),
+        (entry("none", schedule="gone.yaml"), "gone.yaml"),
+        (entry(schedule="x.yaml"), "a schedule is sampled as it is"),
         ({"metric": "fiddle"}, "metric='fiddle' is none of"),
         ({"launch": {"executor": "debug", "workers": 0}}, "launch.workers=0"),
     ],
@@ -195,25 +180,14 @@ def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
 )
 def test_bad_input_is_refused_before_any_training(tmp_path, capsys, monkeypatch, changes, message):
     monkeypatch.setattr("stagepatch.cli.compare.launch", None)
-    message = message.replace("Keys: balance", "Keys: ")
     assert compare(tmp_path, **changes) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "jobs").exists()
 
 
-def test_a_job_that_another_process_does_is_waited_for(tmp_path, monkeypatch):
-    entries = [EntryConfig(**ENTRIES[0])]
-    (job,) = plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=entries))
-    job.directory.mkdir(parents=True)
-    begun = []
-    monkeypatch.setattr(CompareJob, "work", lambda _: begun.append(1))
-    waiting = threading.Thread(target=job.run)
-    with FileLock(job.directory / "lock"):
-        waiting.start()
-        waiting.join(0.3)
-        assert not begun
-    waiting.join(10)
-    assert begun
+def test_a_job_that_another_process_does_is_waited_for(tmp_path, works_after_another):
+    (job,) = plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=[EntryConfig(**ENTRIES[0])]))
+    assert works_after_another(job)
 
 
 def test_job_of_another_config_is_not_taken_for_done(tmp_path, capsys):
@@ -227,7 +201,7 @@ def test_job_of_another_config_is_not_taken_for_done(tmp_path, capsys):
 def test_jobs_written_before_an_option_existed_count_as_done(tmp_path, capsys):
     assert compare(tmp_path) == 0
     path = tmp_path / "out" / "jobs" / "dmp-0" / "job.json"
-    then = json.loads(path.read_text())
+    then = read_json(path)
     del then["patch"]["num_experts"], then["training"]["max_grad_norm"], then["schedule"]
     path.write_text(json.dumps(then))
     assert compare(tmp_path) == 0
@@ -255,12 +229,11 @@ def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
         {"name": "DMP on other", "method": "dmp", "model": other},
     ]
     assert compare(tmp_path, entries=entries, training_seeds=[0, 1], evaluate_every=0) == 0
-    values = {row["name"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
-    jobs = tmp_path / "out" / "jobs"
-    metrics = {path.parent.name: json.loads(path.read_text()) for path in jobs.glob("*/metrics.json")}
+    values = results_of(tmp_path)
+    paths = (tmp_path / "out" / "jobs").glob("*/metrics.json")
+    metrics = {path.parent.name: read_json(path) for path in paths}
     assert set(metrics) == {"base", *(f"{n}-{s}" for n in ("other", "experts", "dmp-on-other") for s in (0, 1))}
-    distinct = {json.dumps(list(each.values())[-1]) for each in metrics.values()}
-    assert len(distinct) == 7
+    assert len({json.dumps(list(each.values())[-1]) for each in metrics.values()}) == 7
     assert values["base"]["is_base"]
     assert values["base"]["differences"] == {}
     assert set(values["experts"]["differences"]) == {"4"}
@@ -277,32 +250,16 @@ def test_failed_job_is_named_with_its_log_and_the_others_are_finished(tmp_path, 
     assert (tmp_path / "out" / "jobs" / "bias-0" / "metrics.json").exists()
 
 
-def test_all_methods_train_on_the_same_batches_noise_and_timesteps(tmp_path, monkeypatch):
-    seen = {}
-    from stagepatch.training import loop
-
-    backward = loop._backward
-
-    def noted(step, draws, *rest):
-        name = step.method.name
-        seen.setdefault(name, []).append(
-            (draws.x_start.sum().item(), draws.noise.sum().item(), draws.timesteps.tolist())
-        )
-        return backward(step, draws, *rest)
-
-    monkeypatch.setattr(loop, "_backward", noted)
+def test_all_methods_train_on_the_same_batches_noise_and_timesteps(tmp_path, seen):
     assert compare(tmp_path) == 0
-    assert seen["dmp"] == seen["bitfit"]
-    assert len(seen["dmp"]) == 4
+    assert len(seen) == 8
+    for dmp, bitfit in zip(seen[:4], seen[4:], strict=True):
+        assert all(torch.equal(getattr(dmp, key), getattr(bitfit, key)) for key in ("x_start", "noise", "timesteps"))
 
 
 def test_trainable_parameters_are_counted_on_the_meta_device():
-    config = CompareConfig(
-        entries=[EntryConfig("a", "dmp"), EntryConfig("b", "finetune"), EntryConfig("c", "none")],
-        training=TrainingConfig(steps=2),
-        sampling=SamplingConfig(num_images=10),
-        launch=LaunchConfig("debug"),
-    )
+    entries = [EntryConfig("a", "dmp"), EntryConfig("b", "finetune"), EntryConfig("c", "none")]
+    config = CompareConfig(entries=entries, training=TrainingConfig(steps=2), sampling=SamplingConfig(num_images=10))
     counts = [job.trainable_parameters() for job in plan_jobs(config)]
     assert counts[1] == (329_224, 329_224)
     assert counts[2] == (0, 329_224)

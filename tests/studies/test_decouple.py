@@ -1,40 +1,31 @@
 """`stagepatch decouple`: what each stage sees, what it saves, how it goes on."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import diffusers
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
-from stagepatch.cli import main
 from stagepatch.cli.config import DecoupleConfig
-from stagepatch.core.tensors import read_tensors
+from stagepatch.core import read_json, read_tensors
 from stagepatch.methods import load_learned
-from stagepatch.studies import Stage, StageTrainingConfig, plan_stages
+from stagepatch.studies import StageTrainingConfig, plan_stages
 from stagepatch.training import TrainingConfig
+from tests.studies.conftest import study, write_config
 
 TRAINING = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2}
+TRAINING["tensorboard"] = False
 
 
-def config(folder, model, **changes):
-    values = {"output_dir": str(folder / "out"), "model": str(model), "training": {**TRAINING, "tensorboard": False}}
-    values |= {"data": {"source": "digits"}, "launch": {"executor": "debug"}, **changes}
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def decouple(folder, model, **changes):
-    return main(["decouple", f"--config={config(folder, model, **changes)}"])
+def decouple(folder, model, steps=4, seed=0, **changes):
+    training = {**TRAINING, "steps": steps, "seed": seed}
+    return study("decouple", folder, **{"model": str(model), "training": training, **changes})
 
 
 @pytest.fixture
@@ -51,28 +42,26 @@ def differs(first, second):
     return any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def test_each_stage_trains_on_its_own_range_and_is_a_whole_model(tmp_path, model, monkeypatch, capsys):
-    from stagepatch.training import loop
+def stage_of(folder, number=0):
+    return folder / "out" / "stages" / str(number)
 
-    seen, backward = [], loop._backward
 
-    def noted(step, draws, *rest):
-        seen.append(draws.timesteps)
-        return backward(step, draws, *rest)
+def experts_of(folder):
+    return yaml.safe_load((folder / "out" / "experts.yaml").read_text())["experts"]
 
-    monkeypatch.setattr(loop, "_backward", noted)
+
+def test_each_stage_trains_on_its_own_range_and_is_a_whole_model(tmp_path, model, seen, capsys):
     assert decouple(tmp_path, model, p=0.0, projection=False) == 0
-    ranges = [torch.cat(seen[4 * number : 4 * number + 4]) for number in range(4)]
     assert len(seen) == 16
-    for number, timesteps in enumerate(ranges):
+    for number in range(4):
+        timesteps = torch.cat([draws.timesteps for draws in seen[4 * number : 4 * number + 4]])
         assert 250 * number <= int(timesteps.min()) <= int(timesteps.max()) < 250 * (number + 1)
     base = weights(model)
-    stages = [weights(tmp_path / "out" / "stages" / str(number)) for number in range(4)]
+    stages = [weights(stage_of(tmp_path, number)) for number in range(4)]
     assert all(differs(stage, base) for stage in stages)
     assert differs(stages[0], stages[1])
-    experts = yaml.safe_load((tmp_path / "out" / "experts.yaml").read_text())["experts"]
-    assert experts[1] == {"from": 250, "to": 500, "model": "stages/1"}
-    facts = json.loads((tmp_path / "out" / "stages" / "2" / "stage.json").read_text())
+    assert experts_of(tmp_path)[1] == {"from": 250, "to": 500, "model": "stages/1"}
+    facts = read_json(stage_of(tmp_path, 2) / "stage.json")
     assert (facts["from"], facts["to"], facts["base"]["source"]) == (500, 750, str(model))
     # The same command again trains nothing.
     assert decouple(tmp_path, model, p=0.0, projection=False) == 0
@@ -80,43 +69,26 @@ def test_each_stage_trains_on_its_own_range_and_is_a_whole_model(tmp_path, model
     assert "4 stages, 4 of them done" in capsys.readouterr().out
 
 
-def test_p_of_one_is_fine_tuning_on_all_timesteps(tmp_path, model, monkeypatch):
-    from stagepatch.training import loop
-
-    seen, backward = [], loop._backward
-    monkeypatch.setattr(
-        loop, "_backward", lambda step, draws, *rest: seen.append(draws) or backward(step, draws, *rest)
-    )
-    assert decouple(tmp_path, model, p=1.0, num_stages=2, training={**TRAINING, "steps": 30}, projection=False) == 0
+def test_p_of_one_is_fine_tuning_on_all_timesteps(tmp_path, model, seen):
+    assert decouple(tmp_path, model, steps=30, p=1.0, num_stages=2, projection=False) == 0
     for half in (seen[:30], seen[30:]):
         timesteps = torch.cat([draws.timesteps for draws in half])
         assert (timesteps < 500).float().mean().sub(0.5).abs() < 0.15
 
 
-def test_stages_share_no_draws_and_another_seed_gives_others(tmp_path, model, monkeypatch):
-    from stagepatch.training import loop
-
-    noises, backward = [], loop._backward
-    monkeypatch.setattr(
-        loop, "_backward", lambda step, draws, *rest: noises.append(draws.noise) or backward(step, draws, *rest)
-    )
-    for name, seed in (("one", 0), ("two", 1)):
-        (tmp_path / name).mkdir()
-        training = {**TRAINING, "steps": 1, "seed": seed}
-        assert decouple(tmp_path / name, model, num_stages=2, training=training, projection=False) == 0
-    assert len(noises) == 4
-    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == 4
+def test_stages_share_no_draws_and_another_seed_gives_others(tmp_path, model, seen):
+    for seed in (0, 1):
+        assert decouple(tmp_path / str(seed), model, steps=1, seed=seed, num_stages=2, projection=False) == 0
+    assert len(seen) == len({tuple(draws.noise.flatten().tolist()) for draws in seen}) == 4
 
 
 def test_consistency_holds_a_stage_near_the_original(tmp_path, model):
     base, distances = weights(model), []
     for number, weight in enumerate((0.0, 1.0, 100.0)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
         # SGD-like steps: AdamW's are of one size whatever the loss, so many steps show the pull.
-        training = {**TRAINING, "steps": 25, "learning_rate": 3e-4}
-        assert decouple(folder, model, consistency=weight, num_stages=1, training=training, projection=False) == 0
-        stage = weights(folder / "out" / "stages" / "0")
+        changes = {"num_stages": 1, "training": {**TRAINING, "steps": 25, "learning_rate": 3e-4}, "projection": False}
+        assert decouple(tmp_path / str(number), model, consistency=weight, **changes) == 0
+        stage = weights(stage_of(tmp_path / str(number)))
         distances.append(sum(float((stage[name] - base[name]).square().sum()) for name in base))
     assert distances[2] < distances[1] < distances[0]
 
@@ -127,32 +99,21 @@ def test_consistency_holds_a_stage_near_the_original(tmp_path, model):
 def test_stages_of_other_methods_are_small_files_that_load(tmp_path, model, method, file):
     assert decouple(tmp_path, model, method=method, num_stages=2) == 0
     for number in range(2):
-        directory = tmp_path / "out" / "stages" / str(number)
-        assert (directory / file).exists()
-        loaded, _ = load_denoiser(model)
-        load_learned(loaded, directory)
-    experts = yaml.safe_load((tmp_path / "out" / "experts.yaml").read_text())["experts"]
-    assert experts[1] == {"from": 500, "to": 1000, "learned": "stages/1"}
+        assert (stage_of(tmp_path, number) / file).exists()
+        load_learned(load_denoiser(model)[0], stage_of(tmp_path, number))
+    assert experts_of(tmp_path)[1] == {"from": 500, "to": 1000, "learned": "stages/1"}
 
 
 def small_unet():
-    return diffusers.UNet2DModel(
-        8,
-        1,
-        1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-    )
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return diffusers.UNet2DModel(8, 1, 1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
 
 
 @pytest.mark.parametrize(("name", "kept"), [("unet", ["1", "2", "4"]), ("dit", ["0", "1", "2"])])
 def test_projections_train_and_stay_where_they_cannot_be_folded(tmp_path, tiny_dit, name, kept):
     save_denoiser(tiny_dit() if name == "dit" else small_unet(), diffusers.DDPMScheduler(), tmp_path / "model")
     assert decouple(tmp_path, tmp_path / "model", num_stages=1) == 0
-    stage, _ = load_denoiser(tmp_path / "out" / "stages" / "0")
+    stage, _ = load_denoiser(stage_of(tmp_path))
     assert list(stage.stagepatch_projection.maps) == kept
     assert all(not torch.equal(value, torch.eye(len(value))) for value in stage.stagepatch_projection.maps.values())
     labels = [torch.tensor([1])] if name == "dit" else []
@@ -160,24 +121,20 @@ def test_projections_train_and_stay_where_they_cannot_be_folded(tmp_path, tiny_d
 
 
 def test_a_stage_alone_is_the_same_as_among_all_and_ends_the_set(tmp_path, model, capsys):
-    (tmp_path / "alone").mkdir()
     assert decouple(tmp_path, model, num_stages=2) == 0
     assert decouple(tmp_path / "alone", model, num_stages=2, stage=1) == 0
     assert "Stages 0 are still to be trained" in capsys.readouterr().out
-    one, other = (weights(tmp_path / name / "stages" / "1") for name in ("out", "alone/out"))
-    assert not differs(one, other)
+    assert not differs(weights(stage_of(tmp_path, 1)), weights(stage_of(tmp_path / "alone", 1)))
     assert decouple(tmp_path / "alone", model, num_stages=2, stage=0) == 0
     assert "still to be trained" not in capsys.readouterr().out
 
 
 def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path, model):
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    training = {**TRAINING, "steps": 60}
-    assert decouple(tmp_path / "whole", model, num_stages=2, stage=1, training=training) == 0
-    path = config(tmp_path / "killed", model, num_stages=2, stage=1, training=training)
+    changes = {"num_stages": 2, "stage": 1}
+    assert decouple(tmp_path / "whole", model, steps=60, **changes) == 0
+    path = write_config(tmp_path / "killed", model=str(model), training={**TRAINING, "steps": 60}, **changes)
     process = subprocess.Popen([sys.executable, "-m", "stagepatch", "decouple", f"--config={path}"])
-    directory = tmp_path / "killed" / "out" / "stages" / "1"
+    directory = stage_of(tmp_path / "killed", 1)
     while not (directory / "checkpoint.safetensors").exists():
         time.sleep(0.01)
         assert process.poll() is None
@@ -185,8 +142,8 @@ def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path, model):
     process.wait()
     assert not (directory / "stage.json").exists()
     assert 0 < int(read_tensors(directory / "checkpoint.safetensors")[1]["iteration"]) < 60
-    assert main(["decouple", f"--config={path}"]) == 0
-    assert not differs(weights(directory), weights(tmp_path / "whole" / "out" / "stages" / "1"))
+    assert decouple(tmp_path / "killed", model, steps=60, **changes) == 0
+    assert not differs(weights(directory), weights(stage_of(tmp_path / "whole", 1)))
 
 
 def test_stages_are_jobs_in_processes_of_their_own(tmp_path, model, capsys):
@@ -221,13 +178,8 @@ def test_released_preset_fills_in_what_was_left_out_and_nothing_else():
     assert (explicit.resolve("released").adam_beta1, explicit.resolve("released").weight_decay) == (0.9, 0.0)
     assert StageTrainingConfig().resolve("paper") == TrainingConfig(steps=20_000, batch_size=64, learning_rate=5e-5)
     paper = DecoupleConfig()
-    assert (paper.p, paper.consistency, paper.num_stages, paper.projection, paper.antithetic) == (
-        0.3,
-        1,
-        4,
-        True,
-        False,
-    )
+    assert (paper.p, paper.consistency, paper.num_stages) == (0.3, 1, 4)
+    assert (paper.projection, paper.antithetic) == (True, False)
     assert not DecoupleConfig(preset="released", antithetic=False).antithetic
 
 
@@ -256,32 +208,23 @@ def test_stage_of_another_config_is_not_taken_for_done(tmp_path, model, capsys):
     assert decouple(tmp_path, model, num_stages=1) == 0
     assert decouple(tmp_path, model, num_stages=1, p=0.5) == 2
     assert "holds a stage of another config (p was 0.3, is 0.5)" in capsys.readouterr().err
-    assert decouple(tmp_path, model, num_stages=1, training={**TRAINING, "steps": 5}) == 2
+    assert decouple(tmp_path, model, num_stages=1, steps=5) == 2
     assert "(training.steps was 4, is 5)" in capsys.readouterr().err
 
 
-def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, monkeypatch):
+@pytest.fixture
+def stage(tmp_path, model):
+    """The only one of a plan, not yet trained."""
+    training = StageTrainingConfig(**TRAINING)
+    out = str(tmp_path / "out")
+    return plan_stages(DecoupleConfig(output_dir=out, model=str(model), num_stages=1, training=training))[0]
+
+
+def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, stage, monkeypatch):
     assert decouple(tmp_path, model, num_stages=1) == 0
-    (stage,) = plan_stages(DecoupleConfig(**_values(tmp_path, model)))
     monkeypatch.setattr("stagepatch.studies.decouple_jobs.Run", None)
     stage.run()
 
 
-def test_a_stage_that_another_process_trains_is_waited_for(tmp_path, model, monkeypatch):
-    (stage,) = plan_stages(DecoupleConfig(**_values(tmp_path, model)))
-    stage.directory.mkdir(parents=True)
-    trained = []
-    monkeypatch.setattr(Stage, "work", lambda _: trained.append(1))
-    waiting = threading.Thread(target=stage.run)
-    with FileLock(stage.directory / "lock"):
-        waiting.start()
-        waiting.join(0.3)
-        (stage.directory / "stage.json").write_text("{}")  # the other one is done
-    waiting.join(10)
-    assert not waiting.is_alive()
-    assert not trained
-
-
-def _values(tmp_path, model):
-    training = StageTrainingConfig(**TRAINING, tensorboard=False)
-    return {"output_dir": str(tmp_path / "out"), "model": str(model), "num_stages": 1, "training": training}
+def test_a_stage_that_another_process_trains_is_waited_for(stage, works_after_another):
+    assert not works_after_another(stage, lambda: (stage.directory / "stage.json").write_text("{}"))
