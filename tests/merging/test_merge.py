@@ -1,6 +1,7 @@
-"""The algebra of merging, on files."""
+"""The algebra of merging, on files, and on steps of SGD."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save, save_file
 
 from stagepatch.checkpoints import add_projections, load_denoiser, save_denoiser
-from stagepatch.core import TensorReader, write_stream
-from stagepatch.core.errors import UserError
-from stagepatch.core.files import read_json, write_json
-from stagepatch.core.tensors import write_tensors
+from stagepatch.core import TensorReader, UserError, read_json, write_json, write_stream, write_tensors
+from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
+from stagepatch.diffusion.timesteps import equal_in_t
+from stagepatch.families import predict
 from stagepatch.merging import combine, merge_loras, merge_models
 from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE
@@ -198,3 +199,30 @@ def test_a_projection_that_the_base_has_not_is_the_identity_there(tmp_path):
     assert load_denoiser(tmp_path / "out")[0].stagepatch_projection.maps.keys() == {"1", "4"}
     merge_models(tmp_path / "base", stages, [0.0, 1.0], tmp_path / "two again")
     assert_same(weights_of(tmp_path / "two again"), maps["two"])
+
+
+def test_one_sgd_step_each_then_merged_is_one_step_on_the_weighted_sum(tiny_dit):
+    """DeMe, arXiv 2410.06664, supplement, Eq. 13."""
+    base = tiny_dit(learn_sigma=False).double().requires_grad_(True)
+    objective = Objective(make_scheduler(ObjectiveConfig()))
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise = (torch.randn(16, 1, 8, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    ranges, weights = equal_in_t(1000, 4), [0.1, 0.4, 0.2, 0.5]
+    labels = torch.arange(16) % 10
+
+    def loss(model, first, stop):
+        timesteps = torch.randint(first, stop, (16,), generator=torch.Generator().manual_seed(first))
+        error = predict(model, objective.add_noise(x_start, noise, timesteps), timesteps, labels) - noise
+        return error.square().mean()
+
+    def step(loss):
+        model = copy.deepcopy(base)
+        loss(model).backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    stages = [step(partial(loss, first=first, stop=stop)) for first, stop in ranges]
+    expected = step(lambda model: sum(w * loss(model, *limits) for w, limits in zip(weights, ranges, strict=True)))
+    for name, parameter in base.named_parameters():
+        merged = combine(parameter.detach(), [stage[name] for stage in stages], weights)
+        torch.testing.assert_close(merged, expected[name], rtol=1e-12, atol=1e-14)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stagepatch.checkpoints import add_projections, load_denoiser, model_fingerprint, save_denoiser
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.evaluation import Evaluator, load_extractor, load_references
