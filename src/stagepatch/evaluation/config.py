@@ -6,7 +6,7 @@ from stagepatch.data.config import DataConfig
 from stagepatch.sampling.config import SamplingConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluationConfig:
     """How models are sampled, and what their samples are measured against.
 

@@ -70,7 +70,7 @@ class MergeConfig(EvaluationConfig):
     ties_keep: float = 0.0
     output_dir: str = "runs/merged"
     search: SearchConfig = field(default_factory=SearchConfig)
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=5000))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=5000), kw_only=True)
 
 
 @dataclass
@@ -125,4 +125,6 @@ class ScheduleConfig(EvaluationConfig):
     storage: str = ""
     name: str = "schedule"
     prune: bool = False
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(scheduler="dpmsolver++", num_images=1000))
+    sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig("dpmsolver++", num_images=1000), kw_only=True
+    )
