@@ -199,26 +199,25 @@ def test_half_precision_pipeline_is_patched_by_a_float32_patch(tmp_path, dtype):
     assert (patched.float() - expected).abs().mean() < 0.25 * (base.float() - expected).abs().mean()
 
 
-@pytest.mark.parametrize("name", ["DiT", "UNet2DConditionModel", "SD3Transformer2DModel", "WanTransformer3DModel"])
-def test_compiled_in_one_graph_it_equals_eager(name):
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, None) for name in ("DiT", "UNet2DConditionModel", "SD3Transformer2DModel")),
+        ("WanTransformer3DModel", [3, 8, 8]),
+        ("FluxTransformer2DModel", [8, 8]),
+    ],
+)
+def test_compiled_in_one_graph_it_equals_eager(name, size):
+    """But for Flux: its graph breaks where its grid is read."""
     family = FAMILIES[name]
     model = family.model()
-    patch = drawn(model, size=[3, 8, 8] if name.startswith("Wan") else None)
-    patch.attach(model)
-    expected = family.call(model)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    inputs = family.inputs(model, 2, *family.size)
+    drawn(model, size=size).attach(model)
+    compiled = torch.compile(model, fullgraph=not name.startswith("Flux"), backend="eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs, return_dict=False)[0], model(**inputs, return_dict=False)[0])
+        inputs = family.inputs(model, 2, *family.size)
+        expected, output = (each(**inputs, return_dict=False)[0] for each in (model, compiled))
     assert expected.isfinite().all()
-
-
-def test_compiled_flux_breaks_the_graph_once_where_its_grid_is_read():
-    family = FAMILIES["FluxTransformer2DModel"]
-    model = family.model()
-    drawn(model, size=[8, 8]).attach(model)
-    expected = family.call(model)
-    torch.testing.assert_close(family.call(torch.compile(model, backend="eager")), expected)
+    torch.testing.assert_close(output, expected)
 
 
 def test_compiled_blocks_equal_eager(tiny):
@@ -243,8 +242,7 @@ def test_guidance_in_one_pass_and_in_two_is_the_same():
     in_one = model(**both, return_dict=False)[0]
     in_two = torch.cat([model(**each, return_dict=False)[0] for each in (inputs, null)])
     torch.testing.assert_close(in_one, in_two, rtol=1e-4, atol=1e-5)
-    guided = in_one[1] + 4.0 * (in_one[0] - in_one[1])
-    assert guided.isfinite().all()
+    assert in_one.isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])

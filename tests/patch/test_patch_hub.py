@@ -16,9 +16,11 @@ from stagepatch.core.errors import UserError
 from stagepatch.patch import Patch
 from tests.tiny_pipelines import PIPELINES
 
+COMMIT = "0" * 39 + "1"
+
 
 class StandIn(BaseHTTPRequestHandler):
-    """Repositories in memory: name -> file -> content. A commit's id is the number of commits so far."""
+    """Repositories in memory: name -> file -> content. Every commit has the same id."""
 
     def log_message(self, *args):
         pass
@@ -49,18 +51,15 @@ class StandIn(BaseHTTPRequestHandler):
             self.server.private[name] = asked.get("private") or asked.get("visibility") == "private"
             return self.reply({"url": f"{self.server.url}/{name}", "name": name})
         if found := re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
             return self.reply({"files": files})
         if found := re.fullmatch(r"/api/models/(.+)/commit/main", self.path):
             for line in body.decode().splitlines():
                 item = json.loads(line)
                 if item["key"] == "file":
                     repos[found[1]][item["value"]["path"]] = base64.b64decode(item["value"]["content"])
-            commit = "0" * 39 + "1"
-            return self.reply({"commitUrl": f"{self.server.url}/{found[1]}/commit/{commit}", "commitOid": commit})
+            return self.reply({"commitUrl": f"{self.server.url}/{found[1]}/commit/{COMMIT}", "commitOid": COMMIT})
         if self.path == "/api/validate-yaml":
             return self.reply({"errors": [], "warnings": []})
         return self.missing()
@@ -68,20 +67,19 @@ class StandIn(BaseHTTPRequestHandler):
     def do_GET(self):
         if found := re.fullmatch(r"/api/models/(.+?)/tree/\w+", self.path.split("?")[0]):
             files = self.server.repos.get(found[1], {})
-            return self.reply(
-                [{"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files]
-            )
+            sizes = {name: len(content) for name, content in files.items()}
+            return self.reply([{"type": "file", "path": n, "size": size, "oid": COMMIT} for n, size in sizes.items()])
         if found := re.fullmatch(r"/api/models/(.+?)(/revision/\w+)?", self.path.split("?")[0]):
             if found[1] not in self.server.repos:
                 return self.missing()
             siblings = [{"rfilename": name} for name in self.server.repos[found[1]]]
-            return self.reply({"id": found[1], "sha": "0" * 39 + "1", "siblings": siblings, "private": False})
+            return self.reply({"id": found[1], "sha": COMMIT, "siblings": siblings, "private": False})
         if found := re.fullmatch(r"/(.+?)/resolve/\w+/(.+)", self.path):
             content = self.server.repos.get(found[1], {}).get(found[2])
             if content is None:
                 return self.missing()
             etag = hashlib.sha256(content).hexdigest()
-            return self.reply(content, headers={"ETag": f'"{etag}"', "X-Repo-Commit": "0" * 39 + "1"})
+            return self.reply(content, headers={"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
         return self.missing()
 
     do_HEAD = do_GET  # noqa: N815
@@ -93,16 +91,12 @@ def hub(monkeypatch, tmp_path):
     server.repos, server.private = {}, {}
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for module in ("huggingface_hub.constants", "huggingface_hub.hf_api", "huggingface_hub.file_download"):
-        for name in ("ENDPOINT", "HF_HUB_CACHE"):
-            value = server.url if name == "ENDPOINT" else str(tmp_path / "hub-cache")
-            monkeypatch.setattr(f"{module}.{name}", value, raising=False)
+    values = {"ENDPOINT": server.url, "HF_HUB_CACHE": str(tmp_path / "hub-cache")}
+    values["HUGGINGFACE_CO_URL_TEMPLATE"] = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in ("constants", "hf_api", "file_download"):
+        for name, value in values.items():
+            monkeypatch.setattr(f"huggingface_hub.{module}.{name}", value, raising=False)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        server.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     yield server
     server.shutdown()
     server.server_close()
