@@ -1,4 +1,8 @@
-"""What tests of the sources share: a source's images by their values."""
+"""What tests of the sources share: flat images, which are told apart by their values."""
+
+import io
+
+from PIL import Image
 
 from stagepatch.data import DataConfig, load_dataset
 
@@ -6,6 +10,16 @@ from stagepatch.data import DataConfig, load_dataset
 def load(path, **choices):
     """Small grey images, unless other is chosen."""
     return load_dataset(DataConfig(source=str(path), **{"image_size": 8, "channels": 1, **choices}))
+
+
+def picture(value, size=(8, 8)):
+    return Image.new("RGB", size, (value, value, value))
+
+
+def encoded(value, kind="PNG"):
+    buffer = io.BytesIO()
+    picture(value).save(buffer, kind)
+    return buffer.getvalue()
 
 
 def shown(item):

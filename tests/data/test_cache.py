@@ -15,7 +15,7 @@ from stagepatch.core.errors import UserError
 from stagepatch.core.tensors import read_tensors
 from stagepatch.data import CachedLatents, DataConfig, Images, cache_writer, encode_images, open_source
 from stagepatch.data.model_cache import make_cache
-from tests.runs import Strike, command_job
+from tests.runs import Strike
 from tests.tiny_pipelines import PIPELINES
 
 CAPTIONS = ["a red house", "a blue tree on the old house", "", "a red house"]
@@ -181,12 +181,12 @@ def test_cache_that_is_not_whole_cannot_be_read(tmp_path, folder, sd):
         cached[0]
 
 
-def cache_job(arguments, strike=None):
+def cache_job(arguments):
     """The command with an image a file, which says when it encodes one."""
     encode = cache_writer._encode_images
     cache_writer.IMAGES_PER_FILE = 1
     cache_writer._encode_images = lambda *args: print("encodes a file") or encode(*args)
-    return command_job(["cache", *arguments], strike)
+    return main(["cache", *arguments])
 
 
 def test_killed_while_caching_it_goes_on_and_ends_the_same(tmp_path, folder, sd, monkeypatch, processes):

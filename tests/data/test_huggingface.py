@@ -1,14 +1,13 @@
 """Datasets of Hugging Face `datasets`, built here; nothing is fetched."""
 
-import io
 import sys
+from unittest.mock import Mock
 
 import pytest
-from PIL import Image
 
 from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, HuggingFaceSource
-from tests.data.reading import load, shown, summary
+from tests.data.reading import encoded, load, picture, shown, summary
 
 datasets = pytest.importorskip("datasets")
 
@@ -18,20 +17,9 @@ def quiet():
     datasets.disable_progress_bars()
 
 
-def picture(value):
-    return Image.new("RGB", (8, 8), (value, value, value))
-
-
-def encoded(value):
-    buffer = io.BytesIO()
-    picture(value).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def build(columns=None, values=(10, 20, 30), image="image"):
     rows = {image: [picture(value) for value in values], **(columns or {})}
-    dataset = datasets.Dataset.from_dict(rows)
-    return dataset.cast_column(image, datasets.Image())
+    return datasets.Dataset.from_dict(rows).cast_column(image, datasets.Image())
 
 
 @pytest.fixture
@@ -45,15 +33,13 @@ def saved(tmp_path):
 
 def test_saved_dataset(saved):
     dataset = build({"text": ["a", "", None], "label": [2, 0, 1]})
-    names = datasets.ClassLabel(names=["x", "y", "z"])
-    path = saved(dataset.cast_column("label", names))
+    path = saved(dataset.cast_column("label", datasets.ClassLabel(names=["x", "y", "z"])))
     assert summary(load(path)) == [(10, 2, "a"), (20, 0, ""), (30, 1, "")]
 
 
 def test_columns_by_other_names(saved):
-    dataset = build(
-        {"said": ["a", "b", "c"], "kind": [5, 6, 7], "text": ["", "", ""], "label": [0, 0, 0]}, image="img"
-    )
+    others = {"text": ["", "", ""], "label": [0, 0, 0]}
+    dataset = build({"said": ["a", "b", "c"], "kind": [5, 6, 7], **others}, image="img")
     choices = {"image_column": "img", "caption_column": "said", "label_column": "kind"}
     assert summary(load(saved(dataset), **choices)) == [(10, 5, "a"), (20, 6, "b"), (30, 7, "c")]
 
@@ -85,12 +71,7 @@ def test_files_in_a_folder_by_load_dataset(tmp_path, monkeypatch):
 
 def test_a_name_goes_to_the_hub_only_when_asked_to(monkeypatch):
     asked = []
-
-    def load_from_hub(path, split):
-        asked.append((path, split))
-        return build()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_from_hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: asked.append((path, split)) or build())
     with pytest.raises(UserError, match=r"No images at 'someone/images'.*format=datasets"):
         load("someone/images")
     assert asked == []
@@ -98,12 +79,13 @@ def test_a_name_goes_to_the_hub_only_when_asked_to(monkeypatch):
     assert asked == [("someone/images", "test")]
 
 
-def test_what_the_library_cannot_load(monkeypatch):
-    def fail(path, split):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"'someone/images', split 'train' \(ConnectionError: no network\)"):
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [({"side_effect": ConnectionError("no network")}, r" \(ConnectionError: no network\)"), ({}, ": it has no rows")],
+)
+def test_what_the_library_cannot_load_or_has_no_rows(monkeypatch, answer, reason):
+    monkeypatch.setattr(datasets, "load_dataset", Mock(return_value=build().select([]), **answer))
+    with pytest.raises(UserError, match=f"'someone/images', split 'train'{reason}"):
         load("someone/images", format="datasets")
 
 
@@ -114,13 +96,11 @@ def test_without_the_library(saved, monkeypatch):
         load(path)
 
 
-def test_broken_rows_are_left_out(tmp_path, caplog):
+def test_broken_rows_are_left_out(saved, caplog):
     rows = {"image": [encoded(10), b"nothing", None, encoded(40)], "label": [1, 2, 3, 4]}
-    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
-    assert summary(load(tmp_path / "saved")) == [(10, 1, ""), (40, 4, "")]
-    assert "2 of 4 images" in caplog.text
-    assert f"row 1 of '{tmp_path / 'saved'}'" in caplog.text
-    assert "row 2" in caplog.text
+    path = saved(datasets.Dataset.from_dict(rows))
+    assert summary(load(path)) == [(10, 1, ""), (40, 4, "")]
+    assert all(part in caplog.text for part in ("2 of 4 images", f"row 1 of '{path}'", "row 2"))
 
 
 def test_a_row_with_neither_bytes_nor_path_is_broken(saved, caplog):
@@ -160,17 +140,11 @@ def test_rows_without_a_label(saved, label):
         load(path)[1]
 
 
-def test_no_rows(monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: build().select([]))
-    with pytest.raises(UserError, match="'someone/images', split 'train': it has no rows"):
-        load("someone/images", format="datasets")
-
-
 def test_stamps_follow_the_content(saved, tmp_path):
     path = saved(build({"text": ["a", "b", "c"]}))
-    first = HuggingFaceSource(DataConfig(str(path))).stamp()
+    build({"text": ["a", "b", "d"]}).save_to_disk(tmp_path / "other")
+    first, again, other = (HuggingFaceSource(DataConfig(str(it))).stamp() for it in (path, path, tmp_path / "other"))
     assert first[0] == f"{datasets.load_from_disk(path)._fingerprint}:image:text:label:0"
     assert len(set(first)) == 3
-    assert HuggingFaceSource(DataConfig(str(path))).stamp() == first
-    build({"text": ["a", "b", "d"]}).save_to_disk(tmp_path / "other")
-    assert not set(HuggingFaceSource(DataConfig(str(tmp_path / "other"))).stamp()) & set(first)
+    assert again == first
+    assert not set(other) & set(first)
