@@ -5,24 +5,16 @@ import torch
 
 from stagepatch.models import DiT
 
-SMALL = {
-    "sample_size": 8,
-    "patch_size": 2,
-    "in_channels": 3,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "num_classes": 10,
-    "pooled_projection_dim": 6,
-}
+SMALL = {"sample_size": 8, "in_channels": 3, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_classes": 10, "pooled_projection_dim": 6}
 
 
-def randomize(model, seed=0):
+def randomize(model, seed=0, std=0.2):
     """Every parameter drawn anew: what adaLN-Zero sets to zero would hide the blocks from a test."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
 
 
@@ -32,3 +24,8 @@ def make_dit():
         return randomize(DiT(**{**SMALL, **overrides}), seed).eval()
 
     return make
+
+
+@pytest.fixture
+def model(make_dit):
+    return make_dit()

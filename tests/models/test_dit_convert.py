@@ -9,50 +9,33 @@ from torch.nn import functional as F
 from stagepatch.core.errors import UserError
 from stagepatch.models import DIT_SIZES, DiT
 from stagepatch.models.embeddings import sincos_positions
+from tests.models.conftest import randomize
 
 TOLERANCE = 1e-5
 
 
-def diffusers_dit(seed=0, share=True, **overrides):
+def diffusers_dit(seed=0, **overrides):
     """diffusers' DiT, small, all weights drawn from a normal distribution, one embedder in all blocks."""
-    arguments = {
-        "num_attention_heads": 4,
-        "attention_head_dim": 8,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 3,
-        "sample_size": 8,
-        "num_embeds_ada_norm": 10,
-    }
-    model = DiTTransformer2DModel(**{**arguments, **overrides}).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    if share:
-        first = model.transformer_blocks[0].norm1.emb.state_dict()
-        for block in model.transformer_blocks:
-            block.norm1.emb.load_state_dict(first)
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 3, "sample_size": 8}
+    channels = {"in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 10}
+    model = randomize(DiTTransformer2DModel(**{**sizes, **channels, **overrides}), seed, std=0.1).eval()
+    first = model.transformer_blocks[0].norm1.emb.state_dict()
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(first)
     return model
 
 
-def draw_inputs(seed, batch=4):
+def draw_inputs(seed):
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randn(batch, 4, 8, 8, generator=generator)
-    timesteps = torch.randint(0, 1000, (batch,), generator=generator)
-    labels = torch.randint(0, 11, (batch,), generator=generator)
+    timesteps = torch.randint(0, 1000, (4,), generator=generator)
+    labels = torch.randint(0, 11, (4,), generator=generator)
     labels[0] = 10  # the null label
-    return sample, timesteps, labels
-
-
-# from_diffusers
+    return torch.randn(4, 4, 8, 8, generator=generator), timesteps, labels
 
 
 def assert_equal_predictions(model, reference, seed):
-    sample, timesteps, labels = draw_inputs(seed)
     with torch.no_grad():
-        expected = reference(sample, timesteps, labels).sample
-        output = model(sample, timesteps, labels).sample
+        expected, output = (each(*draw_inputs(seed)).sample for each in (reference, model))
     assert output.shape == expected.shape
     assert expected.std() > 0.1
     assert (output - expected).abs().max() < TOLERANCE
@@ -129,12 +112,9 @@ def test_refuses_a_configuration_it_cannot_express(overrides, message):
         DiT.from_diffusers(diffusers_dit(**overrides))
 
 
-# from_original
-
-
 @pytest.fixture
-def model(make_dit):
-    return make_dit()
+def path(tmp_path):
+    return tmp_path / "dit.pt"
 
 
 @pytest.fixture
@@ -145,8 +125,7 @@ def state(model):
 
 def assert_same(loaded, model):
     assert not loaded.training
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     same = ("sample_size", "patch_size", "in_channels", "hidden_size", "num_layers", "num_attention_heads")
     same += ("mlp_ratio", "conditioning", "learn_sigma", "downscale_freq_shift", "norm_eps")
     assert {name: loaded.config[name] for name in same} == {name: model.config[name] for name in same}
@@ -161,10 +140,14 @@ def test_reads_a_state_dict(model, state):
 
 @pytest.mark.parametrize("nest", [lambda s: s, lambda s: {"ema": s}, lambda s: {"model": s}])
 @pytest.mark.parametrize("as_text", [True, False])
-def test_reads_a_pt_file(model, state, tmp_path, nest, as_text):
-    path = tmp_path / "dit.pt"
+def test_reads_a_pt_file(model, state, path, nest, as_text):
     torch.save(nest(state), path)
     assert_same(DiT.from_original(str(path) if as_text else path, num_attention_heads=4), model)
+
+
+def test_reads_a_safetensors_file(model, state, tmp_path):
+    save_file(state, tmp_path / "dit.safetensors")
+    assert_same(DiT.from_original(tmp_path / "dit.safetensors", num_attention_heads=4), model)
 
 
 def test_prefers_ema_to_model(model, state, make_dit):
@@ -175,12 +158,6 @@ def test_prefers_ema_to_model(model, state, make_dit):
 def test_reads_names_as_distributed_training_saves_them(model, state):
     wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
     assert_same(DiT.from_original({"model": wrapped}, num_attention_heads=4), model)
-
-
-def test_reads_a_safetensors_file(model, state, tmp_path):
-    path = tmp_path / "dit.safetensors"
-    save_file(state, path)
-    assert_same(DiT.from_original(path, num_attention_heads=4), model)
 
 
 def test_reads_the_sample_size_from_the_positions(make_dit):
@@ -234,16 +211,16 @@ def test_names_the_first_missing_key(state):
         DiT.from_original(state, num_attention_heads=4)
 
 
-@pytest.mark.parametrize("state", [{}, {"epoch": 3}, {"down_blocks.0.weight": torch.zeros(1)}])
-def test_refuses_what_is_no_dit(state):
-    with pytest.raises(UserError, match="Not a DiT checkpoint"):
-        DiT.from_original(state)
-
-
 def test_names_a_weight_of_another_shape(state):
     state["blocks.1.mlp.fc1.weight"] = torch.zeros(5, 5)
     with pytest.raises(UserError, match=r"'blocks.1.mlp.fc1.weight' is \[5, 5\], expected \[128, 32\]"):
         DiT.from_original(state, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("state", [{}, {"epoch": 3}, {"down_blocks.0.weight": torch.zeros(1)}])
+def test_refuses_what_is_no_dit(state):
+    with pytest.raises(UserError, match="Not a DiT checkpoint"):
+        DiT.from_original(state)
 
 
 @pytest.mark.parametrize("name", ["absent.pt", "absent.safetensors"])
@@ -253,8 +230,7 @@ def test_names_a_file_that_is_not_there(tmp_path, name):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_refuses_a_truncated_file_wherever_it_ends(state, tmp_path, zipped):
-    path = tmp_path / "dit.pt"
+def test_refuses_a_truncated_file_wherever_it_ends(state, path, zipped):
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     whole = path.read_bytes()
     for length in [*range(0, 200, 9), *range(200, len(whole) - 1, len(whole) // 40)]:
@@ -271,8 +247,7 @@ def test_refuses_a_truncated_safetensors_file(state, tmp_path):
         DiT.from_original(path, num_attention_heads=4)
 
 
-def test_refuses_a_web_page_saved_as_a_checkpoint(tmp_path):
-    path = tmp_path / "dit.pt"
+def test_refuses_a_web_page_saved_as_a_checkpoint(path):
     path.write_text("<!DOCTYPE html><html><body>404</body></html>")
     with pytest.raises(UserError, match="Cannot read"):
         DiT.from_original(path)
@@ -287,16 +262,19 @@ class Trap:
         return (setattr, (Trap, "sprung", True))
 
 
-@pytest.mark.parametrize("foreign", [argparse.Namespace(lr=1e-4), Trap()])
-def test_refuses_python_objects_and_runs_none(state, tmp_path, foreign):
-    path = tmp_path / "dit.pt"
-    torch.save({"ema": state, "args": foreign}, path)
-    with pytest.raises(UserError, match=r"Python objects.*save its state dict by itself"):
+PYTHON_OBJECTS = r"Python objects.*save its state dict by itself"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"args": argparse.Namespace(lr=1e-4)}, PYTHON_OBJECTS),
+        ({"args": Trap()}, PYTHON_OBJECTS),
+        ([torch.zeros(1)], "holds list, not a state dict"),
+    ],
+)
+def test_refuses_what_is_no_mapping_of_tensors_and_runs_no_code(state, path, content, message):
+    torch.save({"ema": state, **content} if isinstance(content, dict) else content, path)
+    with pytest.raises(UserError, match=message):
         DiT.from_original(path, num_attention_heads=4)
     assert not Trap.sprung
-
-
-def test_refuses_a_file_that_holds_no_mapping(tmp_path):
-    torch.save([torch.zeros(1)], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="holds list, not a state dict"):
-        DiT.from_original(tmp_path / "list.pt")

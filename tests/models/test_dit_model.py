@@ -1,4 +1,5 @@
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -9,10 +10,9 @@ from stagepatch.models import DIT_SIZES, DiT
 from tests.models.conftest import SMALL
 
 
-def inputs(batch=2, height=8, width=8, channels=3):
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(batch, channels, height, width, generator=generator)
-    return sample, torch.arange(batch) * 100 + 7, torch.arange(batch) % 10
+def inputs(height=8, width=8):
+    sample = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return sample, torch.tensor([7, 107]), torch.tensor([0, 1])
 
 
 # Sizes
@@ -45,41 +45,29 @@ def test_unknown_name_lists_the_known_ones():
         DiT.from_name("DiT-H/2")
 
 
-def test_parameter_names_are_those_of_the_authors_checkpoints(make_dit):
-    block = [
-        f"{part}.{kind}"
-        for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
-        for kind in ("weight", "bias")
-    ]
-    around = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
-    around += ["final_layer.adaLN_modulation.1"]
-    expected = {f"{part}.{kind}" for part in around for kind in ("weight", "bias")}
-    expected |= {f"blocks.{index}.{name}" for index in range(2) for name in block}
-    assert set(make_dit().state_dict()) == expected | {"y_embedder.embedding_table.weight"}
-
-
-# Shapes
+def test_parameter_names_are_those_of_the_authors_checkpoints(model):
+    block = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
+    layers = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
+    layers += ["final_layer.adaLN_modulation.1", *(f"blocks.{index}.{name}" for index in range(2) for name in block)]
+    expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert set(model.state_dict()) == expected | {"y_embedder.embedding_table.weight"}
 
 
 @pytest.mark.parametrize(("learn_sigma", "channels"), [(True, 6), (False, 3)])
 def test_learned_sigma_doubles_the_output_channels(make_dit, learn_sigma, channels):
-    sample, timesteps, labels = inputs()
-    output = make_dit(learn_sigma=learn_sigma)(sample, timesteps, labels).sample
-    assert output.shape == (2, channels, 8, 8)
+    assert make_dit(learn_sigma=learn_sigma)(*inputs()).sample.shape == (2, channels, 8, 8)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12), (12, 4), (16, 16)])
-def test_takes_any_height_and_width(make_dit, height, width):
-    sample, timesteps, labels = inputs(height=height, width=width)
-    assert make_dit()(sample, timesteps, labels).sample.shape == (2, 6, height, width)
+def test_takes_any_height_and_width(model, height, width):
+    assert model(*inputs(height, width)).sample.shape == (2, 6, height, width)
 
 
-def test_output_patch_lies_where_its_input_patch_lies(make_dit):
+def test_output_patch_lies_where_its_input_patch_lies(model):
     # Without attention a token sees itself alone, so a changed patch may change the same patch of the output only.
-    model = make_dit()
     for block in model.blocks:
         nn.init.zeros_(block.attn.proj.weight)
-    sample, timesteps, labels = inputs(height=4, width=12)
+    sample, timesteps, labels = inputs(4, 12)
     changed = sample.clone()
     changed[:, :, 2:4, 8:10] += 1.0
     differs = (model(sample, timesteps, labels).sample != model(changed, timesteps, labels).sample).any(1)[0]
@@ -90,41 +78,32 @@ def test_output_patch_lies_where_its_input_patch_lies(make_dit):
 
 def test_a_grid_other_than_the_trained_one_gets_the_same_positions(make_dit):
     # A model made for 16×8 would have the grid as its own: only the buffer differs.
-    trained_small, trained_large = make_dit(sample_size=8), make_dit(sample_size=16)
-    sample, timesteps, labels = inputs(height=16, width=16)
-    assert torch.equal(
-        trained_small(sample, timesteps, labels).sample, trained_large(sample, timesteps, labels).sample
-    )
+    small, large = (make_dit(sample_size=size)(*inputs(16, 16)).sample for size in (8, 16))
+    assert torch.equal(small, large)
 
 
-def test_one_timestep_stands_for_the_batch(make_dit):
-    model = make_dit()
+def test_one_timestep_stands_for_the_batch(model):
     sample, _, labels = inputs()
     expected = model(sample, torch.tensor([300, 300]), labels).sample
     for timestep in (300, 300.0, torch.tensor(300), torch.tensor([300])):
         assert torch.equal(model(sample, timestep, labels).sample, expected)
 
 
-def test_returns_a_tuple_on_request(make_dit):
-    model, (sample, timesteps, labels) = make_dit(), inputs()
-    (output,) = model(sample, timesteps, labels, return_dict=False)
-    assert torch.equal(output, model(sample, timesteps, labels).sample)
+def test_returns_a_tuple_on_request(model):
+    (output,) = model(*inputs(), return_dict=False)
+    assert torch.equal(output, model(*inputs()).sample)
 
 
 def test_starts_as_the_identity_and_answers_zero():
     model = DiT(**SMALL)
-    sample, timesteps, labels = inputs()
     tokens = torch.randn(2, 16, 32)
     assert torch.equal(model.blocks[1](tokens, torch.randn(2, 32)), tokens)
-    assert model(sample, timesteps, labels).sample.eq(0).all()
+    assert model(*inputs()).sample.eq(0).all()
 
 
 def test_linear_layers_start_within_xaviers_bounds():
     model = DiT(**{**SMALL, "num_classes": 1000})
-    for weight, fans in [
-        (model.blocks[0].attn.qkv.weight, 32 + 96),
-        (model.x_embedder.proj.weight, 12 + 32),
-    ]:
+    for weight, fans in [(model.blocks[0].attn.qkv.weight, 32 + 96), (model.x_embedder.proj.weight, 12 + 32)]:
         bound = math.sqrt(6 / fans)
         assert 0.9 * bound < weight.abs().max() <= bound
 
@@ -135,9 +114,6 @@ def test_embeddings_start_with_the_authors_deviation():
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-# Conditioning
-
-
 def test_unconditional_model_needs_no_labels(make_dit):
     sample, timesteps, _ = inputs()
     model = make_dit(conditioning="none")
@@ -145,8 +121,8 @@ def test_unconditional_model_needs_no_labels(make_dit):
     assert model(sample, timesteps).sample.shape == (2, 6, 8, 8)
 
 
-def test_class_and_timestep_change_the_prediction(make_dit):
-    model, (sample, timesteps, labels) = make_dit(), inputs()
+def test_class_and_timestep_change_the_prediction(model):
+    sample, timesteps, labels = inputs()
     output = model(sample, timesteps, labels).sample
     other_label = model(sample, timesteps, torch.tensor([labels[0], 9])).sample
     assert torch.allclose(output[0], other_label[0], atol=1e-6)
@@ -154,8 +130,8 @@ def test_class_and_timestep_change_the_prediction(make_dit):
     assert not torch.allclose(output, model(sample, timesteps + 50, labels).sample, atol=1e-3)
 
 
-def test_null_label_is_the_last_row_of_the_table(make_dit):
-    model, (sample, timesteps, _) = make_dit(), inputs()
+def test_null_label_is_the_last_row_of_the_table(model):
+    sample, timesteps, _ = inputs()
     null = model(sample, timesteps, torch.tensor([10, 10])).sample
     with torch.no_grad():
         model.y_embedder.embedding_table.weight[3] = model.y_embedder.embedding_table.weight[10]
@@ -164,10 +140,11 @@ def test_null_label_is_the_last_row_of_the_table(make_dit):
 
 def test_text_row_of_nan_takes_the_null_text(make_dit):
     model, (sample, timesteps, _) = make_dit(conditioning="text"), inputs()
-    text = torch.randn(2, 6)
-    given = model(sample, timesteps, pooled_projections=text).sample
-    dropped = model(sample, timesteps, pooled_projections=torch.stack([text[0], text[1] * math.nan])).sample
-    null = model(sample, timesteps, pooled_projections=torch.stack([text[0], model.y_embedder.null])).sample
+    first, second = torch.randn(2, 6)
+    given, dropped, null = (
+        model(sample, timesteps, pooled_projections=torch.stack([first, row])).sample
+        for row in (second, second * math.nan, model.y_embedder.null)
+    )
     assert torch.equal(dropped, null)
     assert not torch.allclose(dropped[1], given[1], atol=1e-3)
 
@@ -182,13 +159,10 @@ def test_text_row_of_nan_leaves_gradients_finite(make_dit):
 
 def conditioning_seen_by_blocks(model, batch, **condition):
     seen = []
-    handles = [
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[1].detach())) for block in model.blocks
-    ]
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.enter_context(block.register_forward_pre_hook(lambda _, args: seen.append(args[1])))
         model(torch.zeros(batch, 3, 8, 8), 5, **condition)
-    for handle in handles:
-        handle.remove()
     return seen
 
 
@@ -203,10 +177,7 @@ NULL_CONDITIONS = {
 
 
 def dropped_rows(model, seen):
-    kind = model.config.conditioning
-    training = model.training
-    null = conditioning_seen_by_blocks(model.eval(), 1, **NULL_CONDITIONS[kind])[0]
-    model.train(training)
+    null = conditioning_seen_by_blocks(model.eval(), 1, **NULL_CONDITIONS[model.config.conditioning])[0]
     return torch.isclose(seen, null, atol=1e-5).all(dim=1)
 
 
@@ -244,19 +215,14 @@ def test_no_dropout_means_no_null_row(make_dit):
     assert torch.allclose(seen, seen[:1].expand_as(seen))
 
 
-# Gradient checkpointing
-
-
-def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(make_dit):
-    model = make_dit()
-    sample, timesteps, labels = inputs()
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(model):
     forwards = []
     model.blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
 
     def gradients():
         model.zero_grad()
         forwards.clear()
-        model(sample, timesteps, labels).sample.square().mean().backward()
+        model(*inputs()).sample.square().mean().backward()
         return [parameter.grad.clone() for parameter in model.parameters()], len(forwards)
 
     expected, calls = gradients()
@@ -266,28 +232,21 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(make_dit
     assert all(torch.equal(one, other) for one, other in zip(expected, checkpointed, strict=True))
 
 
-# Saving and loading
-
-
 @pytest.mark.parametrize("conditioning", ["none", "class", "text"])
 def test_save_and_load_is_exact(make_dit, tmp_path, conditioning):
     model = make_dit(conditioning=conditioning, downscale_freq_shift=1.0, mlp_ratio=2.5)
     model.save_pretrained(tmp_path)
     loaded = DiT.from_pretrained(tmp_path)
-    assert (
-        dict(loaded.config).items()
-        >= {name: value for name, value in model.config.items() if not name.startswith("_")}.items()
-    )
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    assert dict(loaded.config).items() >= config.items()
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     sample, timesteps, labels = inputs()
     condition = {"none": {}, "class": {"class_labels": labels}, "text": {"pooled_projections": sample[:, 0, 0, :6]}}
-    arguments = condition[conditioning]
-    assert torch.equal(model(sample, timesteps, **arguments).sample, loaded(sample, timesteps, **arguments).sample)
+    one, other = (each(sample, timesteps, **condition[conditioning]).sample for each in (model, loaded))
+    assert torch.equal(one, other)
 
 
-def test_loaded_positions_are_real_and_right(make_dit, tmp_path):
-    model = make_dit()
+def test_loaded_positions_are_real_and_right(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = DiT.from_pretrained(tmp_path)
     assert loaded.positions.device.type == "cpu"
@@ -297,15 +256,12 @@ def test_loaded_positions_are_real_and_right(make_dit, tmp_path):
 
 
 @pytest.mark.parametrize("height", [8, 4])
-def test_runs_in_bfloat16(make_dit, height):
-    model, (sample, timesteps, labels) = make_dit(), inputs(height=height)
+def test_runs_in_bfloat16(model, height):
+    sample, timesteps, labels = inputs(height)
     expected = model(sample, timesteps, labels).sample
     output = model.to(torch.bfloat16)(sample.bfloat16(), timesteps, labels).sample
     assert output.dtype == torch.bfloat16
     assert (output.float() - expected).norm() < 0.05 * expected.norm()
-
-
-# Errors
 
 
 @pytest.mark.parametrize(
