@@ -41,7 +41,7 @@ def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
     if change is None:
         return [*cells, "", "", ""]
     base = next(other.curve[0][0] for other in rows if other.is_base)
-    sign = " *" if change.is_significant else ""
+    sign = " *" if change.p_value < SIGNIFICANCE else ""
     p_value = "" if math.isnan(change.p_value) else f"{change.p_value:.3f}"
     percent = f"{100 * change.mean / base:+.1f} ± {100 * change.error / base:.1f} %"
     return [*cells, f"{change.mean:+.4f} ± {change.error:.4f}{sign}", percent, p_value]

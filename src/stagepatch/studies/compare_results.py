@@ -28,11 +28,6 @@ class Difference:
     error: float
     p_value: float
 
-    @property
-    def is_significant(self) -> bool:
-        """p < SIGNIFICANCE."""
-        return self.p_value < SIGNIFICANCE
-
 
 @dataclass
 class Row:
