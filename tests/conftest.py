@@ -5,20 +5,11 @@ import os
 import pytest
 import torch
 
-from stagepatch.models import DiT
-from tests.runs import Processes
+from stagepatch.evaluation import features
+from tests.runs import Processes, make_model
 
 # What tests compare bit for bit is the CPU's.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-
-TINY = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "hidden_size": 32,
-    "num_layers": 3,
-    "num_attention_heads": 2,
-    "num_classes": 10,
-}
 
 
 def pytest_collection_modifyitems(items):
@@ -31,14 +22,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def tiny_dit():
-    """A factory of frozen DiTs in eval mode; every weight is drawn, since adaLN-Zero's zeros would hide the blocks."""
+    """A factory of frozen DiTs in eval mode, with every weight drawn."""
 
     def make(seed=0, **overrides):
-        model = DiT(**{**TINY, **overrides}).eval().requires_grad_(False)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1, generator=generator)
-        return model
+        return make_model(seed, 0.1, **{"hidden_size": 32, "num_layers": 3, **overrides}).requires_grad_(False)
 
     return make
 
@@ -48,6 +35,24 @@ def batch():
     """Sample [4, 1, 8, 8], timesteps [4] and labels [4] (the last is the null label) for `tiny_dit`."""
     sample = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(7))
     return sample, torch.tensor([1, 250, 600, 999]), torch.tensor([0, 3, 9, 10])
+
+
+@pytest.fixture
+def pixels(tmp_path, monkeypatch):
+    """Every extractor's features are mean pixels, of images of whatever size; the batches that they were of."""
+    seen = []
+
+    class Pixels:
+        name = fingerprint = "mean pixels"
+
+        def __call__(self, images):
+            seen.append(images)
+            return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+    for name in features._EXTRACTORS:
+        monkeypatch.setitem(features._EXTRACTORS, name, Pixels)
+    monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path / "features"))
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 """Small runs, here or in a process of their own that dies where a test wants it to."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +14,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from stagepatch import cli
-from stagepatch.core.tensors import write_tensors
+from stagepatch.core.tensors import read_tensors
 from stagepatch.data import ImageDataset
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 from stagepatch.methods import DMP, Finetune
 from stagepatch.models import DiT
 from stagepatch.patch import PatchConfig
-from stagepatch.sampling import SamplingConfig, generate
 from stagepatch.training import TrainingConfig, train
 from stagepatch.training.log import RunLog
 
@@ -39,6 +39,7 @@ TRAINING = {
     "checkpoint_every": 100,
     "tensorboard": False,
 }
+RELEASED = {"preset": "released"}
 # Everything that has a state or a draw of its own.
 EVERYTHING = {
     "steps": 12,
@@ -54,13 +55,18 @@ EVERYTHING = {
 }
 
 
-def make_model(seed=0, **overrides):
-    """A DiT whose every weight is drawn, since adaLN-Zero's zeros would hide the blocks."""
-    model = DiT(**{**MODEL, **overrides}).eval()
+def draw_weights(parameters, std=0.3, seed=1):
+    """Every parameter, drawn anew."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
+        for parameter in parameters:
+            parameter.normal_(std=std, generator=generator)
+
+
+def make_model(seed=0, std=0.2, **overrides):
+    """A DiT whose every weight is drawn, since adaLN-Zero's zeros would hide the blocks."""
+    model = DiT(**{**MODEL, **overrides}).eval()
+    draw_weights(model.parameters(), std, seed)
     return model
 
 
@@ -74,25 +80,24 @@ def make_objective(learn_sigma=True, **choices):
     return Objective(make_scheduler(ObjectiveConfig(**choices), learn_sigma), learn_sigma)
 
 
-def run(
-    directory,
-    patch=None,
-    method="dmp",
-    model=None,
-    dataset=None,
-    identity=None,
-    flip=False,
-    objective=None,
-    **training,
-):
-    """Train the tiny model; returns the method."""
-    model = model or make_model()
-    objective = objective or make_objective()
-    chosen = DMP(PatchConfig(**(patch or {}))) if method == "dmp" else Finetune(objective.scheduler)
-    config = TrainingConfig(**{**TRAINING, **training})
-    dataset = dataset or make_dataset()
-    train(model, chosen, objective, dataset, config, Path(directory), identity, flip, progress=False)
-    return chosen
+def config_of(**training):
+    return TrainingConfig(**{**TRAINING, **training})
+
+
+def options(section, settings):
+    """Settings of a section as the command line takes them."""
+    return [f"--{section}.{key}={str(value).lower()}" for key, value in settings.items()]
+
+
+def run(directory, patch=None, method="dmp", model=None, dataset=None, identity=None, flip=False, **choices):
+    """Train the tiny model by a method or one of that name; returns the method. Other choices are of the training."""
+    objective = choices.pop("objective", None) or make_objective()
+    loading = {"num_workers": choices.pop("num_workers", 0), "progress": choices.pop("progress", False)}
+    if isinstance(method, str):
+        method = DMP(PatchConfig(**(patch or {}))) if method == "dmp" else Finetune(objective.scheduler)
+    parts = model or make_model(), method, objective, dataset or make_dataset(), config_of(**choices)
+    train(*parts, Path(directory), identity, flip, **loading)
+    return method
 
 
 def patch_of(directory):
@@ -100,19 +105,25 @@ def patch_of(directory):
     return load_file(Path(directory) / "model.safetensors")
 
 
+def iteration_of(directory):
+    """That of a run's checkpoint."""
+    return int(read_tensors(Path(directory) / "checkpoint.safetensors")[1]["iteration"])
+
+
 def log_of(directory):
     return [json.loads(line) for line in (Path(directory) / "log.jsonl").read_text().splitlines()]
 
 
 def assert_same(tensors, expected, tolerance=0.0):
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(
-            tensor, expected[name], rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    torch.testing.assert_close(tensors, expected, rtol=0, atol=tolerance)
 
 
-# What runs in another process.
+def imported_by(code, *arguments):
+    """The modules that a fresh interpreter has loaded when the code is done."""
+    code = f"import atexit, sys\natexit.register(lambda: print(*sys.modules, file=sys.stderr))\n{code}"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
 
 
 @dataclass(frozen=True)
@@ -134,12 +145,10 @@ class Strike:
 
 def arm(strike):
     """Let this process be struck."""
-    count = 0
+    counted = itertools.count(1)
 
     def reached(name=strike.name):
-        nonlocal count
-        count += name == strike.name
-        return name == strike.name and count == strike.number
+        return name == strike.name and next(counted) == strike.number
 
     def hit():
         os.kill(os.getpid(), strike.signum)
@@ -177,28 +186,13 @@ def arm(strike):
         Path.replace = replace_or_hit
 
 
-def train_job(directory, strike=None, **choices):
-    if strike is not None:
-        arm(strike)
+def train_job(directory, **choices):
     run(directory, **choices)
 
 
-def command_job(arguments, strike=None):
-    """The command line, with its exit code."""
+def _child(function, arguments, output, environment, strike):
     if strike is not None:
         arm(strike)
-    return cli.main(arguments)
-
-
-def train_and_sample_job(directory, sampling, **choices):
-    """Every process writes the images that it gets."""
-    model = make_model()
-    run(directory, model=model, **choices)
-    images = generate(model, make_objective().scheduler, SamplingConfig(**sampling))
-    write_tensors(Path(directory) / f"images-{os.environ.get('RANK', 0)}.safetensors", {"images": images})
-
-
-def _child(function, arguments, output, environment):
     os.environ.update(environment)
     torch.set_num_threads(1)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -218,9 +212,9 @@ class Processes:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["pytest", "stagepatch.cli.train", "torch.distributed"])
 
-    def start(self, function, environment=None, **arguments):
+    def start(self, function, environment=None, strike=None, **arguments):
         output = self.folder / f"{len(self.started)}.txt"
-        process = self.context.Process(target=_child, args=(function, arguments, output, environment or {}))
+        process = self.context.Process(target=_child, args=(function, arguments, output, environment or {}, strike))
         process.output = output
         self.started.append(process)
         process.start()

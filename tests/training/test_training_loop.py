@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -9,45 +10,28 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.core.randomness import GLOBAL, NOISE, BatchOrder, generator_for, seed_for
+from stagepatch.core.tensors import read_tensors
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict
 from stagepatch.methods import DMP
 from stagepatch.patch import Patch, PatchConfig
-from stagepatch.training import TrainingConfig, train
-from tests.runs import (
-    TRAINING,
-    assert_same,
-    log_of,
-    make_dataset,
-    make_model,
-    make_objective,
-    patch_of,
-    run,
-)
-
-# What moves
+from tests import runs
+from tests.runs import RELEASED, TRAINING, assert_same, log_of, make_model, make_objective, patch_of, run
 
 
 def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return copy.deepcopy(model.state_dict())
 
 
-def optimizers(monkeypatch):
-    """The optimizers that are made from here on."""
-    made = []
-    initialize = torch.optim.AdamW.__init__
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_dmp_moves_the_patch_alone(tmp_path, monkeypatch, preset):
+    made, initialize = [], torch.optim.AdamW.__init__
 
     def remember(optimizer, *args, **options):
         initialize(optimizer, *args, **options)
         made.append(optimizer)
 
     monkeypatch.setattr(torch.optim.AdamW, "__init__", remember)
-    return made
-
-
-@pytest.mark.parametrize("preset", ["paper", "released"])
-def test_dmp_moves_the_patch_alone(tmp_path, monkeypatch, preset):
-    made = optimizers(monkeypatch)
     model = make_model().requires_grad_(True).train()
     before = state_of(model)
     seen = []
@@ -96,12 +80,9 @@ def test_training_lowers_the_loss(tmp_path):
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
 
 
-# The same by hand
-
-
 def by_hand(config, patch_config, rate=lambda iteration: 1.0, flip=False):
     """The loop in plain PyTorch; the patch after every iteration, and what is logged."""
-    model, objective, dataset = make_model(), make_objective(), make_dataset()
+    model, objective, dataset = make_model(), make_objective(), runs.make_dataset()
     method = DMP(PatchConfig(**patch_config))
     torch.manual_seed(seed_for(GLOBAL, config.seed))
     groups = method.prepare(model)
@@ -143,7 +124,7 @@ def by_hand(config, patch_config, rate=lambda iteration: 1.0, flip=False):
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        patches.append(copy.deepcopy(method.patch.state_dict()))
+        patches.append(state_of(method.patch))
     return patches, records
 
 
@@ -167,8 +148,7 @@ PATCH = {"initialization": "normal", "gate_learning_rate_factor": 3.0, "importan
 )
 def test_training_equals_a_plain_loop(tmp_path, training):
     flip = "seed" in training
-    config = TrainingConfig(**{**TRAINING, **training})
-    patches, records = by_hand(config, PATCH, flip=flip)
+    patches, records = by_hand(runs.config_of(**training), PATCH, flip=flip)
     method = run(tmp_path, PATCH, flip=flip, **training)
     assert_same(method.patch.state_dict(), patches[-1], ROUNDING)
     for record, expected in zip(log_of(tmp_path), records, strict=True):
@@ -209,66 +189,47 @@ def test_gradient_accumulation_of_four_parts_equals_one(tmp_path):
 def test_seed_decides_everything(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(ord(name))
-        run(tmp_path / name, {"preset": "released"}, seed=seed)
+        run(tmp_path / name, RELEASED, seed=seed)
     assert_same(patch_of(tmp_path / "a"), patch_of(tmp_path / "b"))
     assert not torch.equal(patch_of(tmp_path / "a")["prompts.blocks.0"], patch_of(tmp_path / "c")["prompts.blocks.0"])
 
 
-@pytest.mark.parametrize("objective", [{"prediction_type": "v_prediction"}, {"prediction_type": "flow_prediction"}])
-def test_other_objectives_train(tmp_path, objective):
-    model = make_model(learn_sigma=False)
-    run(tmp_path, model=model, objective=make_objective(False, **objective))
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "flow_prediction"])
+def test_other_objectives_train(tmp_path, prediction_type):
+    objective = make_objective(learn_sigma=False, prediction_type=prediction_type)
+    run(tmp_path, model=make_model(learn_sigma=False), objective=objective)
     assert len(log_of(tmp_path)) == TRAINING["steps"]
 
 
-def test_unconditional_model_trains(tmp_path):
-    run(tmp_path, model=make_model(conditioning="none"))
+@pytest.mark.parametrize(("conditioning", "images"), [("none", 30), ("class", 3)])
+def test_unconditional_models_train_and_so_do_fewer_images_than_a_batch(tmp_path, conditioning, images):
+    run(tmp_path, model=make_model(conditioning=conditioning), dataset=runs.make_dataset(images))
     assert len(log_of(tmp_path)) == TRAINING["steps"]
 
 
-# The rate
-
-
-def linear(iteration, warmup, steps):
-    return (steps - iteration) / (steps - warmup)
-
-
-def cosine(iteration, warmup, steps):
-    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (iteration - warmup) / (steps - warmup)))).item()
-
-
-def constant(iteration, warmup, steps):
-    return 1.0
+# The rate by the share of the steps after the warm-up that is done.
+CLOSED_FORMS = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
-@pytest.mark.parametrize(("name", "closed_form"), [("constant", constant), ("linear", linear), ("cosine", cosine)])
-def test_rate_follows_its_closed_form(tmp_path, name, closed_form, warmup):
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_rate_follows_its_closed_form(tmp_path, name, warmup):
     steps = 10
 
     def rate(iteration):
-        return iteration / warmup if iteration < warmup else closed_form(iteration, warmup, steps)
+        done = (iteration - warmup) / (steps - warmup)
+        return iteration / warmup if done < 0 else CLOSED_FORMS[name](done)
 
     training = {"steps": steps, "lr_scheduler": name, "warmup_steps": warmup, "learning_rate": 0.02}
     method = run(tmp_path, PATCH, **training)
     logged = [record["lr"] for record in log_of(tmp_path)]
     assert logged == pytest.approx([0.02 * rate(iteration) for iteration in range(steps)])
-    patches, _ = by_hand(TrainingConfig(**{**TRAINING, **training}), PATCH, rate)
+    patches, _ = by_hand(runs.config_of(**training), PATCH, rate)
     assert_same(method.patch.state_dict(), patches[-1], ROUNDING)
-
-
-# The average
-
-
-def averages(patches, start, decay, power):
-    """The average after each iteration: the decay rises up to `decay`, and is 0 for the first step."""
-    average, result = start, []
-    for step, patch in enumerate(patches):
-        rising = 1 - (1 + step) ** -power if power else (1 + step) / (10 + step)
-        weight = min(decay, rising) if step else 0.0
-        average = {name: weight * average[name] + (1 - weight) * patch[name] for name in patch}
-        result.append(average)
-    return result
 
 
 @pytest.mark.parametrize(("decay", "power"), [(0.25, 0.0), (0.999, 0.0), (0.999, 0.75), (0.4, 0.75)])
@@ -280,20 +241,20 @@ def test_average_equals_its_closed_form(tmp_path, decay, power):
         return [patch_of(tmp_path / name / "snapshots" / f"{step:07d}") for step in range(1, 9)]
 
     plain = snapshots("plain")
-    expected = averages(plain, {name: torch.zeros_like(tensor) for name, tensor in plain[0].items()}, decay, power)
-    for found, wanted in zip(snapshots("averaged"), expected, strict=True):
-        assert_same(found, wanted, 1e-7)
-    assert_same(patch_of(tmp_path / "averaged"), expected[-1], 1e-7)
-    assert not torch.allclose(expected[-1]["prompts.blocks.0"], plain[-1]["prompts.blocks.0"], atol=1e-4)
-
-
-# Snapshots, precision, compilation, records
+    average = plain[0]
+    for step, (patch, found) in enumerate(zip(plain, snapshots("averaged"), strict=True)):
+        rising = 1 - (1 + step) ** -power if power else (1 + step) / (10 + step)
+        weight = min(decay, rising) if step else 0.0  # the decay rises up to `decay`, and is 0 for the first step
+        average = {name: weight * average[name] + (1 - weight) * patch[name] for name in patch}
+        assert_same(found, average, 1e-7)
+    assert_same(patch_of(tmp_path / "averaged"), average, 1e-7)
+    assert not torch.allclose(average["prompts.blocks.0"], plain[-1]["prompts.blocks.0"], atol=1e-4)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.8])
 def test_snapshots_leave_the_run_as_it_is(tmp_path, ema_decay):
     for name, every in (("with", 2), ("without", 0)):
-        run(tmp_path / name, {"preset": "released"}, steps=7, snapshot_every=every, ema_decay=ema_decay)
+        run(tmp_path / name, RELEASED, steps=7, snapshot_every=every, ema_decay=ema_decay)
     assert_same(patch_of(tmp_path / "with"), patch_of(tmp_path / "without"))
     names = sorted(path.name for path in (tmp_path / "with" / "snapshots").iterdir())
     assert names == ["0000002", "0000004", "0000006"]
@@ -341,8 +302,8 @@ def test_compiled_run_equals_an_eager_one(tmp_path, monkeypatch):
 
 
 def test_log_has_means_between_records(tmp_path):
-    run(tmp_path / "each", {"preset": "released"}, steps=7)
-    run(tmp_path / "threes", {"preset": "released"}, steps=7, log_every=3)
+    run(tmp_path / "each", RELEASED, steps=7)
+    run(tmp_path / "threes", RELEASED, steps=7, log_every=3)
     each, threes = log_of(tmp_path / "each"), log_of(tmp_path / "threes")
     assert [record["iteration"] for record in threes] == [3, 6, 7]
     for record, part in zip(threes, (each[:3], each[3:6], each[6:]), strict=True):
@@ -365,27 +326,17 @@ def test_tensorboard_has_what_the_log_has(tmp_path):
 
 
 def test_progress_is_shown_where_asked(tmp_path, capsys):
-    config = TrainingConfig(**TRAINING)
-    train(make_model(), DMP(PatchConfig()), make_objective(), make_dataset(), config, tmp_path)
+    run(tmp_path, progress=True)
     assert "training" in capsys.readouterr().out
-
-
-def test_dataset_smaller_than_a_batch(tmp_path):
-    run(tmp_path, dataset=make_dataset(3))
-    assert len(log_of(tmp_path)) == TRAINING["steps"]
 
 
 def test_workers_change_nothing(tmp_path):
     run(tmp_path / "none")
-    config = TrainingConfig(**TRAINING)
-    data = make_model(), DMP(PatchConfig()), make_objective(), make_dataset()
-    train(*data, config, tmp_path / "one", num_workers=1, progress=False)
+    run(tmp_path / "one", num_workers=1)
     assert_same(patch_of(tmp_path / "one"), patch_of(tmp_path / "none"))
 
 
 def test_settings_of_the_run_are_in_the_checkpoint(tmp_path):
-    from stagepatch.core.tensors import read_tensors
-
     run(tmp_path, identity={"data": "here"}, steps=2)
     tensors, metadata = read_tensors(tmp_path / "checkpoint.safetensors")
     assert metadata["iteration"] == "2"
@@ -407,14 +358,14 @@ def test_objective_sees_flips_about_half_the_time_and_only_when_asked(tmp_path):
     for flip in (False, True):
         seen.clear()
         objective = Spy(make_objective().scheduler, True)
-        dataset = make_dataset(40)
+        dataset = runs.make_dataset(40)
         run(tmp_path / str(flip), dataset=dataset, objective=objective, flip=flip, steps=25, batch_size=40)
         # add_noise is called twice an iteration, for the model and for the bound.
-        images = torch.cat(seen[::2])
-        known = {image.numpy().tobytes() for image in dataset.images}
-        mirrored = {image.flip(-1).contiguous().numpy().tobytes() for image in dataset.images}
-        plain = sum(image.numpy().tobytes() in known for image in images)
-        turned = sum(image.numpy().tobytes() in mirrored for image in images)
+        images = torch.cat(seen[::2]).flatten(1)
+        plain, turned = (
+            (images[:, None] == known.flatten(1)).all(dim=2).any(dim=1).sum().item()
+            for known in (dataset.images, dataset.images.flip(-1))
+        )
         assert plain + turned == len(images) == 1000
         assert turned == 0 if not flip else 440 < turned < 560
 

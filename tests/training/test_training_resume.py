@@ -6,38 +6,26 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from stagepatch.checkpoints import save_denoiser
+from stagepatch.cli import main
 from stagepatch.core import Interrupted
 from stagepatch.core.errors import UserError
 from stagepatch.core.tensors import read_tensors, write_tensors
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
-from stagepatch.training import TrainingConfig, train
 from stagepatch.training.log import RunLog
 from stagepatch.training.signals import StopSignals
-from tests.runs import (
-    EVERYTHING,
-    TRAINING,
-    Strike,
-    assert_same,
-    command_job,
-    log_of,
-    make_dataset,
-    make_model,
-    make_objective,
-    patch_of,
-    run,
-    train_job,
-)
+from tests import runs
+from tests.runs import Strike, assert_same, iteration_of, log_of, make_model, patch_of, run, train_job
 
-RUN = {"patch": {"preset": "released"}, "flip": True, **EVERYTHING}
+RUN = {"patch": runs.RELEASED, "flip": True, **runs.EVERYTHING}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +44,11 @@ def assert_ends_alike(directory, expected):
     assert not list(directory.glob(".checkpoint*")), "an unfinished checkpoint is left"
 
 
+def kill_and_go_on(processes, directory, strike):
+    processes.call(train_job, -signal.SIGKILL, directory=directory, strike=strike, **RUN)
+    processes.call(train_job, directory=directory, **RUN)
+
+
 STRIKES = {
     "before the first checkpoint": Strike("iteration", 2),
     "between checkpoints": Strike("iteration", 5),
@@ -72,8 +65,7 @@ STRIKES = {
 
 @pytest.mark.parametrize("strike", STRIKES.values(), ids=STRIKES)
 def test_killed_run_ends_as_the_uninterrupted_one(processes, uninterrupted, tmp_path, strike):
-    processes.call(train_job, -signal.SIGKILL, directory=tmp_path, strike=strike, **RUN)
-    processes.call(train_job, directory=tmp_path, **RUN)
+    kill_and_go_on(processes, tmp_path, strike)
     assert_ends_alike(tmp_path, uninterrupted)
 
 
@@ -93,44 +85,34 @@ def test_record_cut_short_is_written_anew(processes, uninterrupted, tmp_path):
     # The checkpoint is of iteration 9; the records of 2, 4, 6 and 8 stay as they were.
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"iteration": 10, "lo')
-    before = log_of_lines(tmp_path)[:4]
+    before = (tmp_path / "log.jsonl").read_text().splitlines()[:4]
     processes.call(train_job, directory=tmp_path, **RUN)
-    assert log_of_lines(tmp_path)[:4] == before
+    assert (tmp_path / "log.jsonl").read_text().splitlines()[:4] == before
     assert_ends_alike(tmp_path, uninterrupted)
 
 
-def log_of_lines(directory):
-    return (directory / "log.jsonl").read_text().splitlines()
-
-
 def test_logged_values_are_those_of_the_uninterrupted_run(processes, uninterrupted, tmp_path):
-    processes.call(train_job, -signal.SIGKILL, directory=tmp_path, strike=Strike("iteration", 8), **RUN)
-    processes.call(train_job, directory=tmp_path, **RUN)
+    kill_and_go_on(processes, tmp_path, Strike("iteration", 8))
     for record, expected in zip(log_of(tmp_path), log_of(uninterrupted), strict=True):
         del record["images_per_second"], expected["images_per_second"]
         assert record == expected
 
 
 def test_finetuning_killed_ends_as_the_uninterrupted_one(processes, tmp_path):
-    choices = {**EVERYTHING, "method": "finetune"}
-    for name, strike in (("a", None), ("b", Strike("half", 3))):
-        expected = 0 if strike is None else -signal.SIGKILL
-        processes.call(train_job, expected, directory=tmp_path / name, strike=strike, **choices)
+    choices = {**runs.EVERYTHING, "method": "finetune"}
+    processes.call(train_job, directory=tmp_path / "a", **choices)
+    processes.call(train_job, -signal.SIGKILL, directory=tmp_path / "b", strike=Strike("half", 3), **choices)
     processes.call(train_job, directory=tmp_path / "b", **choices)
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert_same(load_file(tmp_path / "b" / weights), load_file(tmp_path / "a" / weights))
 
 
-# Signals
-
-
 @pytest.mark.parametrize("same_objects", [True, False])
 def test_interrupted_here_and_trained_on_here(tmp_path, monkeypatch, same_objects):
     # As in a notebook: Ctrl-C, and the cell once more.
-    choices = {"patch": {"preset": "released"}, "checkpoint_every": 4, "steps": 9}
-    run(tmp_path / "whole", **choices)
-    model, method, objective = make_model(), DMP(PatchConfig(preset="released")), make_objective()
-    config = TrainingConfig(**{**TRAINING, "checkpoint_every": 4, "steps": 9})
+    training = {"checkpoint_every": 4, "steps": 9}
+    run(tmp_path / "whole", runs.RELEASED, **training)
+    parts = {"model": make_model(), "method": DMP(PatchConfig(**runs.RELEASED)), "objective": runs.make_objective()}
     with monkeypatch.context() as patched:
         advance, count = RunLog.advance, iter(range(1, 100))
 
@@ -141,12 +123,12 @@ def test_interrupted_here_and_trained_on_here(tmp_path, monkeypatch, same_object
 
         patched.setattr(RunLog, "advance", interrupt)
         with pytest.raises(Interrupted, match="iteration 5 of 9") as stopped:
-            train(model, method, objective, make_dataset(), config, tmp_path / "cut", progress=False)
+            run(tmp_path / "cut", **parts, **training)
     assert stopped.value.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not same_objects:
-        model, method = make_model(), DMP(PatchConfig(preset="released"))
-    train(model, method, objective, make_dataset(), config, tmp_path / "cut", progress=False)
+        parts |= {"model": make_model(), "method": DMP(PatchConfig(**runs.RELEASED))}
+    run(tmp_path / "cut", **parts, **training)
     assert_same(patch_of(tmp_path / "cut"), patch_of(tmp_path / "whole"))
     assert [record["iteration"] for record in log_of(tmp_path / "cut")] == list(range(1, 10))
 
@@ -155,15 +137,15 @@ def test_interrupted_here_and_trained_on_here(tmp_path, monkeypatch, same_object
 def command(tmp_path_factory):
     """`stagepatch train` on a tiny model and the digits, without the output_dir."""
     directory = tmp_path_factory.mktemp("model")
-    save_denoiser(make_model(), make_objective().scheduler, directory)
-    training = {**TRAINING, "steps": 200, "log_every": 5, "tensorboard": "false"}
-    return ["train", f"--model={directory}", *(f"--training.{key}={value}" for key, value in training.items())]
+    save_denoiser(make_model(), runs.make_objective().scheduler, directory)
+    training = {**runs.TRAINING, "steps": 200, "log_every": 5}
+    return ["train", f"--model={directory}", *runs.options("training", training)]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted_command(processes, command, tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    processes.call(command_job, arguments=[*command, f"--output_dir={directory}"])
+    processes.call(main, arguments=[*command, f"--output_dir={directory}"])
     return directory
 
 
@@ -172,27 +154,22 @@ def test_signal_writes_a_checkpoint_and_says_how_to_go_on(
     processes, command, uninterrupted_command, tmp_path, signum, code
 ):
     arguments = [*command, f"--output_dir={tmp_path}"]
-    text = processes.call(command_job, code, arguments=arguments, strike=Strike("iteration", 17, signum=signum))
-    assert "Stopped at iteration 17 of 200" in text
-    assert str(tmp_path / "checkpoint.safetensors") in text
-    assert "Give the same command again" in text
+    text = processes.call(main, code, arguments=arguments, strike=Strike("iteration", 17, signum=signum))
+    checkpoint = str(tmp_path / "checkpoint.safetensors")
+    assert all(part in text for part in ("Stopped at iteration 17 of 200", checkpoint, "Give the same command again"))
     assert "Traceback" not in text
     assert not (tmp_path / "model.safetensors").exists()
-    assert read_tensors(tmp_path / "checkpoint.safetensors")[1]["iteration"] == "17"
-    processes.call(command_job, arguments=arguments)
+    assert iteration_of(tmp_path) == 17
+    processes.call(main, arguments=arguments)
     assert_same(patch_of(tmp_path), patch_of(uninterrupted_command))
     assert [record["iteration"] for record in log_of(tmp_path)] == list(range(5, 201, 5))
 
 
 def test_ctrl_c_from_outside(processes, command, uninterrupted_command, tmp_path):
     arguments = [*command, f"--output_dir={tmp_path}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stagepatch", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "stagepatch", *arguments], env=environment, **pipes)
     log = tmp_path / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.005)
@@ -201,13 +178,13 @@ def test_ctrl_c_from_outside(processes, command, uninterrupted_command, tmp_path
     assert process.returncode == 130, text
     assert "Give the same command again" in text
     assert "Traceback" not in text
-    processes.call(command_job, arguments=arguments)
+    processes.call(main, arguments=arguments)
     assert_same(patch_of(tmp_path), patch_of(uninterrupted_command))
 
 
 def test_signal_in_the_last_iteration_changes_nothing(processes, command, uninterrupted_command, tmp_path):
     strike = Strike("iteration", 200, signum=signal.SIGTERM)
-    processes.call(command_job, arguments=[*command, f"--output_dir={tmp_path}"], strike=strike)
+    processes.call(main, arguments=[*command, f"--output_dir={tmp_path}"], strike=strike)
     assert_same(patch_of(tmp_path), patch_of(uninterrupted_command))
 
 
@@ -222,24 +199,21 @@ def test_second_signal_acts_as_usual():
 def test_signals_outside_the_main_thread_are_left_alone():
     former = signal.getsignal(signal.SIGTERM)
 
-    def enter():
+    def inside():
         with StopSignals():
-            seen.append(signal.getsignal(signal.SIGTERM))
+            return signal.getsignal(signal.SIGTERM)
 
-    seen = []
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [former]
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(inside).result() == former
 
 
-# What does not fit
+SHORT = {"identity": {"patch": {"gate": "linear"}}, "steps": 2}
 
 
 @pytest.fixture
 def stopped(tmp_path):
     """The directory of a run that is done, from which a longer one cannot go on."""
-    run(tmp_path, identity={"patch": {"gate": "linear"}}, steps=2)
+    run(tmp_path, **SHORT)
     return tmp_path
 
 
@@ -257,7 +231,7 @@ def stopped(tmp_path):
 def test_other_settings_are_refused_by_name(stopped, choices, message):
     before = patch_of(stopped)
     with pytest.raises(UserError, match=message):
-        run(stopped, **{"identity": {"patch": {"gate": "linear"}}, "steps": 2, **choices})
+        run(stopped, **{**SHORT, **choices})
     assert_same(patch_of(stopped), before)
 
 
@@ -273,7 +247,7 @@ def test_truncated_checkpoint(stopped):
     path = stopped / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"checkpoint\.safetensors' is not a whole safetensors file"):
-        run(stopped, identity={"patch": {"gate": "linear"}}, steps=2)
+        run(stopped, **SHORT)
 
 
 def test_foreign_checkpoint(tmp_path):
@@ -286,7 +260,7 @@ def test_foreign_checkpoint(tmp_path):
 def test_checkpoint_of_another_model(stopped, other):
     # The settings agree; it is the model that was exchanged.
     with pytest.raises(UserError, match=r"checkpoint\.safetensors' .* trained\."):
-        run(stopped, model=make_model(**other), identity={"patch": {"gate": "linear"}}, steps=2)
+        run(stopped, model=make_model(**other), **SHORT)
 
 
 def test_a_checkpoint_written_before_an_option_existed_is_gone_on_from(tmp_path):
