@@ -1,22 +1,20 @@
 """Experts by range of timesteps: which is called when, that the model comes back unchanged, and the file's errors."""
 
 import copy
-import json
+from functools import partial
 
-import diffusers
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
-from stagepatch.core.errors import UserError
-from stagepatch.core.tensors import read_tensors
-from stagepatch.diffusion import ObjectiveConfig, make_sampler, make_scheduler, pin_timesteps
+from stagepatch.core import UserError, read_json
+from stagepatch.diffusion import make_sampler, pin_timesteps
 from stagepatch.families import predict
 from stagepatch.methods import LoRAConfig, MethodConfig, make_method
-from stagepatch.patch import Patch, PatchConfig, patches_on
+from stagepatch.patch import Patch, patches_on
 from stagepatch.sampling import (
     ExpertRange,
     Experts,
@@ -26,16 +24,12 @@ from stagepatch.sampling import (
     generate_with_pipeline,
     load_experts,
 )
-from tests.runs import assert_same
-from tests.sampling.test_generate import by_hand, noise
+from tests.runs import assert_same, draw_weights
+from tests.sampling.test_generate import SCHEDULER, by_hand, noise, sampled, sampler_of
 from tests.tiny import FAMILIES, Family
 from tests.tiny_pipelines import PIPELINES
 
-SCHEDULER = make_scheduler(ObjectiveConfig())
-
-
-def config(**choices):
-    return SamplingConfig(**{"num_inference_steps": 4, "num_images": 4, **choices})
+config = partial(SamplingConfig, num_inference_steps=4, num_images=4)
 
 
 def at(*bounds):
@@ -44,16 +38,9 @@ def at(*bounds):
     return Experts([ExpertRange(start, end, model) for start, (end, model) in zip(starts, bounds, strict=False)])
 
 
-def draw(parameters, std):
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.normal_(std=std, generator=generator)
-
-
 def drawn_patch(model):
-    patch = Patch.create(model, PatchConfig())
-    draw(patch.parameters(), 2.0)
+    patch = Patch.create(model)
+    draw_weights(patch.parameters(), 2.0)
     return patch
 
 
@@ -61,8 +48,13 @@ def drawn_method(name, model, **lora):
     """A method prepared on the model, what it learns drawn."""
     method = make_method(MethodConfig(name, lora=LoRAConfig(**lora)))
     method.prepare(model)
-    draw([parameter for parameter in model.parameters() if parameter.requires_grad], 0.2)
+    draw_weights([parameter for parameter in model.parameters() if parameter.requires_grad], 0.2)
     return method
+
+
+def answer(model, batch, timestep):
+    sample, _, labels = batch
+    return model(sample, timestep, labels).sample
 
 
 def steps_of(timesteps, name=""):
@@ -70,13 +62,9 @@ def steps_of(timesteps, name=""):
     return Experts.at_steps([(timestep, None, "base") for timestep in timesteps], 1000, name)
 
 
-# Who is called.
-
-
 def test_two_experts_equal_two_models_in_a_loop_by_hand(tiny_dit):
     base, other = tiny_dit(0, learn_sigma=False), tiny_dit(1, learn_sigma=False)
-    sampler = DDIMScheduler.from_config(SCHEDULER.config)
-    sampler.set_timesteps(4)  # 750, 500, 250, 0
+    sampler = sampler_of("DDIM", SCHEDULER, 4)
     assert sampler.timesteps.tolist() == [750, 500, 250, 0]
     labels = torch.arange(4)
     expected = by_hand(sampler, lambda x, t: (other if t[0] < 500 else base)(x, t, labels).sample, 4)
@@ -97,12 +85,11 @@ def test_one_expert_of_the_same_weights_is_the_base_bit_for_bit(tiny_dit):
 
 @pytest.mark.parametrize("timestep", [0, 1, 249, 250, 499.9, 500, 999, 1000])
 def test_a_range_has_its_start_and_not_its_end(tiny_dit, batch, timestep):
-    models = [tiny_dit(seed) for seed in range(3)]
+    first, second, third, base = (tiny_dit(seed) for seed in range(4))
     sample, _, labels = batch
-    expected = models[0 if timestep < 250 else 1 if timestep < 500 else 2](sample, timestep, labels).sample
-    base = tiny_dit(7)
-    with at((250, models[0]), (500, models[1]), (1000, models[2])).attach(base):
-        assert torch.equal(base(sample, timestep, labels).sample, expected)
+    expected = answer(first if timestep < 250 else second if timestep < 500 else third, batch, timestep)
+    with at((250, first), (500, second), (1000, third)).attach(base):
+        assert torch.equal(answer(base, batch, timestep), expected)
         assert torch.equal(base(sample=sample, timestep=timestep, class_labels=labels).sample, expected)
         assert torch.equal(base(sample, torch.full((4,), timestep), labels, return_dict=False)[0], expected)
 
@@ -122,20 +109,18 @@ def test_every_family_is_dispatched_by_the_noise_that_its_timestep_means(name):
             assert torch.equal(family.call(base, timestep=timestep), expected)
 
 
-def test_borders_survive_the_division_by_1000_in_float32(tiny_dit):
-    base, low, high = (FAMILIES["FluxTransformer2DModel"].model(seed) for seed in range(3))
-    inputs = FAMILIES["FluxTransformer2DModel"].inputs(base, 1, 8, 8)
+def test_borders_survive_the_division_by_1000_in_float32():
+    family = FAMILIES["FluxTransformer2DModel"]
+    base, low, high = (family.model(seed) for seed in range(3))
     for border in range(7, 1000, 31):
-        timestep = torch.tensor([float(border)]) / 1000
-        at_border = {**inputs, "timestep": timestep}
+        at_border = {**family.inputs(base, 1, 8, 8), "timestep": torch.tensor([float(border)]) / 1000}
         with at((border, low), (1000, high)).attach(base):
             assert torch.equal(base(**at_border)[0], high(**at_border)[0])
 
 
 def test_a_batch_of_several_experts_is_split_and_put_together(tiny_dit):
     base, other, third = (tiny_dit(seed) for seed in range(3))
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(7, 1, 8, 8, generator=generator)
+    sample = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps, labels = torch.tensor([900, 3, 400, 999, 0, 300, 620]), torch.arange(7)
 
     def one_by_one(models):
@@ -148,8 +133,8 @@ def test_a_batch_of_several_experts_is_split_and_put_together(tiny_dit):
         (tuple_output,) = base(sample, timesteps, labels, return_dict=False)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert torch.equal(tuple_output, together)
-    by_hand = one_by_one([third, other, base, third, other, base, third])
-    torch.testing.assert_close(together, by_hand, atol=1e-5, rtol=1e-5)
+    apart = one_by_one([third, other, base, third, other, base, third])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
 
 
 def test_arguments_in_dicts_are_split_and_what_cannot_be_is_named():
@@ -186,11 +171,9 @@ def test_a_base_with_hooks_takes_its_own_part_of_a_batch_with_them(tiny_dit, lea
 
 def test_experts_are_put_in_eval_mode(tiny_dit, batch):
     """A DiT in train mode drops labels."""
-    sample, timesteps, labels = batch
-    expected = tiny_dit(1)(sample, timesteps, labels).sample
     base, other = tiny_dit(0), tiny_dit(1, class_dropout_prob=1.0).train()
     with at((1000, other)).attach(base):
-        assert torch.equal(base(sample, timesteps, labels).sample, expected)
+        assert torch.equal(base(*batch).sample, tiny_dit(1)(*batch).sample)
 
 
 def test_experts_of_another_architecture(tiny_dit):
@@ -202,13 +185,9 @@ def test_experts_of_another_architecture(tiny_dit):
         torch.testing.assert_close(predict(base, sample, torch.tensor([100, 100]), {}), unet(sample, 100).sample)
 
 
-# The model afterwards.
-
-
 def test_detached_the_model_is_what_it_was(tiny_dit, batch):
     base = tiny_dit()
-    sample, timesteps, labels = batch
-    before, attributes = base(sample, timesteps, labels).sample, set(vars(base))
+    before, attributes = base(*batch).sample, set(vars(base))
     weights = copy.deepcopy(base.state_dict())
     handle = at((500, tiny_dit(1)), (1000, None)).attach(base)
     assert experts_on(base) is not None
@@ -218,15 +197,14 @@ def test_detached_the_model_is_what_it_was(tiny_dit, batch):
     handle.detach()
     assert experts_on(base) is None
     assert set(vars(base)) == attributes
-    assert torch.equal(base(sample, timesteps, labels).sample, before)
+    assert torch.equal(base(*batch).sample, before)
     assert_same(base.state_dict(), weights)
 
 
-def test_an_instance_s_own_forward_comes_back(tiny_dit, batch):
+def test_an_instance_s_own_forward_comes_back(tiny_dit):
     base = tiny_dit()
     own = base.forward
-    base.forward = lambda *args, **kwargs: own(*args, **kwargs)
-    replaced = base.forward
+    base.forward = replaced = lambda *args, **kwargs: own(*args, **kwargs)
     handle = at((1000, tiny_dit(1))).attach(base)
     handle.detach()
     assert base.forward is replaced
@@ -238,51 +216,45 @@ def test_an_instance_s_own_forward_comes_back(tiny_dit, batch):
 
 def test_a_copy_of_the_model_has_copies_of_the_experts(tiny_dit, batch):
     base, other = tiny_dit(0), tiny_dit(1)
-    sample, _, labels = batch
     handle = at((500, other), (1000, None)).attach(base)
     copied = copy.deepcopy(base)
     handle.detach()
     with torch.no_grad():
         for parameter in (*base.parameters(), *other.parameters()):
             parameter.zero_()
-    assert torch.equal(copied(sample, 100, labels).sample, tiny_dit(1)(sample, 100, labels).sample)
-    assert torch.equal(copied(sample, 900, labels).sample, tiny_dit(0)(sample, 900, labels).sample)
+    assert torch.equal(answer(copied, batch, 100), answer(tiny_dit(1), batch, 100))
+    assert torch.equal(answer(copied, batch, 900), answer(tiny_dit(0), batch, 900))
 
 
 def test_a_compiled_model_meets_the_experts(tiny_dit, batch):
     base, other = tiny_dit(0), tiny_dit(1)
-    sample, _, labels = batch
     timesteps = torch.full((4,), 100)
     compiled = torch.compile(base, backend="eager")
-    before = compiled(sample, timesteps, labels).sample
+    before = answer(compiled, batch, timesteps)
     with at((500, other), (1000, None)).attach(compiled):
-        during = compiled(sample, timesteps, labels).sample
-    torch.testing.assert_close(during, other(sample, timesteps, labels).sample)
-    assert torch.equal(compiled(sample, timesteps, labels).sample, before)
+        during = answer(compiled, batch, timesteps)
+    torch.testing.assert_close(during, answer(other, batch, timesteps))
+    assert torch.equal(answer(compiled, batch, timesteps), before)
 
 
 def test_patches_go_on_a_model_with_experts_and_see_its_arguments(tiny_dit, batch):
     base, other = tiny_dit(0), tiny_dit(1)
-    sample, _, labels = batch
     patch = drawn_patch(base)
     with patch.attach(base):
-        expected = base(sample, 900, labels).sample
+        expected = answer(base, batch, 900)
     with at((500, other), (1000, None)).attach(base), patch.attach(base):
-        assert torch.equal(base(sample, 900, labels).sample, expected)
-        assert torch.equal(base(sample, 100, labels).sample, other(sample, 100, labels).sample)
+        assert torch.equal(answer(base, batch, 900), expected)
+        assert torch.equal(answer(base, batch, 100), answer(other, batch, 100))
 
 
-# Steps.
-
-
-@pytest.mark.parametrize("name", ["ddpm", "dpmsolver++", "euler"])
-def test_steps_equal_a_loop_by_hand_over_the_same_timesteps(tiny_dit, name):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ddpm", "DDPM"), ("dpmsolver++", "DPMSolverMultistep"), ("euler", "EulerDiscrete")]
+)
+def test_steps_equal_a_loop_by_hand_over_the_same_timesteps(tiny_dit, name, kind):
     base, other = tiny_dit(0, learn_sigma=False), tiny_dit(1, learn_sigma=False)
     steps = [(990, None, "base"), (700, other, "other"), (300, None, "base"), (290, other, "other")]
-    classes = {"ddpm": DDPMScheduler, "dpmsolver++": DPMSolverMultistepScheduler}
-    sampler = classes.get(name, diffusers.EulerDiscreteScheduler).from_config(SCHEDULER.config)
-    sampler.set_timesteps(timesteps=[timestep for timestep, _, _ in steps])
     models = {float(timestep): model or base for timestep, model, _ in steps}
+    sampler = sampler_of(kind, SCHEDULER, [timestep for timestep, _, _ in steps])
     assert sampler.timesteps.tolist() == list(models)
     expected = by_hand(sampler, lambda x, t: models[float(t[0])](x, t, torch.arange(4)).sample, 4)
     experts = Experts.at_steps(steps, 1000, name)
@@ -327,8 +299,8 @@ def test_flow_samplers_take_timesteps_as_they_are(tiny_dit):
     ("name", "options"), [("ddim", {}), ("pndm", {}), ("dpmsolver++", {"use_karras_sigmas": True})]
 )
 def test_samplers_that_take_no_timesteps(name, options):
-    sampler = make_sampler(name, SCHEDULER)
-    sampler = type(sampler).from_config(sampler.config, **options)
+    plain = make_sampler(name, SCHEDULER)
+    sampler = type(plain).from_config(plain.config, **options)
     pin_timesteps(sampler, [900, 500, 499, 20])
     with pytest.raises(UserError, match=r"dpmsolver\+\+|cannot take the timesteps"):
         sampler.set_timesteps(4)
@@ -340,16 +312,13 @@ def test_steps_that_do_not_fall(timesteps):
         steps_of(timesteps)
 
 
-# Pipelines.
-
-
 def time_of(args, kwargs):
     """The timestep that a denoiser is called with."""
     return float(torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else None)).max())
 
 
 @pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"])
-def test_pipelines_take_experts(name):
+def test_pipelines_take_experts(name, monkeypatch):
     tiny = PIPELINES[name]
     pipe, other = tiny.build(0), tiny.build(1)
     part = "unet" if hasattr(pipe, "unet") else "transformer"
@@ -360,20 +329,16 @@ def test_pipelines_take_experts(name):
     with at((1000, copy.deepcopy(getattr(pipe, part)))).attach(pipe):
         assert torch.equal(generate_with_pipeline(pipe, plain, prompts), base)
     # The pipeline's own loop, its denoiser exchanged by hand at the border.
-    own = getattr(pipe, part)
-    called = []
+    own, called = getattr(pipe, part).forward, []
 
-    class Both(torch.nn.Module):
-        config, dtype, device = own.config, own.dtype, own.device
+    def exchanged(*args, **kwargs):
+        called.append(time_of(args, kwargs) < 600)
+        return (expert if called[-1] else own)(*args, **kwargs)
 
-        def forward(self, *args, **kwargs):
-            called.append(time_of(args, kwargs) < 600)
-            return (expert if called[-1] else own)(*args, **kwargs)
-
-    pipe.register_modules(**{part: Both()})
-    expected = generate_with_pipeline(pipe, plain, prompts)
+    with monkeypatch.context() as patched:
+        patched.setattr(getattr(pipe, part), "forward", exchanged)
+        expected = generate_with_pipeline(pipe, plain, prompts)
     assert {True, False} == set(called)
-    pipe.register_modules(**{part: own})
     with at((600, expert), (1000, None)).attach(pipe):
         assert torch.equal(generate_with_pipeline(pipe, plain, prompts), expected)
     assert torch.equal(generate_with_pipeline(pipe, plain, prompts), base)
@@ -393,9 +358,6 @@ def test_pipelines_take_steps_whatever_their_arguments(name):
     tiny.call(pipe, steps=3)
     scale = 1000 if name.startswith("Flux") else 1
     assert [timestep * scale for timestep in seen] == pytest.approx([950.0, 300.0, 290.0])
-
-
-# Files.
 
 
 @pytest.fixture
@@ -422,6 +384,10 @@ def write(path, **content):
     return path
 
 
+def load(directory, base, **content):
+    return load_experts(write(directory / "experts.yaml", **content), base, SCHEDULER)
+
+
 def ranges(*bounds, **more):
     return [{"from": start, "to": end, **more} for start, end in bounds]
 
@@ -438,22 +404,21 @@ RANGES = [
 def test_a_file_of_patch_lora_weights_model_and_base(stages, tmp_path, batch):
     base = stages["base"].requires_grad_(True)
     weights = copy.deepcopy(base.state_dict())
-    experts = load_experts(write(tmp_path / "experts.yaml", experts=RANGES), base, SCHEDULER)
+    experts = load(tmp_path, base, experts=RANGES)
     assert all(parameter.requires_grad for parameter in base.parameters())
     assert not patches_on(base)
     assert [expert.name for expert in experts.ranges] == ["the patch", "other", "base", "lora", "finetune"]
-    sample, _, labels = batch
+    plain = copy.deepcopy(base)
     with experts.attach(base), torch.no_grad():
         for timestep, name in [(0, "patch"), (399, "other"), (400, "base"), (700, "lora"), (999, "finetune")]:
-            output = base(sample, timestep, labels).sample
-            assert torch.equal(output, stages[name](sample, timestep, labels).sample), name
-            if name != "base":
-                assert not torch.equal(output, stages["base"].__class__.forward(base, sample, timestep, labels).sample)
+            output = answer(base, batch, timestep)
+            assert torch.equal(output, answer(stages[name], batch, timestep)), name
+            assert torch.equal(output, answer(plain, batch, timestep)) == (name == "base")
     assert_same(base.state_dict(), weights)
 
 
 def test_what_a_patch_and_a_lora_stand_on_is_the_base_s_memory(stages, tmp_path):
-    experts = load_experts(write(tmp_path / "experts.yaml", experts=RANGES), stages["base"], SCHEDULER)
+    experts = load(tmp_path, stages["base"], experts=RANGES)
     own = {parameter.data_ptr() for parameter in stages["base"].parameters()}
     learned = [expert for expert in experts.ranges if expert.denoiser is not None]
     memory = {expert.name: {value.data_ptr() for value in expert.denoiser.parameters()} for expert in learned}
@@ -465,12 +430,10 @@ def test_what_a_patch_and_a_lora_stand_on_is_the_base_s_memory(stages, tmp_path)
 def test_a_directory_named_twice_is_loaded_once(stages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
-    entries = [
-        *(*ranges((0, 100), model="other"), *ranges((100, 200), model=str(tmp_path / "other"))),
-        *ranges((200, 300), (300, 1000), learned="patch"),
-    ]
+    entries = [*ranges((0, 100), model="other"), *ranges((100, 200), model=str(tmp_path / "other"))]
+    entries += ranges((200, 300), (300, 1000), learned="patch")
     # The file is elsewhere: then its paths are of the working directory.
-    experts = load_experts(write(tmp_path / "sub" / "experts.yaml", experts=entries), stages["base"], SCHEDULER)
+    experts = load(tmp_path / "sub", stages["base"], experts=entries)
     first, second, third, fourth = (expert.denoiser for expert in experts.ranges)
     assert first is second
     assert third is fourth is not first
@@ -479,8 +442,7 @@ def test_a_directory_named_twice_is_loaded_once(stages, tmp_path, monkeypatch):
 def test_steps_of_a_file(stages, tmp_path):
     steps = [{"timestep": 900, "expert": "big"}, {"timestep": 200.5, "expert": "small"}]
     named = [{"name": "small", "model": "other"}, {"name": "big"}, {"name": "unused", "model": "nowhere"}]
-    path = write(tmp_path / "experts.yaml", experts=named, steps=steps, scheduler="euler")
-    experts = load_experts(path, stages["base"], SCHEDULER)
+    experts = load(tmp_path, stages["base"], experts=named, steps=steps, scheduler="euler")
     assert experts.timesteps == [900, 200.5]
     assert experts.sampling(config()) == config(scheduler="euler", num_inference_steps=2)
     bounds = [(expert.start, expert.end, expert.name) for expert in experts.ranges]
@@ -560,13 +522,11 @@ def test_no_file(tiny_dit, tmp_path):
     ],
 )
 def test_experts_that_do_not_fit_the_base_are_named(tiny_dit, tmp_path, changes, scheduler, message):
-    trained_with = DDPMScheduler.from_config(SCHEDULER.config, **(scheduler or {}))
-    if scheduler is None:
-        trained_with = FlowMatchEulerDiscreteScheduler()
+    flow = FlowMatchEulerDiscreteScheduler()
+    trained_with = flow if scheduler is None else DDPMScheduler.from_config(SCHEDULER.config, **scheduler)
     save_denoiser(tiny_dit(**changes), trained_with, tmp_path / "expert")
-    path = write(tmp_path / "experts.yaml", experts=ranges((0, 1000), model="expert"))
     with pytest.raises(UserError, match=message) as error:
-        load_experts(path, tiny_dit(), SCHEDULER)
+        load(tmp_path, tiny_dit(), experts=ranges((0, 1000), model="expert"))
     assert "The expert 'expert'" in str(error.value)
 
 
@@ -583,38 +543,31 @@ def test_models_that_cannot_be_attached(tiny_dit):
 
 
 def test_what_was_learned_is_refused_on_a_patched_base(stages, tmp_path):
-    path = write(tmp_path / "experts.yaml", experts=ranges((0, 1000), learned="patch"))
     with pytest.raises(UserError, match="detach these first"):
-        load_experts(path, stages["patch"], SCHEDULER)
-
-
-# Commands.
+        load(tmp_path, stages["patch"], experts=ranges((0, 1000), learned="patch"))
 
 
 def test_commands_sample_and_evaluate_a_schedule(stages, tmp_path, capsys):
-    path = write(tmp_path / "experts.yaml", experts=RANGES)
+    base, path = stages["base"], write(tmp_path / "experts.yaml", experts=RANGES)
     given = [f"--model={tmp_path / 'base'}", "--sampling.num_images=12", "--sampling.num_inference_steps=5"]
-    assert main(["sample", *given, f"--schedule={path}", f"--output_dir={tmp_path / 'out'}"]) == 0
-    images = read_tensors(tmp_path / "out" / "samples.safetensors")[0]["images"]
-    base = stages["base"]
-    experts = load_experts(path, base, SCHEDULER)
-    with experts.attach(base):
+    images = sampled(tmp_path / "base", tmp_path / "out", f"--schedule={path}", *given[1:])
+    with load_experts(path, base, SCHEDULER).attach(base):
         torch.testing.assert_close(images, generate(base, SCHEDULER, config(num_images=12, num_inference_steps=5)))
     same = write(tmp_path / "same.yaml", experts=ranges((0, 300), (300, 1000)))
     evaluate = ["evaluate", *given, "--sampling.num_images=60", f"--output_dir={tmp_path / 'eval'}", "--seeds=[4, 5]"]
     assert main([*evaluate, f"--schedule={same}"]) == 0
-    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    metrics = read_json(tmp_path / "eval" / "metrics.json")
     assert metrics["base"] == metrics["schedule"]  # the base against itself, from the same noise
     assert main([*evaluate, f"--schedule={path}"]) == 0
-    other = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    other = read_json(tmp_path / "eval" / "metrics.json")
     assert other["base"] == metrics["base"]
     assert other["schedule"] != metrics["schedule"]
     assert "schedule" in capsys.readouterr().out
+    given.append(f"--output_dir={tmp_path / 'no'}")
     for command in ("sample", "evaluate"):
-        both = [f"--schedule={path}", f"--patch={tmp_path / 'patch'}", f"--output_dir={tmp_path / 'no'}"]
-        assert main([command, *given, *both]) == 2
+        assert main([command, *given, f"--schedule={path}", f"--patch={tmp_path / 'patch'}"]) == 2
         assert "Give --patch or --schedule" in capsys.readouterr().err
-        assert main([command, *given, "--schedule=nowhere.yaml", f"--output_dir={tmp_path / 'no'}"]) == 2
+        assert main([command, *given, "--schedule=nowhere.yaml"]) == 2
         assert "No such schedule: 'nowhere.yaml'" in capsys.readouterr().err
 
 
@@ -622,20 +575,18 @@ def test_command_samples_a_pipeline_by_ranges_and_by_steps(tmp_path, capsys):
     tiny = PIPELINES["UNet2DConditionModel"]
     tiny.build(0).save_pretrained(tmp_path / "model")
     tiny.build(1).save_pretrained(tmp_path / "other")
-    given = ["sample", f"--model={tmp_path / 'model'}", "--prompts=['a cat']", "--sampling.num_images=1"]
-    given += ["--sampling.num_inference_steps=3"]
+    model, given = tmp_path / "model", ["--sampling.num_images=1", "--sampling.num_inference_steps=3"]
+    given.append("--prompts=['a cat']")
     path = write(tmp_path / "a.yaml", experts=[*ranges((0, 500), model="other"), *ranges((500, 1000))])
-    assert main([*given, f"--output_dir={tmp_path / 'base'}"]) == 0
-    assert main([*given, f"--output_dir={tmp_path / 'ranges'}", f"--schedule={path}"]) == 0
+    base = sampled(model, tmp_path / "base", *given)
+    by_ranges = sampled(model, tmp_path / "ranges", *given, f"--schedule={path}")
     named = [{"name": "base"}, {"name": "other", "model": "other"}]
     steps = [{"timestep": 981, "expert": "base"}, {"timestep": 333, "expert": "other"}]
     path = write(tmp_path / "b.yaml", experts=named, steps=steps, scheduler="dpmsolver++")
-    assert main([*given, f"--output_dir={tmp_path / 'steps'}", f"--schedule={path}"]) == 0
-    base, by_ranges, by_steps = (
-        read_tensors(tmp_path / name / "samples.safetensors")[0]["images"] for name in ("base", "ranges", "steps")
-    )
+    by_steps = sampled(model, tmp_path / "steps", *given, f"--schedule={path}")
     assert not torch.allclose(base, by_ranges, atol=1e-3)
     assert not torch.allclose(by_steps, by_ranges, atol=1e-3)
     path = write(tmp_path / "c.yaml", experts=named, steps=steps)
-    assert main([*given, f"--output_dir={tmp_path / 'no'}", f"--schedule={path}"]) == 2
+    given += [f"--model={model}", f"--output_dir={tmp_path / 'no'}", f"--schedule={path}"]
+    assert main(["sample", *given]) == 2
     assert "PNDMScheduler takes no timesteps" in capsys.readouterr().err

@@ -1,37 +1,29 @@
 """Samples: every diffusers sampler, guidance, and image i from (seed, i) alone."""
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DiTTransformer2DModel,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
-)
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from stagepatch.core.errors import UserError
+from stagepatch.cli import main
+from stagepatch.core import UserError, read_tensors
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.families import predict
 from stagepatch.models import DiT
 from stagepatch.sampling import SamplingConfig, generate
 from stagepatch.sampling.generation import in_batches
+from tests.tiny import FAMILIES
 
-SAMPLERS = {
-    "ddpm": DDPMScheduler,
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-    "dpmsolver++": DPMSolverMultistepScheduler,
-}
+SCHEDULER = make_scheduler(ObjectiveConfig())
+SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "pndm": "PNDM", "dpmsolver++": "DPMSolverMultistep"}
 
 
-def config(**choices):
-    return SamplingConfig(**{"num_inference_steps": 3, "num_images": 5, **choices})
+config = partial(SamplingConfig, num_inference_steps=3, num_images=5)
 
 
 def noise(seed, count, shape=(1, 8, 8)):
@@ -40,6 +32,13 @@ def noise(seed, count, shape=(1, 8, 8)):
         for i in range(count)
     ]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators]), generators
+
+
+def sampler_of(kind, scheduler, steps):
+    """A scheduler of diffusers, of the same betas, set to that number of steps or those timesteps."""
+    sampler = getattr(diffusers, f"{kind}Scheduler").from_config(scheduler.config)
+    sampler.set_timesteps(**{"timesteps" if isinstance(steps, list) else "num_inference_steps": steps})
+    return sampler
 
 
 def by_hand(sampler, output, count, seed=0, shape=(1, 8, 8)):
@@ -55,20 +54,26 @@ def by_hand(sampler, output, count, seed=0, shape=(1, 8, 8)):
     return sample
 
 
+def sampled(model, output_dir, *arguments):
+    """The images that `stagepatch sample` writes."""
+    assert main(["sample", f"--model={model}", f"--output_dir={output_dir}", *arguments]) == 0
+    return read_tensors(output_dir / "samples.safetensors")[0]["images"]
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 50])
 def test_batches_do_not_change_the_images(tiny_dit, name, batch_size):
-    model, scheduler = tiny_dit(), make_scheduler(ObjectiveConfig())
-    whole = generate(model, scheduler, config(scheduler=name, num_inference_steps=4, batch_size=5))
-    split = generate(model, scheduler, config(scheduler=name, num_inference_steps=4, batch_size=batch_size))
+    whole, split = (
+        generate(tiny_dit(), SCHEDULER, config(scheduler=name, num_inference_steps=4, batch_size=size))
+        for size in (5, batch_size)
+    )
     torch.testing.assert_close(split, whole, atol=1e-4, rtol=1e-4)
 
 
 def test_more_images_keep_the_first_and_seeds_differ(tiny_dit):
-    model, scheduler = tiny_dit(), make_scheduler(ObjectiveConfig())
-    few, many = (generate(model, scheduler, config(num_images=count)) for count in (3, 7))
+    few, many = (generate(tiny_dit(), SCHEDULER, config(num_images=count)) for count in (3, 7))
     torch.testing.assert_close(many[:3], few, atol=1e-5, rtol=1e-5)
-    other = generate(model, scheduler, config(num_images=3, seed=1))
+    other = generate(tiny_dit(), SCHEDULER, config(num_images=3, seed=1))
     assert (other - few).abs().mean() > 0.1
     assert (few[0] - few[1]).abs().mean() > 0.1
 
@@ -77,8 +82,7 @@ def test_more_images_keep_the_first_and_seeds_differ(tiny_dit):
 def test_equals_a_loop_written_with_the_diffusers_scheduler(tiny_dit, name):
     model = tiny_dit(learn_sigma=False)
     scheduler = make_scheduler(ObjectiveConfig(beta_schedule="scaled_linear"))
-    sampler = SAMPLERS[name].from_config(scheduler.config)
-    sampler.set_timesteps(4)
+    sampler = sampler_of(SAMPLERS[name], scheduler, 4)
     labels = torch.tensor([4, 7])
     expected = by_hand(sampler, lambda sample, timesteps: model(sample, timesteps, labels).sample, 2, seed=3)
     choice = config(scheduler=name, num_images=2, num_inference_steps=4, seed=3)
@@ -90,9 +94,8 @@ def test_learned_variance_is_used_by_ddpm_and_dropped_by_others(tiny_dit, varian
     model = tiny_dit(learn_sigma=variance)
     scheduler = make_scheduler(ObjectiveConfig(), learn_sigma=variance)
     images = generate(model, scheduler, config(scheduler="ddpm"))
-    sampler = DDPMScheduler.from_config(scheduler.config)
+    sampler = sampler_of("DDPM", scheduler, 3)
     assert sampler.config.variance_type == ("learned_range" if variance else "fixed_small")
-    sampler.set_timesteps(3)
     expected = by_hand(sampler, lambda sample, timesteps: predict(model, sample, timesteps, torch.arange(5)), 5)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
     if variance:
@@ -103,54 +106,36 @@ def test_learned_variance_is_used_by_ddpm_and_dropped_by_others(tiny_dit, varian
 
 def test_guidance_of_all_and_of_the_first_channels(tiny_dit):
     model = tiny_dit(in_channels=4, learn_sigma=False)
-    scheduler = make_scheduler(ObjectiveConfig())
-
-    def outputs(scale, channels):
-        choice = config(num_inference_steps=1, num_images=2, guidance_scale=scale, guidance_channels=channels)
-        return generate(model, scheduler, choice)
-
     start, _ = noise(0, 2, (4, 8, 8))
-    sampler = DDIMScheduler.from_config(scheduler.config)
-    sampler.set_timesteps(1)
+    sampler = sampler_of("DDIM", SCHEDULER, 1)
     timestep = sampler.timesteps[0]
     with torch.no_grad():
         conditional = model(start, timestep.expand(2), torch.tensor([0, 1])).sample
         unconditional = model(start, timestep.expand(2), torch.tensor([10, 10])).sample
     guided = unconditional + 2.5 * (conditional - unconditional)
-    everywhere = sampler.step(guided, timestep, start).prev_sample
-    mixed = torch.cat([guided[:, :3], conditional[:, 3:]], dim=1)
-    first_three = sampler.step(mixed, timestep, start).prev_sample
-    torch.testing.assert_close(outputs(2.5, 0), everywhere, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(outputs(2.5, 3), first_three, atol=1e-4, rtol=1e-4)
+    first_three = torch.cat([guided[:, :3], conditional[:, 3:]], dim=1)
+    for channels, output in ((0, guided), (3, first_three)):
+        choice = config(num_inference_steps=1, num_images=2, guidance_scale=2.5, guidance_channels=channels)
+        expected = sampler.step(output, timestep, start).prev_sample
+        torch.testing.assert_close(generate(model, SCHEDULER, choice), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_converted_model_samples_as_the_diffusers_model():
     torch.manual_seed(0)
-    theirs = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    ).eval()
+    theirs = FAMILIES["DiTTransformer2DModel"].build(num_embeds_ada_norm=1000).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     for block in theirs.transformer_blocks[1:]:  # a DiT has one embedder for all blocks
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
     ours = DiT.from_diffusers(theirs)
     scheduler = DDIMScheduler(clip_sample=False)
-    sampler = DDIMScheduler.from_config(scheduler.config)
-    sampler.set_timesteps(3)
     labels, null = torch.tensor([3, 900]), torch.tensor([1000, 1000])
 
     def guided(sample, timesteps):
         conditional, unconditional = (theirs(sample, timesteps, classes).sample for classes in (labels, null))
         return unconditional + 4.0 * (conditional - unconditional)
 
-    expected = by_hand(sampler, guided, 2, shape=(4, 8, 8))
+    expected = by_hand(sampler_of("DDIM", scheduler, 3), guided, 2, shape=(4, 8, 8))
     images = generate(ours, scheduler, config(num_images=2, guidance_scale=4.0), labels)
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-4)
 
@@ -158,17 +143,16 @@ def test_converted_model_samples_as_the_diffusers_model():
 def test_flow_models_sample_with_their_scheduler(tiny_dit):
     model, scheduler = tiny_dit(learn_sigma=False), FlowMatchEulerDiscreteScheduler()
     images = generate(model, scheduler, config(scheduler="flow_euler", num_images=2))
-    sampler = FlowMatchEulerDiscreteScheduler()
-    sampler.set_timesteps(3)
+    sampler = sampler_of("FlowMatchEulerDiscrete", scheduler, 3)
     expected = by_hand(sampler, lambda sample, timesteps: model(sample, timesteps, torch.arange(2)).sample, 2)
     torch.testing.assert_close(images, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_labels_are_balanced_by_default_and_progress_is_reported(tiny_dit):
-    model, scheduler, counts = tiny_dit(), make_scheduler(ObjectiveConfig()), []
-    images = generate(model, scheduler, config(num_images=12, batch_size=5), on_batch=counts.append)
+    counts = []
+    images = generate(tiny_dit(), SCHEDULER, config(num_images=12, batch_size=5), on_batch=counts.append)
     assert counts == [5, 5, 2]
-    given = generate(model, scheduler, config(num_images=12), torch.tensor([*range(10), 0, 1]))
+    given = generate(tiny_dit(), SCHEDULER, config(num_images=12), torch.tensor([*range(10), 0, 1]))
     torch.testing.assert_close(images, given, atol=1e-5, rtol=1e-5)
 
 
@@ -196,12 +180,11 @@ def test_more_processes_than_images_share_them(monkeypatch):
 )
 def test_samplers_that_cannot_be(tiny_dit, choices, message):
     with pytest.raises(UserError, match=message):
-        generate(tiny_dit(), make_scheduler(ObjectiveConfig()), config(**choices))
+        generate(tiny_dit(), SCHEDULER, config(**choices))
 
 
 def test_guidance_without_classes_and_a_wrong_number_of_labels(tiny_dit):
-    scheduler = make_scheduler(ObjectiveConfig())
     with pytest.raises(UserError, match="label for no class"):
-        generate(tiny_dit(conditioning="none", num_classes=None), scheduler, config(guidance_scale=2.0))
+        generate(tiny_dit(conditioning="none", num_classes=None), SCHEDULER, config(guidance_scale=2.0))
     with pytest.raises(UserError, match="3 labels for num_images=5"):
-        generate(tiny_dit(), scheduler, config(), torch.zeros(3, dtype=torch.long))
+        generate(tiny_dit(), SCHEDULER, config(), torch.zeros(3, dtype=torch.long))

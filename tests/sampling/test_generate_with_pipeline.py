@@ -1,15 +1,14 @@
 """`stagepatch sample` on whole pipelines."""
 
-import json
-
 import pytest
 import torch
 
 from stagepatch.cli import main
-from stagepatch.core.tensors import read_tensors
-from stagepatch.evaluation import features
+from stagepatch.core import read_json
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig, generate_with_pipeline
+from tests.runs import draw_weights
+from tests.sampling.test_generate import sampled
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
 
@@ -26,9 +25,7 @@ def save_model_and_patch(directory):
     pipe = SD.build()
     pipe.save_pretrained(directory / "model")
     patch = Patch.create(pipe)
-    with torch.no_grad():
-        for prompts in patch.prompts:
-            prompts.normal_(std=20.0)
+    draw_weights(patch.prompts, 20.0)
     patch.save_pretrained(directory / "patch")
 
 
@@ -36,8 +33,7 @@ def test_image_depends_on_its_seed_and_number_and_prompt_alone():
     pipe = SD.build()
     images = sample(pipe)
     assert images.shape == (4, 3, 32, 32)
-    assert images.min() >= -1
-    assert images.max() <= 1
+    assert -1 <= images.min() <= images.max() <= 1
     torch.testing.assert_close(sample(pipe, batch_size=3), images, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(sample(pipe, seed=1), images, atol=1e-3)
     assert not torch.allclose(images[0], images[2], atol=1e-3)
@@ -47,54 +43,37 @@ def test_image_depends_on_its_seed_and_number_and_prompt_alone():
 
 
 def test_classes_take_turns():
-    images = sample(DIT.build(), [], guidance_scale=4.0)
-    assert images.shape == (4, 3, 32, 32)
+    assert sample(DIT.build(), [], guidance_scale=4.0).shape == (4, 3, 32, 32)
 
 
 def test_command_samples_base_and_patched_pipeline(tmp_path, capsys):
     save_model_and_patch(tmp_path)
-    given = [f"--model={tmp_path / 'model'}", "--sampling.num_images=2", "--sampling.num_inference_steps=2"]
-    assert main(["sample", *given, f"--output_dir={tmp_path / 'none'}"]) == 2
+    model, given = tmp_path / "model", ["--sampling.num_images=2", "--sampling.num_inference_steps=2"]
+    assert main(["sample", f"--model={model}", *given, f"--output_dir={tmp_path / 'none'}"]) == 2
     assert "give --prompts" in capsys.readouterr().err
     given.append("--prompts=['a red house']")
-    assert main(["sample", *given, f"--output_dir={tmp_path / 'base'}"]) == 0
-    assert main(["sample", *given, f"--patch={tmp_path / 'patch'}", f"--output_dir={tmp_path / 'patched'}"]) == 0
-    base, patched = (
-        read_tensors(tmp_path / name / "samples.safetensors")[0]["images"] for name in ("base", "patched")
-    )
+    base = sampled(model, tmp_path / "base", *given)
+    patched = sampled(model, tmp_path / "patched", *given, f"--patch={tmp_path / 'patch'}")
     assert base.shape == patched.shape == (2, 3, 32, 32)
     assert not torch.allclose(base, patched, atol=1e-3)
     assert (tmp_path / "base" / "grid.png").exists()
 
 
-def test_model_of_latents_is_measured_by_its_images_against_the_training_images(tmp_path, monkeypatch):
+def test_model_of_latents_is_measured_by_its_images_against_the_training_images(tmp_path, pixels):
     """Captions of the training images in turn; images out of the model's own VAE."""
-    seen = []
-
-    class Pixels:
-        name = fingerprint = "pixels"
-
-        def __call__(self, images):
-            seen.append(images)
-            return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
-
-    monkeypatch.setitem(features._EXTRACTORS, "digits", Pixels)
-    monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path / "features"))
     save_model_and_patch(tmp_path)
     images = draw_images(tmp_path / "images", count=6, size=(32, 32))
     given = ["--data.image_size=32", "--sampling.num_images=6", "--sampling.num_inference_steps=5"]
     given += [f"--data.source={images}", f"--patch={tmp_path / 'patch'}", "--sampling.guidance_scale=3"]
     assert main(["evaluate", f"--model={tmp_path / 'model'}", *given, f"--output_dir={tmp_path / 'out'}"]) == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = read_json(tmp_path / "out" / "metrics.json")
     assert metrics["base"] != metrics["patched"]
-    assert all(batch.shape == (6, 3, 32, 32) for batch in seen)
-    assert all(batch.abs().max() <= 1 for batch in seen)
+    assert all(batch.shape == (6, 3, 32, 32) and batch.abs().max() <= 1 for batch in pixels)
 
 
 @pytest.mark.parametrize("part", ["model_index.json", "scheduler"])
 def test_pipeline_that_is_not_whole_is_named(tmp_path, capsys, part):
     SD.build().save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / part
-    path.rename(tmp_path / "away")
+    (tmp_path / "model" / part).rename(tmp_path / "away")
     assert main(["sample", f"--model={tmp_path / 'model'}", "--prompts=['a cat']", f"--output_dir={tmp_path}"]) == 2
     assert "pipeline" in capsys.readouterr().err
