@@ -4,6 +4,17 @@ import torch
 from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 
+# One of every kind of patch.
+VARIANTS = [
+    {},
+    {"preset": "released"},
+    {"num_experts": 2, "condition": "t+c"},
+    {"position": "prepend", "num_prompts": 3},
+    {"position": "prepend", "num_prompts": 3, "prepending": "plain"},
+    {"gate": "attention", "selection": "hard", "top_k": 5},
+    {"gate": "none"},
+]
+
 
 @pytest.fixture
 def model(tiny_dit):

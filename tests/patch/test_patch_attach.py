@@ -33,13 +33,9 @@ def hooks_on(model):
 
 
 @pytest.mark.parametrize("choices", ADD_CHOICES, ids=str)
-def test_fresh_patch_changes_no_bit_of_the_output(model, base, batch, choices):
-    Patch.create(model, PatchConfig(**choices)).eval().attach(model)
-    assert torch.equal(predict(model, *batch), base)
-
-
-def test_fresh_patch_in_training_with_noise_changes_no_bit_of_the_output(model, base, batch):
-    Patch.create(model, PatchConfig(preset="released")).train().attach(model)
+@pytest.mark.parametrize("training", [False, True])
+def test_fresh_patch_changes_no_bit_of_the_output(model, base, batch, choices, training):
+    Patch.create(model, PatchConfig(**choices)).train(training).attach(model)
     assert torch.equal(predict(model, *batch), base)
 
 

@@ -15,38 +15,28 @@ WEIGHTS = torch.tensor([[[0.8, 0.2], [0.5, 0.5]], [[0.6, 0.4], [0.5, 0.5]]], dty
 LOGITS = torch.tensor([[[-1.0, 2.0, -0.5]], [[1.0, 1.0, -3.0]]], dtype=torch.float64)
 
 
-def test_importance_of_numbers_written_out():
-    # Sums over the blocks: (1.4, 0.6), mean 1, variance 0.16; and (1, 1), variance 0. Mean of the two samples.
-    expected = (0.16 / (1 + 1e-5) + 0) / 2
-    assert balance.importance_loss(WEIGHTS).item() == pytest.approx(expected, rel=1e-12)
+EQUAL = torch.full((3, 2, 4), 0.25)
+DOUBLED = torch.cat([LOGITS, -LOGITS], dim=1)
 
 
-def test_unbiased_importance_of_numbers_written_out():
-    # A block's four weights together, n − 1 = 3: 0.18/3 and 0.02/3, each over mean² = 0.25; sum over the blocks.
-    expected = (0.18 / 3 + 0.02 / 3) / (0.25 + 1e-5)
-    assert balance.importance_loss_unbiased(WEIGHTS).item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_equal_weights_have_no_importance_loss():
-    equal = torch.full((3, 2, 4), 0.25)
-    assert balance.importance_loss(equal) == 0
-    assert balance.importance_loss_unbiased(equal) == 0
-
-
-def test_load_indicator_counts_what_is_switched_off():
-    # Two of the first block's logits are below zero, one of the second's: (2 + 1) / 2.
-    assert balance.load_indicator(LOGITS).item() == 1.5
-
-
-def test_load_surrogate_sums_how_far_below_zero():
-    # (1 + 0.5 + 3) / 2
-    assert balance.load_surrogate(LOGITS).item() == 2.25
-
-
-def test_load_terms_are_means_over_the_batch():
-    doubled = torch.cat([LOGITS, -LOGITS], dim=1)
-    assert balance.load_indicator(doubled).item() == (1.5 + 1.5) / 2
-    assert balance.load_surrogate(doubled).item() == (2.25 + 2.0) / 2
+@pytest.mark.parametrize(
+    ("loss", "values", "expected"),
+    [
+        # Sums over the blocks: (1.4, 0.6), mean 1, variance 0.16; and (1, 1), variance 0. Mean of the two samples.
+        (balance.importance_loss, WEIGHTS, (0.16 / (1 + 1e-5) + 0) / 2),
+        # A block's four weights together, n − 1 = 3: 0.18/3 and 0.02/3, each over mean² = 0.25; sum over the blocks.
+        (balance.importance_loss_unbiased, WEIGHTS, (0.18 / 3 + 0.02 / 3) / (0.25 + 1e-5)),
+        (balance.importance_loss, EQUAL, 0),
+        (balance.importance_loss_unbiased, EQUAL, 0),
+        # Two of the first block's logits are below zero, one of the second's; how far below; means over the batch.
+        (balance.load_indicator, LOGITS, (2 + 1) / 2),
+        (balance.load_surrogate, LOGITS, (1 + 0.5 + 3) / 2),
+        (balance.load_indicator, DOUBLED, (1.5 + 1.5) / 2),
+        (balance.load_surrogate, DOUBLED, (2.25 + 2.0) / 2),
+    ],
+)
+def test_terms_of_numbers_written_out(loss, values, expected):
+    assert loss(values).item() == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 def test_surrogate_is_zero_exactly_where_the_indicator_is():
@@ -58,12 +48,10 @@ def test_surrogate_is_zero_exactly_where_the_indicator_is():
 
 def test_smooth_load_is_the_chance_to_be_selected_under_fresh_noise():
     generator = torch.Generator().manual_seed(0)
-    blocks, samples, choices, k = 1, 2, 5, 2
-    logits = torch.randn(blocks, samples, choices, generator=generator, dtype=torch.float64)
-    noise_std = 0.3 + torch.rand(blocks, samples, choices, generator=generator, dtype=torch.float64)
+    samples, choices, k, draws = 2, 5, 2, 20_000
+    logits = torch.randn(1, samples, choices, generator=generator, dtype=torch.float64)
+    noise_std = 0.3 + torch.rand(1, samples, choices, generator=generator, dtype=torch.float64)
     noisy = logits + noise_std * torch.randn(logits.shape, generator=generator, dtype=torch.float64)
-
-    draws = 20_000
     load = torch.zeros(choices, dtype=torch.float64)
     for sample in range(samples):
         for choice in range(choices):
@@ -72,10 +60,8 @@ def test_smooth_load_is_the_chance_to_be_selected_under_fresh_noise():
             trials[:, choice] = logits[0, sample, choice] + noise_std[0, sample, choice] * fresh
             load[choice] += (trials.topk(k).indices == choice).any(dim=1).double().mean()
     expected = load.var(correction=0) / load.mean() ** 2
-
     assert expected > 0.01
-    given = balance.load_smooth(logits, noisy, noise_std, k)
-    assert given.item() == pytest.approx(expected.item(), rel=0.03)
+    assert balance.load_smooth(logits, noisy, noise_std, k).item() == pytest.approx(expected.item(), rel=0.03)
 
 
 def test_smooth_load_is_a_mean_over_the_blocks_and_has_a_gradient():
@@ -88,9 +74,6 @@ def test_smooth_load_is_a_mean_over_the_blocks_and_has_a_gradient():
     assert whole.item() == pytest.approx(sum(parts).item() / 3, rel=1e-5)
     whole.backward()
     assert logits.grad.abs().max() > 0
-
-
-# As a patch's loss
 
 
 def show(patch, logits=LOGITS, weights=WEIGHTS):
@@ -111,8 +94,8 @@ def test_balance_terms_are_those_of_the_last_forward(model, batch, make_patch):
     with patch.attach(model):
         predict(model, *batch)
         t = model.t_embedder(batch[1])
-    logits = torch.stack([t @ patch.gate.weight[:, :-1].T + i * patch.gate.weight[:, -1] for i in range(3)])
-    logits = logits + patch.gate.bias
+    weight, bias = patch.gate.weight, patch.gate.bias
+    logits = torch.stack([t @ weight[:, :-1].T + i * weight[:, -1] + bias for i in range(3)])
     terms = patch.balance_terms()
     assert terms["load"].item() == pytest.approx(balance.load_surrogate(logits).item(), rel=1e-5)
     summed = logits.softmax(-1).sum(0)
@@ -134,17 +117,15 @@ def test_indicator_has_no_gradient_and_importance_and_surrogate_have(used_patch)
 
 def test_balance_losses_before_any_forward_are_refused(tiny_dit, make_patch):
     patch = make_patch(tiny_dit())
-    with pytest.raises(UserError, match="forward"):
-        patch.balance_loss()
-    with pytest.raises(UserError, match="forward"):
-        patch.balance_terms()
+    for refused in (patch.balance_loss, patch.balance_terms):
+        with pytest.raises(UserError, match="forward"):
+            refused()
 
 
 def test_patch_without_a_gate_has_no_balance_loss(used_patch):
     patch = used_patch(gate="none")
     assert patch.balance_terms() == {}
-    assert patch.balance_loss().item() == 0
-    assert patch.gate_entropy().item() == 0
+    assert (patch.balance_loss().item(), patch.gate_entropy().item()) == (0, 0)
 
 
 def test_gate_entropy_of_numbers_written_out(tiny_dit, make_patch):

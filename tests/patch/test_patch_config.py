@@ -35,25 +35,10 @@ PRESETS = {
     "load_loss": ("surrogate", "none"),
 }
 PAPER, RELEASED = ({name: values[which] for name, values in PRESETS.items()} for which in (0, 1))
-SHARED = {
-    "position": "add",
-    "num_prompts": 50,
-    "prepending": "gated",
-    "sample_size": None,
-    "grid": None,
-    "normalization": "softmax",
-    "matched_step": False,
-    "num_experts": 1,
-    "initialization": "zero",
-    "initialization_std": 0.02,
-    "gate": "linear",
-    "block_index": True,
-    "selection": "soft",
-    "top_k": 0.75,
-    "gate_initialization": "zero",
-    "importance_weight": 1.0,
-    "load_weight": 1.0,
-}
+SHARED = {"position": "add", "prepending": "gated", "num_prompts": 50, "sample_size": None, "grid": None}
+SHARED |= {"initialization": "zero", "initialization_std": 0.02, "num_experts": 1, "matched_step": False}
+SHARED |= {"gate": "linear", "block_index": True, "gate_initialization": "zero", "normalization": "softmax"}
+SHARED |= {"selection": "soft", "top_k": 0.75, "importance_weight": 1.0, "load_weight": 1.0}
 INPUTS = torch.randn(2, 1, 8, 8), torch.tensor([10, 800]), torch.tensor([0, 1])
 
 
@@ -63,8 +48,8 @@ def test_preset_gives_its_values(preset, values):
     assert asdict(PatchConfig(preset=preset)) == {"preset": preset, **SHARED, **values}
 
 
-def test_default_is_the_paper():
-    assert PatchConfig() == PatchConfig(preset="paper")
+def test_default_is_the_paper(tiny_dit):
+    assert Patch.create(tiny_dit()).config == PatchConfig() == PatchConfig(preset="paper")
 
 
 @pytest.mark.parametrize(("preset", "own", "other"), [("released", RELEASED, PAPER), ("paper", PAPER, RELEASED)])
@@ -150,8 +135,8 @@ def test_matched_step_is_that_of_a_uniform_gate(tiny_dit):
     for gate in ("linear", "none"):
         model = tiny_dit()
         method = DMP(PatchConfig(gate=gate, matched_step=True, block_index=False))
-        groups = method.prepare(model)
-        optimizer = torch.optim.Adam([{"params": g["params"], "lr": 0.01 * g["factor"]} for g in groups])
+        groups = [{"params": g["params"], "lr": 0.01 * g["factor"]} for g in method.prepare(model)]
+        optimizer = torch.optim.Adam(groups)
         predict(model, *INPUTS).square().sum().mul(1e6).backward()
         optimizer.step()
         share = 1 / 16 if gate == "linear" else 1.0
@@ -236,12 +221,10 @@ def test_condition_t_ignores_the_class_and_t_plus_c_sees_it(model, batch, make_p
 
 def test_condition_t_plus_c_of_an_unconditional_model_is_t(tiny_dit, make_patch, patched):
     model = tiny_dit(conditioning="none")
-    logits = []
-    for condition in ("t", "t+c"):
-        patch = make_patch(model, condition=condition)
+    patches = [make_patch(model, condition=condition) for condition in ("t", "t+c")]
+    for patch in patches:
         patched(patch, model)
-        logits.append(patch.last.logits)
-    assert torch.equal(*logits)
+    assert torch.equal(*(patch.last.logits for patch in patches))
 
 
 @covers("selection", "top_k")
@@ -343,9 +326,8 @@ def test_balance_weights_scale_their_terms(used_patch):
 
 @covers("importance_variance")
 def test_importance_variance_chooses_the_formula(used_patch):
-    formulas = {"population": balance.importance_loss, "unbiased": balance.importance_loss_unbiased}
     values = []
-    for kind, formula in formulas.items():
+    for kind, formula in [("population", balance.importance_loss), ("unbiased", balance.importance_loss_unbiased)]:
         patch = used_patch(importance_variance=kind)
         values.append(patch.balance_terms()["importance"])
         assert torch.equal(values[-1], formula(patch.last.weights))

@@ -109,9 +109,6 @@ def test_naive_forward_without_prompts_is_the_model(model, batch, make_patch):
     torch.testing.assert_close(plain, predict(model, *batch))
 
 
-# Gradients
-
-
 @pytest.mark.parametrize(
     "choices",
     [
@@ -163,9 +160,6 @@ def test_hard_selection_with_weight_one_passes_the_softmaxs_gradient_straight_th
     (given,) = torch.autograd.grad((hard * direction).sum(), logits)
     (expected,) = torch.autograd.grad((soft_weights(logits) * direction).sum(), logits)
     torch.testing.assert_close(given, expected, rtol=0, atol=0)
-
-
-# Pieces
 
 
 def test_renormalized_weights_of_numbers_written_out():

@@ -60,21 +60,22 @@ def test_sites_of_different_sizes_share_the_gate():
     assert patch.gate.bias.shape == (16,)
 
 
-@pytest.mark.parametrize(("prepending", "needs"), [("plain", "image tokens alone"), ("gated", "attention is descr")])
-def test_prepending_is_refused_where_it_cannot_be_done(prepending, needs):
-    with pytest.raises(UserError, match=f"needs sites .*{needs}.*; Keywords has others: b0, b1"):
-        Patch.create(Keywords(layout="map"), PatchConfig(position="prepend", prepending=prepending))
+PREPEND = {"position": "prepend"}
 
 
-@pytest.mark.parametrize("kind", ["stages", "attention"])
-def test_sites_of_a_kind_that_the_model_lacks_are_refused(kind):
-    with pytest.raises(UserError, match=f"Keywords has no {kind}"):
-        Patch.create(Keywords(), PatchConfig(sites=kind))
-
-
-def test_unknown_site_is_refused_with_the_models_own():
-    with pytest.raises(UserError, match=r"No site is named b7\. Sites of this model: b0, b1"):
-        Patch.create(Keywords(), PatchConfig(sites=["b0", "b7"]))
+@pytest.mark.parametrize(
+    ("layout", "choices", "message"),
+    [
+        ("map", PREPEND | {"prepending": "plain"}, "needs sites .*image tokens alone.*; Keywords has others: b0, b1"),
+        ("map", PREPEND | {"prepending": "gated"}, "needs sites .*attention is descr.*; Keywords has others: b0, b1"),
+        ("tokens", {"sites": "stages"}, "Keywords has no stages"),
+        ("tokens", {"sites": "attention"}, "Keywords has no attention"),
+        ("tokens", {"sites": ["b0", "b7"]}, r"No site is named b7\. Sites of this model: b0, b1"),
+    ],
+)
+def test_choices_for_which_the_model_lacks_the_sites_are_refused(layout, choices, message):
+    with pytest.raises(UserError, match=message):
+        Patch.create(Keywords(layout=layout), PatchConfig(**choices))
 
 
 def test_description_of_a_module_that_is_not_there_leaves_the_model_as_it_was():

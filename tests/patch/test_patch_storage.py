@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stagepatch.core.errors import UserError
-from stagepatch.patch import Patch, PatchConfig
+from stagepatch.patch import Patch
+from tests.patch.conftest import VARIANTS
 
 N, D = 16, 32
 
@@ -64,19 +65,7 @@ def test_config_file_says_what_and_for_which_model(tiny_dit, make_patch, tmp_pat
     assert config["backbone"]["sites"][0]["grid"] == [4, 4]
 
 
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {},
-        {"preset": "released"},
-        {"sites": "half"},
-        {"num_experts": 3, "gate": "attention"},
-        {"gate": "none"},
-        {"position": "prepend", "num_prompts": 4},
-        {"selection": "hard", "top_k": 5},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("choices", [*VARIANTS, {"sites": "half"}, {"num_experts": 3, "gate": "attention"}], ids=str)
 def test_saved_and_loaded_patch_gives_the_same_output_bit_for_bit(model, make_patch, tmp_path, choices, patched):
     patch = make_patch(model, **choices)
     expected = patched(patch)
@@ -126,7 +115,11 @@ def tensors(change):
 
 
 def cut(kept):
-    return lambda directory: (path := directory / "model.safetensors").write_bytes(path.read_bytes()[:kept])
+    def damage(directory):
+        path = directory / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:kept])
+
+    return damage
 
 
 def text(content):
@@ -206,7 +199,3 @@ def test_refusal_tells_the_class_and_the_condition_apart(tiny_dit, make_patch):
     patch.backbone = replace(patch.backbone, model_class="UViT", condition_channels=7)
     with pytest.raises(UserError, match="model_class UViT against the model's DiT; condition_channels 7 against"):
         patch.attach(tiny_dit())
-
-
-def test_default_config_is_the_papers(tiny_dit):
-    assert Patch.create(tiny_dit()).config == PatchConfig()

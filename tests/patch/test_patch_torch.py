@@ -9,19 +9,11 @@ import torch
 
 from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
+from tests.patch.conftest import VARIANTS
 
 # Without a C++ compiler the graph is still traced, and run as it is.
 BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 
-VARIANTS = [
-    {},
-    {"preset": "released"},
-    {"num_experts": 2, "condition": "t+c"},
-    {"position": "prepend", "num_prompts": 3},
-    {"position": "prepend", "num_prompts": 3, "prepending": "plain"},
-    {"gate": "attention", "selection": "hard"},
-    {"gate": "none"},
-]
 RENORMALIZED = {"gate": "attention", "selection": "hard", "hard_weight": "renormalized"}
 
 
@@ -173,12 +165,15 @@ def test_autocast_is_close_to_float32_and_keeps_the_gate_in_float32(model, batch
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 3}, {"gate": "none"}, {"preset": "released"}], ids=str)
-def test_fresh_patch_changes_no_bit_under_autocast(model, batch, choices):
-    patch = Patch.create(model, PatchConfig(**choices))
-    with torch.autocast("cpu", torch.bfloat16):
-        base = predict(model, *batch)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_fresh_patch_changes_no_bit_in_lower_precision(model, batch, dtype, choices):
+    """Of a model in half precision, or of one in float32 under autocast."""
+    patch = Patch.create(model.to(dtype), PatchConfig(**choices))
+    inputs = batch[0].to(dtype), *batch[1:]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        base = predict(model, *inputs)
         patch.attach(model)
-        assert torch.equal(predict(model, *batch), base)
+        assert torch.equal(predict(model, *inputs), base)
 
 
 @pytest.mark.parametrize("choices", [{}, {"num_experts": 2}, {"position": "prepend", "num_experts": 2}], ids=str)
@@ -208,26 +203,14 @@ def test_autocast_training_step_gives_float32_gradients(model, batch, make_patch
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_model_takes_a_float32_patch(model, batch, make_patch, dtype, choices, patched):
-    sample, *rest = batch
+    inputs = batch[0].to(dtype), *batch[1:]
     patch = make_patch(model, **choices)
     with torch.no_grad():
         expected = patched(patch)
-        model.to(dtype)
-        base = predict(model, sample.to(dtype), *rest)
-        with patch.attach(model):
-            output = predict(model, sample.to(dtype), *rest)
+        base = predict(model.to(dtype), *inputs)
+        output = patched(patch, inputs=inputs)
     assert output.dtype == dtype
     assert all(parameter.dtype == torch.float32 for parameter in patch.parameters())
     assert patch.last is None or patch.last.weights.dtype == torch.float32
     assert (output.float() - expected).norm() < 0.03 * expected.norm()
     assert (output - base).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("experts", [1, 2])
-def test_fresh_patch_changes_no_bit_of_a_half_precision_model(tiny_dit, batch, dtype, experts):
-    sample, *rest = batch
-    model = tiny_dit().to(dtype)
-    base = predict(model, sample.to(dtype), *rest)
-    Patch.create(model, PatchConfig(num_experts=experts)).attach(model)
-    assert torch.equal(predict(model, sample.to(dtype), *rest), base)
