@@ -1,17 +1,14 @@
 """`stagepatch analyze` from end to end: files, numbers, and a message for each mistake."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-import torch
 from PIL import Image
 
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
-from stagepatch.methods import LoRAConfig, MethodConfig, make_method
 from tests.runs import make_model, make_objective, run
+from tests.search.searches import save_learned
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
 
@@ -30,12 +27,7 @@ def trained(tmp_path_factory):
     run(root / "patch", model=base(), steps=4, learning_rate=0.1)
     for number in (0, 1):
         run(root / "stages" / str(number), method="pretrain", model=base(), steps=2, seed=number)
-    lora = make_method(MethodConfig("lora", lora=LoRAConfig(rank=2)))
-    (group,) = lora.prepare(base())
-    with torch.no_grad():
-        for parameter in group["params"]:
-            parameter.normal_(std=0.3)
-    lora.save(root / "lora" / "learned")
+    save_learned("lora", base(), root / "lora" / "learned")
     return root
 
 
@@ -43,15 +35,18 @@ def analyze(trained, output, *more):
     return main(["analyze", f"--model={trained / 'base'}", f"--output_dir={output}", *SHORT, *more])
 
 
+def analysed(trained, output, *more):
+    """The numbers of the analysis."""
+    assert analyze(trained, output, *more) == 0
+    return json.loads((output / "analysis.json").read_text())
+
+
 def test_everything_at_once(trained, tmp_path, capsys):
-    learned = (
-        f"--learned=['{trained / 'patch'}', '{trained / 'lora' / 'learned'}', 'stage={trained / 'stages' / '0'}']"
-    )
-    assert analyze(trained, tmp_path, learned, f"--stages=['{trained}']") == 0
+    learned = f"['{trained / 'patch'}', '{trained / 'lora' / 'learned'}', 'stage={trained / 'stages' / '0'}']"
+    numbers = analysed(trained, tmp_path, f"--learned={learned}", f"--stages=['{trained}']")
     text = capsys.readouterr().out
     for expected in ("Cosine between task vectors", "Cosine between gradients", "Loss, held-out images", "Report:"):
         assert expected in text
-    numbers = json.loads((tmp_path / "analysis.json").read_text())
     assert numbers["gradients"]["timesteps"] == [166, 500, 833]
     assert numbers["task_vectors"]["stages"] == ["0", "1"]
     for images in ("training images", "held-out images"):
@@ -69,27 +64,25 @@ def test_everything_at_once(trained, tmp_path, capsys):
 
 
 def test_only_what_was_asked_is_computed(trained, tmp_path):
-    def parts(*more):
-        assert analyze(trained, tmp_path, *more) == 0
-        return set(json.loads((tmp_path / "analysis.json").read_text()))
-
     stages = f"--stages=['a={trained / 'stages' / '0'}', 'b={trained / 'stages' / '1'}']"
-    assert parts("--losses=false", "--projection=64", "--parameters=attn") == {"gradients"}
-    assert parts("--gradients=false") == {"losses"}
-    assert parts("--gradients=false", "--losses=false", stages) == {"task_vectors"}
+    for given, part in [
+        (["--losses=false", "--projection=64", "--parameters=attn"], "gradients"),
+        (["--gradients=false", "--losses=false", stages], "task_vectors"),
+    ]:
+        assert set(analysed(trained, tmp_path, *given)) == {part}
 
 
 def test_what_is_not_a_number_is_null(trained, tmp_path):
     stages = f"--stages=['same={trained / 'base'}', 'moved={trained / 'stages' / '0'}']"
-    assert analyze(trained, tmp_path, stages, "--gradients=false", "--losses=false") == 0
-    text = (tmp_path / "analysis.json").read_text()
-    assert "NaN" not in text
-    assert json.loads(text)["task_vectors"]["cosine"] == [[None, None], [None, pytest.approx(1.0)]]
+    numbers = analysed(trained, tmp_path, stages, "--gradients=false", "--losses=false")
+    assert "NaN" not in (tmp_path / "analysis.json").read_text()
+    assert numbers["task_vectors"]["cosine"] == [[None, None], [None, pytest.approx(1.0)]]
 
 
 def test_no_learned_gives_the_curve_of_the_base(trained, tmp_path):
-    assert analyze(trained, tmp_path, "--gradients=false") == 0
-    losses = json.loads((tmp_path / "analysis.json").read_text())["losses"]
+    numbers = analysed(trained, tmp_path, "--gradients=false")
+    assert set(numbers) == {"losses"}
+    losses = numbers["losses"]
     assert set(losses["training images"]) == {"base"}
     assert losses["training images"]["base"] != losses["held-out images"]["base"]
 
@@ -97,10 +90,8 @@ def test_no_learned_gives_the_curve_of_the_base(trained, tmp_path):
 def test_a_latent_model_of_captions(tmp_path):
     PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
     images = draw_images(tmp_path / "images", count=4, size=(32, 32))
-    given = [f"--data.source={images}", "--data.image_size=32", "--data.horizontal_flip=true"]
-    given += [f"--model={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}", "--projection=256", *SHORT]
-    assert main(["analyze", *given]) == 0
-    numbers = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    given = [f"--data.source={images}", "--data.image_size=32", "--data.horizontal_flip=true", "--projection=256"]
+    numbers = analysed(tmp_path, tmp_path / "out", f"--model={tmp_path / 'model'}", *given)
     assert set(numbers["losses"]) == {"timesteps", "samples", "training images"}
     assert numbers["gradients"]["projection"] == 256
     assert numbers["gradients"]["projection_error"] == 1 / 16
@@ -148,12 +139,3 @@ def test_a_model_of_another_objective_is_not_compared(trained, tmp_path, capsys)
     run(other, method="pretrain", model=make_model(), objective=objective, steps=1)
     assert analyze(trained, tmp_path / "out", f"--learned=['{other}']", "--gradients=false") == 2
     assert "cannot be compared: prediction_type is v_prediction, not epsilon" in capsys.readouterr().err
-
-
-def test_help_imports_no_torch():
-    code = (
-        "import sys; from stagepatch.cli import main\n"
-        "try: main(['analyze', '--help'])\n"
-        "except SystemExit: assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

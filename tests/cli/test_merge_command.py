@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.merging import merge_models
 from stagepatch.methods import load_learned
 from stagepatch.patch import Patch, PatchConfig
+from tests.runs import assert_same, imported_by
 from tests.search.searches import save_learned
 from tests.tiny_pipelines import PIPELINES
 
@@ -41,18 +40,13 @@ def refused(capsys, arguments, *expected):
         assert text in message
 
 
-def assert_equal(model, expected):
-    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def test_merged_model_is_a_pipeline(tmp_path, capsys):
     for seed, name in enumerate(("base", "one", "two")):
         TINY.build(seed=seed).save_pretrained(tmp_path / name)
     stages = stages_of(tmp_path / "one", tmp_path / "two")
     given = [f"--base={tmp_path / 'base'}", stages, f"--output_dir={tmp_path / 'out'}"]
     assert "The merged model is in" in merged(capsys, *given, "--weights=[0.0, 1.0]")
-    assert_equal(load_denoiser(tmp_path / "out")[0], load_denoiser(tmp_path / "two")[0])
+    assert_same(load_denoiser(tmp_path / "out")[0].state_dict(), load_denoiser(tmp_path / "two")[0].state_dict())
     assert TINY.call(TINY.load(tmp_path / "out")).isfinite().all()
     merged(capsys, *given, "--weights=[0.5, 0.5]", "--ties_keep=0.3")
     refused(capsys, [*given, "--weights=[0.5]"], "1 weights for 2 stages")
@@ -62,16 +56,15 @@ def test_merged_model_is_a_pipeline(tmp_path, capsys):
 
 def test_merged_lora_is_the_weighted_sum_of_the_stages(tmp_path, capsys):
     pipe = TINY.build()
-    directories = [tmp_path / "0", tmp_path / "1"]
-    for number, directory in enumerate(directories):
-        save_learned("lora", TINY.build().unet, directory, number)
-    stages = stages_of(*directories)
+    for number in range(2):
+        save_learned("lora", TINY.build().unet, tmp_path / str(number), number)
+    stages = stages_of(tmp_path / "0", tmp_path / "1")
     assert "The merged LoRA" in merged(capsys, stages, "--weights=[1.0, 0.0]", f"--output_dir={tmp_path / 'out'}")
-    shapes = {value.shape for name, value in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors").items()}
-    assert any(4 in shape for shape in shapes)
+    weights = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert any(4 in value.shape for value in weights.values())
     load_learned(pipe.unet, tmp_path / "out")
     first = TINY.build()
-    load_learned(first.unet, directories[0])
+    load_learned(first.unet, tmp_path / "0")
     torch.testing.assert_close(TINY.call(pipe), TINY.call(first), rtol=1e-4, atol=1e-5)
     refused(capsys, [stages, "--weights=[1.0, 0.0]", "--ties_keep=0.5"], "would not be a LoRA")
 
@@ -105,6 +98,10 @@ def decoupled(tiny_dit, tmp_path):
     return tmp_path
 
 
+def stages_and_output(decoupled):
+    return [stages_of(decoupled / "run"), f"--output_dir={decoupled / 'out'}"]
+
+
 def write_facts(stage, base):
     facts = {"base": {"source": str(base), "fingerprint": model_fingerprint(base)}}
     (stage / "stage.json").write_text(json.dumps(facts))
@@ -112,24 +109,21 @@ def write_facts(stage, base):
 
 def test_searched_model_is_the_merge_by_the_best_weights(decoupled, capsys):
     out = decoupled / "out"
-    given = [stages_of(decoupled / "run"), f"--output_dir={out}", *SEARCH]
+    given = [*stages_and_output(decoupled), *SEARCH]
     printed = merged(capsys, *given)
     assert all(name in printed for name in ("grid", "tpe", "cma", "best weights", "fid_train", "The merged model"))
     found = json.loads((out / "search.json").read_text())
-    assert {name: len(evaluations) for name, evaluations in found["strategies"].items()} == {
-        "grid": len({tuple(one["weights"]) for one in found["strategies"]["grid"]}),
-        "tpe": 4,
-        "cma": 4,
-    }
-    everything = [one for evaluations in found["strategies"].values() for one in evaluations]
-    assert found["best"]["value"] == min(one["value"] for one in everything)
-    assert all(evaluations[0]["weights"] == [0.0, 0.0] for evaluations in found["strategies"].values())
-    assert len({evaluations[0]["value"] for evaluations in found["strategies"].values()}) == 1
+    strategies = found["strategies"]
+    evaluated_once = len({tuple(one["weights"]) for one in strategies["grid"]})
+    assert {name: len(ones) for name, ones in strategies.items()} == {"grid": evaluated_once, "tpe": 4, "cma": 4}
+    assert found["best"]["value"] == min(one["value"] for ones in strategies.values() for one in ones)
+    assert all(ones[0]["weights"] == [0.0, 0.0] for ones in strategies.values())
+    assert len({ones[0]["value"] for ones in strategies.values()}) == 1
     assert (out / "search.png").stat().st_size > 1000
     assert yaml.safe_load((out / "run.yaml").read_text())["search"]["evaluations"] == 4
     stages = [decoupled / "run" / "stages" / str(number) for number in range(2)]
     merge_models(decoupled / "base", stages, found["best"]["weights"], decoupled / "expected")
-    assert_equal(load_denoiser(out)[0], load_denoiser(decoupled / "expected")[0])
+    assert_same(load_denoiser(out)[0].state_dict(), load_denoiser(decoupled / "expected")[0].state_dict())
     journal = (out / "search.journal").stat().st_size
     merged(capsys, *given, "--sampling.batch_size=5")  # all is there already
     assert json.loads((out / "search.json").read_text()) == found
@@ -151,34 +145,32 @@ def test_search_over_loras_writes_a_lora(decoupled, capsys):
     assert len({one["value"] for one in found["strategies"]["grid"]}) == len(found["strategies"]["grid"])
     merged(capsys, loras, f"--weights={found['best']['weights']}", f"--output_dir={decoupled / 'expected'}")
     ours, theirs = (load_file(decoupled / name / "pytorch_lora_weights.safetensors") for name in ("out", "expected"))
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert_same(ours, theirs)
 
 
 def test_searching_processes_of_a_launch_are_refused(decoupled, capsys, monkeypatch):
     monkeypatch.setattr(processes(), "num_processes", 2)
     monkeypatch.setattr("stagepatch.search.merge_search.load_denoiser", lambda *_: pytest.fail("loaded"))
-    given = [stages_of(decoupled / "run"), f"--output_dir={decoupled / 'out'}", *SEARCH]
+    given = [*stages_and_output(decoupled), *SEARCH]
     refused(capsys, given, "start `stagepatch merge` several times instead")
 
 
 def test_stages_of_another_base_are_refused_by_name(decoupled, tiny_dit, capsys):
     other = decoupled / "other"
     save_denoiser(tiny_dit(7), make_scheduler(ObjectiveConfig()), other)
-    stages = stages_of(decoupled / "run")
-    out = f"--output_dir={decoupled / 'out'}"
+    given = stages_and_output(decoupled)
     names = (f"The stage '{decoupled / 'run' / 'stages' / '0'}'", f"from '{decoupled / 'base'}'", f"from '{other}'")
-    refused(capsys, [f"--base={other}", stages, "--weights=[1, 1]", out], "another base", *names)
-    refused(capsys, [f"--base={other}", stages, out, *SEARCH], "another base", *names)
+    for weights in (["--weights=[1, 1]"], SEARCH):
+        refused(capsys, [f"--base={other}", *given, *weights], "another base", *names)
     write_facts(decoupled / "run" / "stages" / "1", other)
-    refused(capsys, [stages, "--weights=[1, 1]", out], f"stages/1' was trained from another base: from '{other}'")
+    refused(capsys, [*given, "--weights=[1, 1]"], f"stages/1' was trained from another base: from '{other}'")
     assert not (decoupled / "out").exists()
 
 
 def test_stages_of_another_architecture_are_refused_before_searching(decoupled, tiny_dit, capsys):
     stage = decoupled / "run" / "stages" / "1"
     save_denoiser(tiny_dit(1, num_layers=2), make_scheduler(ObjectiveConfig()), stage)
-    given = [stages_of(decoupled / "run"), f"--output_dir={decoupled / 'out'}", *SEARCH]
-    refused(capsys, given, f"'{stage}' has another architecture than the base")
+    refused(capsys, [*stages_and_output(decoupled), *SEARCH], f"'{stage}' has another architecture than the base")
     assert not (decoupled / "out").exists()
 
 
@@ -186,9 +178,8 @@ def test_stages_are_taken_in_their_order_and_their_base_from_them(decoupled, tin
     for number in range(2, 11):
         shutil.copytree(decoupled / "run" / "stages" / "0", decoupled / "run" / "stages" / str(number))
     save_denoiser(tiny_dit(9), make_scheduler(ObjectiveConfig()), decoupled / "run" / "stages" / "10")
-    weights = f"--weights={[0.0] * 10 + [1.0]}"
-    merged(capsys, stages_of(decoupled / "run"), weights, f"--output_dir={decoupled / 'out'}")
-    assert_equal(load_denoiser(decoupled / "out")[0], tiny_dit(9))
+    merged(capsys, *stages_and_output(decoupled), f"--weights={[0.0] * 10 + [1.0]}")
+    assert_same(load_denoiser(decoupled / "out")[0].state_dict(), tiny_dit(9).state_dict())
 
 
 def test_what_cannot_be_merged_is_named(decoupled, capsys):
@@ -208,13 +199,6 @@ def test_what_cannot_be_merged_is_named(decoupled, capsys):
 
 
 def test_merging_by_given_weights_does_not_import_what_searching_needs(decoupled):
-    given = [stages_of(decoupled / "run"), "--weights=[1, 0]", f"--output_dir={decoupled / 'out'}"]
-    script = (
-        "import sys\n"
-        "from stagepatch.cli import main\n"
-        "code = main(['merge', *sys.argv[1:]])\n"
-        "heavy = {'optuna', 'sqlalchemy', 'cmaes', 'matplotlib', 'torchmetrics'} & set(sys.modules)\n"
-        "sys.exit(code or (f'imported: {sorted(heavy)}' if heavy else 0))"
-    )
-    result = subprocess.run([sys.executable, "-c", script, *given], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    script = "from stagepatch.cli import main; sys.exit(main(['merge', *sys.argv[1:]]))"
+    imported = imported_by(script, *stages_and_output(decoupled), "--weights=[1, 0]")
+    assert not imported & {"optuna", "sqlalchemy", "cmaes", "matplotlib", "torchmetrics"}
