@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from diffusers import DPMSolverMultistepScheduler
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
@@ -20,6 +19,7 @@ from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig
 from stagepatch.search import NONE, ScheduleConfig, Space, Zoo, ZooEntry, best_of, evolution, median_seconds, propose
 from stagepatch.search.model_schedule import _features, _predicted
+from tests.runs import draw_weights
 from tests.sampling.test_generate import SCHEDULER, by_hand, sampled, sampler_of
 from tests.search.searches import alone, schedule_job
 from tests.tiny_pipelines import PIPELINES
@@ -200,9 +200,7 @@ def models(tiny_dit, tmp_path):
     save_denoiser(base, SCHEDULER, tmp_path / "base")
     save_denoiser(tiny_dit(1, learn_sigma=False, hidden_size=16, num_layers=1), SCHEDULER, tmp_path / "small")
     patch = Patch.create(base)
-    with torch.no_grad():
-        for prompts in patch.prompts:
-            prompts.normal_(std=5.0, generator=torch.Generator().manual_seed(0))
+    draw_weights(patch.prompts, 5.0)
     patch.save_pretrained(tmp_path / "patch")
     zoo = f"[{{name: small, model: {tmp_path / 'small'}}}, {{name: patched, learned: {tmp_path / 'patch'}}}]"
     places = [f"--model={tmp_path / 'base'}", f"--zoo={zoo}", f"--output_dir={tmp_path / 'out'}"]
@@ -249,7 +247,7 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     by_name = {name: load_denoiser(tmp_path / directory)[0] for name, directory in names.items()}
     Patch.from_pretrained(tmp_path / "patch").attach(by_name["patched"])
     # Out of its file: diffusers takes over settings that were written, and not those that are a class's defaults.
-    own_sampler = partial(sampler_of, DPMSolverMultistepScheduler, load_denoiser(tmp_path / "base")[1])
+    own_sampler = partial(sampler_of, "DPMSolverMultistep", load_denoiser(tmp_path / "base")[1])
     six = own_sampler(6).timesteps
     steps = [step for step in zip(six.tolist(), best["schedule"], strict=True) if step[1] is not None]
     assert steps_of(tmp_path) == steps
