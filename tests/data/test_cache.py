@@ -26,11 +26,10 @@ def folder(tmp_path):
     directory = tmp_path / "images"
     directory.mkdir()
     torch.manual_seed(0)
-    rows = []
-    for number, caption in enumerate(CAPTIONS):
+    for number in range(4):
         pixels = torch.randint(0, 255, (32, 48 if number % 2 else 32, 3), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(directory / f"{number}.png")
-        rows.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
+    rows = [json.dumps({"file_name": f"{number}.png", "text": caption}) for number, caption in enumerate(CAPTIONS)]
     (directory / "metadata.jsonl").write_text("\n".join(rows))
     return directory
 
@@ -63,9 +62,8 @@ def of_pipeline(request, tmp_path, folder):
 def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pipeline):
     """The mean of the posterior, through the pipeline's own decoding, is the VAE's own reconstruction."""
     pipe, cached, images = of_pipeline
-    pixels = images[1]["image"].unsqueeze(0)
+    pixels, latents = images[1]["image"].unsqueeze(0), cached[1]["image"].float().unsqueeze(0)
     is_video = type(pipe).__name__.startswith(("Wan", "Qwen"))
-    latents = cached[1]["image"].float().unsqueeze(0)
     vae = pipe.vae
     with torch.no_grad():
         encoded = vae.encode(pixels.unsqueeze(2) if is_video else pixels)
@@ -75,10 +73,10 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
             # As QwenImagePipeline and WanPipeline undo the scaling before they decode.
             shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
             scale = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-            decoded = vae.decode(latents.unsqueeze(2) * scale + shift, return_dict=False)[0]
+            latents = latents.unsqueeze(2) * scale + shift
         else:
-            unscaled = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-            decoded = vae.decode(unscaled, return_dict=False)[0]
+            latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        decoded = vae.decode(latents, return_dict=False)[0]
     torch.testing.assert_close(decoded, expected, rtol=2e-2, atol=2e-2)
     assert expected.std() > 0.01
 
@@ -111,10 +109,9 @@ def test_both_flips_are_kept(tmp_path, folder, sd):
     images = Images(open_source(config), config)
     vae = load_vae(sd)
     for index in range(4):
-        pixels = images[index]["image"].unsqueeze(0)
-        mean, std = encode_images(vae, pixels.flip(-1))
-        torch.testing.assert_close(cached[index]["image_flipped"].float(), mean[0], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(cached[index]["std_flipped"].float(), std[0], rtol=1e-3, atol=1e-3)
+        mean, std = encode_images(vae, images[index]["image"].unsqueeze(0).flip(-1))
+        for name, expected in (("image_flipped", mean[0]), ("std_flipped", std[0])):
+            torch.testing.assert_close(cached[index][name].float(), expected, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(mean[0].flip(-1), cached[index]["image"].float(), atol=1e-2)
 
 
@@ -138,30 +135,28 @@ def test_whole_cache_is_opened_without_images_or_encoders(tmp_path, folder, sd, 
 
 
 def flip_last_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("file", "change", "choices", "reason"),
     [
-        (lambda folder, sd: Image.new("RGB", (32, 32)).save(folder / "0.png"), "images"),
-        (lambda folder, sd: (folder / "metadata.jsonl").write_text(""), "images"),
-        (lambda folder, sd: flip_last_bit(sd / "vae" / "diffusion_pytorch_model.safetensors"), "vae"),
-        (lambda folder, sd: (sd / "text_encoder" / "model.safetensors").write_bytes(b"other"), "text_encoder"),
-        (None, r"image_size \(32 then, 16 now\)"),
+        ("images/0.png", Image.new("RGB", (32, 32)).save, {}, "images"),
+        ("images/metadata.jsonl", lambda path: path.write_text(""), {}, "images"),
+        ("sd/vae/diffusion_pytorch_model.safetensors", flip_last_bit, {}, "vae"),
+        ("sd/text_encoder/model.safetensors", lambda path: path.write_bytes(b"other"), {}, "text_encoder"),
+        ("images/0.png", lambda path: None, {"image_size": 16}, r"image_size \(32 then, 16 now\)"),
     ],
 )
 @pytest.mark.parametrize("whole", [True, False])
-def test_stale_cache_is_refused_with_the_reason(tmp_path, folder, sd, change, reason, whole):
+def test_stale_cache_is_refused_with_the_reason(tmp_path, folder, sd, file, change, choices, reason, whole):
     cache(tmp_path / "cache", sd, data(folder))
     if not whole:
         (tmp_path / "cache" / "index.safetensors").unlink()
-    if change is not None:
-        change(folder, sd)
+    change(tmp_path / file)
     with pytest.raises(UserError, match=f"of something else: changed since are {reason}"):
-        cache(tmp_path / "cache", sd, data(folder, image_size=16 if change is None else 32))
+        cache(tmp_path / "cache", sd, data(folder, **choices))
 
 
 def test_model_without_captions_gets_none(tmp_path, folder):
@@ -181,39 +176,41 @@ def test_cache_that_is_not_whole_cannot_be_read(tmp_path, folder, sd):
         cached[0]
 
 
-def cache_job(arguments):
+def cache_job(model, folder, output):
     """The command with an image a file, which says when it encodes one."""
     encode = cache_writer._encode_images
     cache_writer.IMAGES_PER_FILE = 1
     cache_writer._encode_images = lambda *args: print("encodes a file") or encode(*args)
-    return main(["cache", *arguments])
+    return main(
+        ["cache", f"--model={model}", f"--data.source={folder}", "--data.image_size=32", f"--output_dir={output}"]
+    )
+
+
+def assert_same(cached, expected, *names):
+    for index in range(4):
+        assert all(torch.equal(cached[index][name], expected[index][name]) for name in names)
 
 
 def test_killed_while_caching_it_goes_on_and_ends_the_same(tmp_path, folder, sd, monkeypatch, processes):
     monkeypatch.setattr(cache_writer, "IMAGES_PER_FILE", 1)
     whole = cache(tmp_path / "whole", sd, data(folder))
     first = tmp_path / "cache" / "latents-00000.safetensors"
-    given = [f"--model={sd}", f"--data.source={folder}", "--data.image_size=32", f"--output_dir={first.parent}"]
     strike = Strike("renamed", 1, first.name)
-    processes.call(cache_job, expected=-signal.SIGKILL, arguments=given, strike=strike)
+    paths = {"model": sd, "folder": folder, "output": first.parent}
+    processes.call(cache_job, expected=-signal.SIGKILL, **paths, strike=strike)
     assert [path.name for path in first.parent.glob("*.safetensors")] == [first.name]
     written = first.stat().st_mtime_ns
     resumed = cache(tmp_path / "cache", sd, data(folder))
     assert first.stat().st_mtime_ns == written
-    for index in range(4):
-        for name in ("image", "std", "image_flipped", "std_flipped"):
-            assert torch.equal(resumed[index][name], whole[index][name])
+    assert_same(resumed, whole, "image", "std", "image_flipped", "std_flipped")
 
 
 def test_two_processes_share_the_work(tmp_path, folder, sd, monkeypatch, processes):
     monkeypatch.setattr(cache_writer, "IMAGES_PER_FILE", 1)
     alone = cache(tmp_path / "alone", sd, data(folder))
-    given = [f"--model={sd}", f"--data.source={folder}", "--data.image_size=32", f"--output_dir={tmp_path / 'both'}"]
-    outputs = processes.call_together(cache_job, 2, arguments=given)
+    outputs = processes.call_together(cache_job, 2, model=sd, folder=folder, output=tmp_path / "both")
     assert [output.count("encodes a file") for output in outputs] == [2, 2]
-    both = CachedLatents(tmp_path / "both")
-    for index in range(4):
-        assert torch.equal(both[index]["image"], alone[index]["image"])
+    assert_same(CachedLatents(tmp_path / "both"), alone, "image")
 
 
 def test_commands_errors(tmp_path, folder, capsys):

@@ -1,6 +1,7 @@
 """Images of a source: sizes known beforehand, and what happens to broken files."""
 
 import logging
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from stagepatch.core.errors import UserError
 from stagepatch.data import DataConfig, FolderSource, Images, in_memory
-from tests.data.reading import shown
+from tests.data.reading import picture, shown, summary
 
 
 def images(folder, **choices):
@@ -17,12 +18,7 @@ def images(folder, **choices):
 
 
 def values(dataset):
-    return [shown(dataset[index]) for index in range(len(dataset))]
-
-
-def paint(path, value=0, size=(12, 12), **options):
-    """A flat image; the value tells which one an item shows."""
-    Image.new("RGB", size, (value, value, value)).save(path, **options)
+    return [value for value, _, _ in summary(dataset)]
 
 
 def truncated(path, size=(64, 64)):
@@ -41,7 +37,8 @@ def fill(folder, **files):
         elif what == "cut":
             truncated(folder / f"{name}.jpg")
         else:
-            paint(folder / f"{name}.png", **({"size": what} if isinstance(what, tuple) else {"value": what}))
+            image = picture(0, what) if isinstance(what, tuple) else picture(what, (12, 12))
+            image.save(folder / f"{name}.png")
     return folder
 
 
@@ -71,17 +68,13 @@ def test_items_end(tmp_path):
 def test_sizes_are_known_without_decoding(tmp_path, monkeypatch):
     sideways = Image.Exif()
     sideways[0x0112] = 6  # a quarter turn: shown upright, width and height change places
-    paint(tmp_path / "a.png", size=(40, 20))
-    paint(tmp_path / "b.jpg", size=(20, 40))
-    paint(tmp_path / "c.jpg", size=(40, 20), exif=sideways)
-    paint(tmp_path / "d.png", size=(40, 20), exif=sideways)
-    paint(tmp_path / "e.webp", size=(30, 30))
-
-    def decode(self):
-        raise AssertionError("pixels were decoded")
-
+    picture(0, (40, 20)).save(tmp_path / "a.png")
+    picture(0, (20, 40)).save(tmp_path / "b.jpg")
+    picture(0, (40, 20)).save(tmp_path / "c.jpg", exif=sideways)
+    picture(0, (40, 20)).save(tmp_path / "d.png", exif=sideways)
+    picture(0, (30, 30)).save(tmp_path / "e.webp")
     with monkeypatch.context() as patched:
-        patched.setattr(ImageFile.ImageFile, "load", decode)
+        patched.setattr(ImageFile.ImageFile, "load", Mock(side_effect=AssertionError("pixels were decoded")))
         dataset = images(tmp_path, crop="buckets")
         sizes = dataset.sizes()
     # In units of the step 2: at most 16 of them, so 1:2 is 4×8 pixels.
@@ -122,10 +115,9 @@ def test_too_many_broken_headers(tmp_path):
     with pytest.raises(UserError) as refusal:
         images(tmp_path, max_broken=4)
     message = str(refusal.value)
-    assert "5 of 6 images" in message
-    assert all(f"{name}.png" in message for name in "abc")
+    parts = ("5 of 6 images", "a.png", "b.png", "c.png", "repair or remove them, or raise data.max_broken=4")
+    assert all(part in message for part in parts)
     assert "d.png" not in message
-    assert "repair or remove them, or raise data.max_broken=4" in message
     assert len(images(tmp_path, max_broken=5)) == 1
 
 
@@ -167,7 +159,7 @@ def test_an_image_that_is_good_is_shown_whatever_is_broken(tmp_path):
 
 def test_a_replacement_has_the_size_of_what_it_replaces(tmp_path):
     truncated(tmp_path / "a.jpg", size=(64, 32))
-    paint(tmp_path / "b.png", 20, size=(20, 40))
+    picture(20, (20, 40)).save(tmp_path / "b.png")
     dataset = images(tmp_path, crop="buckets")
     assert dataset.sizes() == [(4, 8), (8, 4)]
     assert dataset[0]["image"].shape == (3, 4, 8)
@@ -189,11 +181,7 @@ def test_loading_processes_count_together(tmp_path):
 def test_a_mistake_is_not_a_broken_image(tmp_path, monkeypatch):
     source = FolderSource(fill(tmp_path, a=0, b=0))
     dataset = Images(source, DataConfig())
-
-    def refuse(index):
-        raise UserError("the disk is another one")
-
-    monkeypatch.setattr(source, "load", refuse)
+    monkeypatch.setattr(source, "load", Mock(side_effect=UserError("the disk is another one")))
     with pytest.raises(UserError, match="another one"):
         dataset[0]
     with pytest.raises(UserError, match=r"^the disk is another one$"):
