@@ -131,43 +131,43 @@ def assert_same(loaded, model):
     assert {name: loaded.config[name] for name in same} == {name: model.config[name] for name in same}
 
 
-def test_reads_a_state_dict(model, state):
-    loaded = DiT.from_original(state, num_attention_heads=4)
+def read(source):
+    return DiT.from_original(source, num_attention_heads=4)
+
+
+@pytest.mark.parametrize(
+    "nest",
+    [
+        lambda state: state,
+        lambda state: {"ema": state},
+        lambda state: {"model": state},
+        lambda state: {"model": {name: tensor + 1 for name, tensor in state.items()}, "ema": state},
+        lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
+    ],
+    ids=["bare", "ema", "model", "ema before model", "of distributed training"],
+)
+@pytest.mark.parametrize("kind", ["state dict", "path", "text"])
+def test_reads_a_state_dict_or_a_pt_file(model, state, path, nest, kind):
+    torch.save(nest(state), path)
+    loaded = read({"state dict": nest(state), "path": path, "text": str(path)}[kind])
     assert_same(loaded, model)
     assert loaded.config.num_classes == 10
     assert torch.equal(loaded.positions, model.positions)
 
 
-@pytest.mark.parametrize("nest", [lambda s: s, lambda s: {"ema": s}, lambda s: {"model": s}])
-@pytest.mark.parametrize("as_text", [True, False])
-def test_reads_a_pt_file(model, state, path, nest, as_text):
-    torch.save(nest(state), path)
-    assert_same(DiT.from_original(str(path) if as_text else path, num_attention_heads=4), model)
-
-
 def test_reads_a_safetensors_file(model, state, tmp_path):
     save_file(state, tmp_path / "dit.safetensors")
-    assert_same(DiT.from_original(tmp_path / "dit.safetensors", num_attention_heads=4), model)
-
-
-def test_prefers_ema_to_model(model, state, make_dit):
-    other = make_dit(seed=1).state_dict()
-    assert_same(DiT.from_original({"model": other, "ema": state}, num_attention_heads=4), model)
-
-
-def test_reads_names_as_distributed_training_saves_them(model, state):
-    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
-    assert_same(DiT.from_original({"model": wrapped}, num_attention_heads=4), model)
+    assert_same(read(tmp_path / "dit.safetensors"), model)
 
 
 def test_reads_the_sample_size_from_the_positions(make_dit):
     model = make_dit(sample_size=12)
     state = model.state_dict() | {"pos_embed": model.positions}
-    assert DiT.from_original(state, num_attention_heads=4).config.sample_size == 12
+    assert read(state).config.sample_size == 12
 
 
 def test_without_positions_the_sample_size_is_that_of_256_pixels(model):
-    loaded = DiT.from_original(model.state_dict(), num_attention_heads=4)
+    loaded = read(model.state_dict())
     assert loaded.config.sample_size == 32
     sample = torch.randn(2, 3, 8, 8)
     labels = torch.tensor([1, 10])
@@ -178,8 +178,7 @@ def test_without_positions_the_sample_size_is_that_of_256_pixels(model):
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_infers_conditioning_and_learned_sigma(make_dit, conditioning, learn_sigma):
     model = make_dit(conditioning=conditioning, learn_sigma=learn_sigma, sample_size=32)
-    loaded = DiT.from_original(model.state_dict(), num_attention_heads=4)
-    assert_same(loaded, model)
+    assert_same(read(model.state_dict()), model)
 
 
 @pytest.mark.parametrize("mlp_size", [61, 32, 200])
@@ -187,7 +186,7 @@ def test_infers_any_width_of_the_mlp(make_dit, mlp_size):
     # 28·(61/28) is 60.999…: it must not be cut off.
     model = make_dit(hidden_size=28, mlp_ratio=mlp_size / 28, sample_size=32)
     assert model.blocks[0].mlp.fc1.out_features == mlp_size
-    assert_same(DiT.from_original(model.state_dict(), num_attention_heads=4), model)
+    assert_same(read(model.state_dict()), model)
 
 
 @pytest.mark.parametrize(("name", "heads"), [("DiT-S/8", 6), ("DiT-B/4", 12), ("DiT-L/2", 16), ("DiT-XL/2", 16)])
@@ -208,13 +207,13 @@ def test_asks_for_the_heads_of_an_unnamed_size(state):
 def test_names_the_first_missing_key(state):
     del state["blocks.1.attn.proj.bias"], state["final_layer.linear.bias"]
     with pytest.raises(UserError, match=r"2 keys are missing, first 'blocks.1.attn.proj.bias'"):
-        DiT.from_original(state, num_attention_heads=4)
+        read(state)
 
 
 def test_names_a_weight_of_another_shape(state):
     state["blocks.1.mlp.fc1.weight"] = torch.zeros(5, 5)
     with pytest.raises(UserError, match=r"'blocks.1.mlp.fc1.weight' is \[5, 5\], expected \[128, 32\]"):
-        DiT.from_original(state, num_attention_heads=4)
+        read(state)
 
 
 @pytest.mark.parametrize("state", [{}, {"epoch": 3}, {"down_blocks.0.weight": torch.zeros(1)}])
@@ -236,7 +235,7 @@ def test_refuses_a_truncated_file_wherever_it_ends(state, path, zipped):
     for length in [*range(0, 200, 9), *range(200, len(whole) - 1, len(whole) // 40)]:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"dit.pt.*truncated"):
-            DiT.from_original(path, num_attention_heads=4)
+            read(path)
 
 
 def test_refuses_a_truncated_safetensors_file(state, tmp_path):
@@ -244,7 +243,7 @@ def test_refuses_a_truncated_safetensors_file(state, tmp_path):
     save_file(state, path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        DiT.from_original(path, num_attention_heads=4)
+        read(path)
 
 
 def test_refuses_a_web_page_saved_as_a_checkpoint(path):
@@ -276,5 +275,5 @@ PYTHON_OBJECTS = r"Python objects.*save its state dict by itself"
 def test_refuses_what_is_no_mapping_of_tensors_and_runs_no_code(state, path, content, message):
     torch.save({"ema": state, **content} if isinstance(content, dict) else content, path)
     with pytest.raises(UserError, match=message):
-        DiT.from_original(path, num_attention_heads=4)
+        read(path)
     assert not Trap.sprung

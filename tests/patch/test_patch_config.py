@@ -316,7 +316,7 @@ def test_gate_learning_rate_factor_reaches_the_gates_group(tiny_dit):
 
 @covers("importance_weight", "load_weight")
 def test_balance_weights_scale_their_terms(used_patch):
-    for importance, load in [(1.0, 1.0), (2.0, 0.0), (0.0, 3.0)]:
+    for importance, load in [(1.0, 1.0), (2.0, 0.5), (0.0, 3.0), (3.0, 0.0)]:
         patch = used_patch(importance_weight=importance, load_weight=load)
         terms = patch.balance_terms()
         expected = importance * terms["importance"] + load * terms["load"]

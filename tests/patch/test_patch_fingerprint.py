@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,16 +34,23 @@ def attach_saved(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_layers": 4}, "num_layers 3 against the model's 4"),
-        ({"in_channels": 3}, "in_channels 1 against the model's 3"),
-        ({"num_classes": 7}, "num_classes 10 against the model's 7"),
-        ({"learn_sigma": False}, "learn_sigma True against the model's False"),
+        ({"num_layers": 2}, r"3 sites \(blocks.0…\) against 2"),
+        ({"num_layers": 4}, r"3 sites \(blocks.0…\) against 4.*num_layers 3 against the model's 4"),
+        (
+            {"hidden_size": 48},
+            "condition_channels 32 against the model's 48; channels 32 at blocks.0 against the model's 48",
+        ),
+        ({"in_channels": 3}, ".*in_channels 1 against the model's 3"),
+        ({"num_classes": 7}, ".*num_classes 10 against the model's 7"),
+        ({"learn_sigma": False}, ".*learn_sigma True against the model's False"),
     ],
     ids=str,
 )
 def test_other_architecture_is_refused_by_name_of_what_differs(tiny_dit, attach_saved, overrides, message):
-    with pytest.raises(UserError, match=f"for another model: .*{message}"):
-        attach_saved(tiny_dit(), tiny_dit(**overrides))
+    other = tiny_dit(**overrides)
+    with pytest.raises(UserError, match=f"The patch is for another model: {message}"):
+        attach_saved(tiny_dit(), SimpleNamespace(transformer=other))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
 
 
 def test_unet_for_inpainting_is_not_the_unet_the_patch_was_made_for(attach_saved):
