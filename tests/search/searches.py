@@ -4,13 +4,13 @@ import os
 import signal
 import time
 
-import torch
 from optuna.distributions import FloatDistribution
 
 from stagepatch.cli import main
 from stagepatch.evaluation import Evaluator
 from stagepatch.methods import LoRAConfig, MethodConfig, make_method
 from stagepatch.search import Evaluation, Search, SearchConfig, Space, evolution, storages, weight_strategies
+from tests.runs import draw_weights
 
 OPTIMUM = [0.62, 0.15, 0.4]
 SPACE = Space((1.0, 0.5, 0.25), 6, 3.0)
@@ -51,8 +51,7 @@ def save_learned(name, model, directory, seed=0, rank=2):
     """What a method would learn, drawn at random."""
     method = make_method(MethodConfig(name, lora=LoRAConfig(rank)))
     (group,) = method.prepare(model)
-    for parameter in group["params"]:
-        parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+    draw_weights(group["params"], seed=seed)
     method.save(directory)
 
 

@@ -30,8 +30,6 @@ ENTRIES = [
     {"name": "DMP", "method": "dmp", "training": {"learning_rate": 0.01}},
     {"name": "bias", "method": "bitfit", "training": {"learning_rate": 0.01}},
 ]
-
-
 SMALL = {
     "entries": ENTRIES,
     "training": {"steps": 4, "batch_size": 8, "log_every": 1},
@@ -51,24 +49,22 @@ def results_of(folder):
 
 def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
     assert compare(tmp_path, training_seeds=[0, 1]) == 0
-    out = tmp_path / "out"
-    results = results_of(tmp_path)
+    out, results = tmp_path / "out", results_of(tmp_path)
     assert list(results) == ["base", "DMP", "bias"]
+    dmp = results["DMP"]
     assert set(results["base"]["curve"]) == {"0"}
-    assert set(results["DMP"]["curve"]) == set(results["DMP"]["differences"]) == {"2", "4"}
+    assert set(dmp["curve"]) == set(dmp["differences"]) == {"2", "4"}
     assert results["bias"]["trainable"] < results["bias"]["total"]
-    assert results["DMP"]["seconds_per_step"] > 0
-    assert results["DMP"]["peak_memory"] > 1e7
-    assert results["DMP"]["file_size"] == (out / "jobs" / "dmp-0" / "learned" / "model.safetensors").stat().st_size
+    assert dmp["seconds_per_step"] > 0
+    assert dmp["peak_memory"] > 1e7
+    assert dmp["file_size"] == (out / "jobs" / "dmp-0" / "learned" / "model.safetensors").stat().st_size
     # The difference is that of the jobs' own metrics, paired by sampling seed.
     metrics = {name: read_json(out / "jobs" / name / "metrics.json") for name in ("base", "dmp-0", "dmp-1")}
-    base, *others = (
-        sum(each["fid_held_out"] for each in values) / 3
-        for values in (metrics["base"]["0"], metrics["dmp-0"]["4"], metrics["dmp-1"]["4"])
-    )
+    values = (metrics["base"]["0"], metrics["dmp-0"]["4"], metrics["dmp-1"]["4"])
+    base, *others = (sum(each["fid_held_out"] for each in by_seed) / 3 for by_seed in values)
     runs = [other - base for other in others]
-    assert math.isclose(results["DMP"]["differences"]["4"]["mean"], sum(runs) / 2)
-    assert math.isclose(results["DMP"]["differences"]["4"]["p_value"], stats.ttest_1samp(runs, 0).pvalue)
+    assert math.isclose(dmp["differences"]["4"]["mean"], sum(runs) / 2)
+    assert math.isclose(dmp["differences"]["4"]["p_value"], stats.ttest_1samp(runs, 0).pvalue)
     assert metrics["dmp-0"] != metrics["dmp-1"]
     rows = list(csv.reader((out / "table.csv").open()))
     assert [row[0] for row in rows] == ["method", "base", "DMP", "bias"]
@@ -125,13 +121,12 @@ def test_job_of_two_processes_ends_with_the_same_patch(tmp_path):
 
 
 def test_terminal_shows_the_last_checkpoint_of_each_entry():
-    columns = [*COLUMNS, "FID at 2", "FID at 4", "difference to base", "in percent", "p"]
+    judged = ["difference to base", "in percent", "p"]
+    columns = [*COLUMNS, "FID at 2", "FID at 4", *judged]
     whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "e", "f"]
     shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "e", "f"]
-    assert short(columns, [whole]) == (
-        ["method", "share", "FID at 4", "difference to base", "in percent", "p"],
-        [["b", "1%", "0.4", "d", "e", "f"]],
-    )
+    names, cells = short(columns, [whole])
+    assert (names, cells) == (["method", "share", "FID at 4", *judged], [["b", "1%", "0.4", "d", "e", "f"]])
     names, cells = short(columns, [whole, shorter])
     assert names[2] == "FID at the end"
     assert [row[2] for row in cells] == ["0.4", "0.3"]
@@ -214,13 +209,11 @@ def test_jobs_written_before_an_option_existed_count_as_done(tmp_path, capsys):
 def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
     for seed in (0, 1):
         model, scheduler = load_denoiser("digits")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1.0 + 0.2 * (1 + seed))
+        for parameter in model.parameters():
+            parameter.data *= 1.0 + 0.2 * (1 + seed)
         save_denoiser(model, scheduler, tmp_path / f"other-{seed}")
-        (tmp_path / f"experts-{seed}.yaml").write_text(
-            f"experts: [{{from: 0, to: 500}}, {{from: 500, to: 1000, model: other-{seed}}}]"
-        )
+        experts = f"experts: [{{from: 0, to: 500}}, {{from: 500, to: 1000, model: other-{seed}}}]"
+        (tmp_path / f"experts-{seed}.yaml").write_text(experts)
     other, schedule = (str(tmp_path / name) for name in ("other-{seed}", "experts-{seed}.yaml"))
     entries = [
         {"name": "base", "method": "none"},
@@ -230,8 +223,7 @@ def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
     ]
     assert compare(tmp_path, entries=entries, training_seeds=[0, 1], evaluate_every=0) == 0
     values = results_of(tmp_path)
-    paths = (tmp_path / "out" / "jobs").glob("*/metrics.json")
-    metrics = {path.parent.name: read_json(path) for path in paths}
+    metrics = {path.parent.name: read_json(path) for path in tmp_path.glob("out/jobs/*/metrics.json")}
     assert set(metrics) == {"base", *(f"{n}-{s}" for n in ("other", "experts", "dmp-on-other") for s in (0, 1))}
     assert len({json.dumps(list(each.values())[-1]) for each in metrics.values()}) == 7
     assert values["base"]["is_base"]

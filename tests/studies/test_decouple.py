@@ -1,10 +1,6 @@
 """`stagepatch decouple`: what each stage sees, what it saves, how it goes on."""
 
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import diffusers
 import pytest
@@ -12,15 +8,16 @@ import torch
 import yaml
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
+from stagepatch.cli import main
 from stagepatch.cli.config import DecoupleConfig
-from stagepatch.core import read_json, read_tensors
+from stagepatch.core import read_json
 from stagepatch.methods import load_learned
 from stagepatch.studies import StageTrainingConfig, plan_stages
 from stagepatch.training import TrainingConfig
+from tests.runs import Strike, iteration_of
 from tests.studies.conftest import study, write_config
 
-TRAINING = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "log_every": 1, "checkpoint_every": 2}
-TRAINING["tensorboard"] = False
+TRAINING = {"steps": 4, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 2, "tensorboard": False}
 
 
 def decouple(folder, model, steps=4, seed=0, **changes):
@@ -129,27 +126,22 @@ def test_a_stage_alone_is_the_same_as_among_all_and_ends_the_set(tmp_path, model
     assert "still to be trained" not in capsys.readouterr().out
 
 
-def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path, model):
+def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path, model, processes):
     changes = {"num_stages": 2, "stage": 1}
     assert decouple(tmp_path / "whole", model, steps=60, **changes) == 0
     path = write_config(tmp_path / "killed", model=str(model), training={**TRAINING, "steps": 60}, **changes)
-    process = subprocess.Popen([sys.executable, "-m", "stagepatch", "decouple", f"--config={path}"])
+    command = ["decouple", f"--config={path}"]
+    processes.call(main, -signal.SIGKILL, arguments=command, strike=Strike("iteration", 31))
     directory = stage_of(tmp_path / "killed", 1)
-    while not (directory / "checkpoint.safetensors").exists():
-        time.sleep(0.01)
-        assert process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
     assert not (directory / "stage.json").exists()
-    assert 0 < int(read_tensors(directory / "checkpoint.safetensors")[1]["iteration"]) < 60
+    assert iteration_of(directory) == 30
     assert decouple(tmp_path / "killed", model, steps=60, **changes) == 0
     assert not differs(weights(directory), weights(stage_of(tmp_path / "whole", 1)))
 
 
 def test_stages_are_jobs_in_processes_of_their_own(tmp_path, model, capsys):
     assert decouple(tmp_path, model, num_stages=2, launch={"executor": "local", "workers": 2}) == 0
-    output = capsys.readouterr().out
-    assert "done: stage 1 (timesteps 500 to 999)" in output
+    assert "done: stage 1 (timesteps 500 to 999)" in capsys.readouterr().out
     assert (tmp_path / "out" / "logs").is_dir()
 
 
@@ -215,9 +207,8 @@ def test_stage_of_another_config_is_not_taken_for_done(tmp_path, model, capsys):
 @pytest.fixture
 def stage(tmp_path, model):
     """The only one of a plan, not yet trained."""
-    training = StageTrainingConfig(**TRAINING)
-    out = str(tmp_path / "out")
-    return plan_stages(DecoupleConfig(output_dir=out, model=str(model), num_stages=1, training=training))[0]
+    values = {"output_dir": str(tmp_path / "out"), "model": str(model), "training": StageTrainingConfig(**TRAINING)}
+    return plan_stages(DecoupleConfig(**values, num_stages=1))[0]
 
 
 def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, stage, monkeypatch):
