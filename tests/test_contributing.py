@@ -8,19 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from stagepatch.evaluation import metrics
 from stagepatch.methods import METHODS, load_learned, open_artifact
+from tests.runs import options
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
 
 
-def section(title):
-    return TEXT.split(f"## {title}\n")[1].split("\n## ")[0]
-
-
 def blocks(title, language):
-    return re.findall(rf"```{language}\n(.*?)```", section(title), flags=re.DOTALL)
+    section = TEXT.split(f"## {title}\n")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
 
 
 def added(diff):
@@ -42,12 +41,10 @@ def test_a_method_is_a_class_and_a_line(monkeypatch, tmp_path, tiny_dit, capsys)
     assert main(["train", f"--method={name}"]) == 2
     assert f"No method '{name}'" in capsys.readouterr().err
     monkeypatch.setitem(METHODS, name, path)
-    training = ["--training.steps=1", "--training.batch_size=4", "--training.tensorboard=false"]
+    training = options("training", {"steps": 1, "batch_size": 4, "tensorboard": False})
     assert main(["train", f"--method={name}", f"--output_dir={tmp_path / 'run'}", "--lora.rank=2", *training]) == 0
     artifact = open_artifact(tmp_path / "run")
     assert artifact.kind == "LoRA"
-    from stagepatch.checkpoints import load_denoiser
-
     model, _ = load_denoiser("digits")
     load_learned(model, artifact.path)
     adapted = {key.split(".lora_")[0] for key in model.state_dict() if ".lora_" in key}

@@ -12,18 +12,24 @@ import torch
 
 from stagepatch import Patch
 from stagepatch.families import registry
+from tests.runs import draw_weights
+from tests.tiny import LATENTS, LAYERS
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(name, *arguments):
+def run(name, directory, *arguments):
+    """The example, with the model that lies in the directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    paths = ["--model", directory / "model", "--output", directory / "out"]
+    command = [sys.executable, ROOT / "examples" / name, *paths, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+
+
+SHORT = ["--steps", 2, "--batch_size", 2]
 
 
 def save(name, directory):
@@ -35,8 +41,7 @@ def save(name, directory):
 def test_train_sd15(tmp_path):
     save("UNet2DConditionModel", tmp_path / "model")
     images = draw_images(tmp_path / "images")
-    given = ["--model", tmp_path / "model", "--images", images, "--output", tmp_path / "out"]
-    run("train_sd15.py", *given, "--image_size", 32, "--steps", 2, "--batch_size", 2)
+    run("train_sd15.py", tmp_path, "--images", images, "--image_size", 32, *SHORT)
     assert (tmp_path / "out" / "base.png").exists()
     assert (tmp_path / "out" / "patched.png").exists()
     assert Patch.from_pretrained(tmp_path / "out").facts["steps"] == "2"
@@ -45,12 +50,10 @@ def test_train_sd15(tmp_path):
 def test_sample_sdxl(tmp_path):
     pipe = save("UNet2DConditionModel of SDXL", tmp_path / "model")
     patch = Patch.create(pipe)
-    with torch.no_grad():
-        for prompts in patch.prompts:
-            prompts.normal_(std=20.0)
+    draw_weights(patch.prompts, std=20.0)
     patch.save_pretrained(tmp_path / "patch")
-    given = ["--model", tmp_path / "model", "--patch", tmp_path / "patch", "--output", tmp_path / "out"]
-    run("sample_sdxl.py", *given, "--height", 48, "--width", 32, "--steps", 2)
+    size = ["--height", 48, "--width", 32]
+    run("sample_sdxl.py", tmp_path, "--patch", tmp_path / "patch", *size, "--steps", 2)
     base, patched = ((tmp_path / "out" / f"{name}.png").read_bytes() for name in ("base", "patched"))
     assert base != patched
 
@@ -59,8 +62,7 @@ def test_patch_flux(tmp_path):
     save("FluxTransformer2DModel", tmp_path / "model")
     images = draw_images(tmp_path / "images")
     draw_images(images, size=(32, 64))
-    given = ["--model", tmp_path / "model", "--images", images, "--output", tmp_path / "out"]
-    run("patch_flux.py", *given, "--image_size", 64, "--bucket_step", 16, "--steps", 2, "--batch_size", 2)
+    run("patch_flux.py", tmp_path, "--images", images, "--image_size", 64, "--bucket_step", 16, *SHORT)
     assert Patch.from_pretrained(tmp_path / "out").config.grid == [16, 16]
 
 
@@ -68,8 +70,7 @@ def test_patch_flux(tmp_path):
 def test_patch_ddpm(tmp_path, sites):
     save("UNet2DModel", tmp_path / "model")
     images = draw_images(tmp_path / "images", captions=False)
-    given = ["--model", tmp_path / "model", "--images", images, "--output", tmp_path / "out", "--sites", sites]
-    run("patch_ddpm.py", *given, "--image_size", 16, "--steps", 2, "--batch_size", 2)
+    run("patch_ddpm.py", tmp_path, "--images", images, "--sites", sites, "--image_size", 16, *SHORT)
     assert (tmp_path / "out" / "samples.png").exists()
 
 
@@ -86,18 +87,8 @@ def test_adding_a_family_as_the_page_does(monkeypatch, capsys):
     assert "at 30 sites of 4096 tokens" in capsys.readouterr().out
 
     torch.manual_seed(0)
-    model = diffusers.CogView4Transformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        text_embed_dim=24,
-        time_embed_dim=16,
-        condition_dim=8,
-        sample_size=8,
-        rope_axes_dim=(8, 8),
-    ).eval()
+    conditions = {"text_embed_dim": 24, "time_embed_dim": 16, "condition_dim": 8, "rope_axes_dim": (8, 8)}
+    model = diffusers.CogView4Transformer2DModel(**LATENTS, **LAYERS, **conditions).eval()
     pairs = torch.tensor([[64.0, 64.0]] * 2)
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 12),
@@ -111,9 +102,7 @@ def test_adding_a_family_as_the_page_does(monkeypatch, capsys):
     patch = Patch.create(model)
     with patch.attach(model):
         assert torch.equal(model(**inputs).sample, base)
-        with torch.no_grad():
-            for prompts in patch.prompts:
-                prompts.normal_(std=20.0)
+        draw_weights(patch.prompts, std=20.0)
         output = model(**inputs).sample
         assert not torch.allclose(output, base, atol=1e-3)
         output.square().mean().backward()

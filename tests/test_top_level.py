@@ -4,35 +4,21 @@ import diffusers
 import pytest
 import torch
 
-import stagepatch
-from stagepatch import (
-    DataConfig,
-    DiT,
-    Evaluator,
-    LoRAConfig,
-    PatchConfig,
-    Run,
-    SamplingConfig,
-    TrainConfig,
-    TrainingConfig,
-    UserError,
-    evaluate,
-    generate,
-    load_denoiser,
-    merge,
-    open_artifact,
-)
+import stagepatch as sp
+from stagepatch import UserError, load_denoiser, open_artifact
 from stagepatch.checkpoints import save_denoiser
+from tests.runs import make_model
 
 
 def test_every_name_is_there():
-    for name in stagepatch.__all__:
-        assert getattr(stagepatch, name) is not None
+    for name in sp.__all__:
+        assert getattr(sp, name) is not None
 
 
 def test_a_run_in_three_lines_and_what_it_made(tmp_path):
-    training = TrainingConfig(steps=2, batch_size=4, tensorboard=False)
-    run = Run(TrainConfig(output_dir=str(tmp_path / "run"), patch=PatchConfig(sites="first"), training=training))
+    training = sp.TrainingConfig(steps=2, batch_size=4, tensorboard=False)
+    patch = sp.PatchConfig(sites="first")
+    run = sp.Run(sp.TrainConfig(output_dir=str(tmp_path / "run"), patch=patch, training=training))
     patch = run.train().patch
     assert (tmp_path / "run" / "run.yaml").exists()
     artifact = open_artifact(tmp_path / "run")
@@ -40,18 +26,18 @@ def test_a_run_in_three_lines_and_what_it_made(tmp_path):
     model, scheduler = load_denoiser("digits")
     loaded = artifact.put_on(model).patch
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(patch.prompts, loaded.prompts, strict=True))
-    images = generate(model, scheduler, SamplingConfig(num_images=60, num_inference_steps=2))
-    evaluator = Evaluator.load("digits", DataConfig(), "digits", tmp_path)
-    assert evaluate(images, evaluator.references, evaluator.extractor)["fid_train"] > 0
+    images = sp.generate(model, scheduler, sp.SamplingConfig(num_images=60, num_inference_steps=2))
+    evaluator = sp.Evaluator.load("digits", sp.DataConfig(), "digits", tmp_path)
+    assert sp.evaluate(images, evaluator.references, evaluator.extractor)["fid_train"] > 0
     with pytest.raises(UserError, match="does not hold a model, but a patch"):
         open_artifact(tmp_path / "run", "model")
 
 
 def test_two_models_are_merged(tmp_path):
-    models = [DiT(sample_size=8, in_channels=1, hidden_size=16, num_layers=1, num_attention_heads=2) for _ in range(3)]
+    models = [make_model(seed) for seed in range(3)]
     for name, model in zip("abc", models, strict=True):
         save_denoiser(model, diffusers.DDPMScheduler(), tmp_path / name)
-    merge([tmp_path / "b", tmp_path / "c"], [0.5, 0.25], tmp_path / "merged", base=str(tmp_path / "a"))
+    sp.merge([tmp_path / "b", tmp_path / "c"], [0.5, 0.25], tmp_path / "merged", base=str(tmp_path / "a"))
     base, first, second = (model.state_dict()["blocks.0.attn.qkv.weight"] for model in models)
     merged = load_denoiser(tmp_path / "merged")[0].state_dict()["blocks.0.attn.qkv.weight"]
     torch.testing.assert_close(merged, base + 0.5 * (first - base) + 0.25 * (second - base))
@@ -75,7 +61,7 @@ def test_what_is_half_there_is_recognised_and_said_so(tmp_path, files, kind, wor
     artifact = open_artifact(tmp_path)
     assert artifact.kind == kind
     with pytest.raises(UserError, match=words):
-        artifact.put_on(DiT(sample_size=8, in_channels=1, hidden_size=16, num_layers=1, num_attention_heads=2))
+        artifact.put_on(make_model())
 
 
 def test_files_are_told_apart(tmp_path):
@@ -84,4 +70,4 @@ def test_files_are_told_apart(tmp_path):
     assert open_artifact(tmp_path / "experts.yaml").kind == "experts"
     with pytest.raises(UserError, match="is no file of experts"):
         open_artifact(tmp_path / "notes.yaml")
-    assert LoRAConfig().rank == 8
+    assert sp.LoRAConfig().rank == 8

@@ -237,12 +237,7 @@ def test_inspect_says_what_methods_caches_and_comparisons_hold(capsys, tmp_path)
     write_tensors(tmp_path / "cache" / "index.safetensors", index)
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "results.json").write_text("[]")
-    contents = {
-        "lora": "LoRA rank",
-        "bitfit": "trained weights",
-        "cache": "5 images, 3 captions",
-        "compare": "table.md",
-    }
-    for name, expected in contents.items():
+    contents = {"lora": "LoRA rank", "bitfit": "trained weights", "cache": "5 images, 3 captions"}
+    for name, expected in {**contents, "compare": "table.md"}.items():
         assert main(["inspect", str(tmp_path / name)]) == 0
         assert expected in capsys.readouterr().out

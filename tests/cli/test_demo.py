@@ -9,23 +9,21 @@ from safetensors.torch import load_file
 
 from stagepatch import Patch
 from stagepatch.checkpoints import load_denoiser
+from stagepatch.checkpoints.layout import BUNDLED
 from stagepatch.cli import demo, main
 from stagepatch.evaluation import Measured
 from stagepatch.sampling import SamplingConfig
-from stagepatch.training import TrainingConfig
+from tests.runs import config_of
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
-    plan = (
-        TrainingConfig(steps=6, batch_size=16, learning_rate=0.05, log_every=2, checkpoint_every=3, tensorboard=False),
-        SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60),
-    )
-    patcher = pytest.MonkeyPatch()
-    patcher.setattr(demo, "demo_plan", lambda quick: plan)
-    assert main(["demo", "--quick", f"--output_dir={directory}"]) == 0
-    patcher.undo()
+    training = config_of(batch_size=16, learning_rate=0.05, log_every=2, checkpoint_every=3)
+    sampling = SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "demo_plan", lambda quick: (training, sampling))
+        assert main(["demo", "--quick", f"--output_dir={directory}"]) == 0
     return directory
 
 
@@ -45,9 +43,8 @@ def test_report_shows_the_measured_numbers(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert len(metrics["base"]) == len(demo.SEEDS) == 3
     mean = sum(value["fid_held_out"] for value in metrics["base"]) / 3
-    assert f"{mean:.4f} ±" in page
-    assert "quick: too short to judge by" in page
-    assert "stagepatch demo --quick" in page
+    for text in (f"{mean:.4f} ±", "quick: too short to judge by", "stagepatch demo --quick"):
+        assert text in page
     assert page.count("data:image/png") == 3
     titles = re.findall(r"<h2>([^<]+)", page)
     assert {"Samples", "Training", "Gate activation", "Config", "Environment", "Again"} <= set(titles)
@@ -66,7 +63,5 @@ def test_verdict_follows_the_numbers(changes, expected):
 
 
 def test_the_bundled_model_is_small_and_made_by_the_config_in_the_repository():
-    from stagepatch.checkpoints.layout import BUNDLED
-
     weights = BUNDLED["digits"] / "transformer" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 3_000_000

@@ -1,6 +1,6 @@
 """Order and draws as functions of (seed, process, iteration)."""
 
-from itertools import chain
+from itertools import chain, product
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +15,9 @@ from tests.runs import make_dataset, make_model, make_objective
 CPU = torch.device("cpu")
 
 
-def flat(order):
-    return [index for batch in order for index in batch]
-
-
 @pytest.mark.parametrize(("items", "batch_size"), [(12, 4), (10, 4), (7, 5), (3, 8), (1, 2)])
 def test_every_epoch_is_a_permutation(items, batch_size):
-    indices = flat(BatchOrder([range(items)], batch_size, 0, 5 * items, seed=1))
+    indices = list(chain(*BatchOrder([range(items)], batch_size, 0, 5 * items, seed=1)))
     epochs = [indices[first : first + items] for first in range(0, len(indices) - items + 1, items)]
     assert len(epochs) >= 5
     assert all(sorted(epoch) == list(range(items)) for epoch in epochs)
@@ -44,12 +40,9 @@ def test_shares_of_the_processes_make_up_the_batch(processes):
 
 @pytest.mark.parametrize("start", [1, 4, 5, 13])
 def test_order_from_an_iteration_on_is_the_rest_of_the_whole(start):
-    whole = list(BatchOrder([range(17)], 5, 0, 20, seed=3))
-    assert list(BatchOrder([range(17)], 5, start, 20, seed=3)) == whole[start:]
-    assert (
-        list(BatchOrder([range(17)], 6, start, 20, 3, 1, 2))
-        == list(BatchOrder([range(17)], 6, 0, 20, 3, 1, 2))[start:]
-    )
+    for batch_size, *share in ((5, 0, 1), (6, 1, 2)):
+        whole = list(BatchOrder([range(17)], batch_size, 0, 20, 3, *share))
+        assert list(BatchOrder([range(17)], batch_size, start, 20, 3, *share)) == whole[start:]
 
 
 def test_order_depends_on_the_seed_and_can_be_walked_twice():
@@ -59,11 +52,8 @@ def test_order_depends_on_the_seed_and_can_be_walked_twice():
 
 
 def test_seeds_of_different_places_differ():
-    uses = [(ORDER, seed, epoch) for seed in range(20) for epoch in range(20)]
-    uses += [(NOISE, seed, iteration) for seed in range(20) for iteration in range(20)]
-    uses += [
-        (GLOBAL, seed, process, iteration) for seed in range(20) for process in range(4) for iteration in range(20)
-    ]
+    uses = [(purpose, *numbers) for purpose in (ORDER, NOISE) for numbers in product(range(20), range(20))]
+    uses += [(GLOBAL, *numbers) for numbers in product(range(20), range(4), range(20))]
     assert len({seed_for(*use) for use in uses}) == len(uses)
     assert all(0 <= seed_for(*use) < 2**63 for use in uses)
 
@@ -94,11 +84,10 @@ def test_draws_of_a_process_are_its_rows_of_the_whole_draw(processes):
 
 
 def test_draws_of_iterations_and_seeds_differ_and_repeat():
-    first, again, later, other = draw(), draw(), draw(iteration=1), draw(seed=1)
-    for index in range(4):
-        assert torch.equal(first[index], again[index])
-        assert not torch.equal(first[index], later[index])
-        assert not torch.equal(first[index], other[index])
+    for first, again, later, other in zip(draw(), draw(), draw(iteration=1), draw(seed=1), strict=True):
+        assert torch.equal(first, again)
+        assert not torch.equal(first, later)
+        assert not torch.equal(first, other)
 
 
 def test_draw_leaves_the_global_generator_to_process_and_iteration():
@@ -118,24 +107,16 @@ def test_timesteps_cover_the_schedule_evenly():
     assert (counts - 480).abs().max() < 110  # five standard deviations
 
 
-# Latents and captions
-
-
 def draw_latents(flip=False, dropout=0.0, iteration=0):
-    model, size = make_model(), 4000
-    ones = torch.ones(size, 1, 8, 8)
-    batch = {
-        "image": 2.0 * ones,
-        "std": 0.5 * ones,
-        "image_flipped": -2.0 * ones,
-        "std_flipped": 0.0 * ones,
-        "label": torch.zeros(size, dtype=torch.long),
-        "condition": {"text": torch.ones(size, 3, 5), "mask": torch.ones(size, 3, dtype=torch.bool)},
-    }
+    size = 4000
+    latents = {"image": 2.0, "std": 0.5, "image_flipped": -2.0, "std_flipped": 0.0}
+    batch = {name: torch.full((size, 1, 8, 8), value) for name, value in latents.items()}
+    batch["label"] = torch.zeros(size, dtype=torch.long)
+    batch["condition"] = {"text": torch.ones(size, 3, 5), "mask": torch.ones(size, 3, dtype=torch.bool)}
     null = {"text": torch.zeros(3, 5), "mask": torch.zeros(3, dtype=torch.bool)}
-    dataset = SimpleNamespace(null_condition=null)
+    conditions = Conditions(make_model(), SimpleNamespace(null_condition=null))
     config = TrainingConfig(batch_size=size, label_dropout=dropout)
-    return draw_batch(batch, config, make_objective(), Conditions(model, dataset), iteration, flip, CPU)
+    return draw_batch(batch, config, make_objective(), conditions, iteration, flip, CPU)
 
 
 def test_latents_are_drawn_from_their_posterior_anew_each_time():
@@ -164,8 +145,6 @@ def test_captions_are_dropped_whole_and_as_often_as_asked():
         assert (condition[name][~dropped] == 1).all()
 
 
-# Groups
-
 GROUPS = [[0, 3, 4, 7, 9], [1, 2], [5, 6, 8, 10, 11, 12, 13]]
 
 
@@ -175,7 +154,7 @@ def test_batches_out_of_groups_never_mix_them_and_show_every_item_in_an_epoch():
         batches = list(BatchOrder(GROUPS, 3, epoch * per_epoch, (epoch + 1) * per_epoch, seed=4))
         assert all(len(batch) == 3 for batch in batches)
         assert all(any(set(batch) <= set(group) for group in GROUPS) for batch in batches)
-        assert set(flat(batches)) == set(range(14))
+        assert set(chain(*batches)) == set(range(14))
 
 
 def test_batches_out_of_groups_are_the_same_wherever_a_run_starts_and_however_many_share_it():

@@ -9,6 +9,7 @@ from stagepatch.families import predict
 from stagepatch.methods import DMP, Finetune, LoRA, LoRAConfig
 from stagepatch.methods.consistency import Consistent
 from stagepatch.patch import PatchConfig
+from tests.runs import draw_weights
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
@@ -20,9 +21,7 @@ def test_it_is_the_mean_square_distance_of_the_predictions(tiny_dit, batch, lear
     predict(model, *batch)
     loss, logged = method.extra_loss()
     assert loss == 0
-    with torch.no_grad():
-        for parameter in group["params"]:
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.05)
+    draw_weights(group["params"])
     output = predict(model, *batch)
     loss, logged = method.extra_loss()
     difference = (output - predict(original, *batch))[:, :1]
@@ -38,14 +37,10 @@ def test_it_goes_around_any_method_and_keeps_its_own_loss_and_file(tiny_dit, bat
     model = tiny_dit()
     method = Consistent(inner)
     groups = method.prepare(model)
-    with torch.no_grad():
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    draw_weights([parameter for group in groups for parameter in group["params"]])
     output = predict(model, *batch)
     loss, logged = method.extra_loss()
-    own = predict(method.original, *batch)
-    expected = (output - own)[:, :1].square().mean()
+    expected = (output - predict(method.original, *batch))[:, :1].square().mean()
     inner_loss, _ = inner.extra_loss()
     torch.testing.assert_close(loss, expected + (0.0 if inner_loss is None else inner_loss))
     assert logged["consistency"] > 0

@@ -1,5 +1,7 @@
 """What each method trains, and that what it saves brings it back."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,12 +13,17 @@ from stagepatch.families import predict
 from stagepatch.methods import DMP, BitFit, Finetune, LoRA, LoRAConfig, MethodConfig, load_learned, make_method
 from stagepatch.methods.lora import active_ranks
 from stagepatch.patch import PatchConfig
+from tests.runs import draw_weights
 from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
 
+def parameters_of(groups):
+    return [parameter for group in groups for parameter in group["params"]]
+
+
 def count(groups):
-    return sum(parameter.numel() for group in groups for parameter in group["params"])
+    return sum(parameter.numel() for parameter in parameters_of(groups))
 
 
 def test_dmp_trains_the_patch_alone(tiny_dit):
@@ -27,7 +34,7 @@ def test_dmp_trains_the_patch_alone(tiny_dit):
     assert not model.training
     assert method.patch.training
     assert count(groups) == method.patch.num_parameters() == 3 * 16 * 32 + 16 * 33 + 16
-    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in method.patch.parameters()}
+    assert set(parameters_of(groups)) == set(method.patch.parameters())
 
 
 def test_the_gates_rate_has_a_factor_of_its_own(tiny_dit):
@@ -56,48 +63,37 @@ def test_preparing_again_replaces_the_patch(tiny_dit, batch):
     model, method = tiny_dit(), DMP(PatchConfig())
     base = predict(model, *batch)
     method.prepare(model)
-    for parameter in method.patch.parameters():
-        torch.nn.init.normal_(parameter)
+    draw_weights(method.patch.parameters(), std=1.0)
     assert not torch.equal(predict(model, *batch), base)
     method.prepare(model)
     assert torch.equal(predict(model, *batch), base)
 
 
-ALL = {
-    "dmp": {},
-    "prompt_tuning": {},
-    "finetune": {},
-    "bitfit": {},
-    "lora": {"lora": LoRAConfig(rank=3)},
-    "masked lora": {"lora": LoRAConfig(rank=4, min_rank=1)},
-}
+RANKS = {"lora": LoRAConfig(rank=3), "masked lora": LoRAConfig(rank=4, min_rank=1)}
 
 
-def make(name, patch=None, lora=None):
-    return make_method(MethodConfig(name.split()[-1], patch or PatchConfig(), lora or LoRAConfig()))
+def make(name, patch=None):
+    return make_method(MethodConfig(name.split()[-1], patch or PatchConfig(), RANKS.get(name, LoRAConfig())))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["dmp", "prompt_tuning", "finetune", "bitfit", *RANKS])
 @pytest.mark.parametrize("family", ["DiT", "UNet2DConditionModel", "FluxTransformer2DModel"])
 def test_what_is_saved_is_what_was_learned_and_brings_it_back(tmp_path, name, family):
     family = FAMILIES[family]
-    size = PatchConfig(sample_size=8)
-    model, method = family.model(), make(name, size, **ALL[name])
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model, method = family.model(), make(name, PatchConfig(sample_size=8))
+    before = copy.deepcopy(model.state_dict())
     groups = method.prepare(model)
-    assert all(parameter.requires_grad for group in groups for parameter in group["params"])
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
-    assert all(id(parameter) in trained for parameter in model.parameters() if parameter.requires_grad)
+    trained = parameters_of(groups)
+    assert all(parameter.requires_grad for parameter in trained)
+    assert {parameter for parameter in model.parameters() if parameter.requires_grad} <= set(trained)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        for parameter in trained:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
         expected = family.call(model)
         method.save(tmp_path)
-        assert sum(v.numel() for path in tmp_path.glob("*.safetensors") for v in load_file(path).values()) == count(
-            groups
-        )
+        saved = [tensor for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values()]
+        assert sum(tensor.numel() for tensor in saved) == count(groups)
         other = family.model()
         assert not torch.allclose(family.call(other), expected, atol=1e-4)
         loaded = load_learned(other, tmp_path)
@@ -147,9 +143,6 @@ def test_matched_prompt_tuning_takes_the_step_that_a_uniform_gate_does(tiny_dit)
     assert DMP(PatchConfig(matched_step=True)).prepare(tiny_dit())[0]["factor"] == 1.0
 
 
-# LoRA
-
-
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"])
 def test_saved_lora_is_read_by_its_pipeline(tmp_path, name):
     tiny = PIPELINES[name]
@@ -159,9 +152,7 @@ def test_saved_lora_is_read_by_its_pipeline(tmp_path, name):
     trained = tiny.load(tmp_path / "model")
     method = LoRA(LoRAConfig(rank=2))
     (group,) = method.prepare(trained.unet if hasattr(trained, "unet") else trained.transformer)
-    with torch.no_grad():
-        for parameter in group["params"]:
-            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(parameter)))
+    draw_weights(group["params"])
     expected = tiny.call(trained)
     method.save(tmp_path / "lora")
     pipe.load_lora_weights(tmp_path / "lora")
@@ -197,9 +188,7 @@ def test_ranks_come_on_as_noise_falls(tiny_dit, batch):
     timesteps = torch.tensor([999, 600, 300, 0])
     model = tiny_dit()
     (group,) = LoRA(LoRAConfig(rank=4, min_rank=1)).prepare(model)
-    with torch.no_grad():
-        for parameter in group["params"]:
-            parameter.normal_(generator=torch.Generator().manual_seed(3))
+    draw_weights(group["params"], std=1.0)
     masked = predict(model, sample, timesteps, labels)
     for row, ranks in enumerate((1, 2, 3, 4)):
         cut = tiny_dit()
@@ -210,9 +199,6 @@ def test_ranks_come_on_as_noise_falls(tiny_dit, batch):
                 if ours.shape[0] == 4:  # lora_A: [rank, in]
                     ours[ranks:] = 0.0
         torch.testing.assert_close(predict(cut, sample, timesteps, labels)[row], masked[row], rtol=1e-4, atol=1e-4)
-
-
-# What is not there
 
 
 def test_unknown_method_is_refused_with_the_known_ones():
