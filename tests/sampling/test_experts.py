@@ -8,7 +8,7 @@ import torch
 import yaml
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from stagepatch.checkpoints import load_denoiser, save_denoiser
+from stagepatch.checkpoints import save_denoiser
 from stagepatch.cli import main
 from stagepatch.core import UserError, read_json
 from stagepatch.diffusion import make_sampler, pin_timesteps
@@ -266,8 +266,7 @@ def test_steps_equal_a_loop_by_hand_over_the_same_timesteps(tiny_dit, name, kind
 @pytest.mark.parametrize("name", ["ddim", "pndm", "dpmsolver++", "euler", "UniPCMultistepScheduler"])
 def test_the_sampler_s_own_timesteps_change_nothing(tiny_dit, name):
     """Even of samplers that take no others."""
-    base = tiny_dit()
-    plain = config(scheduler=name, num_inference_steps=5)
+    base, plain = tiny_dit(), config(scheduler=name, num_inference_steps=5)
     expected = generate(base, SCHEDULER, plain)
     sampler = make_sampler(name, SCHEDULER)
     sampler.set_timesteps(5)
@@ -347,9 +346,8 @@ def test_pipelines_take_experts(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "SanaTransformer2DModel"])
 def test_pipelines_take_steps_whatever_their_arguments(name):
-    tiny = PIPELINES[name]
+    tiny, seen = PIPELINES[name], []
     pipe = tiny.build()
-    seen = []
     denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     denoiser.register_forward_pre_hook(lambda _, *call: seen.append(time_of(*call)), with_kwargs=True)
     if name == "UNet2DConditionModel":
@@ -363,18 +361,14 @@ def test_pipelines_take_steps_whatever_their_arguments(name):
 @pytest.fixture
 def stages(tiny_dit, tmp_path):
     """A base, another model, a patch, a LoRA and weights for the base; the models, with these on, by name."""
-    base, models = tiny_dit(0), {}
-    save_denoiser(base, SCHEDULER, tmp_path / "base")
-    models["base"] = load_denoiser(tmp_path / "base")[0]
-    models["other"] = tiny_dit(1, hidden_size=16)
-    save_denoiser(models["other"], SCHEDULER, tmp_path / "other")
-    models["patch"] = copy.deepcopy(base)
+    models = {"base": tiny_dit(0), "other": tiny_dit(1, hidden_size=16)}
+    for name, model in models.items():
+        save_denoiser(model, SCHEDULER, tmp_path / name)
+    models |= {name: copy.deepcopy(models["base"]) for name in ("patch", "lora", "finetune")}
     patch = drawn_patch(models["patch"])
     patch.save_pretrained(tmp_path / "patch")
     patch.attach(models["patch"])
     for name in ("lora", "finetune"):
-        models[name] = copy.deepcopy(base)
-        (tmp_path / name).mkdir()
         drawn_method(name, models[name], rank=2).save(tmp_path / name)
     return models
 
@@ -531,12 +525,10 @@ def test_experts_that_do_not_fit_the_base_are_named(tiny_dit, tmp_path, changes,
 
 
 def test_models_that_cannot_be_attached(tiny_dit):
-    base = tiny_dit()
-    flux = FAMILIES["FluxTransformer2DModel"].model()
-    with pytest.raises(UserError, match="counts time otherwise"):
-        at((1000, flux)).attach(base)
-    with pytest.raises(UserError, match="dtype"):
-        at((1000, tiny_dit().half())).attach(base)
+    base, flux = tiny_dit(), FAMILIES["FluxTransformer2DModel"].model()
+    for expert, message in ((flux, "counts time otherwise"), (tiny_dit().half(), "dtype")):
+        with pytest.raises(UserError, match=message):
+            at((1000, expert)).attach(base)
     with at((1000, None)).attach(base), pytest.raises(UserError, match="already"):
         at((1000, None)).attach(base)
     assert experts_on(base) is None
