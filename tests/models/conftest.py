@@ -12,9 +12,8 @@ SMALL |= {"num_classes": 10, "pooled_projection_dim": 6}
 def randomize(model, seed=0, std=0.2):
     """Every parameter drawn anew: what adaLN-Zero sets to zero would hide the blocks from a test."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=std, generator=generator)
     return model
 
 

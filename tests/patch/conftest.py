@@ -46,9 +46,8 @@ def make_patch():
     def make(model, seed=1, **choices):
         patch = Patch.create(model, PatchConfig(**choices)).eval()
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in patch.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for parameter in patch.parameters():
+            parameter.data.normal_(generator=generator)
         return patch
 
     return make

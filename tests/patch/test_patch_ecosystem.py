@@ -20,10 +20,8 @@ DENOISERS = ["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2D
 def drawn(pipe, seed=3, size=None, **choices):
     patch = Patch.create(pipe, PatchConfig(sample_size=size, **choices))
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in patch.named_parameters():
-            std = 20.0 if name.startswith("prompts") else 0.1
-            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    for name, parameter in patch.named_parameters():
+        parameter.data.normal_(std=20.0 if name.startswith("prompts") else 0.1, generator=generator)
     return patch
 
 
@@ -91,10 +89,9 @@ def lora_files(pipe, directory):
     torch.manual_seed(0)
     model = copy.deepcopy(denoiser(pipe))
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
     name = "unet_lora_layers" if hasattr(pipe, "unet") else "transformer_lora_layers"
     type(pipe).save_lora_weights(directory, **{name: layers})
@@ -141,10 +138,8 @@ CPU = torch.device("cpu")
 OFFLOADS = {
     "model": lambda model: cpu_offload_with_hook(model, CPU),
     "sequential": lambda model: cpu_offload(model, CPU, offload_buffers=False),
-    "groups": lambda model: apply_group_offloading(
-        model, CPU, CPU, offload_type="block_level", num_blocks_per_group=1
-    ),
-    "leaves": lambda model: apply_group_offloading(model, CPU, CPU, offload_type="leaf_level"),
+    "groups": lambda model: apply_group_offloading(model, CPU, offload_type="block_level", num_blocks_per_group=1),
+    "leaves": lambda model: apply_group_offloading(model, CPU, offload_type="leaf_level"),
 }
 
 

@@ -110,8 +110,7 @@ def test_pushed_patch_comes_back_the_same(hub, tiny_dit, make_patch):
     assert hub.private == {"somebody/patch": True}
     assert sorted(hub.repos["somebody/patch"]) == ["README.md", "config.json", "model.safetensors"]
     loaded = Patch.from_pretrained("somebody/patch")
-    assert loaded.config == patch.config
-    assert loaded.facts == patch.facts
+    assert (loaded.config, loaded.facts) == (patch.config, patch.facts)
     torch.testing.assert_close(loaded.state_dict(), patch.state_dict(), rtol=0, atol=0)
 
 
@@ -161,8 +160,7 @@ def test_card_says_what_the_patch_is_and_how_to_load_it(model, make_patch, tmp_p
     patch.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == "somebody/model"
-    assert front["library_name"] == "stagepatch"
+    assert (front["base_model"], front["library_name"]) == ("somebody/model", "stagepatch")
     for fact in ("| data | 10 images |", "| steps | 20 |", "| loss | 0.5 |", "3: blocks.0 … blocks.2"):
         assert fact in card
     assert 'DiffusionPipeline.from_pretrained("somebody/model")' in card
