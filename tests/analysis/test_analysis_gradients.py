@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -47,19 +48,15 @@ def gradient_by_hand(model, samples, objective, timestep, half, names):
             output = exact(x_t.unsqueeze(0), torch.tensor([timestep]), label.unsqueeze(0), return_dict=False)[0]
             total = total + (output - noise.double()).square().mean()
     chosen = [value for name, value in exact.named_parameters() if names in name]
-    gradients = torch.autograd.grad(total / (COUNT // 2), chosen, allow_unused=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(chosen, gradients, strict=True)]
-    )
+    found = torch.autograd.grad(total / (COUNT // 2), chosen, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
 
 
 @pytest.mark.parametrize("names", ["", "attn"])
 def test_cosines_norms_and_reliability_are_those_of_gradients_by_hand(model, objective, samples, names):
     found = gradient_similarity(model, objective, samples, names)
-    halves = [
-        [gradient_by_hand(model, samples, objective, timestep, half, names) for half in (0, 1)]
-        for timestep in TIMESTEPS
-    ]
+    by_hand = partial(gradient_by_hand, model, samples, objective)
+    halves = [[by_hand(timestep, half, names) for half in (0, 1)] for timestep in TIMESTEPS]
     whole = [(one + two) / 2 for one, two in halves]
     assert found.num_parameters == len(whole[0])
     for row, vector in enumerate(whole):
@@ -156,11 +153,8 @@ def test_correction_finds_the_true_cosines_and_the_error_bounds_the_real_one():
     noise = 0.7  # norm of a whole mean's noise, where the signal has norm 1
 
     def draw():
-        halves = truth.repeat_interleave(2, 0)
-        halves = (
-            halves + torch.randn(halves.shape, dtype=torch.float64, generator=generator) * noise * (2 / 400) ** 0.5
-        )
-        return compare_halves([0, 1], gram(halves), 400)
+        drawn = torch.randn(4, 400, dtype=torch.float64, generator=generator)
+        return compare_halves([0, 1], gram(truth.repeat_interleave(2, 0) + drawn * noise * (2 / 400) ** 0.5), 400)
 
     draws = [draw() for _ in range(300)]
     raw = torch.stack([found.cosine[0, 1] for found in draws])
@@ -185,9 +179,8 @@ def test_nothing_is_corrected_where_the_halves_disagree():
 def test_near_far_and_lowest():
     nan = math.nan
     matrix = torch.tensor([[1.0, 0.8, nan, -0.2], [0.8, 1, 0.6, 0.2], [nan, 0.6, 1, nan], [-0.2, 0.2, nan, 1]])
-    near, far, lowest = near_and_far(matrix)
-    assert near == pytest.approx(0.7)  # 0.8, 0.6 and NaN
-    assert far == pytest.approx(0.0)  # NaN, 0.2 and −0.2
+    *means, lowest = near_and_far(matrix)
+    assert means == pytest.approx([0.7, 0.0])  # 0.8, 0.6 and NaN; NaN, 0.2 and −0.2
     assert lowest == (0, 3)
 
 

@@ -22,12 +22,9 @@ def test_losses_are_the_objective_by_hand():
         signal, sigma = alphas_cumprod[timestep].sqrt().float(), (1 - alphas_cumprod[timestep]).sqrt().float()
         expected = []
         for draws in samples.at(timestep, model, objective):
+            x_t = signal * draws.x_start + sigma * draws.noise
             with torch.no_grad():
-                output = model(
-                    signal * draws.x_start + sigma * draws.noise,
-                    torch.full((len(draws.noise),), timestep),
-                    draws.condition["class_labels"],
-                ).sample
+                output = model(x_t, torch.full((len(x_t),), timestep), draws.condition["class_labels"]).sample
             target = signal * draws.noise - sigma * draws.x_start
             expected += [float(value) for value in (output - target).square().mean(dim=(1, 2, 3))]
         assert row.tolist() == pytest.approx(expected, rel=1e-4)

@@ -21,9 +21,9 @@ def save(directory, seed):
     return directory
 
 
-def learn(directory, name, seed, **choices):
+def learn(directory, name, seed, model=None, **choices):
     """What a method would save, every trained number moved at random."""
-    model = TINY.model(0)
+    model = model or TINY.model(0)
     method = make_method(MethodConfig(name, lora=LoRAConfig(rank=3, **choices)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -107,9 +107,8 @@ def test_a_projection_moved_from_the_identity(tmp_path):
         with torch.no_grad():
             for parameter in projection.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        maps.append(
-            torch.cat([(value.detach() - torch.eye(len(value))).flatten() for value in projection.parameters()])
-        )
+        moved = [(value.detach() - torch.eye(len(value))).flatten() for value in projection.parameters()]
+        maps.append(torch.cat(moved))
         save_denoiser(model, SCHEDULER, tmp_path / str(seed))
     stages = {"one": tmp_path / "1", "two": tmp_path / "2", "neither": save(tmp_path / "3", 3)}
     found = compare(tmp_path, **stages)
@@ -140,11 +139,7 @@ def test_what_is_no_stage_is_refused(tmp_path):
     base, one = save(tmp_path / "base", 0), save(tmp_path / "one", 1)
     patch = learn(tmp_path / "patch", "prompt_tuning", 1)
     save_denoiser(FAMILIES["UNet2DModel"].model(), SCHEDULER, tmp_path / "other")
-    lora = tmp_path / "lora"
-    model = FAMILIES["DiTTransformer2DModel"].model()
-    method = make_method(MethodConfig("lora", lora=LoRAConfig(rank=2)))
-    method.prepare(model)
-    method.save(lora)
+    lora = learn(tmp_path / "lora", "lora", 1, FAMILIES["DiTTransformer2DModel"].model())
     (tmp_path / "empty").mkdir()
     for path, message in [
         (patch, "holds a patch.*no task vector.*learned"),

@@ -5,9 +5,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from stagepatch.checkpoints import layout, load_denoiser, save_denoiser
+from stagepatch.checkpoints import layout, load_denoiser, module_fingerprint, save_denoiser
 from stagepatch.core.errors import UserError
 from stagepatch.families import predict
+from tests.tiny import FAMILIES
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -16,10 +17,6 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 def saved(tiny_dit, tmp_path):
     save_denoiser(tiny_dit(), DDPMScheduler(beta_schedule="squaredcos_cap_v2"), tmp_path)
     return tmp_path
-
-
-def edit_json(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 @pytest.mark.parametrize("conditioning", ["class", "none"])
@@ -48,14 +45,11 @@ def test_denoiser_may_be_called_unet(saved, batch):
 
 
 def test_model_class_of_diffusers_is_loaded(tmp_path):
-    model = DiTTransformer2DModel(
-        num_attention_heads=1, attention_head_dim=8, in_channels=1, num_layers=1, sample_size=4, num_embeds_ada_norm=3
-    )
+    model = FAMILIES["DiTTransformer2DModel"].model()
     save_denoiser(model, DDPMScheduler(), tmp_path)
     loaded, _ = load_denoiser(tmp_path)
     assert isinstance(loaded, DiTTransformer2DModel)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert module_fingerprint(loaded) == module_fingerprint(model)
 
 
 def test_bundled_name_stands_for_its_directory(saved, batch, monkeypatch):
@@ -63,16 +57,16 @@ def test_bundled_name_stands_for_its_directory(saved, batch, monkeypatch):
     assert torch.equal(predict(load_denoiser("digits")[0], *batch), predict(load_denoiser(saved)[0], *batch))
 
 
-def test_missing_directory_is_refused_with_the_bundled_names(tmp_path):
-    with pytest.raises(
-        UserError, match=r"No model at '.*nowhere': give a model directory, a Hub id, or one of: digits"
-    ):
-        load_denoiser(tmp_path / "nowhere")
-
-
-def test_directory_of_something_else_is_refused(tmp_path):
-    with pytest.raises(UserError, match="neither 'transformer/' nor 'unet/'"):
-        load_denoiser(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", r"No model at '.*nowhere': give a model directory, a Hub id, or one of: digits"),
+        ("", "neither 'transformer/' nor 'unet/'"),
+    ],
+)
+def test_what_is_no_model_directory_is_refused(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        load_denoiser(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["transformer/config.json", WEIGHTS, "scheduler/scheduler_config.json"])
@@ -90,43 +84,44 @@ def test_truncated_weights_are_refused(saved, kept):
         load_denoiser(saved)
 
 
-@pytest.mark.parametrize("name", ["MyUNet", "DIT_SIZES", "DDPMScheduler", None])
-def test_class_that_is_no_model_is_refused(saved, name):
-    edit_json(saved / "transformer/config.json", _class_name=name)
-    with pytest.raises(UserError, match=f"names the class '{name}', which is no model known here"):
-        load_denoiser(saved)
-
-
-@pytest.mark.parametrize("name", ["MyScheduler", "UNet2DModel", None])
-def test_class_that_is_no_scheduler_is_refused(saved, name):
-    edit_json(saved / "scheduler/scheduler_config.json", _class_name=name)
-    with pytest.raises(UserError, match=f"names the scheduler '{name}'"):
-        load_denoiser(saved)
+NO_MODELS, NO_SCHEDULERS = ["MyUNet", "DIT_SIZES", "DDPMScheduler", None], ["MyScheduler", "UNet2DModel", None]
+NO_MODEL = "names the class '{_class_name}', which is no model known here"
+NO_SCHEDULER = "names the scheduler '{_class_name}'"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("file", "changes", "message"),
     [
-        (lambda tensors: tensors.pop("x_embedder.proj.bias"), "1 tensors differ, first 'x_embedder.proj.bias'"),
-        (lambda tensors: tensors.update(extra=torch.ones(2)), "1 tensors differ, first 'extra'"),
-        (
-            lambda tensors: tensors.update({"x_embedder.proj.bias": torch.ones(7)}),
-            "1 tensors differ, first 'x_embedder.proj.bias'",
-        ),
+        *(("transformer/config", {"_class_name": name}, NO_MODEL) for name in NO_MODELS),
+        *(("scheduler/scheduler_config", {"_class_name": name}, NO_SCHEDULER) for name in NO_SCHEDULERS),
+        ("transformer/config", {"hidden_size": 48}, "does not hold the DiT"),
     ],
-    ids=["missing", "extra", "shape"],
 )
-def test_weights_of_another_model_are_refused(saved, change, message):
-    tensors = load_file(saved / WEIGHTS)
-    change(tensors)
-    save_file(tensors, saved / WEIGHTS)
-    with pytest.raises(UserError, match=f"does not hold the DiT that its config.json describes: {message}"):
+def test_config_of_something_else_is_refused(saved, file, changes, message):
+    path = saved / f"{file}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=message.format(**changes)):
         load_denoiser(saved)
 
 
-def test_config_of_another_width_is_refused(saved):
-    edit_json(saved / "transformer/config.json", hidden_size=48)
-    with pytest.raises(UserError, match="does not hold the DiT"):
+BIAS = "x_embedder.proj.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda tensors: tensors.pop(BIAS), BIAS),
+        (lambda tensors: tensors.update(extra=torch.ones(2)), "extra"),
+        (lambda tensors: tensors.update({BIAS: torch.ones(7)}), BIAS),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_weights_of_another_model_are_refused(saved, change, name):
+    tensors = load_file(saved / WEIGHTS)
+    change(tensors)
+    save_file(tensors, saved / WEIGHTS)
+    message = f"does not hold the DiT that its config.json describes: 1 tensors differ, first '{name}'"
+    with pytest.raises(UserError, match=message):
         load_denoiser(saved)
 
 

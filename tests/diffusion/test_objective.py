@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import diffusers
 import pytest
 import torch
@@ -17,6 +19,7 @@ from stagepatch.diffusion import Objective
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 DIFFUSION = ["epsilon", "v_prediction", "sample"]
 SCHEDULES = ["linear", "scaled_linear", "squaredcos_cap_v2"]
+DDPM = [DDPMScheduler(beta_schedule=schedule, prediction_type=kind) for schedule in SCHEDULES for kind in DIFFUSION]
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -31,9 +34,6 @@ def x_start():
 @pytest.fixture
 def noise():
     return draw(6, 2, 4, 4, seed=1)
-
-
-# Noisy samples and targets
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -59,18 +59,12 @@ def test_implied_x_start_equals_ddpm(schedule, prediction_type, x_start, noise):
 
 
 def test_targets_are_what_they_are_called(x_start, noise):
-    def target(prediction_type):
-        return Objective(DDPMScheduler(prediction_type=prediction_type)).target(x_start, noise, TIMESTEPS)
-
-    assert torch.equal(target("epsilon"), noise)
-    assert torch.equal(target("sample"), x_start)
+    for prediction_type, expected in (("epsilon", noise), ("sample", x_start)):
+        objective = Objective(DDPMScheduler(prediction_type=prediction_type))
+        assert torch.equal(objective.target(x_start, noise, TIMESTEPS), expected)
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    [DDPMScheduler(beta_schedule=schedule, prediction_type=kind) for schedule in SCHEDULES for kind in DIFFUSION]
-    + [FlowMatchEulerDiscreteScheduler(shift=shift) for shift in (1.0, 3.0)],
-)
+@pytest.mark.parametrize("scheduler", [*DDPM, *(FlowMatchEulerDiscreteScheduler(shift=shift) for shift in (1.0, 3.0))])
 def test_target_implies_exactly_x_start(scheduler, x_start, noise):
     objective = Objective(scheduler)
     x_start, noise = x_start.double(), noise.double()
@@ -142,9 +136,6 @@ def test_half_precision_keeps_the_noise_of_the_first_timesteps(dtype, x_start, n
     torch.testing.assert_close(rounded.float(), expected, atol=1e-5, rtol=2e-2)
 
 
-# Timesteps
-
-
 def test_timesteps_are_uniform_and_reach_both_ends():
     objective = Objective(DDPMScheduler(num_train_timesteps=100))
     timesteps = objective.draw_timesteps(200_000, torch.Generator().manual_seed(0))
@@ -160,9 +151,6 @@ def test_timesteps_repeat_with_the_generators_seed():
     assert not torch.equal(one, other)
 
 
-# Loss
-
-
 @pytest.mark.parametrize(
     "scheduler", [*(DDPMScheduler(prediction_type=kind) for kind in DIFFUSION), FlowMatchEulerDiscreteScheduler()]
 )
@@ -174,16 +162,10 @@ def test_loss_is_each_samples_mean_squared_error(scheduler, x_start, noise):
     torch.testing.assert_close(objective.loss(output, x_start, noise, TIMESTEPS), expected)
 
 
-def test_perfect_prediction_has_no_loss(x_start, noise):
-    assert Objective(DDPMScheduler()).loss(noise, x_start, noise, TIMESTEPS).abs().max() == 0
-
-
-def test_loss_is_taken_in_float32(x_start, noise):
-    loss = Objective(DDPMScheduler()).loss(noise.bfloat16(), x_start, noise, TIMESTEPS)
-    assert loss.dtype == torch.float32
-
-
-# Learned sigma
+def test_perfect_prediction_has_no_loss_and_loss_is_taken_in_float32(x_start, noise):
+    objective = Objective(DDPMScheduler())
+    assert objective.loss(noise, x_start, noise, TIMESTEPS).abs().max() == 0
+    assert objective.loss(noise.bfloat16(), x_start, noise, TIMESTEPS).dtype == torch.float32
 
 
 @pytest.mark.parametrize("prediction_type", DIFFUSION)
@@ -215,35 +197,27 @@ def test_bound_enters_with_a_thousandth_of_its_sum_over_timesteps(steps, x_start
     torch.testing.assert_close(loss - error, bound * steps / 1000, atol=1e-4, rtol=1e-3)
 
 
-# Weighting
-
-
 def test_weighting_multiplies_the_error_and_sees_snr_and_prediction_type(x_start, noise):
-    seen = []
-
-    def weighting(snr, prediction_type):
-        seen.append((snr, prediction_type))
-        return torch.arange(6.0)
-
+    weighting = Mock(return_value=torch.arange(6.0))
     scheduler = DDPMScheduler(prediction_type="v_prediction")
     output = draw(6, 2, 4, 4, seed=2)
     weighted = Objective(scheduler, weighting=weighting).loss(output, x_start, noise, TIMESTEPS)
     plain = Objective(scheduler).loss(output, x_start, noise, TIMESTEPS)
     torch.testing.assert_close(weighted, plain * torch.arange(6.0))
-    ((snr, prediction_type),) = seen
+    weighting.assert_called_once()
+    snr, prediction_type = weighting.call_args.args
     assert prediction_type == "v_prediction"
     expected = diffusers.training_utils.compute_snr(scheduler, TIMESTEPS)
     torch.testing.assert_close(snr, expected, rtol=1e-4, atol=0)
 
 
 def test_weighting_of_a_flow_sees_its_snr(x_start, noise):
-    seen = []
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=4)
-    objective = Objective(scheduler, weighting=lambda snr, kind: seen.append((snr, kind)) or snr)
+    weighting = Mock(return_value=torch.ones(4))
+    objective = Objective(FlowMatchEulerDiscreteScheduler(num_train_timesteps=4), weighting=weighting)
     objective.loss(noise[:4], x_start[:4], noise[:4], torch.arange(4))
-    # sigma is 1/4, 2/4, 3/4, 1
-    torch.testing.assert_close(seen[0][0], torch.tensor([9.0, 1.0, 1 / 9, 0.0]))
-    assert seen[0][1] == "flow_prediction"
+    snr, prediction_type = weighting.call_args.args
+    torch.testing.assert_close(snr, torch.tensor([9.0, 1.0, 1 / 9, 0.0]))  # sigma is 1/4, 2/4, 3/4, 1
+    assert prediction_type == "flow_prediction"
 
 
 def test_weighting_leaves_the_bound_alone(x_start, noise):
@@ -256,9 +230,6 @@ def test_weighting_leaves_the_bound_alone(x_start, noise):
 
     error = Objective(scheduler).loss(output[:, :2], x_start, noise, TIMESTEPS)
     torch.testing.assert_close(loss(3.0) - loss(1.0), 2 * error, atol=1e-4, rtol=1e-3)
-
-
-# Errors
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,8 @@ def test_labels_are_the_training_images_in_turn(evaluator):
 
 
 def test_a_metric_is_one_entry(evaluator, monkeypatch):
-    monkeypatch.setitem(
-        METRICS,
-        "brightness",
-        Metric("brightness, {features}", lambda samples, reference: float(samples.mean()), "pixels", "higher"),
-    )
+    mean = lambda samples, reference: float(samples.mean())  # noqa: E731
+    monkeypatch.setitem(METRICS, "brightness", Metric("brightness, {features}", mean, "pixels", "higher"))
     measured = measure(evaluator, [0])
     assert measured.values("brightness") == [pytest.approx(float(measured.images.clamp(-1, 1).mean()))]
     assert metric_names("digits features")["brightness"] == "brightness, digits features"

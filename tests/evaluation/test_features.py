@@ -12,10 +12,7 @@ from stagepatch.data import load_digits
 from stagepatch.evaluation import digits_classifier, load_extractor
 from stagepatch.evaluation.features import extract_features
 
-
-@pytest.fixture(scope="module")
-def extractor():
-    return load_extractor("digits")
+EXTRACTOR = load_extractor("digits")
 
 
 def test_the_bundled_classifier_has_its_recorded_accuracy():
@@ -26,12 +23,7 @@ def test_the_bundled_classifier_has_its_recorded_accuracy():
 
 def test_training_never_asks_for_the_held_out_third(monkeypatch):
     asked = []
-
-    def spy(split):
-        asked.append(split)
-        return load_digits(split)
-
-    monkeypatch.setattr(training, "load_digits", spy)
+    monkeypatch.setattr(training, "load_digits", lambda split: asked.append(split) or load_digits(split))
     training.train_digits_classifier(steps=3)
     assert asked == ["train"]
 
@@ -45,16 +37,16 @@ def test_the_command_writes_a_classifier_that_loads(monkeypatch, tmp_path, capsy
     assert module_fingerprint(again) == module_fingerprint(digits_classifier.load_classifier())
 
 
-def test_features_have_unit_root_mean_square_on_the_training_digits(extractor):
-    features = extract_features(extractor, load_digits("train")[0])
-    assert features.shape == (1198, extractor.num_features)
+def test_features_have_unit_root_mean_square_on_the_training_digits():
+    features = extract_features(EXTRACTOR, load_digits("train")[0])
+    assert features.shape == (1198, EXTRACTOR.num_features)
     assert float(features.square().mean()) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_features_clamp_and_do_not_depend_on_the_batch(extractor):
+def test_features_clamp_and_do_not_depend_on_the_batch():
     images = torch.randn(10, 1, 8, 8) * 2
-    assert torch.equal(extractor(images), extractor(images.clamp(-1, 1)))
-    torch.testing.assert_close(extract_features(extractor, images, 3), extractor(images))
+    assert torch.equal(EXTRACTOR(images), EXTRACTOR(images.clamp(-1, 1)))
+    torch.testing.assert_close(extract_features(EXTRACTOR, images, 3), EXTRACTOR(images))
 
 
 def test_unknown_and_missing_extractors():

@@ -20,9 +20,8 @@ def random_features(count, seed, shift=0.0, size=6):
 def test_fid_equals_the_matrix_square_root_form():
     x, y = random_features(200, 0).double().numpy(), random_features(150, 1, 0.5).double().numpy()
     cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(
-        cov_x + cov_y - 2 * scipy.linalg.sqrtm(cov_x @ cov_y).real
-    )
+    covariances = cov_x + cov_y - 2 * scipy.linalg.sqrtm(cov_x @ cov_y).real
+    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(covariances)
     assert fid(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-6)
 
 
@@ -83,9 +82,8 @@ def test_recall_falls_when_samples_cover_one_mode_of_two():
 
 def test_nearest_distance_equals_numpy():
     images, reference = torch.randn(30, 1, 4, 4), torch.randn(20, 1, 4, 4)
-    expected = np.linalg.norm(images.flatten(1).numpy()[:, None] - reference.flatten(1).numpy()[None], axis=2).min(
-        axis=1
-    )
+    apart = images.flatten(1).numpy()[:, None] - reference.flatten(1).numpy()[None]
+    expected = np.linalg.norm(apart, axis=2).min(axis=1)
     np.testing.assert_allclose(nearest_distance(images, reference, rows=7).numpy(), expected, rtol=1e-4)
 
 

@@ -17,8 +17,8 @@ def images():
 
 def test_features_are_computed_once(tmp_path, images):
     counting = Counting()
-    first = references.reference_features(images, counting, tmp_path)
-    assert torch.equal(references.reference_features(images, counting, tmp_path), first)
+    first, again = (references.reference_features(images, counting, tmp_path) for _ in range(2))
+    assert torch.equal(again, first)
     assert counting.calls == 1
     references.reference_features(ImageDataset(images.images + 1, images.labels), counting, tmp_path)
     counting.fingerprint = "b"
