@@ -1,7 +1,7 @@
 """Crops and buckets."""
 
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -16,6 +16,10 @@ def pixels(image):
     return np.asarray(image).astype(int)
 
 
+def crop(image, size=8):
+    return pixels(center_crop_adm(Image.fromarray(image), size))
+
+
 def noise(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
 
@@ -25,15 +29,14 @@ def test_of_the_right_smaller_side_the_centre_is_cut_out_as_it_is(shape):
     # Nothing is resized, so the crop is those very pixels; of an odd margin the larger half is right and below.
     image = noise(*shape)
     top, left = (shape[0] - 8) // 2, (shape[1] - 8) // 2
-    expected = image[top : top + 8, left : left + 8]
-    assert (pixels(center_crop_adm(Image.fromarray(image), 8)) == expected).all()
+    assert (crop(image) == image[top : top + 8, left : left + 8]).all()
 
 
 def test_halving_is_by_means_of_four_pixels():
     image = noise(16, 24)
     means = image.reshape(8, 2, 12, 2).mean((1, 3))[:, 2:10]
     # Pillow rounds after each of the two directions.
-    assert abs(pixels(center_crop_adm(Image.fromarray(image), 8)) - means).max() <= 1
+    assert abs(crop(image) - means).max() <= 1
 
 
 def test_halving_repeats_and_bicubic_does_the_rest():
@@ -43,7 +46,7 @@ def test_halving_repeats_and_bicubic_does_the_rest():
     quarters = np.asarray(halves).reshape(11, 2, 11, 2).mean((1, 3)).round().astype(np.uint8)
     expected = Image.fromarray(quarters).resize((8, 8), Image.Resampling.BICUBIC)
     # A mean that ends in one half may be rounded either way.
-    assert abs(pixels(center_crop_adm(Image.fromarray(image), 8)) - pixels(expected)).max() <= 2
+    assert abs(crop(image) - pixels(expected)).max() <= 2
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (8, 9), (15, 40), (16, 17), (100, 33), (1, 1)])
@@ -54,8 +57,7 @@ def test_any_image_becomes_the_square(shape):
 def test_the_middle_of_a_large_image_is_the_middle():
     image = np.zeros((99, 300), np.uint8)
     image[:, 100:200] = 255
-    middle = pixels(center_crop_adm(Image.fromarray(image), 16))
-    assert (middle[:, 1:-1] == 255).all()
+    assert (crop(image, 16)[:, 1:-1] == 255).all()
 
 
 def test_buckets_of_a_small_size():
@@ -79,12 +81,9 @@ def test_buckets_keep_within_their_limits(size, step):
 def test_no_bucket_could_be_larger_at_its_aspect(size, step):
     units = range(1, 2 * size // step + 1)
     area = size * size // step**2
-    largest = {}
-    for height in units:
-        for width in units:
-            if height * width <= area:
-                aspect = Fraction(height, width)
-                largest[aspect] = max(largest.get(aspect, (0, 0)), (height * step, width * step))
+    # Of shapes of one aspect the last, which is the largest, stays.
+    shapes = [(height, width) for height, width in product(units, units) if height * width <= area]
+    largest = {Fraction(height, width): (height * step, width * step) for height, width in shapes}
     buckets = bucket_sizes(size, step)
     assert buckets == [largest[Fraction(*bucket)] for bucket in buckets]
     assert (step * (size // step), step * (size // step)) in buckets

@@ -3,13 +3,7 @@ from unittest.mock import Mock
 import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
@@ -97,14 +91,12 @@ def test_models_of_diffusion_take_the_timestep_itself():
     assert torch.equal(Objective(DDPMScheduler()).model_timesteps(TIMESTEPS), TIMESTEPS)
 
 
-@pytest.mark.parametrize(
-    "name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
-)
+@pytest.mark.parametrize("name", ["DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_any_scheduler_trains_as_ddpm_does(name, prediction_type, sampled, x_start, noise):
     # Published pipelines carry a sampler's scheduler, whose own add_noise may be scaled for sampling.
-    scheduler = getattr(diffusers, name)(prediction_type=prediction_type)
+    scheduler = getattr(diffusers, f"{name}Scheduler")(prediction_type=prediction_type)
     if sampled:
         scheduler.set_timesteps(10)
     objective, reference = Objective(scheduler), DDPMScheduler()
@@ -237,7 +229,7 @@ def test_weighting_leaves_the_bound_alone(x_start, noise):
     [
         (DDPMScheduler(prediction_type="score"), False, "'score' is none of epsilon, v_prediction, sample, flow"),
         (FlowMatchEulerDiscreteScheduler(), True, "no posterior variance"),
-        (EDMEulerScheduler(), False, "Cannot train with EDM.*DDPMScheduler.*FlowMatch"),
+        (diffusers.EDMEulerScheduler(), False, "Cannot train with EDM.*DDPMScheduler.*FlowMatch"),
     ],
 )
 def test_refuses_schedulers_that_it_cannot_train_with(scheduler, learn_sigma, message):
@@ -245,7 +237,7 @@ def test_refuses_schedulers_that_it_cannot_train_with(scheduler, learn_sigma, me
         Objective(scheduler, learn_sigma)
 
 
-@pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("solver", [diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler])
 def test_solver_of_a_flow_trains_on_the_sigmas_that_it_samples_with(solver):
     """Sana and Wan ship such solvers; in 1,000 steps they visit the timesteps of training."""
     scheduler = solver(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)

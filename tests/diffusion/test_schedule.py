@@ -8,9 +8,8 @@ from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("steps", [1000, 250])
 def test_betas_equal_diffusers(name, steps):
-    config = ObjectiveConfig(num_train_timesteps=steps, beta_schedule=name, beta_start=0.00085, beta_end=0.012)
-    expected = DDPMScheduler(num_train_timesteps=steps, beta_schedule=name, beta_start=0.00085, beta_end=0.012).betas
-    assert torch.equal(make_scheduler(config).betas, expected)
+    choices = {"num_train_timesteps": steps, "beta_schedule": name, "beta_start": 0.00085, "beta_end": 0.012}
+    assert torch.equal(make_scheduler(ObjectiveConfig(**choices)).betas, DDPMScheduler(**choices).betas)
 
 
 def test_default_betas_are_those_of_ddpm():
@@ -28,9 +27,8 @@ def test_cosine_betas_follow_their_equation():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_carries_prediction_type_and_clipping(prediction_type):
-    scheduler = make_scheduler(ObjectiveConfig(prediction_type=prediction_type, clip_sample=True))
-    assert scheduler.config.prediction_type == prediction_type
-    assert scheduler.config.clip_sample
+    config = make_scheduler(ObjectiveConfig(prediction_type=prediction_type, clip_sample=True)).config
+    assert (config.prediction_type, config.clip_sample) == (prediction_type, True)
     assert not make_scheduler(ObjectiveConfig()).config.clip_sample
 
 

@@ -79,7 +79,6 @@ def test_objective_draws_from_its_sampler():
     scheduler = make_scheduler(ObjectiveConfig())
     objective = Objective(scheduler, timesteps=TimestepSampler(T, FIRST, STOP))
     drawn = objective.draw_timesteps(1000, torch.Generator().manual_seed(0))
-    assert drawn.min() >= FIRST
-    assert drawn.max() < STOP
+    assert FIRST <= drawn.min() <= drawn.max() < STOP
     plain = Objective(scheduler).draw_timesteps(1000, torch.Generator().manual_seed(0))
     assert torch.equal(plain, torch.randint(0, T, (1000,), generator=torch.Generator().manual_seed(0)))

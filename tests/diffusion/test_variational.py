@@ -15,20 +15,18 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def without_noise(monkeypatch):
     """DDPMScheduler.step returns the mean of the posterior."""
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **_: torch.zeros(shape))
 
 
-def make(schedule, variance_type="fixed_small"):
+def make(schedule):
     """A scheduler whose steps go straight from x_start and x_t to x_{t−1}, in float64.
 
     In float32 it is itself off by a few percent at the first timesteps, where 1 − ᾱ loses digits.
     """
-    scheduler = DDPMScheduler(
-        beta_schedule=schedule, prediction_type="sample", clip_sample=False, variance_type=variance_type
-    )
+    scheduler = DDPMScheduler(beta_schedule=schedule, prediction_type="sample", clip_sample=False)
     scheduler.alphas_cumprod = (1.0 - scheduler.betas.double()).cumprod(0)
     scheduler.one = torch.tensor(1.0, dtype=torch.float64)
     return scheduler
@@ -44,11 +42,14 @@ def test_gaussian_kl_equals_torch_distributions_and_of_equals_is_zero():
 BINS = torch.linspace(-1.0, 1.0, 256, dtype=torch.float64)
 
 
+def bins_likelihood(mean, std):
+    return discretized_gaussian_log_likelihood(BINS, mean, torch.tensor(2 * math.log(std), dtype=torch.float64))
+
+
 @pytest.mark.parametrize("mean", [-2.0, -0.7, 0.0, 0.31, 1.0])
 @pytest.mark.parametrize("std", [0.02, 0.3, 2.0])
 def test_likelihood_sums_to_one_over_the_bins(mean, std):
-    log_variance = torch.tensor(2 * math.log(std), dtype=torch.float64)
-    likelihood = discretized_gaussian_log_likelihood(BINS, torch.tensor(mean, dtype=torch.float64), log_variance)
+    likelihood = bins_likelihood(torch.tensor(mean, dtype=torch.float64), std)
     assert likelihood.exp().sum().item() == pytest.approx(1.0, abs=1e-9)
 
 
@@ -59,8 +60,7 @@ def test_likelihood_equals_differences_of_the_normal_cdf(mean, std):
     edges = (BINS[1:] + BINS[:-1]) / 2
     below = torch.cat([torch.zeros(1), normal.cdf(edges), torch.ones(1)]).double()
     expected = below.diff().clamp_min(1e-12).log()
-    log_variance = torch.tensor(2 * math.log(std), dtype=torch.float64)
-    likelihood = discretized_gaussian_log_likelihood(BINS, normal.mean, log_variance)
+    likelihood = bins_likelihood(normal.mean, std)
     # both subtract numbers near 1, so compare where the probability is above their rounding
     certain = expected > math.log(1e-9)
     assert certain.sum() > 20
@@ -74,7 +74,6 @@ def test_likelihood_of_the_impossible_is_finite():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timestep", [0, 1, 10, 500, 998])
-@pytest.mark.usefixtures("without_noise")
 def test_posterior_mean_equals_a_ddpm_step_without_noise(schedule, timestep):
     scheduler = make(schedule)
     x_start, x_t = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1)
@@ -86,9 +85,9 @@ def test_posterior_mean_equals_a_ddpm_step_without_noise(schedule, timestep):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timestep", [1, 10, 500, 998])
 def test_learned_variance_equals_ddpms_learned_range(schedule, timestep):
-    scheduler = make(schedule, "learned_range")
+    scheduler = make(schedule)
     interpolation = draw(2, 3, 4, 4)
-    expected = scheduler._get_variance(timestep, predicted_variance=interpolation)
+    expected = scheduler._get_variance(timestep, interpolation, "learned_range")
     log_variance = Posterior(scheduler.betas).learned_log_variance(interpolation, torch.tensor([timestep] * 2))
     torch.testing.assert_close(log_variance, expected, atol=5e-6, rtol=0)
 
@@ -98,8 +97,8 @@ def test_ends_of_the_learned_range_are_the_two_variances_of_ddpm(schedule):
     scheduler = make(schedule)
     posterior = Posterior(scheduler.betas)
     timesteps = torch.arange(1, 1000)
-    smallest = posterior.learned_log_variance(torch.full((999, 1), -1.0), timesteps)[:, 0]
-    largest = posterior.learned_log_variance(torch.full((999, 1), 1.0), timesteps)[:, 0]
+    ends = (torch.full((999, 1), end) for end in (-1.0, 1.0))
+    smallest, largest = (posterior.learned_log_variance(end, timesteps)[:, 0] for end in ends)
     betas = scheduler.betas.double()
     cumulative = (1 - betas).cumprod(0)
     expected = (betas[1:] * (1 - cumulative[:-1]) / (1 - cumulative[1:])).log()
@@ -116,7 +115,6 @@ def test_variance_at_zero_is_that_of_the_next_timestep():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("timestep", [1, 37, 500, 998])
-@pytest.mark.usefixtures("without_noise")
 def test_bound_is_the_kl_between_the_true_and_the_predicted_step(schedule, timestep):
     scheduler = make(schedule)
     x_start, x_t, predicted, interpolation = (draw(2, 3, 4, 4, seed=seed) for seed in range(4))
@@ -136,7 +134,6 @@ def test_bound_is_the_kl_between_the_true_and_the_predicted_step(schedule, times
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-9, rtol=1e-3)
 
 
-@pytest.mark.usefixtures("without_noise")
 def test_bound_at_zero_is_the_likelihood_of_the_bin():
     scheduler = make("linear")
     x_start = BINS[torch.randint(0, 256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(0))]

@@ -8,6 +8,7 @@ from stagepatch.diffusion import Objective, ObjectiveConfig, WeightingConfig, ma
 from stagepatch.families import predict
 
 NAMES = ["snr", "snr_plus_one", "truncated_snr", "min_snr", "p2"]
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample", "flow_prediction"]
 SNR = torch.logspace(-4, 4, 33, dtype=torch.float64)
 
 
@@ -55,18 +56,15 @@ def test_forms_in_print():
     # P2, arXiv 2204.00227, Eq. 8: on the noise 1 / (k + SNR)^gamma.
     torch.testing.assert_close(weight("p2", "epsilon"), 1 / (1 + SNR))
     torch.testing.assert_close(weight("p2", "epsilon", k=2.0, gamma=0.5), (2 + SNR) ** -0.5)
-    for prediction_type in ("sample", "epsilon", "v_prediction", "flow_prediction"):
-        assert torch.equal(weight("constant", prediction_type), one)
+    assert all(torch.equal(weight("constant", kind), one) for kind in PREDICTION_TYPES)
 
 
 def test_pure_noise_and_none_have_finite_weights():
     ends = torch.tensor([0.0, 1e12], dtype=torch.float64)
-    for name in NAMES:
-        for prediction_type in ("sample", "epsilon", "v_prediction", "flow_prediction"):
-            assert weight(name, prediction_type, ends).isfinite().all()
+    assert all(weight(name, kind, ends).isfinite().all() for name in NAMES for kind in PREDICTION_TYPES)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_objective_weighs_its_loss(tiny_dit, batch, name, prediction_type):
     scheduler = make_scheduler(ObjectiveConfig(prediction_type=prediction_type))

@@ -5,19 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stagepatch import evaluation
 from stagepatch.data import DataConfig, ImageDataset
-from stagepatch.evaluation import (
-    METRICS,
-    Evaluator,
-    Metric,
-    References,
-    direction_note,
-    evaluate,
-    load_extractor,
-    load_references,
-    metric_names,
-    references,
-)
+from stagepatch.evaluation import METRICS, References, direction_note, evaluate, metric_names
 from stagepatch.sampling import SamplingConfig
 from tests.evaluation.extractors import Counting
 from tests.runs import make_dataset, make_model, make_objective
@@ -32,7 +22,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def evaluator():
-    return Evaluator(References(make_dataset(30), make_dataset(20)), Counting())
+    return evaluation.Evaluator(References(make_dataset(30), make_dataset(20)), Counting())
 
 
 def measure(evaluator, seeds):
@@ -40,7 +30,7 @@ def measure(evaluator, seeds):
 
 
 def test_real_digits_are_told_from_noise():
-    extractor, both = load_extractor("digits"), load_references(DataConfig())
+    extractor, both = evaluation.load_extractor("digits"), evaluation.load_references(DataConfig())
     real = evaluate(both.held_out.images, References(both.train, None), extractor)
     noise = evaluate(torch.randn(599, 1, 8, 8), both, extractor)
     assert real["fid_train"] < 0.2 < noise["fid_train"]
@@ -52,8 +42,8 @@ def test_real_digits_are_told_from_noise():
 
 
 def test_references_are_hashed_and_computed_once_for_all_seeds_and_models(evaluator, monkeypatch):
-    keys, key = [], references._key
-    monkeypatch.setattr(references, "_key", lambda *given: keys.append(given) or key(*given))
+    keys, key = [], evaluation.references._key
+    monkeypatch.setattr(evaluation.references, "_key", lambda *given: keys.append(given) or key(*given))
     measured = measure(evaluator, [0, 1, 2])
     measure(evaluator, [0])
     measure(evaluator.without_held_out(), [0])
@@ -83,7 +73,7 @@ def test_labels_are_the_training_images_in_turn(evaluator):
 
 def test_a_metric_is_one_entry(evaluator, monkeypatch):
     mean = lambda samples, reference: float(samples.mean())  # noqa: E731
-    monkeypatch.setitem(METRICS, "brightness", Metric("brightness, {features}", mean, "pixels", "higher"))
+    monkeypatch.setitem(METRICS, "brightness", evaluation.Metric("brightness, {features}", mean, "pixels", "higher"))
     measured = measure(evaluator, [0])
     assert measured.values("brightness") == [pytest.approx(float(measured.images.clamp(-1, 1).mean()))]
     assert metric_names("digits features")["brightness"] == "brightness, digits features"
