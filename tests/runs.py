@@ -31,14 +31,7 @@ MODEL = {
     "num_attention_heads": 2,
     "num_classes": 10,
 }
-TRAINING = {
-    "steps": 6,
-    "batch_size": 8,
-    "learning_rate": 1e-2,
-    "log_every": 1,
-    "checkpoint_every": 100,
-    "tensorboard": False,
-}
+TRAINING = {"steps": 6, "batch_size": 8, "learning_rate": 1e-2, "log_every": 1, "tensorboard": False}
 RELEASED = {"preset": "released"}
 # Everything that has a state or a draw of its own.
 EVERYTHING = {

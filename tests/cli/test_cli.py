@@ -187,7 +187,7 @@ def test_a_boolean_is_a_flag(arguments, flipped):
     assert _parse("decouple", [*arguments, "--antithetic"])[0].antithetic is True
 
 
-def test_truncated_and_foreign_weights(capsys, tiny_patch, tmp_path):
+def test_weights_that_are_truncated_or_of_another_model_are_named(capsys, tiny_patch, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((tiny_patch / name).read_bytes())
     weights, sample = tmp_path / "model.safetensors", ["sample", f"--patch={tmp_path}", f"--output_dir={tmp_path}"]
@@ -195,9 +195,6 @@ def test_truncated_and_foreign_weights(capsys, tiny_patch, tmp_path):
     fails(capsys, sample, "not a whole safetensors file")
     save_file({"other": load_file(tiny_patch / "model.safetensors")["gate.bias"]}, weights)
     fails(capsys, sample, "does not hold this patch")
-
-
-def test_patch_for_another_model(capsys, tiny_patch, tmp_path):
     given = ["--model=digits", f"--patch={tiny_patch}", f"--output_dir={tmp_path}"]
     fails(capsys, ["sample", *given], "The patch is for another model", "sites")
 

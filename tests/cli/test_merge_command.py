@@ -15,7 +15,7 @@ from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.merging import merge_models
 from stagepatch.methods import load_learned
 from stagepatch.patch import Patch, PatchConfig
-from tests.runs import assert_same, imported_by
+from tests.runs import assert_same, imported_by, options
 from tests.search.searches import save_learned
 from tests.tiny_pipelines import PIPELINES
 
@@ -76,14 +76,8 @@ def test_missing_stages_are_named(tmp_path, capsys, stages):
     refused(capsys, given, "stagepatch merge:")
 
 
-SEARCH = [
-    "--search.strategies=[grid, tpe, cma]",
-    "--search.evaluations=4",
-    "--search.coarse=[0.0, 1.0]",
-    "--search.fine=[-0.5, 0.0]",
-    "--sampling.num_images=12",
-    "--sampling.num_inference_steps=2",
-]
+STRATEGIES = {"strategies": "[grid, tpe, cma]", "evaluations": 4, "coarse": [0.0, 1.0], "fine": [-0.5, 0.0]}
+SEARCH = options("search", STRATEGIES) + options("sampling", {"num_images": 12, "num_inference_steps": 2})
 
 
 @pytest.fixture

@@ -114,14 +114,8 @@ def test_interrupted_here_and_trained_on_here(tmp_path, monkeypatch, same_object
     run(tmp_path / "whole", runs.RELEASED, **training)
     parts = {"model": make_model(), "method": DMP(PatchConfig(**runs.RELEASED)), "objective": runs.make_objective()}
     with monkeypatch.context() as patched:
-        advance, count = RunLog.advance, iter(range(1, 100))
-
-        def interrupt(log):
-            advance(log)
-            if next(count) == 5:
-                signal.raise_signal(signal.SIGINT)
-
-        patched.setattr(RunLog, "advance", interrupt)
+        patched.setattr(RunLog, "advance", RunLog.advance)  # what is armed lasts as long as this
+        runs.arm(Strike("iteration", 5, signum=signal.SIGINT))
         with pytest.raises(Interrupted, match="iteration 5 of 9") as stopped:
             run(tmp_path / "cut", **parts, **training)
     assert stopped.value.signum == signal.SIGINT
