@@ -39,15 +39,11 @@ def test_writes_a_whole_file_that_others_may_read_and_nothing_beside_it(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_makes_the_directories_above(tmp_path):
-    write_json(tmp_path / "a" / "b" / "c.json", {"x": 1})
-    assert read_json(tmp_path / "a" / "b" / "c.json") == {"x": 1}
-
-
-def test_takes_a_bare_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["bare.txt", "a/b/c.txt"])
+def test_takes_a_bare_name_and_makes_the_directories_above(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    write_text("bare.txt", "new\n")
-    assert (tmp_path / "bare.txt").read_text() == "new\n"
+    write_text(name, "new\n")
+    assert (tmp_path / name).read_text() == "new\n"
 
 
 def test_old_file_is_whole_until_the_new_one_is(path):

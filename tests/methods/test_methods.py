@@ -136,11 +136,9 @@ def test_nothing_is_learned_by_the_base(tiny_dit, tmp_path):
 
 
 def test_matched_prompt_tuning_takes_the_step_that_a_uniform_gate_does(tiny_dit):
-    (prompts,) = make("prompt_tuning", PatchConfig(matched_step=True)).prepare(tiny_dit())
-    assert prompts["factor"] == 1 / 16
-    (prompts,) = make("prompt_tuning").prepare(tiny_dit())
-    assert prompts["factor"] == 1.0
-    assert DMP(PatchConfig(matched_step=True)).prepare(tiny_dit())[0]["factor"] == 1.0
+    for name, matched, factor in (("prompt_tuning", True, 1 / 16), ("prompt_tuning", False, 1.0), ("dmp", True, 1.0)):
+        prompts = make(name, PatchConfig(matched_step=matched)).prepare(tiny_dit())[0]
+        assert prompts["factor"] == factor
 
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel"])
@@ -193,11 +191,10 @@ def test_ranks_come_on_as_noise_falls(tiny_dit, batch):
     for row, ranks in enumerate((1, 2, 3, 4)):
         cut = tiny_dit()
         (other,) = LoRA(LoRAConfig(rank=4)).prepare(cut)
-        with torch.no_grad():
-            for ours, theirs in zip(other["params"], group["params"], strict=True):
-                ours.copy_(theirs)
-                if ours.shape[0] == 4:  # lora_A: [rank, in]
-                    ours[ranks:] = 0.0
+        for ours, theirs in zip(other["params"], group["params"], strict=True):
+            ours.data.copy_(theirs)
+            if ours.shape[0] == 4:  # lora_A: [rank, in]
+                ours.data[ranks:] = 0.0
         torch.testing.assert_close(predict(cut, sample, timesteps, labels)[row], masked[row], rtol=1e-4, atol=1e-4)
 
 
@@ -207,10 +204,9 @@ def test_unknown_method_is_refused_with_the_known_ones():
 
 
 def test_directories_of_nothing_learned_and_of_other_models_are_refused(tiny_dit, tmp_path):
-    with pytest.raises(UserError, match="no such directory"):
-        load_learned(tiny_dit(), tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no patch, no LoRA, no weights"):
-        load_learned(tiny_dit(), tmp_path)
+    for path, message in ((tmp_path / "nowhere", "no such directory"), (tmp_path, "no patch, no LoRA, no weights")):
+        with pytest.raises(UserError, match=message):
+            load_learned(tiny_dit(), path)
     for name in ("finetune", "lora"):
         method = make(name)
         method.prepare(tiny_dit(num_layers=4))
