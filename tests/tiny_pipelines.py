@@ -265,11 +265,11 @@ second_clip_tokenizer = partial(clip_tokenizer, pad_token="!")
 T5 = (t5_tokenizer, t5)
 UMT5 = (t5_tokenizer, partial(t5, kind="UMT5"))
 GEMMA = (gemma_tokenizer, gemma)
-PLAIN_CAPTION = {"clean_caption": False, "use_resolution_binning": False, "max_sequence_length": 32}
+PLAIN_CAPTION = {"length": 32, "clean_caption": False, "use_resolution_binning": False}
 
 
-def prompted(**more: Any) -> dict[str, Any]:
-    return {"prompt": PROMPT, **more}
+def prompted(length: int | None = None, **more: Any) -> dict[str, Any]:
+    return {"prompt": PROMPT, **({"max_sequence_length": length} if length else {}), **more}
 
 
 PIPELINES: dict[str, Tiny] = {
@@ -324,14 +324,14 @@ PIPELINES: dict[str, Tiny] = {
             (second_clip_tokenizer, partial(clip, hidden_size=12, projection=8)),
             T5,
         ],
-        arguments=prompted(max_sequence_length=32),
+        arguments=prompted(32),
     ),
     "FluxTransformer2DModel": Tiny(
         diffusers.FluxPipeline,
         flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
         partial(kl, 0.3611, 0.1159),
         [(clip_tokenizer, partial(clip, hidden_size=12)), T5],
-        arguments=prompted(max_sequence_length=32),
+        arguments=prompted(32),
         sample_size=[8, 8],
     ),
     "SanaTransformer2DModel": Tiny(
@@ -350,21 +350,17 @@ PIPELINES: dict[str, Tiny] = {
         changes={"axes_lens": (300, 32, 32)},
         pixels=(64, 64),
         other_pixels=(96, 64),
-        arguments=prompted(max_sequence_length=64),
+        arguments=prompted(64),
     ),
     "AuraFlowTransformer2DModel": Tiny(
-        diffusers.AuraFlowPipeline,
-        flow_match(shift=1.73),
-        partial(kl, 0.13025),
-        [UMT5],
-        arguments=prompted(max_sequence_length=32),
+        diffusers.AuraFlowPipeline, flow_match(shift=1.73), partial(kl, 0.13025), [UMT5], arguments=prompted(32)
     ),
     "QwenImageTransformer2DModel": Tiny(
         diffusers.QwenImagePipeline,
         flow_match(**_DYNAMIC, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
         qwen_vae,
         [(qwen_tokenizer, qwen_vl)],
-        arguments=prompted(negative_prompt=" ", max_sequence_length=64),
+        arguments=prompted(64, negative_prompt=" "),
         sample_size=[8, 8],
     ),
     "WanTransformer3DModel": Tiny(
@@ -372,7 +368,7 @@ PIPELINES: dict[str, Tiny] = {
         partial(diffusers.UniPCMultistepScheduler, **_FLOW),
         wan_vae,
         [UMT5],
-        arguments=prompted(num_frames=5, max_sequence_length=32),
+        arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
     ),
 }

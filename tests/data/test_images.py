@@ -82,13 +82,11 @@ def test_sizes_are_known_without_decoding(tmp_path, monkeypatch):
     assert [tuple(dataset[index]["image"].shape[1:]) for index in range(5)] == sizes
 
 
-def test_sizes_of_squares(tmp_path):
-    assert images(fill(tmp_path, a=(40, 20))).sizes() == [(8, 8)]
-
-
-def test_buckets_do_not_make_one_tensor(tmp_path):
+def test_squares_make_one_tensor_and_buckets_do_not(tmp_path):
+    fill(tmp_path, a=(40, 20), b=(20, 40))
+    assert images(tmp_path).sizes() == [(8, 8), (8, 8)]
     with pytest.raises(UserError, match=r"2 sizes.*crop=center"):
-        in_memory(images(fill(tmp_path, a=(40, 20), b=(20, 40)), crop="buckets"))
+        in_memory(images(tmp_path, crop="buckets"))
 
 
 def test_broken_headers_are_named_once_and_left_out(tmp_path, warnings):
