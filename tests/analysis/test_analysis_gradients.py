@@ -16,6 +16,7 @@ from stagepatch.data import ImageDataset
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 
 TIMESTEPS = [50, 400, 700, 990]
+OBJECTIVE = Objective(make_scheduler(ObjectiveConfig()))
 COUNT = 6  # halves of 3, so that the last batch of 2 is cut
 
 
@@ -25,22 +26,17 @@ def model(tiny_dit):
 
 
 @pytest.fixture
-def objective():
-    return Objective(make_scheduler(ObjectiveConfig()))
-
-
-@pytest.fixture
 def samples():
     images = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     return Samples(ImageDataset(images, torch.arange(20) % 10), TIMESTEPS, COUNT, batch_size=2)
 
 
-def gradient_by_hand(model, samples, objective, timestep, half, names):
+def gradient_by_hand(model, samples, timestep, half, names):
     """Of the simple loss (arXiv 2006.11239, Eq. 14), one sample after the other, in float64."""
     exact = copy.deepcopy(model).double().requires_grad_(True)
     alphas_cumprod = torch.cumprod(1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64), 0)
     total = torch.zeros((), dtype=torch.float64)
-    for draws in samples.at(timestep, model, objective, half):
+    for draws in samples.at(timestep, model, OBJECTIVE, half):
         assert draws.timesteps.tolist() == [timestep] * len(draws.x_start)
         for x_start, noise, label in zip(draws.x_start, draws.noise, draws.condition["class_labels"], strict=True):
             signal, sigma = alphas_cumprod[timestep].sqrt(), (1 - alphas_cumprod[timestep]).sqrt()
@@ -53,9 +49,9 @@ def gradient_by_hand(model, samples, objective, timestep, half, names):
 
 
 @pytest.mark.parametrize("names", ["", "attn"])
-def test_cosines_norms_and_reliability_are_those_of_gradients_by_hand(model, objective, samples, names):
-    found = gradient_similarity(model, objective, samples, names)
-    by_hand = partial(gradient_by_hand, model, samples, objective)
+def test_cosines_norms_and_reliability_are_those_of_gradients_by_hand(model, samples, names):
+    found = gradient_similarity(model, OBJECTIVE, samples, names)
+    by_hand = partial(gradient_by_hand, model, samples)
     halves = [[by_hand(timestep, half, names) for half in (0, 1)] for timestep in TIMESTEPS]
     whole = [(one + two) / 2 for one, two in halves]
     assert found.num_parameters == len(whole[0])
@@ -69,33 +65,33 @@ def test_cosines_norms_and_reliability_are_those_of_gradients_by_hand(model, obj
     assert len({round(float(value), 3) for value in found.cosine.flatten()}) > 4
 
 
-def test_the_model_is_left_as_it_was(model, objective, samples):
+def test_the_model_is_left_as_it_was(model, samples):
     before = copy.deepcopy(model.state_dict())
     next(model.parameters()).requires_grad_(True)
     required = [parameter.requires_grad for parameter in model.parameters()]
-    gradient_similarity(model, objective, replace(samples, count=2))
+    gradient_similarity(model, OBJECTIVE, replace(samples, count=2))
     assert [parameter.requires_grad for parameter in model.parameters()] == required
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_every_timestep_and_half_draws_its_own_and_again_the_same(model, objective, samples):
+def test_every_timestep_and_half_draws_its_own_and_again_the_same(model, samples):
     def noise(timestep, half):
-        return torch.cat([draws.noise for draws in samples.at(timestep, model, objective, half)])
+        return torch.cat([draws.noise for draws in samples.at(timestep, model, OBJECTIVE, half)])
 
     assert noise(50, 0).shape == (COUNT // 2, 1, 8, 8)
     assert noise(50, None).shape == (COUNT, 1, 8, 8)
     assert torch.equal(noise(50, 0), noise(50, 0))
     drawn = [noise(50, 0), noise(50, 1), noise(51, 0)]
     assert len({float(value.sum()) for value in drawn}) == 3
-    images = torch.cat([draws.x_start for draws in replace(samples, count=20).at(50, model, objective)])
+    images = torch.cat([draws.x_start for draws in replace(samples, count=20).at(50, model, OBJECTIVE)])
     assert len({float(image.sum()) for image in images}) == 20  # each once before any again
 
 
-def test_a_timestep_without_samples_of_its_own_is_refused(model, objective):
+def test_a_timestep_without_samples_of_its_own_is_refused(model):
     empty = Samples(ImageDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long)), TIMESTEPS, 2)
     with pytest.raises(UserError, match="no images"):
-        gradient_similarity(model, objective, empty)
+        gradient_similarity(model, OBJECTIVE, empty)
 
 
 def pair_with_cosine(cosine, size=3000):
@@ -139,9 +135,9 @@ def test_inner_products_are_summed_over_pieces(monkeypatch):
     torch.testing.assert_close(gram(vectors), vectors.double() @ vectors.double().T)
 
 
-def test_projected_gradients_have_nearly_the_same_cosines(model, objective, samples):
-    exact = gradient_similarity(model, objective, samples)
-    projected = gradient_similarity(model, objective, samples, projection=2**14)
+def test_projected_gradients_have_nearly_the_same_cosines(model, samples):
+    exact = gradient_similarity(model, OBJECTIVE, samples)
+    projected = gradient_similarity(model, OBJECTIVE, samples, projection=2**14)
     apart = (projected.cosine - exact.cosine).abs()
     assert 0 < float(apart.max()) < 4 / math.sqrt(2**14)
     torch.testing.assert_close(projected.norms, exact.norms, rtol=0.05, atol=0)
@@ -204,15 +200,15 @@ def test_timesteps_are_the_middles_of_equal_ranges():
         ({"memory_gib": 1e-4, "projection": 10**6}, "a smaller projection"),
     ],
 )
-def test_what_cannot_be_had_is_refused_before_anything_is_computed(model, objective, choices, message):
+def test_what_cannot_be_had_is_refused_before_anything_is_computed(model, choices, message):
     options = {"count": COUNT, **choices}
     samples = Samples(None, TIMESTEPS, options.pop("count"))
     with pytest.raises(UserError, match=message):
-        gradient_similarity(model, objective, samples, **options)
+        gradient_similarity(model, OBJECTIVE, samples, **options)
 
 
-def test_the_memory_that_is_needed_is_named(model, objective):
+def test_the_memory_that_is_needed_is_named(model):
     weights = sum(parameter.numel() for parameter in model.parameters())
     needed = 2 * len(TIMESTEPS) * weights * 4 / 2**30
     with pytest.raises(UserError, match=f"take {needed:.3g} GiB"):
-        gradient_similarity(model, objective, Samples(None, TIMESTEPS, COUNT), memory_gib=needed * 0.99)
+        gradient_similarity(model, OBJECTIVE, Samples(None, TIMESTEPS, COUNT), memory_gib=needed * 0.99)

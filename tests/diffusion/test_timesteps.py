@@ -50,8 +50,7 @@ def test_ranges_of_equal_log_snr():
     alphas = make_scheduler(ObjectiveConfig()).alphas_cumprod
     snr = alphas / (1 - alphas)
     ranges = equal_in_log_snr(snr, 4)
-    assert ranges[0][0] == 0
-    assert ranges[-1][1] == 1000
+    assert (ranges[0][0], ranges[-1][1]) == (0, 1000)
     falls = [float(snr[first].log() - snr[min(stop, 999)].log()) for first, stop in ranges]
     assert max(falls) / min(falls) < 1.15
     # The linear schedule loses most of its log-SNR in its first steps.
