@@ -36,9 +36,10 @@ def test_formats_of_files(tmp_path):
 def test_a_path_that_does_not_exist(tmp_path):
     with pytest.raises(UserError) as refusal:
         load_dataset(DataConfig(source=str(tmp_path / "none")))
-    message = str(refusal.value)
-    assert message.startswith(f"No images at '{tmp_path / 'none'}'")
-    assert all(option in message for option in ("'digits'", "folder", "saved", ".tar", "data.format=datasets"))
+    assert str(refusal.value).startswith(f"No images at '{tmp_path / 'none'}'")
+    assert all(
+        option in str(refusal.value) for option in ("'digits'", "folder", "saved", ".tar", "data.format=datasets")
+    )
 
 
 def test_a_given_format_is_not_questioned(tmp_path):

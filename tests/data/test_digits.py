@@ -43,12 +43,9 @@ def test_images_keep_their_labels(split):
     assert [label_of[image.numpy().tobytes()] for image in images] == chosen.tolist()
 
 
-def test_split_is_the_same_whatever_the_seeds():
+def test_split_is_the_one_it_always_was_whatever_the_seeds():
     torch.manual_seed(123)
     assert all(torch.equal(again, first) for again, first in zip(load_digits("held_out"), HELD_OUT, strict=True))
-
-
-def test_split_is_the_one_it_always_was():
     # Patches and base models are published with this split: an image that moves leaks.
     digest = hashlib.sha256(HELD_OUT[0].numpy().tobytes()).hexdigest()
     assert digest == "3b472e5abae644527f749d5d48897ef939183ea11572fd20ed0508729852c0a6"

@@ -51,10 +51,10 @@ def warnings(caplog):
 def test_items(tmp_path, warnings):
     fill(tmp_path, a=200)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "grey"}')
-    item = images(tmp_path)[0]
-    assert set(item) == {"image", "label", "caption"}
-    assert item["image"].shape == (3, 8, 8)
-    assert (shown(item), item["label"], item["caption"]) == (200, 0, "grey")
+    dataset = images(tmp_path)
+    assert set(dataset[0]) == {"image", "label", "caption"}
+    assert dataset[0]["image"].shape == (3, 8, 8)
+    assert summary(dataset) == [(200, 0, "grey")]
     assert warnings() == []
 
 

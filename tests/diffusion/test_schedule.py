@@ -13,8 +13,7 @@ def test_betas_equal_diffusers(name, steps):
 
 
 def test_default_betas_are_those_of_ddpm():
-    betas = make_scheduler(ObjectiveConfig()).betas
-    assert torch.allclose(betas, torch.linspace(1e-4, 0.02, 1000))
+    assert torch.allclose(make_scheduler(ObjectiveConfig()).betas, torch.linspace(1e-4, 0.02, 1000))
 
 
 def test_cosine_betas_follow_their_equation():

@@ -47,9 +47,8 @@ def test_references_are_hashed_and_computed_once_for_all_seeds_and_models(evalua
     measured = measure(evaluator, [0, 1, 2])
     measure(evaluator, [0])
     measure(evaluator.without_held_out(), [0])
-    assert len(keys) == 2  # training and held-out images
-    assert evaluator.extractor.calls == 2 + 5
-    assert len(measured.metrics) == 3
+    # Of training and of held-out images, and for each of the five sets of samples.
+    assert (len(keys), evaluator.extractor.calls, len(measured.metrics)) == (2, 2 + 5, 3)
     assert measured.values("kid")[0] != measured.values("kid")[1]
     assert torch.equal(measured.images, measure(evaluator, [0]).images)
 

@@ -9,38 +9,35 @@ from stagepatch.evaluation import load_references, references
 from tests.evaluation.extractors import Counting
 from tests.training.test_train_on_pipelines import draw_images
 
-
-@pytest.fixture
-def images():
-    return ImageDataset(torch.randn(20, 1, 4, 4), torch.zeros(20, dtype=torch.long))
+IMAGES = ImageDataset(torch.randn(20, 1, 4, 4), torch.zeros(20, dtype=torch.long))
 
 
-def test_features_are_computed_once(tmp_path, images):
+def test_features_are_computed_once(tmp_path):
     counting = Counting()
-    first, again = (references.reference_features(images, counting, tmp_path) for _ in range(2))
+    first, again = (references.reference_features(IMAGES, counting, tmp_path) for _ in range(2))
     assert torch.equal(again, first)
     assert counting.calls == 1
-    references.reference_features(ImageDataset(images.images + 1, images.labels), counting, tmp_path)
+    references.reference_features(ImageDataset(IMAGES.images + 1, IMAGES.labels), counting, tmp_path)
     counting.fingerprint = "b"
-    references.reference_features(images, counting, tmp_path)
+    references.reference_features(IMAGES, counting, tmp_path)
     assert counting.calls == 3
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_a_broken_cache_file_is_made_anew(tmp_path, images, content):
+def test_a_broken_cache_file_is_made_anew(tmp_path, content):
     counting = Counting()
-    first = references.reference_features(images, counting, tmp_path)
+    first = references.reference_features(IMAGES, counting, tmp_path)
     (path,) = (tmp_path / "features").iterdir()
     path.write_bytes(content)
     for _ in range(2):
-        assert torch.equal(references.reference_features(images, counting, tmp_path), first)
+        assert torch.equal(references.reference_features(IMAGES, counting, tmp_path), first)
         assert counting.calls == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, images):
+def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path):
     (tmp_path / "features").write_text("a file where the folder should be")
-    found = references.reference_features(images, Counting(), tmp_path)
-    assert torch.equal(found, images.images.flatten(1)[:, :3])
+    found = references.reference_features(IMAGES, Counting(), tmp_path)
+    assert torch.equal(found, IMAGES.images.flatten(1)[:, :3])
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
