@@ -2,14 +2,16 @@
 
 import os
 
+# Before torch is imported: workers of pytest-xdist share the cores, and what is compared bit for bit is the CPU's.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
 import pytest
 import torch
 
 from stagepatch.evaluation import features
 from tests.runs import Processes, make_model
-
-# What tests compare bit for bit is the CPU's.
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def pytest_collection_modifyitems(items):
