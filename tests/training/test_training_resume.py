@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from stagepatch.core.errors import UserError
 from stagepatch.core.tensors import read_tensors, write_tensors
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
+from stagepatch.training.checkpoint import TrainingState
 from stagepatch.training.log import RunLog
 from stagepatch.training.signals import StopSignals
 from tests import runs
@@ -267,3 +269,13 @@ def test_a_checkpoint_written_before_an_option_existed_is_gone_on_from(tmp_path)
     run(tmp_path, steps=2)
     with pytest.raises(UserError, match=r"training\.ema_power was 0\.0, is 0\.5"):
         run(tmp_path, steps=2, ema_power=0.5)
+
+
+def test_an_option_younger_than_a_checkpoint_had_its_default(tmp_path):
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    optimizer, scaler = torch.optim.AdamW(weights), torch.amp.GradScaler(enabled=False)
+    state = TrainingState(tmp_path / "checkpoint.safetensors", {"model": "digits"}, weights, optimizer, None, scaler)
+    state.save(3)
+    assert replace(state, identity={"model": "digits", "dtype": "float32"}).load() == 3
+    with pytest.raises(UserError, match="dtype was float32, is bfloat16"):
+        replace(state, identity={"model": "digits", "dtype": "bfloat16"}).load()
