@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from stagepatch.checkpoints import load_denoiser, model_fingerprint, save_denoiser
 from stagepatch.cli import main
-from stagepatch.core.processes import processes
+from stagepatch.core.process_state import processes
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.merging import merge_models
 from stagepatch.methods import load_learned

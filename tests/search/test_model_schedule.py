@@ -13,7 +13,7 @@ import yaml
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.core import UserError, read_json, write_json
-from stagepatch.core.processes import processes as own_processes
+from stagepatch.core.process_state import processes as own_processes
 from stagepatch.evaluation import Evaluator, evaluate, load_extractor, load_references
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig

@@ -7,7 +7,7 @@ from .files import read_yaml as read_yaml
 from .files import write_atomically as write_atomically
 from .files import write_json as write_json
 from .files import write_text as write_text
-from .processes import processes as processes
+from .process_state import processes as processes
 from .progress import progress_bar as progress_bar
 from .randomness import GLOBAL as GLOBAL
 from .randomness import NOISE as NOISE

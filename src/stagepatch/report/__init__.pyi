@@ -1,4 +1,3 @@
-from .environment import environment as environment
 from .page import Code as Code
 from .page import KeyValues as KeyValues
 from .page import Picture as Picture
@@ -17,3 +16,4 @@ from .plots import training_curves as training_curves
 from .tables import format_mean as format_mean
 from .tables import markdown_table as markdown_table
 from .tables import print_table as print_table
+from .versions import environment as environment

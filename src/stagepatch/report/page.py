@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from stagepatch.core import write_text
-from stagepatch.report.environment import environment
 from stagepatch.report.pictures import to_data_uri
+from stagepatch.report.versions import environment
 
 
 @dataclass
