@@ -1,5 +1,6 @@
 """A data source by name, as a map-style dataset."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from stagepatch.core import UserError
 from stagepatch.data.config import DataConfig
 from stagepatch.data.digits import load_digits
+from stagepatch.data.fashion import load_fashion
 from stagepatch.data.folder import FolderSource
 from stagepatch.data.huggingface import HuggingFaceSource, is_saved_dataset
 from stagepatch.data.images import Images
@@ -32,19 +34,23 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return {"image": self.images[index], "label": self.labels[index]}
 
 
+BUNDLED: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {"digits": load_digits, "fashion": load_fashion}
+"""Data that come with the package: splits 'train' and 'held_out' of each, on which nothing is ever trained."""
+
+
 def load_dataset(config: DataConfig, split: Literal["train", "held_out"] = "train") -> Dataset[dict[str, Any]]:
-    """The dataset that a config names. Only digits have a held-out split.
+    """The dataset that a config names. Only those of BUNDLED have a held-out split.
 
     Raises:
         UserError: nothing at the source, no image in it, or too many broken ones.
     """
-    if config.source == "digits":
-        return ImageDataset(*load_digits(split))
+    if config.source in BUNDLED:
+        return ImageDataset(*BUNDLED[config.source](split))
     return Images(open_source(config), config)
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that a config names, other than digits.
+    """The source that a config names, other than those of BUNDLED.
 
     Raises:
         UserError: nothing at the source, or no image in it.
@@ -70,7 +76,7 @@ def find_format(path: Path) -> Literal["folder", "datasets", "webdataset"]:
     if path.is_dir():
         return "folder"
     raise UserError(
-        f"No images at '{path}'. data.source can be 'digits', a folder of images, a dataset saved by Hugging Face "
+        f"No images at '{path}'. data.source can be 'digits', 'fashion', a folder of images, a dataset saved by Hugging Face "
         f"datasets, a directory of WebDataset shards or one .tar file; or a dataset on the Hub, with "
         f"data.format=datasets."
     )

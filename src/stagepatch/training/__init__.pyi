@@ -1,5 +1,6 @@
 from .config import BOOKKEEPING as BOOKKEEPING
 from .config import TrainingConfig as TrainingConfig
+from .ddo_config import DDOConfig as DDOConfig
 from .draws import Conditions as Conditions
 from .draws import Draws as Draws
 from .draws import draw as draw

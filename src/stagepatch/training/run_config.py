@@ -8,6 +8,7 @@ from stagepatch.diffusion import ObjectiveConfig, WeightingConfig
 from stagepatch.methods import MethodConfig
 from stagepatch.models import ModelConfig
 from stagepatch.training.config import TrainingConfig
+from stagepatch.training.ddo_config import DDOConfig
 
 
 @dataclass
@@ -21,6 +22,9 @@ class TrainConfig(MethodConfig):
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
         cache_batch_size: images encoded at a time for the cache.
+        start_from: directory of what the same method learned before, to train on from; empty to start from the model.
+        objective: 'denoising', the model's own loss, or 'ddo', which tells training images from the model's samples.
+        ddo: of objective 'ddo'.
         weighting: of timesteps in the loss.
         data: training images: the ones that the model was trained on.
         training: optimizer and bookkeeping.
@@ -31,6 +35,9 @@ class TrainConfig(MethodConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: str = ""
     cache_batch_size: int = 8
+    start_from: str = ""
+    objective: Literal["denoising", "ddo"] = "denoising"
+    ddo: DDOConfig = field(default_factory=DDOConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
