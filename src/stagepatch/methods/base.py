@@ -47,6 +47,10 @@ class Method(ABC):
     def load(self, model: nn.Module, directory: Path) -> None:
         """Put what `save` wrote on a fresh model."""
 
+    def start_from(self, model: nn.Module, directory: Path) -> None:
+        """After `prepare`: train on from what `save` wrote, in the same parameters."""
+        self.load(model, directory)
+
     @classmethod
     def is_saved_in(cls, directory: Path) -> bool:
         """Whether `save` has been done there."""

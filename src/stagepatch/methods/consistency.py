@@ -57,6 +57,9 @@ class Consistent(Method):
         total = self.weight * consistency + (0.0 if extra is None else extra)
         return total, {**logged, "consistency": consistency.detach()}
 
+    def start_from(self, model: nn.Module, directory: Path) -> None:
+        self.method.start_from(model, directory)
+
     def save(self, directory: Path) -> None:
         self.method.save(directory)
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from stagepatch.core import read_json
+from stagepatch.core import UserError, read_json
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import MethodConfig
 from stagepatch.patch import Attachment, Patch, PatchConfig
@@ -58,6 +58,12 @@ class DMP(Method):
 
     def load(self, model: nn.Module, directory: Path) -> None:
         self._attach(Patch.from_pretrained(directory), model)
+
+    def start_from(self, model: nn.Module, directory: Path) -> None:
+        saved = Patch.from_pretrained(directory)
+        if saved.config != self.patch.config:
+            raise UserError(f"'{directory}' holds a patch of another config: give its 'patch' to train on from it.")
+        self.patch.load_state_dict(saved.state_dict())
 
     @classmethod
     def is_saved_in(cls, directory: Path) -> bool:

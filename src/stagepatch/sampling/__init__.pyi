@@ -8,6 +8,8 @@ from .experts_file import load_expert as load_expert
 from .experts_file import load_experts as load_experts
 from .experts_file import read_schedule as read_schedule
 from .experts_file import write_schedule as write_schedule
+from .fakes import Fakes as Fakes
+from .fakes import load_fakes as load_fakes
 from .generation import Captions as Captions
 from .generation import balanced_labels as balanced_labels
 from .generation import generate as generate

@@ -1,6 +1,6 @@
 """From a config to stages, each a training job; everything that can be refused is refused before any starts."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def _run_config(config: DecoupleConfig, number: int) -> TrainConfig:
     training = config.training.resolve(config.preset)
     training.snapshot_every, training.seed = 0, seed_for(STAGE, training.seed, number)
     values |= {"output_dir": str(Path(config.output_dir) / STAGES / str(number)), "training": training}
+    values["ddo"] = replace(config.ddo, fakes=config.ddo.fakes or str(Path(config.output_dir) / "fakes"))  # for all
     return TrainConfig(**values | {"cache": str(cache_directory(config.cache, config.output_dir))})
 
 

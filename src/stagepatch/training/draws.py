@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
-from stagepatch.core import GLOBAL, NOISE, BatchOrder, UserError, generator_for, seed_for
+from stagepatch.core import FAKES, GLOBAL, NOISE, BatchOrder, UserError, generator_for, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import null_label, num_classes
+from stagepatch.sampling import Fakes
 from stagepatch.training.config import TrainingConfig
 
 
 @dataclass
 class Draws:
-    """x_start and noise [B, C, H, W], timesteps [B], and the condition, each tensor a row a sample."""
+    """x_start and noise [B, C, H, W], timesteps [B], and the condition, each tensor a row a sample.
+
+    Where the model's own samples are told from training images: as many of them, and their condition.
+    """
 
     x_start: Tensor
     noise: Tensor
     timesteps: Tensor
     condition: dict[str, Tensor]
+    fakes: Tensor | None = None
+    fake_condition: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, rows: slice) -> Draws:
         """Some of the samples."""
-        condition = {name: value[rows] for name, value in self.condition.items()}
-        return Draws(self.x_start[rows], self.noise[rows], self.timesteps[rows], condition)
+        condition, of_fakes = (
+            {name: value[rows] for name, value in each.items()} for each in (self.condition, self.fake_condition)
+        )
+        fakes = None if self.fakes is None else self.fakes[rows]
+        return Draws(self.x_start[rows], self.noise[rows], self.timesteps[rows], condition, fakes, of_fakes)
+
+    def tensors(self) -> tuple[Any, ...]:
+        """What a loss takes."""
+        drawn = (self.x_start, self.noise, self.timesteps, self.condition)
+        return drawn if self.fakes is None else (*drawn, self.fakes, self.fake_condition)
 
     def split(self, parts: int) -> Iterator[Draws]:
         """In pieces of equal size."""
@@ -92,6 +106,7 @@ def draw(
     horizontal_flip: bool,
     device: torch.device,
     process_index: int = 0,
+    fakes: Fakes | None = None,
 ) -> Draws:
     """This process's draws.
 
@@ -101,6 +116,7 @@ def draw(
         batch: "image" [B, C, H, W] and "label" [B]; or of latents, mean "image" and standard deviation "std" of the
             encoder's posterior, with "image_flipped" and "std_flipped" those of the mirrored image; with captions,
             "condition", tensors by keyword.
+        fakes: the model's own samples, of which as many are drawn as there are images.
     """
     torch.manual_seed(seed_for(GLOBAL, config.seed, process_index, iteration))
     generator = generator_for(device, NOISE, config.seed, iteration)
@@ -116,7 +132,15 @@ def draw(
     if conditions.null_label is not None or conditions.null_condition is not None:
         dropped = torch.rand(size, generator=generator, device=device)[own] < config.label_dropout
     x_start = _x_start(batch, flipped, size, own, generator)
-    return Draws(x_start, noise, timesteps, conditions.of(batch, dropped))
+    drawn = Draws(x_start, noise, timesteps, conditions.of(batch, dropped))
+    if fakes is not None:
+        chosen = torch.randint(
+            len(fakes), (size,), generator=generator_for(torch.device("cpu"), FAKES, config.seed, iteration)
+        )
+        of_fakes = fakes.batch(chosen[own])
+        drawn.fakes = of_fakes["image"].to(device, torch.float32)
+        drawn.fake_condition = conditions.of(of_fakes, dropped)
+    return drawn
 
 
 def _x_start(batch: dict[str, Any], flipped: Tensor, size: int, own: slice, generator: Generator) -> Tensor:

@@ -17,12 +17,14 @@ from torch.utils.data import Dataset
 
 from stagepatch.core import GLOBAL, Interrupted, UserError, as_user_error, processes, seed_for
 from stagepatch.diffusion import Objective
-from stagepatch.families import predict
 from stagepatch.methods import Method
+from stagepatch.sampling import Fakes
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import TrainingConfig
+from stagepatch.training.ddo_config import DDOConfig
 from stagepatch.training.draws import Conditions, Draws, draw, load_batches
 from stagepatch.training.log import RunLog
+from stagepatch.training.losses import DDOLoss, DenoisingLoss
 from stagepatch.training.signals import StopSignals
 
 # Settings, the least and the most that they may be.
@@ -31,28 +33,6 @@ _LIMITS = [
     (("learning_rate", "warmup_steps", "max_grad_norm", "seed", "snapshot_every", "ema_power"), 0, math.inf),
     (("label_dropout", "ema_decay"), 0, 1),
 ]
-
-
-class DenoisingLoss(nn.Module):
-    """Model, method and objective as one module, so that processes share the gradients of all that trains."""
-
-    def __init__(self, model: nn.Module, method: Method, objective: Objective, trained: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.trained = trained
-        self.method = method
-        self.objective = objective
-        self.dtype = next(model.parameters()).dtype
-
-    def forward(
-        self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to minimise, and scalars to log."""
-        x_t = self.objective.add_noise(x_start, noise, timesteps).to(self.dtype)
-        output = predict(self.model, x_t, self.objective.model_timesteps(timesteps), condition)
-        loss = self.objective.loss(output, x_start, noise, timesteps).mean()
-        extra, logged = self.method.extra_loss()
-        return loss if extra is None else loss + extra, {"loss": loss.detach(), **logged}
 
 
 def train(
@@ -67,6 +47,8 @@ def train(
     num_workers: int = 0,
     progress: bool = True,
     on_start: Callable[[], None] | None = None,
+    start_from: Path | None = None,
+    ddo: tuple[DDOConfig, Fakes] | None = None,
 ) -> None:
     """Train, and write the method's result to `directory`. A run that was stopped goes on where it was.
 
@@ -77,6 +59,8 @@ def train(
         identity: further settings that a resumed run must share.
         horizontal_flip: mirror each image with probability ½.
         on_start: called by the main process when settings and checkpoint are accepted, before the first step.
+        start_from: directory of what the same method learned before.
+        ddo: tell training images from the model's own samples, in place of denoising alone.
 
     Raises:
         UserError: sizes that do not divide, a loss that is not finite, or a checkpoint of other settings.
@@ -87,6 +71,8 @@ def train(
     torch.manual_seed(seed_for(GLOBAL, config.seed))
     model.to(accelerator.device)
     groups = method.prepare(model)
+    if start_from is not None:
+        method.start_from(model, start_from)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(
         [{"params": group["params"], "lr": config.learning_rate * group["factor"]} for group in groups],
@@ -102,10 +88,16 @@ def train(
     scaler: Any = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     identity = {**(identity or {}), "training": config}
     state = TrainingState(directory / CHECKPOINT_NAME, identity, parameters, optimizer, ema, scaler)
+    trained = nn.ParameterList(parameters)
+    loss: DenoisingLoss
+    if ddo is None:
+        loss, fakes = DenoisingLoss(model, method, objective, trained), None
+    else:  # before a checkpoint is loaded: it compares with where training started
+        loss, fakes = DDOLoss(model, method, objective, trained, ddo[0]), ddo[1]
     start = state.load()
     if config.compile:
         model.compile()
-    step = accelerator.prepare(DenoisingLoss(model, method, objective, nn.ParameterList(parameters)))
+    step = accelerator.prepare(loss)
     share = (accelerator.process_index, accelerator.num_processes)
     loader = load_batches(dataset, config.batch_size, start, config.steps, config.seed, num_workers, *share)
     conditions = Conditions(model, dataset)
@@ -126,7 +118,7 @@ def train(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(iteration)
             here = (accelerator.device, accelerator.process_index)
-            draws = draw(batch, config, objective, conditions, iteration, horizontal_flip, *here)
+            draws = draw(batch, config, objective, conditions, iteration, horizontal_flip, *here, fakes)
             logged = _backward(step, draws, config.gradient_accumulation_steps, accelerator)
             scaler.unscale_(optimizer)
             logged["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
@@ -200,7 +192,7 @@ def _backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerato
     for index, piece in enumerate(draws.split(parts)):
         last = index == parts - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(step):
-            loss, logged = step(piece.x_start, piece.noise, piece.timesteps, piece.condition)
+            loss, logged = step(*piece.tensors())
             accelerator.backward(loss / parts)
         for name, value in logged.items():
             totals[name] = totals.get(name, 0.0) + value / parts

@@ -1,7 +1,8 @@
 """One training job, put together from one config."""
 
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import torch
 import yaml
 
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.core import UserError, write_text
+from stagepatch.core import UserError, processes, write_text
 from stagepatch.data import load_training_data
 from stagepatch.diffusion import Objective, make_weighting
 from stagepatch.families import learns_sigma
-from stagepatch.methods import Finetune, Method, make_method
+from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
+from stagepatch.sampling import Fakes, load_fakes
 from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
 
 RUN_CONFIG = "run.yaml"
-_IDENTITY = ("model", "method", "dtype", "patch", "lora", "weighting", "data")
+_IDENTITY = ("model", "method", "dtype", "patch", "lora", "start_from", "objective", "ddo", "weighting", "data")
 
 
 class Run:
@@ -51,6 +53,8 @@ class Run:
         self.config = config
         self.directory = Path(config.output_dir)
         self.identity = dict(identity or {name: getattr(config, name) for name in _IDENTITY})
+        if "ddo" in self.identity:
+            self.identity["ddo"] = replace(config.ddo, fakes="")  # wherever they are
         self.config_text = config_text or yaml.safe_dump(asdict(config), sort_keys=False)
         facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
         facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
@@ -61,6 +65,11 @@ class Run:
             raise UserError(
                 f"method='{config.method}' trains the model's own weights, which dtype='{config.dtype}' spoils."
             )
+        self.start_from = Path(config.start_from) if config.start_from else None
+        if self.start_from is not None and open_learned(self.start_from).method is not type(self.method):
+            raise UserError(f"start_from='{self.start_from}' holds nothing that method='{config.method}' learned.")
+        if config.objective == "ddo" and config.patch.initialization == "normal" and config.method == "dmp":
+            raise UserError("objective='ddo' starts from the model as it is: set patch.initialization to zero.")
         named = config.model if model is None else ""  # first the cache, then the model
         cache = (config.cache, config.output_dir, config.cache_batch_size)
         self.dataset: Any = load_training_data(named, config.data, *cache)
@@ -75,6 +84,7 @@ class Run:
         Raises:
             UserError, Interrupted: see `training.train`.
         """
+        ddo = (self.config.ddo, self.load_fakes()) if self.config.objective == "ddo" else None
         train(
             self.model,
             self.method,
@@ -87,5 +97,16 @@ class Run:
             self.config.data.num_workers,
             progress,
             lambda: write_text(self.directory / RUN_CONFIG, self.config_text),
+            self.start_from,
+            ddo,
         )
         return self.method
+
+    def load_fakes(self) -> Fakes:
+        """Samples of the model as training finds it, made first if they are not there."""
+        model = self.model.to(processes().device)
+        if self.start_from is not None:
+            model = copy.deepcopy(model)
+            load_learned(model, self.start_from)
+        directory = Path(self.config.ddo.fakes or self.directory / "fakes")
+        return load_fakes(directory, model, self.scheduler, self.dataset, self.config.ddo.sampling)

@@ -1,0 +1,111 @@
+"""What a training step minimises: model, method and objective as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stagepatch.diffusion import Objective
+from stagepatch.families import predict
+from stagepatch.methods import Method
+from stagepatch.training.ddo_config import DDOConfig
+
+
+class DenoisingLoss(nn.Module):
+    """The denoising loss and the method's own, in one module, so that processes share the gradients of what trains.
+
+    Args:
+        trained: all parameters that train.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, objective: Objective, trained: nn.ParameterList) -> None:
+        super().__init__()
+        self.model = model
+        self.trained = trained
+        self.method = method
+        self.objective = objective
+        self.dtype = next(model.parameters()).dtype
+
+    def forward(
+        self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and scalars to log."""
+        loss = self._denoising(x_start, noise, timesteps, condition).mean()
+        extra, logged = self.method.extra_loss()
+        return loss if extra is None else loss + extra, {"loss": loss.detach(), **logged}
+
+    def _denoising(self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Of each sample: [B]."""
+        x_t = self.objective.add_noise(x_start, noise, timesteps).to(self.dtype)
+        output = predict(self.model, x_t, self.objective.model_timesteps(timesteps), condition)
+        return self.objective.loss(output, x_start, noise, timesteps)
+
+
+class DDOLoss(DenoisingLoss):
+    """Direct discriminative optimization (arXiv 2503.01103): −log σ(β Δ(real)) − α log σ(−β Δ(fake)), with
+    Δ = −(loss − loss of the model as it was), each summed over the dimensions of a sample.
+
+    Real images and samples of the model as it was share timesteps and noise. The model as it was needs no copy: what
+    trains is set back to where it started for one forward without gradients.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, objective: Objective, trained: nn.ParameterList, config: DDOConfig
+    ) -> None:
+        super().__init__(model, method, objective, trained)
+        self.config = config
+        self._start = [parameter.detach().clone() for parameter in trained]
+
+    def forward(  # type: ignore[override]
+        self,
+        x_start: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        condition: dict[str, Tensor],
+        fakes: Tensor,
+        fake_condition: dict[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `DenoisingLoss`.
+
+        Args:
+            fakes: samples [B, C, H, W] of the model as it was.
+            fake_condition: what they were sampled with.
+        """
+        both = torch.cat([x_start, fakes])
+        conditions = {name: torch.cat([value, fake_condition[name]]) for name, value in condition.items()}
+        draws = (both, torch.cat([noise, noise]), torch.cat([timesteps, timesteps]), conditions)
+        with torch.no_grad(), self._as_it_was():
+            before = self._denoising(*draws)
+        after = self._denoising(*draws)
+        advantage = self.config.beta * x_start[0].numel() * (before - after)
+        real, fake = advantage.chunk(2)
+        loss = -F.logsigmoid(real).mean() - self.config.alpha * F.logsigmoid(-fake).mean()
+        extra, logged = self.method.extra_loss()
+        size = len(x_start)
+        denoising, denoising_before = after[:size].detach().mean(), before[:size].mean()
+        own = {
+            "loss": loss.detach(),
+            "denoising": denoising,
+            "denoising_change": denoising / denoising_before - 1.0,
+            "told_apart": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2.0,
+        }
+        return loss if extra is None else loss + extra, {**own, **logged}
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """What trains, where it started."""
+        now = [parameter.data for parameter in self.trained]
+        self._set([start.to(value.device) for start, value in zip(self._start, now, strict=True)])
+        try:
+            yield
+        finally:
+            self._set(now)
+            torch.clear_autocast_cache()  # else the next forward would find these values there
+
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.trained, values, strict=True):
+            parameter.data = value
