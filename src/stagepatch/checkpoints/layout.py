@@ -7,7 +7,8 @@ from typing import Any
 
 from stagepatch.core import TensorReader, UserError
 
-BUNDLED = {"digits": Path(__file__).parent.parent / "assets" / "digits-dit"}
+_ASSETS = Path(__file__).parent.parent / "assets"
+BUNDLED = {name: _ASSETS / f"{name}-dit" for name in ("digits", "fashion")}
 DENOISERS = ("transformer", "unet")
 TEXT_PARTS = [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3")]
 
@@ -16,7 +17,7 @@ def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, "schedule
     """The directory of a model.
 
     Args:
-        source: a directory, 'digits' (the bundled model), or a Hub id such as 'name/model'.
+        source: a directory, 'digits' or 'fashion' (bundled models), or a Hub id such as 'name/model'.
         parts: subdirectories to fetch where it is on the Hub.
 
     Raises:

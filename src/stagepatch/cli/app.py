@@ -98,6 +98,11 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
     _check_config_files(arguments)
     arguments = _with_flags(arguments, _keys(config_class))
     try:
+        if command == "train":
+            from stagepatch.training.presets import preset_values
+
+            given = [argument for argument in arguments if not argument.startswith("--print_config")]
+            parser.set_defaults(preset_values(parser.parse_args(given).preset))
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
         raise UserError(f"{error}\nstagepatch {command} --help explains every key.") from error

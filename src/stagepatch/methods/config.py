@@ -1,6 +1,7 @@
 """The methods by name, and their choices."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from stagepatch.core import UserError
 from stagepatch.patch import PatchConfig
@@ -21,15 +22,22 @@ class LoRAConfig:
     """Low-rank adapters (arXiv 2106.09685), by peft.
 
     Args:
-        rank: r of every adapter; alpha is the same, so that the adapters are not scaled.
-        targets: names, or ends of names, of the layers; by default the attention's projections.
+        rank: r of every adapter, or of each of its stages; the adapters are not scaled.
+        targets: names, or ends of names, of the layers; by default the attention's projections. 'all': all linear
+            layers inside the model's blocks (attention, MLP, modulation by the condition; a U-Net's blocks are its
+            stages), not its embedders and its final layer.
         min_rank: ranks that are on at pure noise; the others come on in proportion as noise falls (T-LoRA,
             arXiv 2507.05964). 0, or `rank`, is plain LoRA.
+        num_stages: K low-rank maps a layer, mixed by the noise level: W x + Σ_k w_k(t) B_k A_k x. 1 is plain LoRA.
+        stage_gate: w_k. 'gaussian': Gaussians around (k + ½)/K, normalised; 'learned': a softmax that starts as
+            these and is trained with the maps; 'ranges': each stage alone in its K-th of the noise levels.
     """
 
     rank: int = 8
-    targets: list[str] | None = None
+    targets: Literal["all"] | list[str] | None = None
     min_rank: int = 0
+    num_stages: int = 1
+    stage_gate: Literal["gaussian", "learned", "ranges"] = "gaussian"
 
 
 @dataclass

@@ -1,40 +1,43 @@
-"""LoRA (arXiv 2106.09685) through peft, with ranks masked by timestep (T-LoRA, arXiv 2507.05964) as an option."""
+"""LoRA (arXiv 2106.09685) through peft; as options, ranks masked by timestep (T-LoRA, arXiv 2507.05964) or stages."""
 
-import inspect
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stagepatch.checkpoints import component_for
 from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors
-from stagepatch.families.registry import family_of
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import LoRAConfig, MethodConfig
+from stagepatch.methods.lora_stages import GATES, Ranks, StageGate, Weigh, linear_layers_of_blocks, rank_mask
+from stagepatch.methods.lora_stages import active_ranks as active_ranks
 
 ADAPTER = "stagepatch"
 # The name that `pipe.load_lora_weights` looks for.
 FILE_NAME, CONFIG_NAME = "pytorch_lora_weights.safetensors", "lora.json"
+_GATE = "stage_gate."
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj")
 
 
 class LoRA(Method):
-    """Trains adapters on a frozen model, and saves them as diffusers does."""
+    """Trains adapters on a frozen model, and saves them as diffusers does.
+
+    Raises:
+        UserError: choices that cannot be.
+    """
 
     name = "lora"
     kind = "LoRA"
     marker = CONFIG_NAME
 
     def __init__(self, config: LoRAConfig | None = None) -> None:
-        config = config or LoRAConfig()
-        if config.rank < 1 or not 0 <= config.min_rank <= config.rank:
-            raise UserError(
-                f"lora rank={config.rank} and min_rank={config.min_rank} must have 0 ≤ min_rank ≤ rank ≥ 1."
-            )
-        self.config = config
+        self.config = config or LoRAConfig()
+        _check(self.config)
         self.model: nn.Module | None = None
+        self.ranks: Ranks | None = None
+        self.gate: StageGate | None = None
 
     @classmethod
     def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
@@ -47,12 +50,24 @@ class LoRA(Method):
         for parameter in adapters:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        return [{"params": adapters, "factor": 1.0}]
+        groups = [{"params": adapters, "factor": 1.0}]
+        learned = [] if self.gate is None else [value for value in self.gate.parameters() if value.requires_grad]
+        return [*groups, {"params": learned, "factor": 1.0}] if learned else groups
+
+    def merge(self, enabled: bool = True) -> None:
+        """Whether sampling is done with weights that have the adapters in them, at the base's cost; see `Ranks.merge`.
+
+        With stages it is; for the others it changes the last digits, so it has to be asked for.
+        """
+        assert self.ranks is not None, "prepare or load comes first"
+        self.ranks.merge(enabled)
 
     def save(self, directory: Path) -> None:
         from peft.utils import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
+        if self.gate is not None and self.gate.kind == "learned":
+            state |= {f"{_GATE}{name}": value for name, value in self.gate.state_dict().items()}
         prefix = component_for(self.model)
         write_tensors(directory / FILE_NAME, {f"{prefix}.{name}": value for name, value in state.items()})
         write_json(directory / CONFIG_NAME, asdict(self.config))
@@ -60,59 +75,63 @@ class LoRA(Method):
     def load(self, model: nn.Module, directory: Path) -> None:
         from peft.utils import set_peft_model_state_dict
 
-        self.config = LoRAConfig(**read_json(directory / CONFIG_NAME))
+        config = LoRAConfig(**read_json(directory / CONFIG_NAME))
         tensors, _ = read_tensors(directory / FILE_NAME)
-        if self.model is not model:  # else it is another checkpoint of the same run
+        if self.model is not model:
+            self.config = config
             self._inject(model)
+        elif config != self.config:  # it is another checkpoint of the same run, or what a run starts from
+            raise UserError(f"'{directory}' holds a LoRA of other choices: {config}, expected {self.config}.")
         state = {name.split(".", 1)[1]: value for name, value in tensors.items()}
+        gate = {name.removeprefix(_GATE): state.pop(name) for name in list(state) if name.startswith(_GATE)}
         odd: Any = set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
         if odd.unexpected_keys:
             raise UserError(f"'{directory / FILE_NAME}' is of another model: it holds '{odd.unexpected_keys[0]}'.")
+        if self.gate is not None and self.gate.kind == "learned":
+            with as_user_error(f"'{directory / FILE_NAME}' has no whole gate of its stages", RuntimeError):
+                self.gate.load_state_dict(gate)
 
     def _inject(self, model: nn.Module) -> None:
         try:
             import peft
         except ImportError as error:
             raise UserError("LoRA needs peft: pip install peft.") from error
-        targets = self.config.targets or _targets_of(model)
-        config = peft.LoraConfig(r=self.config.rank, lora_alpha=self.config.rank, target_modules=targets)
+        choices = self.config
+        if choices.targets in ("all", ["all"]):
+            targets = linear_layers_of_blocks(model)
+        else:
+            targets = list(choices.targets or _targets_of(model))
+        rank = choices.rank * choices.num_stages
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         with as_user_error(f"lora targets={targets} cannot be had in {type(model).__name__}", ValueError):
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        self.model = model
-        if 0 < self.config.min_rank < self.config.rank:
-            mask = _Mask(model, self.config)
-            model.register_forward_pre_hook(mask.begin, with_kwargs=True)
-            for name, module in model.named_modules():
-                if name.endswith(f".lora_A.{ADAPTER}"):
-                    module.register_forward_hook(mask.apply)
+        weigh: Weigh | None = None
+        self.model, self.gate = model, None
+        if choices.num_stages > 1:
+            device = next(model.parameters()).device
+            weigh = self.gate = StageGate(choices.num_stages, choices.rank, choices.stage_gate).to(device)
+        elif 0 < choices.min_rank < choices.rank:
+            weigh = partial(rank_mask, rank=choices.rank, min_rank=choices.min_rank)
+        self.ranks = Ranks(model, ADAPTER, weigh)
+        self.ranks.merge(choices.num_stages > 1)
+
+
+def _check(config: LoRAConfig) -> None:
+    rank, min_rank, stages = config.rank, config.min_rank, config.num_stages
+    if rank < 1 or not 0 <= min_rank <= rank:
+        raise UserError(f"lora rank={rank} and min_rank={min_rank} must have 0 ≤ min_rank ≤ rank ≥ 1.")
+    if stages < 1:
+        raise UserError(f"lora num_stages={stages} must be at least 1.")
+    if config.stage_gate not in GATES:
+        raise UserError(f"lora stage_gate='{config.stage_gate}' is none of: {', '.join(GATES)}.")
+    if stages > 1 and 0 < min_rank < rank:
+        raise UserError(
+            f"lora num_stages={stages} and min_rank={min_rank} weigh the ranks by timestep in two ways: leave one out."
+        )
+    if isinstance(config.targets, str) and config.targets != "all":
+        raise UserError(f"lora targets='{config.targets}' must be 'all', or a list of names.")
 
 
 def _targets_of(model: nn.Module) -> list[str]:
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [ending for ending in _ATTENTION if any(path.endswith(f".{ending}") for path in linear)]
-
-
-def active_ranks(noise_level: Tensor, rank: int, min_rank: int) -> Tensor:
-    """Ranks that are on at a noise level t/T in 0…1: ⌊(1 − t/T)·(rank − min_rank)⌋ + min_rank (T-LoRA, Eq. 4)."""
-    return torch.floor((1.0 - noise_level) * (rank - min_rank)) + min_rank
-
-
-class _Mask:
-    """The ranks that are on in this forward, for each sample."""
-
-    def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
-        self.names = list(inspect.signature(model.forward).parameters)
-        self.noise_level = family_of(type(model)).noise_level
-        self.config = config
-        self.mask: Tensor | None = None
-
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = (dict(zip(self.names, args, strict=False)) | kwargs)["timestep"]
-        level = self.noise_level(torch.as_tensor(timestep).float().view(-1)).clamp(0.0, 1.0)
-        active = active_ranks(level, self.config.rank, self.config.min_rank)
-        self.mask = (torch.arange(self.config.rank, device=active.device) < active.unsqueeze(1)).float()
-
-    def apply(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        assert self.mask is not None
-        mask = self.mask.to(output.device, output.dtype)
-        return output * mask.view(len(mask), *[1] * (output.ndim - 2), -1)

@@ -17,7 +17,9 @@ class TrainConfig(MethodConfig):
 
     Args:
         output_dir: directory of the run; the same command again goes on where it stopped.
-        model: a model directory as diffusers writes it, a Hub id, or 'digits', the bundled model.
+        preset: where all that is not given comes from: 'paper', DMP as published, or 'recommended', what won on the
+            bench of docs/evidence.md.
+        model: a model directory as diffusers writes it, a Hub id, or 'digits' or 'fashion', the bundled models.
         dtype: of the frozen model's weights; what is learned is float32.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
@@ -31,6 +33,7 @@ class TrainConfig(MethodConfig):
     """
 
     output_dir: str = "runs/train"
+    preset: Literal["paper", "recommended"] = "paper"
     model: str = "digits"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: str = ""

@@ -1,0 +1,195 @@
+"""What each rank of a LoRA counts at a noise level, and the layer that it comes to where that is one for all samples.
+
+Two weightings: T-LoRA's mask of ranks (arXiv 2507.05964), and a gate that mixes K low-rank maps, one a stage of noise.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stagepatch.core import UserError
+from stagepatch.families import describe
+from stagepatch.families.registry import family_of
+
+GATES = ("gaussian", "learned", "ranges")
+# noise levels [B] in 0…1 -> weights [B, R] of the ranks
+Weigh = Callable[[Tensor], Tensor]
+
+
+def active_ranks(noise_level: Tensor, rank: int, min_rank: int) -> Tensor:
+    """Ranks that are on at a noise level t/T in 0…1: ⌊(1 − t/T)·(rank − min_rank)⌋ + min_rank (T-LoRA, Eq. 4)."""
+    return torch.floor((1.0 - noise_level) * (rank - min_rank)) + min_rank
+
+
+def rank_mask(noise_level: Tensor, rank: int, min_rank: int) -> Tensor:
+    """1 for the ranks that are on, 0 for the others: [B] -> [B, R]."""
+    active = active_ranks(noise_level, rank, min_rank)
+    return (torch.arange(rank, device=active.device) < active.unsqueeze(1)).float()
+
+
+class StageGate(nn.Module):
+    """Weights of K stages at a noise level l; they sum to 1.
+
+    Gaussians with centres c_k = (k + ½)/K and standard deviation s = 1/(2K), over their sum: that is the softmax of
+    −(l − c_k)²/(2s²), and, less what all k share, of (l·c_k − c_k²/2)/s². So it is a linear layer of l and a softmax,
+    and a gate that is learned starts as the Gaussians, and is of the same form.
+
+    Args:
+        num_stages: K.
+        rank: of each stage's map.
+        kind: 'gaussian'; 'learned'; or 'ranges', 1 for the stage with k/K ≤ l < (k + 1)/K, 0 for the others.
+    """
+
+    def __init__(self, num_stages: int, rank: int, kind: str = "gaussian") -> None:
+        super().__init__()
+        self.num_stages = num_stages
+        self.rank = rank
+        self.kind = kind
+        centres = (torch.arange(num_stages) + 0.5) / num_stages
+        precision = (2.0 * num_stages) ** 2
+        self.weight = nn.Parameter(precision * centres, requires_grad=kind == "learned")
+        self.bias = nn.Parameter(-0.5 * precision * centres.square(), requires_grad=kind == "learned")
+
+    def stages(self, noise_level: Tensor) -> Tensor:
+        """Weights of the stages: [B] -> [B, K]."""
+        levels = noise_level.unsqueeze(1)
+        if self.kind == "ranges":  # a border is the next stage's, whatever float32 makes of it
+            stage = torch.floor(levels * self.num_stages + 1e-5).clamp(max=self.num_stages - 1)
+            return (stage == torch.arange(self.num_stages, device=levels.device)).float()
+        # No matrix product, which autocast would do in half precision.
+        return torch.softmax(levels * self.weight.to(levels.device) + self.bias.to(levels.device), dim=1)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """Weights of the ranks, the stages' side by side: [B] -> [B, K·rank]."""
+        return self.stages(noise_level).repeat_interleave(self.rank, dim=1)
+
+
+class Ranks:
+    """What the ranks of the adapters on a model count in this forward, for each sample.
+
+    Hooks on the model and on the adapters' first layers; the model's parameters and names stay as they are. Between a
+    forward with gradient checkpointing and its backward, run no other forward.
+
+    Args:
+        model: with adapters on it.
+        adapter: their name.
+        weigh: what the ranks count; None where it is 1 at all times.
+
+    Raises:
+        UserError: adapters of embeddings, whose ranks cannot be weighed.
+    """
+
+    # Hooks are methods rather than closures, so that copy.deepcopy(model) copies them with it.
+
+    def __init__(self, model: nn.Module, adapter: str, weigh: Weigh | None = None) -> None:
+        self.adapter = adapter
+        self.weigh = weigh
+        self.weights: Tensor | None = None
+        self.merges = False
+        self.are_shared = weigh is None
+        self._layers: list[Any] = [part for part in model.modules() if adapter in getattr(part, "lora_A", ())]
+        if weigh is None:
+            return
+        if any(adapter in getattr(part, "lora_embedding_A", ()) for part in model.modules()):
+            raise UserError("Ranks that differ by timestep cannot be had on embeddings: leave them out of targets.")
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._noise_level = family_of(type(model)).noise_level
+        model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for layer in self._layers:
+            layer.lora_A[adapter].register_forward_hook(self._apply)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "weights": None}  # of one forward; and what has a history is not copied
+
+    def merge(self, enabled: bool = True) -> None:
+        """Whether a forward without gradients, its timesteps alike, is done with W + B·diag(w)·A in W's place.
+
+        That is made anew in each forward and stored nowhere: W stays what it is, and nothing can be out of date.
+        """
+        self.merges = enabled
+        for layer in self._layers:
+            if enabled and "forward" not in vars(layer):
+                layer.forward = _MergedForward(self, layer)
+
+    def merged_weight(self, layer: Any) -> Tensor:
+        """W + B·diag(w)·A of an adapted linear layer, [out, in], in the finer of their dtypes and then as W is."""
+        weight, down, up = (part.weight for part in (layer.base_layer, *self._maps(layer)))
+        dtype = torch.promote_types(weight.dtype, up.dtype)
+        if self.weights is not None:
+            up = up * self.weights[0].to(up.device)
+        up = up * layer.scaling[self.adapter]
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(weight.to(dtype), up.to(dtype), down.to(dtype)).to(weight.dtype)
+
+    def _maps(self, layer: Any) -> tuple[Any, Any]:
+        return layer.lora_A[self.adapter], layer.lora_B[self.adapter]
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.weigh is not None
+        timestep = (dict(zip(self._names, args, strict=False)) | kwargs)["timestep"]
+        level = self._noise_level(torch.as_tensor(timestep).float().view(-1)).clamp(0.0, 1.0)
+        self.weights = self.weigh(level)
+        # Training need not wait for the device to tell.
+        self.are_shared = self.merges and not torch.is_grad_enabled() and _are_alike(self.weights)
+
+    def _apply(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        assert self.weights is not None
+        weights = self.weights.to(output.device, output.dtype)
+        if not isinstance(module, nn.Linear):  # a convolution: its ranks are channels
+            return output * weights.view(*weights.shape, *[1] * (output.ndim - 2))
+        return output * weights.view(len(weights), *[1] * (output.ndim - 2), -1)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _are_alike(rows: Tensor) -> bool:
+    return len(rows) == 1 or bool((rows == rows[:1]).all())
+
+
+class _MergedForward:
+    """Stands in for an adapted layer's forward: as one linear layer where that can be, and costs less."""
+
+    def __init__(self, ranks: Ranks, layer: Any) -> None:
+        self.ranks = ranks
+        self.layer = layer
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not (self._is_wanted() and self._is_plain() and self._is_cheaper(x)):
+            output: Tensor = type(self.layer).forward(self.layer, x, *args, **kwargs)
+            return output
+        return F.linear(x, self.ranks.merged_weight(self.layer), self.layer.base_layer.bias)
+
+    def _is_wanted(self) -> bool:
+        return self.ranks.merges and self.ranks.are_shared and not torch.is_grad_enabled()
+
+    def _is_plain(self) -> bool:
+        """A linear layer in memory, not quantised, without hooks, under this adapter alone."""
+        layer, base = self.layer, self.layer.base_layer
+        if layer.active_adapters != [self.ranks.adapter] or layer.disable_adapters or layer.merged:
+            return False
+        if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or type(base) is not nn.Linear:
+            return False
+        return type(base.weight) is nn.Parameter and base.weight.is_floating_point() and not base.weight.is_meta
+
+    def _is_cheaper(self, x: Tensor) -> bool:
+        """Rows · R · (in + out) multiplications through the maps, or in · out · R to merge them."""
+        base: nn.Linear = self.layer.base_layer
+        rows = x.numel() // base.in_features
+        return rows * (base.in_features + base.out_features) > base.in_features * base.out_features
+
+
+def linear_layers_of_blocks(model: nn.Module) -> list[str]:
+    """Paths of the linear layers inside a model's blocks: attention, MLP, and modulation by the condition.
+
+    Blocks are the sites of the model's description (a U-Net's are its stages), so embedders and the final layer are
+    left out.
+
+    Raises:
+        UserError: no family is registered for the model.
+    """
+    blocks = tuple(f"{site.module}." for site in describe(model).sites)
+    linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [path for path in linear if path.startswith(blocks)]

@@ -1,0 +1,55 @@
+"""Recipes by name: what `stagepatch train --preset NAME` takes for all that is not given.
+
+`recommended` is what won on the bench of docs/evidence.md; `paper` is DMP as it was published (arXiv 2405.17825), the
+defaults of the configs.
+"""
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from stagepatch.core import UserError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "recommended": {
+        "method": "lora",
+        "objective": "ddo",
+        "lora": {"rank": 8},
+        "training": {
+            "steps": 400,
+            "batch_size": 64,
+            "learning_rate": 3e-5,
+            "lr_scheduler": "linear",
+            "ema_decay": 0.998,
+            "checkpoint_every": 100,
+        },
+    },
+}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """A preset's values by dotted key, such as 'training.steps'.
+
+    Raises:
+        UserError: no such preset.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset='{name}' is none of {', '.join(PRESETS)}.")
+    values: dict[str, Any] = {}
+    for key, value in PRESETS[name].items():
+        values |= {f"{key}.{own}": given for own, given in value.items()} if isinstance(value, dict) else {key: value}
+    return values
+
+
+def apply_preset(config: Any, name: str) -> Any:
+    """Set a config's fields, and those of its parts, to a preset's values; returns it.
+
+    Raises:
+        UserError: no such preset.
+    """
+    for key, value in preset_values(name).items():
+        part, _, own = key.rpartition(".")
+        target = getattr(config, part) if part else config
+        assert is_dataclass(target) and own in {field.name for field in fields(target)}
+        setattr(target, own, value)
+    return config
