@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 COMMANDS = {
-    "demo": "patch the bundled digits model and report what it gained",
+    "demo": "patch a bundled model and report what it gained",
     "train": "train a patch on a converged model's own data",
     "cache": "encode images and captions once, for training on latents",
     "sample": "generate images with a model, patched or not",

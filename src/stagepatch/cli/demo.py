@@ -1,119 +1,209 @@
-"""The demo: patch the bundled digits model, compare with the base from the same noise, report."""
+"""The demo: patch a bundled model, compare it with the base, and with what costs no training, and report."""
 
-from dataclasses import replace
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from stagepatch import report
 from stagepatch.analysis import gate_activation, plot_gate_activation
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import bar_over
 from stagepatch.core import write_json, write_tensors, write_text
+from stagepatch.data import DataConfig
 from stagepatch.evaluation import METRICS, Evaluator, Measured, comparison_table, direction_note, paired_difference
+from stagepatch.methods import DMP
 from stagepatch.sampling import SamplingConfig
-from stagepatch.training import RUN_CONFIG, Run, TrainConfig, TrainingConfig, read_log
+from stagepatch.training import RUN_CONFIG, Run, TrainConfig, TrainingConfig, apply_preset, read_log
 
 SEEDS = [100, 101, 102]
+METRIC = "fid_held_out"
+Row = dict[str, Measured]
 
 
-def demo_plan(quick: bool) -> tuple[TrainingConfig, SamplingConfig]:
-    """Training of the patch, and sampling with each of SEEDS: the full demo, or the one of under a minute."""
-    training = TrainingConfig(
-        steps=2000,
-        batch_size=128,
-        learning_rate=1e-2,
-        lr_scheduler="linear",
-        ema_decay=0.999,
-        log_every=20,
-        checkpoint_every=250,
-        tensorboard=False,
-    )
-    sampling = SamplingConfig(scheduler="ddim", num_inference_steps=20, num_images=3000, batch_size=500)
+@dataclass
+class DemoPlan:
+    """What a demo trains and samples.
+
+    Args:
+        train: the patch's training.
+        sampling: of base and patched model, with each of SEEDS.
+        more_steps: sampling steps of two further rows, base and patched: what anyone has without training.
+    """
+
+    train: TrainConfig
+    sampling: SamplingConfig
+    more_steps: int = 0
+    seeds: list[int] = field(default_factory=lambda: list(SEEDS))
+
+
+def demo_plan(data: str, quick: bool) -> DemoPlan:
+    """The full demo, or the one of a minute."""
+    train = TrainConfig(model=data, data=DataConfig(source=data))
+    if data == "digits":
+        train.training = TrainingConfig(
+            steps=2000, learning_rate=1e-2, lr_scheduler="linear", ema_decay=0.999, checkpoint_every=250
+        )
+        plan = DemoPlan(train, SamplingConfig(num_inference_steps=20, num_images=3000, batch_size=500))
+    else:
+        apply_preset(train, "recommended")
+        train.ddo.sampling.num_images = 10_000
+        plan = DemoPlan(train, SamplingConfig(num_inference_steps=25, num_images=3000, batch_size=500), 50)
+    train.training = replace(train.training, log_every=20, tensorboard=False)
     if quick:
-        return replace(training, steps=150, ema_decay=0.98), replace(sampling, num_images=500)
-    return training, sampling
+        train.training = replace(train.training, steps=train.training.steps // 10, ema_decay=0.98)
+        train.ddo.sampling.num_images = 1000
+        plan.sampling.num_images = 500
+    return plan
 
 
 def demo(config: configs.DemoConfig, resolved: str) -> None:
     """Train, sample, measure and report; everything lands in the output directory."""
-    directory, quick = Path(config.output_dir), config.quick
-    training, sampling = demo_plan(quick)
-    title = "stagepatch demo" + (" (quick: too short to judge by)" if quick else "")
+    directory, data = Path(config.output_dir), config.data
+    plan = demo_plan(data, config.quick)
+    title = "stagepatch demo" + (" (quick: too short to judge by)" if config.quick else "")
     console = Console()
-    run = Run(TrainConfig(output_dir=str(directory / f"training{'-quick' * quick}"), training=training))
-    evaluator = Evaluator.load("digits", run.config.data, "digits", directory)
+    plan.train.output_dir = str(directory / f"training-{data}{'-quick' * config.quick}")
+    run = Run(plan.train)
+    evaluator = Evaluator.load(data, run.config.data, data, directory)
+    base_model, scheduler = load_denoiser(data)
 
-    console.print(f"[bold]1/3[/] Training a DMP patch on {len(run.dataset)} digits; the model is frozen.")
-    patch = run.train().patch.eval()
-    patch.save_pretrained(directory)
+    console.print(f"[bold]1/3[/] Training a {run.method.kind} on {len(run.dataset)} images; the model is frozen.")
+    method = run.train()
+    method.save(directory)
     write_text(directory / RUN_CONFIG, run.config_text)
 
-    console.print(f"[bold]2/3[/] Sampling base and patched model from the same noise, seeds {SEEDS}.")
-    measured: dict[str, Measured] = {}
-    with bar_over(2 * len(SEEDS) * sampling.num_images) as on_batch:
-        for name in ("base", "patched"):
-            patch.enabled = name == "patched"
-            measured[name] = evaluator.measure(run.model, run.scheduler, sampling, SEEDS, on_batch)
-    base, patched = measured["base"], measured["patched"]
-    write_tensors(directory / "samples.safetensors", {name: value.images for name, value in measured.items()})
-    write_json(directory / "metrics.json", {name: value.metrics for name, value in measured.items()})
+    console.print(f"[bold]2/3[/] Sampling base and patched model from the same noise, seeds {plan.seeds}.")
+    samplings = {plan.sampling.num_inference_steps: plan.sampling}
+    if plan.more_steps:
+        samplings[plan.more_steps] = replace(plan.sampling, num_inference_steps=plan.more_steps)
+    measured: dict[int, Row] = {}
+    with bar_over(2 * len(samplings) * len(plan.seeds) * plan.sampling.num_images) as on_batch:
+        for steps, sampling in samplings.items():
+            models = {"base": base_model, "patched": run.model}
+            measured[steps] = {
+                name: evaluator.measure(model, scheduler, sampling, plan.seeds, on_batch)
+                for name, model in models.items()
+            }
+    first = measured[plan.sampling.num_inference_steps]
+    write_tensors(directory / "samples.safetensors", {name: value.images for name, value in first.items()})
+    write_json(directory / "metrics.json", {name: value.metrics for name, value in first.items()})
 
     console.print("[bold]3/3[/] Writing the report.")
-    timesteps = torch.arange(0, run.objective.num_train_timesteps, 10)
-    activation = gate_activation(run.model, patch, timesteps)
-    columns, rows = comparison_table(base, patched, evaluator.extractor.name)
-    pairs = report.paired_grid(base.images[:40], patched.images[:40], columns=10)
+    columns, rows = gain_table(measured)
+    figure = gain_figure(measured)
+    pairs = report.paired_grid(first["base"].images[:40], first["patched"].images[:40], columns=10)
     report.write_picture(directory / "pairs.png", pairs)
+    report.write_picture(directory / "gain.png", figure)
     facts = {
-        "base parameters": f"{sum(value.numel() for value in run.model.parameters()):,}",
-        "patch parameters": f"{patch.num_parameters():,}",
-        "training": f"{training.steps} steps of {training.batch_size}",
-        "sampling": f"{sampling.num_images} images a seed, {sampling.num_inference_steps} DDIM steps",
+        "base parameters": f"{sum(value.numel() for value in base_model.parameters()):,}",
+        "trained parameters": f"{sum(p.numel() for p in run.model.parameters() if p.requires_grad):,}",
+        "training": f"{plan.train.training.steps} steps of {plan.train.training.batch_size}, {plan.train.objective}",
+        "sampling": f"{plan.sampling.num_images} images a seed, DDIM",
     }
     sections: list[report.Section] = [
-        report.Table("What the patch changed", columns, rows, _NOTE),
-        report.Prose("Verdict", verdict(base, patched, quick)),
+        report.Prose("Verdict", verdict(measured, config.quick)),
+        report.Table("What was gained", columns, rows, _NOTE),
+        report.Picture("Beside what costs no training", figure, "Bars: standard deviation over sampling seeds."),
         report.Picture("Samples", pairs, "Base and patched model from the same noise."),
-        report.Picture("Training", report.training_curves(read_log(run.directory)), "Loss, balance terms and gate."),
-        report.Picture(
-            "Gate activation",
-            plot_gate_activation(activation, timesteps, [site.name for site in patch.backbone.sites]),
-            "Weight of every prompt over timesteps, a panel a block (as in Fig. 5 of the paper).",
+        report.Table(
+            "All metrics", *comparison_table(first["base"], first["patched"], evaluator.extractor.name), _NOTE
         ),
-        report.KeyValues("In numbers", facts),
-        *report.provenance(run.config_text, _commands(directory, quick)),
+        report.Picture("Training", report.training_curves(read_log(run.directory)), "Loss and what else was logged."),
     ]
-    report.write_page(directory / "report.html", title, _LEAD, sections)
+    if isinstance(method, DMP):
+        timesteps = torch.arange(0, run.objective.num_train_timesteps, 10)
+        activation = gate_activation(run.model, method.patch, timesteps)
+        plot = plot_gate_activation(activation, timesteps, [site.name for site in method.patch.backbone.sites])
+        note = "Weight of every prompt over timesteps, a panel a block (as in Fig. 5 of arXiv 2405.17825)."
+        sections.append(report.Picture("Gate activation", plot, note))
+    sections += [
+        report.KeyValues("In numbers", facts),
+        *report.provenance(run.config_text, _commands(directory, config)),
+    ]
+    report.write_page(directory / "report.html", title, _LEADS[data], sections)
     report.print_table(columns, rows, title)
-    console.print(verdict(base, patched, quick), highlight=False)
+    console.print(verdict(measured, config.quick), highlight=False)
     console.print(f"Report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-_LEAD = (
-    "A converged DiT for scikit-learn's digits, frozen, and a patch of prompts mixed by timestep (DMP, arXiv "
-    "2405.17825), trained on the same digits. A third of the digits is held out from all training."
-)
+_LEADS = {
+    "digits": (
+        "A converged DiT for scikit-learn's digits, frozen, and a patch of prompts mixed by timestep (DMP, arXiv "
+        "2405.17825), trained on the same digits. A third of the digits is held out from all training."
+    ),
+    "fashion": (
+        "A converged DiT for Fashion-MNIST, frozen, and adapters that learned, from its own training images, to tell "
+        "these from the model's samples (DDO, arXiv 2503.01103). 5,000 images are held out from all training and "
+        "from every choice."
+    ),
+}
 _NOTE = (
-    "Mean ± standard deviation over sampling seeds; the difference is paired by seed, ± its standard error. "
+    "Mean ± standard deviation over sampling seeds; differences are paired by seed, ± their standard error. "
     f"{direction_note(METRICS)}"
 )
 
 
-def verdict(base: Measured, patched: Measured, quick: bool) -> str:
-    """One sentence on whether the patch helped against the held-out digits."""
-    before = sum(base.values("fid_held_out")) / len(base.metrics)
-    mean, error = paired_difference(base.values("fid_held_out"), patched.values("fid_held_out"))
-    change = f"{mean:+.4f} ± {error:.4f} ({100 * mean / before:+.1f} %)"
+def gain_table(measured: Mapping[int, Row]) -> tuple[list[str], list[list[str]]]:
+    """A row a model and number of steps: FID against held-out images, its change, recall."""
+    base = next(iter(measured.values()))["base"]
+    columns = ["model", "sampling steps", "FID, held-out images", "change to the first row", "recall"]
+    rows = []
+    for steps, row in measured.items():
+        for name, value in row.items():
+            fids, recalls = value.values(METRIC), value.values("recall")
+            cells = [report.format_mean(statistics.fmean(own), statistics.stdev(own), 3) for own in (fids, recalls)]
+            change = "" if value is base else _percent(base, value)
+            rows.append([name, str(steps), cells[0], change, cells[1]])
+    return columns, rows
+
+
+def gain_figure(measured: Mapping[int, Row]) -> Figure:
+    """The table's FIDs as bars."""
+    figure = Figure(figsize=(6.5, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    bars = [
+        (f"{name}, {steps} steps", value.values(METRIC))
+        for steps, row in measured.items()
+        for name, value in row.items()
+    ]
+    for place, (label, values) in enumerate(bars):
+        color = "tab:green" if label.startswith("patched") else "tab:gray"
+        axes.barh(place, statistics.fmean(values), xerr=statistics.stdev(values), color=color, height=0.7)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlabel("FID against held-out images (lower is better)")
+    axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def verdict(measured: Mapping[int, Row], quick: bool) -> str:
+    """A sentence or two: whether the patch helped against held-out images, and beside more sampling steps."""
+    (steps, first), *others = measured.items()
+    mean, error = paired_difference(first["base"].values(METRIC), first["patched"].values(METRIC))
     outcome = "The patch gains" if mean < 0 else "The patch does not gain"
     if abs(mean) <= 2 * error:
         outcome = "No gain to be told from noise"
-    result = f"{outcome}: FID (digits features) against held-out digits changes by {change}."
+    result = f"{outcome}: FID against held-out images changes by {_percent(first['base'], first['patched'])}."
+    for more, row in others:
+        without, both = (_percent(first["base"], row[name]) for name in ("base", "patched"))
+        result += f" {more} sampling steps in place of {steps} give {without} without it, and {both} with it."
     return result + (" This was the quick form, too short to judge by." if quick else "")
 
 
-def _commands(directory: Path, quick: bool) -> str:
-    demo = "stagepatch demo" + (" --quick" if quick else "") + f" --output_dir {directory}"
-    evaluate = f"stagepatch evaluate --model digits --patch {directory} --seeds '{SEEDS}'"
+def _percent(base: Measured, other: Measured) -> str:
+    mean, error = paired_difference(base.values(METRIC), other.values(METRIC))
+    scale = 100.0 / statistics.fmean(base.values(METRIC))
+    return f"{scale * mean:+.1f} ± {scale * error:.1f} %"
+
+
+def _commands(directory: Path, config: configs.DemoConfig) -> str:
+    demo = f"stagepatch demo --data {config.data}" + " --quick" * config.quick + f" --output_dir {directory}"
+    own = f"--model {config.data} --data.source {config.data} --extractor {config.data}"
+    evaluate = f"stagepatch evaluate {own} --patch {directory} --seeds '{SEEDS}'"
     return f"{demo}\n{evaluate}\nstagepatch inspect {directory}\n"

@@ -15,7 +15,8 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     if config.patch and config.schedule:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
     directory = Path(config.output_dir)
-    evaluator = Evaluator.load(config.model, config.data, config.extractor, Path(config.cache or directory / "cache"))
+    cache = Path(config.cache or directory / "cache")
+    evaluator = Evaluator.load(config.model, config.data, config.extractor, cache, config.held_out)
     model, scheduler = load_on_device(config.model)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
     total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)

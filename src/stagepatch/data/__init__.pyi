@@ -2,12 +2,14 @@ from .cache_dataset import CachedLatents as CachedLatents
 from .cache_writer import build_cache as build_cache
 from .cache_writer import cache_key as cache_key
 from .config import DataConfig as DataConfig
+from .dataset import BUNDLED as BUNDLED
 from .dataset import ImageDataset as ImageDataset
 from .dataset import in_memory as in_memory
 from .dataset import load_dataset as load_dataset
 from .dataset import open_source as open_source
 from .digits import NUM_CLASSES as NUM_CLASSES
 from .digits import load_digits as load_digits
+from .fashion import load_fashion as load_fashion
 from .folder import FolderSource as FolderSource
 from .huggingface import HuggingFaceSource as HuggingFaceSource
 from .images import Images as Images

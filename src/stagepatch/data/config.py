@@ -9,7 +9,8 @@ class DataConfig:
     """Training images.
 
     Args:
-        source: 'digits' (scikit-learn's, the two thirds that are for training), a folder of images, a dataset of
+        source: 'digits' (scikit-learn's, the two thirds that are for training), 'fashion' (Fashion-MNIST at 16×16),
+            a folder of images, a dataset of
             Hugging Face `datasets` (a saved one's directory, or a name on the Hub), or WebDataset tar shards (their
             directory, or one .tar file).
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',

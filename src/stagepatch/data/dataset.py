@@ -35,16 +35,21 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 BUNDLED: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {"digits": load_digits, "fashion": load_fashion}
-"""Data that come with the package: splits 'train' and 'held_out' of each, on which nothing is ever trained."""
+"""Data that come with the package: splits 'train' and, on which nothing is ever trained, 'held_out' of each."""
 
 
-def load_dataset(config: DataConfig, split: Literal["train", "held_out"] = "train") -> Dataset[dict[str, Any]]:
+Split = Literal["train", "held_out", "tune"]
+
+
+def load_dataset(config: DataConfig, split: Split = "train") -> Dataset[dict[str, Any]]:
     """The dataset that a config names. Only those of BUNDLED have a held-out split.
 
     Raises:
-        UserError: nothing at the source, no image in it, or too many broken ones.
+        UserError: nothing at the source, no image in it, too many broken ones, or no such split.
     """
     if config.source in BUNDLED:
+        if split == "tune" and config.source == "digits":
+            raise UserError("The digits have no images to choose by: held_out='tune' is of 'fashion' alone.")
         return ImageDataset(*BUNDLED[config.source](split))
     return Images(open_source(config), config)
 
@@ -76,9 +81,9 @@ def find_format(path: Path) -> Literal["folder", "datasets", "webdataset"]:
     if path.is_dir():
         return "folder"
     raise UserError(
-        f"No images at '{path}'. data.source can be 'digits', 'fashion', a folder of images, a dataset saved by Hugging Face "
-        f"datasets, a directory of WebDataset shards or one .tar file; or a dataset on the Hub, with "
-        f"data.format=datasets."
+        f"No images at '{path}'. data.source can be {', '.join(map(repr, BUNDLED))}, a folder of images, a dataset "
+        f"saved by Hugging Face datasets, a directory of WebDataset shards or one .tar file; or a dataset on the Hub, "
+        f"with data.format=datasets."
     )
 
 

@@ -11,7 +11,7 @@ from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import build_cache, cache_key
 from stagepatch.data.config import DataConfig
-from stagepatch.data.dataset import load_dataset, open_source
+from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
 from stagepatch.data.images import Images
 
 # What of a data config decides the latents.
@@ -28,8 +28,10 @@ def make_cache(
     Raises:
         UserError: the directory holds the cache of something else.
     """
-    if data.source == "digits":
-        raise UserError("The digits are 8×8 pixels and need no VAE: set data.source to images for this model.")
+    if data.source in BUNDLED:
+        raise UserError(
+            f"The bundled {data.source} are small and need no VAE: set data.source to images for this model."
+        )
     source = open_source(data)
     preprocessing = {name: getattr(data, name) for name in _PREPROCESSING}
     key = cache_key(source.stamp(), preprocessing, encoder_directories(model))

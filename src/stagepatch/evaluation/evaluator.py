@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,20 +54,28 @@ class Evaluator:
         self._features: dict[str, Tensor] = {}
 
     @classmethod
-    def load(cls, model: str, data: DataConfig, extractor: str, cache: Path) -> Evaluator:
+    def load(
+        cls,
+        model: str,
+        data: DataConfig,
+        extractor: str,
+        cache: Path,
+        held_out: Literal["held_out", "tune"] = "held_out",
+    ) -> Evaluator:
         """For the samples of a model, patched or not.
 
         Args:
-            model: a model directory, a Hub id or 'digits'.
+            model: a model directory, a Hub id, 'digits' or 'fashion'.
             data: the images that it was trained on.
             extractor: its name.
             cache: directory of the latents and captions of a model with a VAE, made first if it is not there.
+            held_out: which of the held-out images; see `load_references`.
 
         Raises:
             UserError: the cache is of something else, or the data or the extractor cannot be had.
         """
         latents = latent_sampling(model, data, cache)
-        return cls(load_references(data), load_extractor(extractor), latents)
+        return cls(load_references(data, held_out), load_extractor(extractor), latents)
 
     def without_held_out(self) -> Evaluator:
         """The same with the training images alone, for a choice that the held-out ones are to judge."""

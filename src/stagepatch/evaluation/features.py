@@ -1,6 +1,7 @@
 """Feature extractors, by name."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from stagepatch.checkpoints import module_fingerprint
 from stagepatch.core import UserError
-from stagepatch.evaluation.digits_classifier import NUM_FEATURES, load_classifier
+from stagepatch.evaluation.classifiers import CLASSIFIERS, load_classifier
 
 
 class FeatureExtractor(Protocol):
@@ -25,14 +26,13 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
-class DigitsFeatures:
-    """The bundled classifier's activations before its last layer: [B, 48]."""
+class ClassifierFeatures:
+    """A bundled classifier's activations before its last layer: [B, F]."""
 
-    name = "digits features"
-    num_features = NUM_FEATURES
-
-    def __init__(self) -> None:
-        self.classifier = load_classifier()
+    def __init__(self, name: str) -> None:
+        self.name = f"{name.replace('_', ' ')} features"
+        self.classifier = load_classifier(name)
+        self.num_features = self.classifier.num_features
         self.fingerprint = module_fingerprint(self.classifier)
 
     @torch.no_grad()
@@ -64,7 +64,10 @@ class InceptionFeatures:
         return features
 
 
-_EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {"digits": DigitsFeatures, "inception": InceptionFeatures}
+_EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {
+    **{name: partial(ClassifierFeatures, name) for name in CLASSIFIERS},
+    "inception": InceptionFeatures,
+}
 
 
 def load_extractor(name: str) -> FeatureExtractor:

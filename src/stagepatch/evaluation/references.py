@@ -5,12 +5,13 @@ import hashlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stagepatch.core import UserError, read_tensors, write_tensors
-from stagepatch.data import DataConfig, ImageDataset, Images, in_memory, load_dataset
+from stagepatch.data import BUNDLED, DataConfig, ImageDataset, Images, in_memory, load_dataset
 from stagepatch.evaluation.features import FeatureExtractor, extract_features
 
 _MOST_NUMBERS = 2**28  # a GiB of float32
@@ -29,14 +30,19 @@ class References:
     held_out: ImageDataset | None
 
 
-def load_references(config: DataConfig) -> References:
-    """The training images of a data config, in memory where they are few, and for digits the held-out third.
+def load_references(config: DataConfig, held_out: Literal["held_out", "tune"] = "held_out") -> References:
+    """The training images of a data config, in memory where they are few, and of bundled data the held-out ones.
+
+    Args:
+        held_out: which of these: those to report on, or those to choose by.
 
     Raises:
-        UserError: images of many sizes.
+        UserError: images of many sizes, or none of those held out.
     """
-    if config.source == "digits":
-        return References(in_memory(load_dataset(config)), in_memory(load_dataset(config, "held_out")))
+    if config.source in BUNDLED:
+        return References(in_memory(load_dataset(config)), in_memory(load_dataset(config, held_out)))
+    if held_out == "tune":
+        raise UserError(f"held_out='tune' is of 'fashion' alone; of '{config.source}' no images are held out.")
     if config.crop != "center":
         raise UserError(f"data.crop='{config.crop}' makes images of many sizes: metrics need crop 'center'.")
     dataset = load_dataset(config)

@@ -21,7 +21,7 @@ def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tenso
             'lora_B.weight', alpha equal to the rank.
 
     Raises:
-        UserError: LoRAs on other layers.
+        UserError: LoRAs on other layers, or of several maps that are mixed over the noise level.
     """
     loras = [read_tensors(stage / FILE_NAME)[0] for stage in stages]
     for stage, tensors in zip(stages, loras, strict=True):
@@ -29,6 +29,11 @@ def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tenso
         if odd:
             raise UserError(f"'{stage}' is on other layers than '{stages[0]}': first '{odd[0]}'.")
     choices = [LoRAConfig(**read_json(stage / CONFIG_NAME)) for stage in stages]
+    mixed = [stage for stage, choice in zip(stages, choices, strict=True) if choice.num_stages > 1]
+    if mixed:
+        raise UserError(
+            f"'{mixed[0]}' is mixed over the noise level: its maps are not of one weight, and do not add up."
+        )
     return replace(choices[0], rank=sum(choice.rank for choice in choices), min_rank=0), loras
 
 

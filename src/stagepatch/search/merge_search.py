@@ -95,7 +95,8 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
     options, output, count = config.search, Path(config.output_dir), len(stages.directories)
     strategies = weight_strategies(options, count)
     merged = MergedLoRA(stages) if stages.are_loras else MergedModel(stages, config.ties_keep)
-    evaluator = Evaluator.load(stages.base, config.data, config.extractor, Path(config.cache or output / "cache"))
+    cache = Path(config.cache or output / "cache")
+    evaluator = Evaluator.load(stages.base, config.data, config.extractor, cache, config.held_out)
     metric = SampledMetric(evaluator, options.metric)
 
     def objective(weights: Point, report: Report | None) -> float:

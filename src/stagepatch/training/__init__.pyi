@@ -7,6 +7,9 @@ from .draws import draw as draw
 from .draws import load_batches as load_batches
 from .log import read_log as read_log
 from .loop import train as train
+from .presets import PRESETS as PRESETS
+from .presets import apply_preset as apply_preset
+from .presets import preset_values as preset_values
 from .run import RUN_CONFIG as RUN_CONFIG
 from .run import Run as Run
 from .run_config import PretrainConfig as PretrainConfig

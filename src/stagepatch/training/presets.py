@@ -4,7 +4,7 @@
 defaults of the configs.
 """
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from stagepatch.core import UserError
@@ -50,6 +50,6 @@ def apply_preset(config: Any, name: str) -> Any:
     for key, value in preset_values(name).items():
         part, _, own = key.rpartition(".")
         target = getattr(config, part) if part else config
-        assert is_dataclass(target) and own in {field.name for field in fields(target)}
+        assert own in {field.name for field in fields(target)}
         setattr(target, own, value)
     return config

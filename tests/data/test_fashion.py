@@ -1,0 +1,64 @@
+"""The bundled Fashion-MNIST against the files that it was made of, and its splits."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import make_fashion
+from stagepatch.core import UserError
+from stagepatch.data import DataConfig, fashion, load_dataset, load_fashion
+
+PUBLISHED = Path("/usr/share/datasets/fashion-mnist")
+
+
+def test_splits_have_their_sizes_and_are_apart():
+    images = {split: load_fashion(split) for split in ("train", "tune", "held_out")}
+    assert {split: len(value[0]) for split, value in images.items()} == {
+        "train": 60_000,
+        "tune": 5000,
+        "held_out": 5000,
+    }
+    for pixels, labels in images.values():
+        assert pixels.shape[1:] == (1, 16, 16)
+        assert (float(pixels.min()), float(pixels.max())) == (-1.0, 1.0)
+        assert set(labels.tolist()) == set(range(10))
+    tune, held_out = (images[split][0].flatten(1) for split in ("tune", "held_out"))
+    same = (torch.cdist(tune[:500], held_out) == 0).sum()
+    assert same == 0
+
+
+def test_tuning_images_are_of_fashion_alone():
+    assert len(load_dataset(DataConfig(source="fashion"), "tune")) == 5000
+    with pytest.raises(UserError, match="fashion"):
+        load_dataset(DataConfig(source="digits"), "tune")
+
+
+def test_a_damaged_copy_is_refused(tmp_path, monkeypatch):
+    damaged = tmp_path / "fashion-16.xz"
+    damaged.write_bytes(fashion.ASSET.read_bytes()[:-1])
+    monkeypatch.setattr(fashion, "ASSET", damaged)
+    with pytest.raises(UserError, match="install stagepatch again"):
+        load_fashion("train")
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_images_are_the_published_ones_made_smaller():
+    published = make_fashion._read(PUBLISHED / "t10k-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    labels = make_fashion._read(PUBLISHED / "t10k-labels-idx1-ubyte.gz", 8)
+    for split, first in (("tune", 0), ("held_out", 1)):
+        images, own_labels = load_fashion(split)
+        assert np.array_equal(own_labels.numpy(), labels[first::2])
+        # By torch's own antialiased filter: Pillow rounds, and the copy has 128 levels.
+        whole = torch.from_numpy(published[first::2].copy()).float().unsqueeze(1)[:200]
+        small = torch.nn.functional.interpolate(whole, (16, 16), mode="bicubic", antialias=True, align_corners=False)
+        pixels = (images[:200] + 1) * 127.5
+        assert float((pixels - small.clamp(0, 255)).abs().max()) < 4.0
+        assert float((pixels - small.clamp(0, 255)).abs().mean()) < 1.0
+
+
+def test_the_copy_stays_small():
+    assert fashion.ASSET.stat().st_size < 10_000_000
+    assert importlib.util.find_spec("experiments.make_fashion") is not None
