@@ -38,7 +38,7 @@ def test_real_digits_are_told_from_noise():
     assert real["nearest_train"] < noise["nearest_train"]
     assert evaluate(both.train.images, both, extractor)["nearest_train"] == pytest.approx(0.0, abs=1e-2)
     assert "fid_held_out" not in real
-    assert list(noise) == list(metric_names("digits features"))
+    assert [*noise, "fid_second"] == [*(key for key in metric_names("") if key != "fid_second"), "fid_second"]
 
 
 def test_references_are_hashed_and_computed_once_for_all_seeds_and_models(evaluator, monkeypatch):
@@ -95,4 +95,14 @@ def test_tables_say_which_way_is_better(keys, note):
 
 
 def test_fid_is_never_called_plain():
-    assert all("(digits features)" in name for key, name in metric_names("digits features").items() if "fid" in key)
+    names = metric_names("digits features")
+    assert all("features)" in name for key, name in names.items() if "fid" in key)
+    assert "(digits features)" in names["fid_held_out"]
+
+
+def test_a_second_opinion_is_measured_on_the_same_images():
+    both = evaluation.load_references(DataConfig(source="fashion"), "tune")
+    first, second = (evaluation.load_extractor(name) for name in ("fashion", "fashion_vit"))
+    images = both.train.images[:300]
+    found = evaluation.Evaluator(both, first, second=second).metrics(images, ["fid_held_out", "fid_second"])
+    assert found["fid_second"] == evaluate(images, both, second)["fid_held_out"] != found["fid_held_out"]

@@ -121,12 +121,12 @@ def test_job_of_two_processes_ends_with_the_same_patch(tmp_path):
 
 
 def test_terminal_shows_the_last_checkpoint_of_each_entry():
-    judged = ["difference to base", "in percent", "p"]
+    judged = ["difference to base", "in percent", "p", "p (Holm)"]
     columns = [*COLUMNS, "FID at 2", "FID at 4", *judged]
-    whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "e", "f"]
-    shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "e", "f"]
+    whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "e", "f", "g"]
+    shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "e", "f", "g"]
     names, cells = short(columns, [whole])
-    assert (names, cells) == (["method", "share", "FID at 4", *judged], [["b", "1%", "0.4", "d", "e", "f"]])
+    assert (names, cells) == (["method", "share", "FID at 4", *judged], [["b", "1%", "0.4", "d", "e", "f", "g"]])
     names, cells = short(columns, [whole, shorter])
     assert names[2] == "FID at the end"
     assert [row[2] for row in cells] == ["0.4", "0.3"]

@@ -3,12 +3,13 @@
 from stagepatch.cli import config as configs
 from stagepatch.core import write_text
 from stagepatch.report import print_table
-from stagepatch.studies import collect, launch, note, plan_jobs, short, table, write_results
+from stagepatch.studies import collect, launch, note, plan_jobs, short, table, verdict, with_plan, write_results
 from stagepatch.training import RUN_CONFIG
 
 
 def compare(config: configs.CompareConfig, resolved: str) -> None:
     """Train and measure every entry, and write the table."""
+    config = with_plan(config)
     jobs = plan_jobs(config)
     directory = jobs[0].directory.parent.parent
     write_text(directory / RUN_CONFIG, resolved)
@@ -16,4 +17,5 @@ def compare(config: configs.CompareConfig, resolved: str) -> None:
     rows = collect(jobs, config.metric)
     write_results(directory, jobs, rows, config.metric, resolved)
     print_table(*short(*table(rows, config.metric, jobs[0].extractor + " features")), note(jobs, config.metric))
+    print(verdict(rows, config.metric))
     print(f"Report: {directory / 'report.html'}")

@@ -45,12 +45,18 @@ class Evaluator:
         references: what samples are measured against.
         extractor: of features.
         latents: how a model of latents is sampled.
+        second: other features, in which FID is measured too.
     """
 
     def __init__(
-        self, references: References, extractor: FeatureExtractor, latents: LatentSampling | None = None
+        self,
+        references: References,
+        extractor: FeatureExtractor,
+        latents: LatentSampling | None = None,
+        second: FeatureExtractor | None = None,
     ) -> None:
         self.references, self.extractor, self.latents = references, extractor, latents
+        self._second = None if second is None else Evaluator(references, second)
         self._features: dict[str, Tensor] = {}
 
     @classmethod
@@ -61,6 +67,7 @@ class Evaluator:
         extractor: str,
         cache: Path,
         held_out: Literal["held_out", "tune"] = "held_out",
+        second: str = "",
     ) -> Evaluator:
         """For the samples of a model, patched or not.
 
@@ -70,12 +77,14 @@ class Evaluator:
             extractor: its name.
             cache: directory of the latents and captions of a model with a VAE, made first if it is not there.
             held_out: which of the held-out images; see `load_references`.
+            second: name of an extractor, in whose features FID is measured too.
 
         Raises:
             UserError: the cache is of something else, or the data or the extractor cannot be had.
         """
         latents = latent_sampling(model, data, cache)
-        return cls(load_references(data, held_out), load_extractor(extractor), latents)
+        features = load_extractor(extractor), load_extractor(second) if second else None
+        return cls(load_references(data, held_out), features[0], latents, features[1])
 
     def without_held_out(self) -> Evaluator:
         """The same with the training images alone, for a choice that the held-out ones are to judge."""
@@ -88,6 +97,8 @@ class Evaluator:
         train, held_out = self.references.train, self.references.held_out
         if name == "pixels":
             return train.images if isinstance(train, ImageDataset) else None
+        if name == "second":
+            return None if self._second is None else self._second.reference("unseen")
         if name == "unseen":
             name = "train" if held_out is None else "held_out"
         dataset = train if name == "train" else held_out
@@ -107,14 +118,18 @@ class Evaluator:
         Args:
             keys: of METRICS; all by default.
         """
-        features = extract_features(self.extractor, images)
+        samples = {"pixels": images.clamp(-1.0, 1.0)}
         found = {}
         for key in METRICS if keys is None else keys:
             metric = METRICS[key]
             reference = self.reference(metric.reference)
-            if reference is not None:
-                samples = images.clamp(-1.0, 1.0) if metric.reference == "pixels" else features
-                found[key] = metric.function(samples, reference)
+            if reference is None:
+                continue
+            of = self._second if metric.reference == "second" else self
+            name: str = metric.reference if metric.reference in ("pixels", "second") else "features"
+            if name not in samples and of is not None:
+                samples[name] = extract_features(of.extractor, images)
+            found[key] = metric.function(samples[name], reference)
         return found
 
     def sample(

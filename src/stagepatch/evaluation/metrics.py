@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-Reference = Literal["train", "held_out", "unseen", "pixels"]
+Reference = Literal["train", "held_out", "unseen", "second", "pixels"]
 
 
 class _PrecomputedFeatures(nn.Identity):
@@ -77,7 +77,8 @@ class Metric:
         label: in tables; '{features}' stands for the extractor's name.
         function: samples and reference to the number.
         reference: what the function takes: features of the samples and of the 'train'ing images, of the 'held_out'
-            ones, or of the 'unseen', which are held out where there are any, else training images; or the 'pixels' of
+            ones, or of the 'unseen', which are held out where there are any, else training images, in the evaluator's
+            features or, of the same images, in its 'second' ones; or the 'pixels' of
             the samples and of the training images, [B, C, H, W] in [−1, 1]. Where there are no held-out images, or
             the training images are not in memory, the metric is left out.
         better: which of two values is the better one.
@@ -98,6 +99,7 @@ class Metric:
 METRICS = {
     "fid_train": Metric("FID ({features}), training images", fid, "train"),
     "fid_held_out": Metric("FID ({features}), held-out images", fid, "held_out"),
+    "fid_second": Metric("FID (second features)", fid, "second"),
     "kid": Metric("KID ({features})", kid, "unseen"),
     "precision": Metric("precision", precision, "unseen", "higher"),
     "recall": Metric("recall", recall, "unseen", "higher"),

@@ -17,3 +17,9 @@ from .decouple_jobs import write_experts as write_experts
 from .job import Job as Job
 from .launch_jobs import LaunchConfig as LaunchConfig
 from .launch_jobs import launch as launch
+from .protocol import Budget as Budget
+from .protocol import Work as Work
+from .protocol import default_entries as default_entries
+from .protocol import plan_budget as plan_budget
+from .protocol import with_plan as with_plan
+from .verdict import verdict as verdict

@@ -18,7 +18,13 @@ class EntryConfig:
         patch: fields of the patch's config.
         lora: fields of the LoRA's config.
         weighting: fields of the loss weighting's config.
+        objective: 'denoising', the model's own loss (the default), or 'ddo', which tells training images from the
+            model's samples.
+        ddo: fields of the DDO config. The samples are shared by all jobs on the comparison's model.
         training: fields of the training config that differ from the common one.
+        sampling: fields of the sampling config that differ, such as more steps; not the number of images, nor the
+            seed. An untrained entry with some is what anyone has without training.
+        control: why a method must beat this row, such as 'steps', 'parameters' or 'free'; empty for a method.
         model: what the entry starts from, if not the comparison's own model; '{seed}' in it stands for the training
             seed, as in 'runs/merged-{seed}'.
         schedule: experts by timestep (see docs/experts.md) that are sampled in place of the model alone; '{seed}' as
@@ -30,7 +36,11 @@ class EntryConfig:
     patch: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     weighting: dict[str, Any] = field(default_factory=dict)
+    objective: Literal["denoising", "ddo"] = "denoising"
+    ddo: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    control: str = ""
     model: str = ""
     schedule: str = ""
 
@@ -43,13 +53,16 @@ class CompareConfig(EvaluationConfig):
 
     Args:
         output_dir: takes a directory a job, and the table as Markdown, CSV, JSON and a page.
-        model: a model directory, or 'digits'.
-        entries: the rows: each with a name, a method, and what it has of its own under patch, lora, weighting and
-            training.
+        model: a model directory, 'digits' or 'fashion'.
+        entries: the rows: each with a name, a method, and what it has of its own under patch, lora, weighting,
+            ddo, training and sampling.
+        hours: without entries, the rows are found, and steps, images and training seeds so chosen that all takes so
+            many hours on this machine; see docs/comparing.md. 0 needs entries.
         training_seeds: each entry is trained with each.
         sampling_seeds: each checkpoint is measured with each: at least 3, the same noise for all.
         evaluate_every: steps between checkpoints that are measured; 0 measures the last alone.
         metric: the table's metric, a key of the metrics.
+        second_extractor: FID against held-out images is measured in these features too, on the same samples.
         dtype: of frozen models' weights, in training and sampling.
         cache_batch_size: images encoded at a time for the cache.
         training: common to all entries; its seed and snapshot_every are set by the comparison.
@@ -61,10 +74,12 @@ class CompareConfig(EvaluationConfig):
     output_dir: str = "runs/compare"
     model: str = "digits"
     entries: list[EntryConfig] = field(default_factory=list)
+    hours: float = 0.0
     training_seeds: list[int] = field(default_factory=lambda: [0])
     sampling_seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     evaluate_every: int = 0
     metric: str = "fid_held_out"
+    second_extractor: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_batch_size: int = 8
     training: TrainingConfig = field(default_factory=TrainingConfig)

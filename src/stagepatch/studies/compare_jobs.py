@@ -1,5 +1,6 @@
 """From a comparison's config to its jobs; everything that can be refused is refused before any starts."""
 
+import hashlib
 import re
 import resource
 import statistics
@@ -8,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,13 +23,23 @@ from stagepatch.patch import PatchConfig
 from stagepatch.sampling import SamplingConfig, load_experts, read_schedule
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.job import Job
-from stagepatch.training import BOOKKEEPING, Run, TrainConfig, TrainingConfig, read_log
+from stagepatch.training import BOOKKEEPING, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
 
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
-_RUN = ("model", "method", "dtype", "patch", "lora", "weighting", "data", "training")
-_DEFAULTS = SimpleNamespace(dtype="float32", schedule="")  # of jobs that are older than these options
+_RUN = ("model", "method", "dtype", "patch", "lora", "objective", "weighting", "data", "training")
+# Of jobs that are older than these options.
+_DEFAULTS = SimpleNamespace(
+    dtype="float32", schedule="", objective="denoising", held_out="held_out", second_extractor=""
+)
 # Of an entry: its dictionaries, and what they are fields of.
-_PARTS = {"patch": PatchConfig, "lora": LoRAConfig, "weighting": WeightingConfig, "training": TrainingConfig}
+_PARTS: dict[str, Any] = {
+    "patch": PatchConfig,
+    "lora": LoRAConfig,
+    "weighting": WeightingConfig,
+    "ddo": DDOConfig,
+    "training": TrainingConfig,
+    "sampling": SamplingConfig,
+}
 
 
 @dataclass
@@ -41,6 +52,9 @@ class CompareJob(Job):
         checkpoints: steps after which it is measured.
         schedule: file of experts by timestep, sampled in place of the model alone.
         is_base: the comparison's own model, untrained, which the others are compared with.
+        held_out: which of the held-out images it is measured against.
+        second_extractor: of a second FID.
+        control: see `EntryConfig`.
     """
 
     directory: Path
@@ -52,6 +66,9 @@ class CompareJob(Job):
     checkpoints: list[int]
     schedule: str = ""
     is_base: bool = False
+    held_out: Literal["held_out", "tune"] = "held_out"
+    second_extractor: str = ""
+    control: str = ""
     record = "job.json"
     noun = "job"
 
@@ -59,9 +76,10 @@ class CompareJob(Job):
         return f"'{self.name}' (seed {self.config.training.seed})"
 
     def identity(self) -> dict[str, Any]:
-        elsewhere = ("directory", "config", "is_base")
+        elsewhere = ("directory", "config", "is_base", "control")
         own = {name: value for name, value in vars(self).items() if name not in elsewhere}
-        return own | {name: getattr(self.config, name) for name in _RUN}
+        own |= {name: getattr(self.config, name) for name in _RUN}
+        return own | {"ddo": replace(self.config.ddo, fakes="")}  # wherever they are
 
     def is_done(self) -> bool:
         return set(self.metrics()) >= set(self.checkpoints)
@@ -87,7 +105,8 @@ class CompareJob(Job):
             experts = load_experts(self.schedule, model, scheduler)
             experts.attach(model)
             sampling = experts.sampling(sampling)
-        evaluator = Evaluator.load(self.config.model, self.config.data, self.extractor, Path(self.config.cache))
+        cache, second = Path(self.config.cache), self.second_extractor
+        evaluator = Evaluator.load(self.config.model, self.config.data, self.extractor, cache, self.held_out, second)
         for step in sorted(set(self.checkpoints) - set(done)):
             saved = learned if step == self.config.training.steps else learned / "snapshots" / f"{step:07d}"
             if method is not None:
@@ -122,7 +141,9 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
             the model cannot take, or a job's directory that holds another's result.
     """
     if not config.entries:
-        raise UserError("entries is empty: give at least one, such as {name: DMP, method: dmp}.")
+        raise UserError(
+            "entries is empty: give at least one, such as {name: DMP, method: dmp}, or give hours, and the rows are found."
+        )
     repeated = [name for name, count in Counter(_slug(entry.name) for entry in config.entries).items() if count > 1]
     if repeated:
         raise UserError(f"Two entries are called '{repeated[0]}': give each a name of its own.")
@@ -131,6 +152,8 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
             f"sampling_seeds={config.sampling_seeds} must be at least 3, and training_seeds="
             f"{config.training_seeds} at least 1: differences are judged by their spread."
         )
+    if config.second_extractor == config.extractor:
+        raise UserError(f"second_extractor='{config.second_extractor}' is the extractor itself: choose another one.")
     if config.metric not in METRICS:
         raise UserError(f"metric='{config.metric}' is none of {', '.join(METRICS)}.")
     if config.launch.workers < 1:
@@ -151,8 +174,16 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
 
 
 def _quick(config: CompareConfig) -> CompareConfig:
+    few = {"num_images": 500}
     entries = [
-        replace(entry, training={k: v for k, v in entry.training.items() if k != "steps"}) for entry in config.entries
+        replace(
+            entry,
+            training={k: v for k, v in entry.training.items() if k != "steps"},
+            ddo={**entry.ddo, "sampling": {**entry.ddo.get("sampling", {}), **few}}
+            if entry.objective == "ddo"
+            else {},
+        )
+        for entry in config.entries
     ]
     return replace(
         config,
@@ -168,12 +199,19 @@ def _quick(config: CompareConfig) -> CompareConfig:
 def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     parts = {name: _fields(entry, name) for name in _PARTS}
     training = replace(config.training, **parts.pop("training"), tensorboard=False)
+    sampling = replace(config.sampling, **parts.pop("sampling"))
+    if {"num_images", "seed"} & set(entry.sampling):
+        raise UserError("sampling.num_images and sampling.seed are the same for all entries.")
+    if "sampling" in parts["ddo"]:
+        parts["ddo"]["sampling"] = replace(DDOConfig().sampling, **parts["ddo"]["sampling"])
     own: dict[str, Any] = {name: _PARTS[name](**values) for name, values in parts.items()}
+    if not own["ddo"].fakes and not entry.model:
+        own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])
     if entry.schedule and entry.method != "none":
         raise UserError(f"a schedule is sampled as it is: set method='{entry.method}' to none.")
     is_trained = entry.method != "none"
-    is_base = not is_trained and not (entry.model or entry.schedule)
+    is_base = not is_trained and not (entry.model or entry.schedule or entry.sampling)
     is_one = not is_trained and "{seed}" not in entry.model + entry.schedule
     every = config.evaluate_every or training.steps
     checkpoints = sorted({*range(every, training.steps + 1, every), training.steps})
@@ -188,21 +226,30 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
             output_dir=str(directory / "learned"),
             model=(entry.model or config.model).replace("{seed}", str(seed)),
             dtype=config.dtype,
+            objective=entry.objective,
             cache=str(cache_directory(config.cache, config.output_dir)),
             cache_batch_size=config.cache_batch_size,
             data=config.data,
             training=replace(training, seed=seed),
             **own,
         )
-        measuring = (config.sampling, config.sampling_seeds, config.extractor, checkpoints)
+        measuring = (sampling, config.sampling_seeds, config.extractor, checkpoints)
         schedule = entry.schedule.replace("{seed}", str(seed))
-        jobs.append(CompareJob(directory, run, entry.name, *measuring, schedule, is_base))
+        further = (config.held_out, config.second_extractor, entry.control)
+        jobs.append(CompareJob(directory, run, entry.name, *measuring, schedule, is_base, *further))
     return jobs
+
+
+def _fakes_name(config: DDOConfig) -> str:
+    """A directory for each way of sampling them."""
+    if config.sampling == DDOConfig().sampling:
+        return "fakes"
+    return "fakes-" + hashlib.sha256(str(as_json(vars(config.sampling))).encode()).hexdigest()[:8]
 
 
 def _fields(entry: EntryConfig, part: str) -> dict[str, Any]:
     """What an entry says of one of its parts."""
-    values: dict[str, Any] = getattr(entry, part)
+    values: dict[str, Any] = dict(getattr(entry, part))
     names = {field.name for field in fields(_PARTS[part])}
     unknown = sorted(set(values) - names)
     if unknown:

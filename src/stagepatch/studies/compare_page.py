@@ -14,8 +14,13 @@ from stagepatch import report
 from stagepatch.core import read_tensors, write_text
 from stagepatch.evaluation import direction_note, metric_names
 from stagepatch.studies.compare_jobs import SAMPLES_NAME, CompareJob
-from stagepatch.studies.compare_results import SIGNIFICANCE, Row
+from stagepatch.studies.compare_results import SIGNIFICANCE, Difference, Row
+from stagepatch.studies.verdict import verdict
 
+_CONTROLS_NOTE = (
+    "In percent of the base, ± standard error: the method's value less the control's, paired by training run where "
+    "both have as many, by Welch's test elsewhere."
+)
 COLUMNS = ["method", "trained", "share", "s/step", "peak MiB", "file MiB"]
 
 
@@ -23,7 +28,14 @@ def table(rows: Sequence[Row], metric: str, features: str) -> tuple[list[str], l
     """Columns and rows of text, one column for each checkpoint."""
     steps = sorted({step for row in rows for step in row.curve if step})
     label = metric_names(features)[metric]
-    columns = [*COLUMNS, *(f"{label} at {step}" for step in steps), "difference to base", "in percent", "p"]
+    columns = [
+        *COLUMNS,
+        *(f"{label} at {step}" for step in steps),
+        "difference to base",
+        "in percent",
+        "p",
+        "p (Holm)",
+    ]
     return columns, [_cells(row, rows, steps) for row in rows]
 
 
@@ -35,27 +47,53 @@ def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
         cells += [f"{row.seconds_per_step:.3f}", f"{row.peak_memory / 2**20:.0f}", f"{row.file_size / 2**20:.2f}"]
     if row.is_base:
         value = report.format_mean(*row.curve[0], 4)
-        return [*cells, *([value] * len(steps) or [value]), "", "", ""]
+        return [*cells, *([value] * len(steps) or [value]), *[""] * 4]
     cells += [report.format_mean(*row.curve[step], 4) if step in row.curve else "" for step in steps]
     change = row.differences.get(row.last)
     if change is None:
-        return [*cells, "", "", ""]
+        return [*cells, *[""] * 4]
     base = next(other.curve[0][0] for other in rows if other.is_base)
     sign = " *" if change.p_value < SIGNIFICANCE else ""
     p_value = "" if math.isnan(change.p_value) else f"{change.p_value:.3f}"
     percent = f"{100 * change.mean / base:+.1f} ± {100 * change.error / base:.1f} %"
-    return [*cells, f"{change.mean:+.4f} ± {change.error:.4f}{sign}", percent, p_value]
+    corrected = "" if math.isnan(row.holm) else f"{row.holm:.3f}"
+    return [*cells, f"{change.mean:+.4f} ± {change.error:.4f}{sign}", percent, p_value, corrected]
+
+
+def against_controls(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Difference of every method to every control, in percent of the base, with its p-value."""
+    base = next((row.curve[0][0] for row in rows if row.is_base), math.nan)
+    controls = [row for row in rows if row.control]
+    columns = ["method", *(f"{row.name} ({row.control})" for row in controls)]
+    cells = [[row.name, *(_points(row.against[c.name], base) for c in controls)] for row in rows if row.against]
+    return columns, cells
+
+
+def changes(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Every metric's difference to the base, ± its standard error."""
+    keys = list(rows[0].metrics)
+    cells = [[row.name, *(_change(row.changes[key]) for key in keys)] for row in rows if row.changes]
+    return ["method", *keys], cells
+
+
+def _change(change: Difference) -> str:
+    return f"{change.mean:+.4f}" + ("" if math.isnan(change.error) else f" ± {change.error:.4f}")
+
+
+def _points(change: Difference, base: float) -> str:
+    tested = "" if math.isnan(change.p_value) else f" (p {change.p_value:.3f})"
+    return f"{100 * change.mean / base:+.1f} ± {100 * change.error / base:.1f} %{tested}"
 
 
 def short(columns: list[str], cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """What fits on a terminal: method, share trained, and the last checkpoint, of each entry its own."""
-    measured = slice(len(COLUMNS), -3)
+    measured = slice(len(COLUMNS), -4)
     last = [next((cell for cell in reversed(row[measured]) if cell), "") for row in cells]
     is_one = all(row[measured][-1] for row in cells)
     label = columns[measured][-1] if is_one else columns[measured][-1].rpartition(" at ")[0] + " at the end"
     return (
-        [columns[0], columns[2], label, *columns[-3:]],
-        [[row[0], row[2], value, *row[-3:]] for row, value in zip(cells, last, strict=True)],
+        [columns[0], columns[2], label, *columns[-4:]],
+        [[row[0], row[2], value, *row[-4:]] for row, value in zip(cells, last, strict=True)],
     )
 
 
@@ -78,7 +116,10 @@ def write_results(
     """table.md, table.csv, results.json and report.html."""
     features = jobs[0].extractor + " features"
     columns, cells = table(rows, metric, features)
-    write_text(directory / "table.md", report.markdown_table(columns, cells) + "\n" + note(jobs, metric) + "\n")
+    parts = [report.markdown_table(columns, cells), note(jobs, metric), verdict(rows, metric)]
+    controls, found = against_controls(rows), changes(rows)
+    parts += [report.markdown_table(*each) for each in (controls, found) if each[1]]
+    write_text(directory / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
     sheet = io.StringIO()
     csv.writer(sheet).writerows([columns, *cells])
     write_text(directory / "table.csv", sheet.getvalue())
@@ -87,10 +128,13 @@ def write_results(
     header, direction = ["method", *names.values()], direction_note([metric])
     values = [[row.name, *(f"{row.metrics[key]:.4f}" for key in names)] for row in rows]
     sections: list[report.Section] = [
+        report.Prose("Verdict", verdict(rows, metric)),
         report.Table("All methods", columns, cells, note(jobs, metric)),
+        *([report.Table("Against the controls", *controls, _CONTROLS_NOTE)] if controls[1] else []),
         report.Picture("Over iterations", curves(rows, metric, features), "Bars: standard deviation."),
         report.Picture("Gain against cost", gain_against_cost(rows), f"Difference to the base. {direction}"),
         report.Table("All metrics at the last checkpoint", header, values, direction_note(rows[0].metrics)),
+        *([report.Table("Differences to the base", *found, "± standard error.")] if found[1] else []),
         *_grids(jobs),
         *report.provenance(resolved, "stagepatch compare --config run.yaml\n"),
     ]

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scipy import stats
 
@@ -16,17 +16,25 @@ _COSTS = ("seconds_per_step", "peak_memory", "file_size")
 
 @dataclass
 class Difference:
-    """A metric's difference to the base.
+    """A metric's difference to another row.
 
     Args:
-        mean: over training seeds, each a mean over sampling seeds paired with the base's.
+        mean: over training seeds, each a mean over sampling seeds paired with the other's.
         error: its standard error.
         p_value: of a two-sided t-test that it is zero; NaN where it cannot be made.
+        degrees: of freedom of that test.
     """
 
     mean: float
     error: float
     p_value: float
+    degrees: float = math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of 95%, by Student's t."""
+        half = float(stats.t.ppf(0.975, self.degrees)) * self.error if self.degrees > 0 else math.nan
+        return self.mean - half, self.mean + half
 
 
 @dataclass
@@ -38,6 +46,10 @@ class Row:
             there is one training seed).
         differences: step -> difference to the base; none for the base itself, or without a base.
         metrics: mean of every metric at the last checkpoint.
+        control: why a method must beat it, or empty.
+        changes: of every metric, difference to the base at the last checkpoint.
+        against: difference of the comparison's metric to each control, by the control's name.
+        holm: p-value of the difference to the base, corrected for the number of methods (Holm); NaN for what is none.
     """
 
     name: str
@@ -51,6 +63,15 @@ class Row:
     curve: dict[int, tuple[float, float]]
     differences: dict[int, Difference]
     metrics: dict[str, float]
+    control: str = ""
+    changes: dict[str, Difference] = field(default_factory=dict)
+    against: dict[str, Difference] = field(default_factory=dict)
+    holm: float = math.nan
+
+    @property
+    def is_method(self) -> bool:
+        """Whether it was trained to be better than the base, and is no control."""
+        return self.method != "none" and not self.control
 
     @property
     def last(self) -> int:
@@ -64,7 +85,49 @@ def collect(jobs: Sequence[CompareJob], metric: str) -> list[Row]:
     for job in jobs:
         by_name.setdefault(job.name, []).append(job)
     base = next((job.metrics()[0] for job in jobs if job.is_base), None)
-    return [_row(same, base, metric) for same in by_name.values()]
+    rows = [_row(same, base, metric) for same in by_name.values()]
+    last = {name: _last(same, metric) for name, same in by_name.items()}
+    for row in rows:
+        if row.is_method:
+            controls = [other.name for other in rows if other.control]
+            row.against = {name: difference_between(last[row.name], last[name]) for name in controls}
+    methods = [row for row in rows if row.is_method and row.differences]
+    corrected = holm([row.differences[row.last].p_value for row in methods])
+    for row, p_value in zip(methods, corrected, strict=True):
+        row.holm = p_value
+    return rows
+
+
+def _last(jobs: list[CompareJob], metric: str) -> list[list[float]]:
+    """A metric at the last checkpoint, by training seed and sampling seed."""
+    measured = [job.metrics() for job in jobs]
+    return [[seed[metric] for seed in each[max(each)]] for each in measured]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for how many there are (Holm 1979); what is NaN stays so, and does not count."""
+    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    corrected, so_far = list(p_values), 0.0
+    for rank, (p, place) in enumerate(order):
+        so_far = max(so_far, min(1.0, (len(order) - rank) * p))
+        corrected[place] = so_far
+    return corrected
+
+
+def difference_between(one: list[list[float]], other: list[list[float]]) -> Difference:
+    """Of two rows' values by training seed and sampling seed.
+
+    Rows of equally many training runs are paired by run, and a row without training is paired with each run; others
+    are compared by Welch's test over the runs' means.
+    """
+    if len(other) == 1:
+        other = other * len(one)
+    if len(one) == len(other):
+        return difference([[a - b for a, b in zip(*pair, strict=True)] for pair in zip(one, other, strict=True)])
+    means = [[statistics.fmean(run) for run in each] for each in (one, other)]
+    test = stats.ttest_ind(*means, equal_var=False)
+    mean = statistics.fmean(means[0]) - statistics.fmean(means[1])
+    return Difference(mean, abs(mean / float(test.statistic)), float(test.pvalue), float(test.df))
 
 
 def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: str) -> Row:
@@ -94,7 +157,13 @@ def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: st
         curve,
         differences,
         {name: statistics.fmean(seed[name] for seed in last) for name in last[0]},
+        jobs[0].control,
+        {} if base is None or is_base else {name: _change(jobs, base, name) for name in last[0]},
     )
+
+
+def _change(jobs: list[CompareJob], base: list[dict[str, float]], metric: str) -> Difference:
+    return difference_between(_last(jobs, metric), [[seed[metric] for seed in base]])
 
 
 def difference(paired: list[list[float]]) -> Difference:
@@ -108,8 +177,9 @@ def difference(paired: list[list[float]]) -> Difference:
     if len(units) < 2:
         return Difference(mean, math.nan, math.nan)
     if deviation == 0.0:
-        return Difference(mean, 0.0, 1.0 if mean == 0.0 else 0.0)
-    return Difference(mean, deviation / math.sqrt(len(units)), float(stats.ttest_1samp(units, 0.0).pvalue))
+        return Difference(mean, 0.0, 1.0 if mean == 0.0 else 0.0, len(units) - 1)
+    error, p_value = deviation / math.sqrt(len(units)), float(stats.ttest_1samp(units, 0.0).pvalue)
+    return Difference(mean, error, p_value, len(units) - 1)
 
 
 def _deviation(values: Sequence[float]) -> float:
