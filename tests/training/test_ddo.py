@@ -224,6 +224,26 @@ def test_accumulated_pieces_give_the_gradient_of_the_whole_batch(tmp_path):
     assert_same(found[1], found[0], 1e-4)
 
 
+def test_a_run_that_goes_too_far_ends_keeps_what_it_has_and_is_done(tmp_path, caplog):
+    fakes = Fakes(torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(9), make_dataset())
+
+    def run(limit):
+        parts = make_model(), Finetune(), make_objective(), make_dataset(), config_of(learning_rate=3e-2, steps=9)
+        ddo = (DDOConfig(beta=1.0, max_denoising_change=limit), fakes)
+        train(*parts, tmp_path / str(limit), progress=False, ddo=ddo)
+        return read_log(tmp_path / str(limit))
+
+    assert len(run(0.0)) == 9
+    assert not caplog.records
+    log = run(0.03)
+    assert len(log) < 9
+    assert log[-1]["denoising_change"] > 0.03 >= max(record["denoising_change"] for record in log[:-1])
+    assert "max_denoising_change=0.03" in caplog.text
+    weights = (tmp_path / "0.03" / "weights.safetensors").read_bytes()
+    assert run(0.03) == log
+    assert (tmp_path / "0.03" / "weights.safetensors").read_bytes() == weights
+
+
 QUICK = {"steps": 3, "batch_size": 8, "log_every": 1, "learning_rate": 1e-3, "tensorboard": False}
 FEW = ["--ddo.sampling.num_images=20", "--ddo.sampling.num_inference_steps=2"]
 

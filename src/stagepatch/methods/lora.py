@@ -92,10 +92,8 @@ class LoRA(Method):
                 self.gate.load_state_dict(gate)
 
     def _inject(self, model: nn.Module) -> None:
-        try:
-            import peft
-        except ImportError as error:
-            raise UserError("LoRA needs peft: pip install peft.") from error
+        import peft  # slow to import
+
         choices = self.config
         if choices.targets in ("all", ["all"]):
             targets = linear_layers_of_blocks(model)

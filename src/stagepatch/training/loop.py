@@ -1,6 +1,7 @@
 """The training loop. It knows a model, a method, an objective and data; it never asks which."""
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss
 from stagepatch.training.signals import StopSignals
 
+_LOGGER = logging.getLogger("stagepatch")
 # Settings, the least and the most that they may be.
 _LIMITS = [
     (("steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"), 1, math.inf),
@@ -141,6 +143,12 @@ def train(
                 speed = {"images_per_second": count * config.batch_size / elapsed, "lr": rate_now}
                 log.write({"iteration": done, **means, **speed})
                 totals, since = {}, time.perf_counter()
+                if reason := loss.too_far(means):
+                    _LOGGER.warning("Training ended at iteration %d of %d: %s", done, config.steps, reason)
+                    if is_main:
+                        state.save(config.steps)  # so that the same command finds it done
+                    accelerator.wait_for_everyone()
+                    break
             stop = _stop_requested(signals, done, config, accelerator)
             if done % config.checkpoint_every == 0 or done == config.steps or stop:
                 _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)

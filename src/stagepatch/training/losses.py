@@ -38,6 +38,10 @@ class DenoisingLoss(nn.Module):
         extra, logged = self.method.extra_loss()
         return loss if extra is None else loss + extra, {"loss": loss.detach(), **logged}
 
+    def too_far(self, logged: dict[str, float]) -> str:
+        """Why training should end here, judged by the means of what was logged; empty to go on."""
+        return ""
+
     def _denoising(self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Of each sample: [B]."""
         x_t = self.objective.add_noise(x_start, noise, timesteps).to(self.dtype)
@@ -94,6 +98,15 @@ class DDOLoss(DenoisingLoss):
             "told_apart": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2.0,
         }
         return loss if extra is None else loss + extra, {**own, **logged}
+
+    def too_far(self, logged: dict[str, float]) -> str:
+        limit, change = self.config.max_denoising_change, logged["denoising_change"]
+        if not 0.0 < limit < change:
+            return ""
+        return (
+            f"the denoising loss has risen by {100 * change:.1f}%, over ddo.max_denoising_change={limit:g}; what was "
+            f"learned so far is kept. A lower learning_rate may go further."
+        )
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
