@@ -1,4 +1,4 @@
-"""The demo end to end, with a plan of a few steps."""
+"""The demo end to end, with plans of a few steps."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stagepatch import Patch
+from stagepatch import Patch, open_artifact
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.checkpoints.layout import BUNDLED
 from stagepatch.cli import demo, main
@@ -15,39 +15,61 @@ from stagepatch.evaluation import Measured
 from stagepatch.sampling import SamplingConfig
 from tests.runs import config_of
 
+SIZES = {"digits": 8, "fashion": 16}
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+
+@pytest.fixture(scope="module", params=["digits", "fashion"])
+def run(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
-    training = config_of(batch_size=16, learning_rate=0.05, log_every=2, checkpoint_every=3)
-    sampling = SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60)
+    plan = demo.demo_plan(request.param, True)
+    plan.train.training = config_of(batch_size=16, learning_rate=0.05, log_every=2, checkpoint_every=3)
+    plan.train.ddo.sampling = SamplingConfig(num_inference_steps=2, num_images=20, batch_size=20)
+    plan.train.ddo.max_denoising_change = 0.0
+    plan.sampling = SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60)
+    plan.more_steps = 4 if plan.more_steps else 0
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(demo, "demo_plan", lambda quick: (training, sampling))
-        assert main(["demo", "--quick", f"--output_dir={directory}"]) == 0
-    return directory
+        patched.setattr(demo, "demo_plan", lambda data, quick: plan)
+        assert main(["demo", "--quick", f"--data={request.param}", f"--output_dir={directory}"]) == 0
+    return request.param, directory
 
 
-def test_demo_writes_patch_samples_and_report(run):
-    model, _ = load_denoiser("digits")
-    patch = Patch.from_pretrained(run)
-    assert any(bool(prompt.any()) for prompt in patch.prompts)
-    patch.attach(model)
-    samples = load_file(run / "samples.safetensors")
-    assert samples["base"].shape == samples["patched"].shape == (60, 1, 8, 8)
+def test_demo_writes_what_was_learned_samples_and_report(run):
+    data, directory = run
+    model, _ = load_denoiser(data)
+    if data == "digits":
+        patch = Patch.from_pretrained(directory)
+        assert any(bool(prompt.any()) for prompt in patch.prompts)
+        patch.attach(model)
+    else:
+        lora = open_artifact(directory, "LoRA").put_on(model)
+        assert (lora.config.num_stages, lora.config.rank) == (4, 2)
+    samples = load_file(directory / "samples.safetensors")
+    assert samples["base"].shape == samples["patched"].shape == (60, 1, SIZES[data], SIZES[data])
     assert not torch.equal(samples["base"], samples["patched"])
-    assert (samples["base"] - samples["patched"]).abs().mean() < 0.5, "the same noise gives related images"
+    assert (samples["base"] - samples["patched"]).abs().mean() < 0.6, "the same noise gives related images"
 
 
 def test_report_shows_the_measured_numbers(run):
-    page = (run / "report.html").read_text()
-    metrics = json.loads((run / "metrics.json").read_text())
+    data, directory = run
+    page = (directory / "report.html").read_text()
+    metrics = json.loads((directory / "metrics.json").read_text())
     assert len(metrics["base"]) == len(demo.SEEDS) == 3
     mean = sum(value["fid_held_out"] for value in metrics["base"]) / 3
-    for text in (f"{mean:.4f} ±", "quick: too short to judge by", "stagepatch demo --quick"):
+    for text in (f"{mean:.3f} ±", "quick: too short to judge by", f"stagepatch demo --data {data} --quick"):
         assert text in page
-    assert page.count("data:image/png") == 3
     titles = re.findall(r"<h2>([^<]+)", page)
-    assert {"Samples", "Training", "Gate activation", "Config", "Environment", "Again"} <= set(titles)
+    assert {"Verdict", "Samples", "Training", "Config", "Environment", "Again"} <= set(titles)
+    assert ("Gate activation" in titles) == (data == "digits")
+    assert page.count("data:image/png") == (4 if data == "digits" else 3)
+    assert ("4 sampling steps in place of 3" in page) == (data == "fashion")
+
+
+def rows(changes):
+    base = Measured([{"fid_held_out": 10.0, "recall": 0.5}] * 3, torch.empty(0))
+    return {
+        "base": base,
+        "patched": Measured([{"fid_held_out": 10.0 + c, "recall": 0.5} for c in changes], base.images),
+    }
 
 
 @pytest.mark.parametrize(
@@ -55,13 +77,28 @@ def test_report_shows_the_measured_numbers(run):
     [([-1.0, -1.1, -0.9], "gains"), ([1.0, 1.1, 0.9], "does not gain"), ([-1.0, 1.0, 0.1], "No gain to be told")],
 )
 def test_verdict_follows_the_numbers(changes, expected):
-    base = Measured([{"fid_held_out": 10.0}] * 3, torch.empty(0))
-    patched = Measured([{"fid_held_out": 10.0 + change} for change in changes], torch.empty(0))
-    assert expected in demo.verdict(base, patched, quick=False)
-    assert "quick" in demo.verdict(base, patched, quick=True)
-    assert "quick" not in demo.verdict(base, patched, quick=False)
+    measured = {25: rows(changes)}
+    assert expected in demo.verdict(measured, quick=False)
+    assert "quick" in demo.verdict(measured, quick=True)
+    assert "quick" not in demo.verdict(measured, quick=False)
 
 
-def test_the_bundled_model_is_small_and_made_by_the_config_in_the_repository():
-    weights = BUNDLED["digits"] / "transformer" / "diffusion_pytorch_model.safetensors"
+def test_the_gain_stands_beside_more_sampling_steps():
+    measured = {25: rows([-1.0] * 3), 50: rows([-2.0] * 3)}
+    measured[50]["base"] = rows([-0.5] * 3)["patched"]
+    said = demo.verdict(measured, quick=False)
+    assert "changes by -10.0 ± 0.0 %" in said
+    assert "50 sampling steps in place of 25 give -5.0 ± 0.0 % without it, and -20.0 ± 0.0 % with it" in said
+    columns, cells = demo.gain_table(measured)
+    assert [row[columns.index("change to the first row")] for row in cells] == [
+        "",
+        "-10.0 ± 0.0 %",
+        "-5.0 ± 0.0 %",
+        "-20.0 ± 0.0 %",
+    ]
+
+
+@pytest.mark.parametrize("name", list(BUNDLED))
+def test_a_bundled_model_is_small(name):
+    weights = BUNDLED[name] / "transformer" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size <= 3_000_000

@@ -1,0 +1,47 @@
+"""Recipes by name: defaults that what is given overrides, from the command line and in Python."""
+
+import pytest
+import yaml
+
+from stagepatch.cli import main
+from stagepatch.core import UserError
+from stagepatch.training import PRESETS, TrainConfig, apply_preset
+
+
+def resolved(capsys, *given):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *given, "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_what_is_given_wins_over_the_preset_and_the_preset_over_the_defaults(capsys, tmp_path):
+    plain, recommended = resolved(capsys), resolved(capsys, "--preset=recommended")
+    assert (plain["method"], plain["objective"], plain["training"]["steps"]) == ("dmp", "denoising", 50_000)
+    recipe = PRESETS["recommended"]
+    assert {name: recommended[name] for name in ("method", "objective")} == {
+        name: recipe[name] for name in ("method", "objective")
+    }
+    assert recommended["training"] == plain["training"] | recipe["training"]
+    (tmp_path / "own.yaml").write_text("preset: recommended\nlora: {rank: 3}\n")
+    own = resolved(capsys, f"--config={tmp_path / 'own.yaml'}", "--training.steps=7")
+    assert (own["lora"]["rank"], own["lora"]["num_stages"], own["training"]["steps"]) == (3, 4, 7)
+    assert own["training"]["learning_rate"] == recipe["training"]["learning_rate"]
+
+
+def test_python_has_the_same(capsys):
+    config = apply_preset(TrainConfig(), "recommended")
+    given = resolved(capsys, "--preset=recommended")
+    assert (config.method, config.lora.num_stages, config.training.learning_rate) == (
+        given["method"],
+        given["lora"]["num_stages"],
+        given["training"]["learning_rate"],
+    )
+    assert apply_preset(TrainConfig(), "paper") == TrainConfig()
+
+
+def test_an_unknown_preset_is_refused(capsys):
+    assert main(["train", "--preset=best"]) == 2
+    assert "recommended" in capsys.readouterr().err
+    with pytest.raises(UserError, match="paper, recommended"):
+        apply_preset(TrainConfig(), "best")
