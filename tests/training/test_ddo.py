@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from stagepatch.cli import main
-from stagepatch.core import UserError
+from stagepatch.core import UserError, read_tensors
+from stagepatch.data import CachedLatents
 from stagepatch.methods import DMP, Finetune, LoRA, LoRAConfig
 from stagepatch.patch import PatchConfig
 from stagepatch.sampling import Fakes, SamplingConfig, load_fakes
@@ -25,6 +26,9 @@ from tests.runs import (
     options,
     patch_of,
 )
+from tests.tiny_pipelines import PIPELINES
+from tests.training.test_train_on_pipelines import draw_images
+from tests.training.test_train_on_pipelines import train as train_on_images
 
 METHODS = {
     "dmp": lambda: DMP(PatchConfig()),
@@ -264,9 +268,31 @@ def test_train_by_command_and_a_second_round_from_the_first(tmp_path):
 
 
 def load_file(directory):
-    from stagepatch.core import read_tensors
-
     return read_tensors(directory / "00000.safetensors")[0]["samples"]
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel", "DiTTransformer2DModel"])
+def test_latents_with_captions_or_classes_are_told_from_the_models_own(tmp_path, name):
+    tiny = PIPELINES[name]
+    tiny.build().save_pretrained(tmp_path / "model")
+    draw_images(tmp_path / "images", size=tiny.pixels, captions=name != "DiTTransformer2DModel")
+    size = [f"--patch.sample_size={tiny.sample_size}"] if tiny.sample_size else []
+    few = ["--objective=ddo", "--ddo.sampling.num_images=5", "--ddo.sampling.num_inference_steps=2"]
+    few += ["--ddo.max_denoising_change=0"]
+    assert train_on_images(tmp_path, *few, *size, size=tiny.pixels[0]) == 0
+    log = read_log(tmp_path / "run")
+    assert log[0]["denoising_change"] == pytest.approx(0.0, abs=1e-4)
+    assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in log)
+    bank, _ = read_tensors(tmp_path / "run" / "fakes" / "00000.safetensors")
+    dataset = CachedLatents(tmp_path / "run" / "cache")
+    assert bank["samples"].shape[1:] == dataset[0]["image"].shape
+    fakes = Fakes(bank["samples"], bank["items"], dataset).batch(torch.tensor([3, 0]))
+    if dataset.null_condition is None:
+        assert fakes["label"].tolist() == [dataset[int(item)]["label"] for item in bank["items"][[3, 0]]]
+        return
+    for key, value in fakes["condition"].items():  # a sample keeps the caption that it was made with
+        expected = torch.stack([dataset[int(item)]["condition"][key] for item in bank["items"][[3, 0]]])
+        assert torch.equal(value, expected)
 
 
 def test_what_cannot_be_is_refused_in_a_line(tmp_path, capsys):

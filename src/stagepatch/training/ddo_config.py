@@ -17,7 +17,7 @@ class DDOConfig:
             there first: at the best rates of the bench in docs/evidence.md it rose by 1 to 2%.
         fakes: directory of the samples of the model as it was, made first if they are not there; empty for 'fakes'
             in output_dir.
-        sampling: how the samples are made, and how many.
+        sampling: how the samples are made, and how many; a flow model's own sampler takes the place of 'ddim'.
     """
 
     alpha: float = 1.0

@@ -109,4 +109,7 @@ class Run:
             model = copy.deepcopy(model)
             load_learned(model, self.start_from)
         directory = Path(self.config.ddo.fakes or self.directory / "fakes")
-        return load_fakes(directory, model, self.scheduler, self.dataset, self.config.ddo.sampling)
+        sampling = self.config.ddo.sampling
+        if self.objective.is_flow and sampling.scheduler == "ddim":  # the default, which knows no flow
+            sampling = replace(sampling, scheduler=type(self.scheduler).__name__)
+        return load_fakes(directory, model, self.scheduler, self.dataset, sampling)
