@@ -310,3 +310,18 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path, capsys):
 def _patch(tmp_path):
     assert main(["train", *options("training", QUICK), f"--output_dir={tmp_path / 'patch'}"]) == 0
     return tmp_path / "patch"
+
+
+def ddo_job(directory):
+    """The command, as each of several processes gives it."""
+    given = ["train", "--objective=ddo", *FEW, *options("training", {**QUICK, "learning_rate": 1e-2})]
+    assert main([*given, "--method=lora", f"--output_dir={directory}"]) == 0
+
+
+def test_two_processes_share_the_samples_and_end_as_one(tmp_path, processes):
+    processes.call(ddo_job, directory=tmp_path / "one")
+    processes.call_together(ddo_job, 2, directory=tmp_path / "two")
+    names = ("fakes/00000.safetensors", "pytorch_lora_weights.safetensors")
+    for name, tolerance in zip(names, (1e-5, 1e-5), strict=True):
+        one, two = (read_tensors(tmp_path / run / name)[0] for run in ("one", "two"))
+        torch.testing.assert_close(two, one, rtol=0, atol=tolerance)

@@ -23,18 +23,18 @@ def test_what_is_given_wins_over_the_preset_and_the_preset_over_the_defaults(cap
         name: recipe[name] for name in ("method", "objective")
     }
     assert recommended["training"] == plain["training"] | recipe["training"]
-    (tmp_path / "own.yaml").write_text("preset: recommended\nlora: {rank: 3}\n")
+    (tmp_path / "own.yaml").write_text("preset: recommended\nlora: {num_stages: 3}\n")
     own = resolved(capsys, f"--config={tmp_path / 'own.yaml'}", "--training.steps=7")
-    assert (own["lora"]["rank"], own["lora"]["num_stages"], own["training"]["steps"]) == (3, 4, 7)
+    assert (own["lora"]["rank"], own["lora"]["num_stages"], own["training"]["steps"]) == (8, 3, 7)
     assert own["training"]["learning_rate"] == recipe["training"]["learning_rate"]
 
 
 def test_python_has_the_same(capsys):
     config = apply_preset(TrainConfig(), "recommended")
     given = resolved(capsys, "--preset=recommended")
-    assert (config.method, config.lora.num_stages, config.training.learning_rate) == (
+    assert (config.method, config.lora.rank, config.training.learning_rate) == (
         given["method"],
-        given["lora"]["num_stages"],
+        given["lora"]["rank"],
         given["training"]["learning_rate"],
     )
     assert apply_preset(TrainConfig(), "paper") == TrainConfig()

@@ -14,11 +14,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
         "method": "lora",
         "objective": "ddo",
-        "lora": {"rank": 2, "num_stages": 4},
+        "lora": {"rank": 8},
         "training": {
             "steps": 400,
             "batch_size": 64,
-            "learning_rate": 4e-4,
+            "learning_rate": 2e-4,
             "lr_scheduler": "linear",
             "ema_decay": 0.998,
             "checkpoint_every": 100,
