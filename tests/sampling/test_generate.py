@@ -120,6 +120,31 @@ def test_guidance_of_all_and_of_the_first_channels(tiny_dit):
         torch.testing.assert_close(generate(model, SCHEDULER, choice), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_guidance_in_an_interval_of_noise_levels(tiny_dit):
+    model = tiny_dit(learn_sigma=False)
+    sampler, guided_at = sampler_of("DDIM", SCHEDULER, 4), []
+
+    def sometimes_guided(sample, timesteps):
+        conditional, unconditional = (
+            model(sample, timesteps, torch.tensor(classes)).sample for classes in ([0, 1], [10, 10])
+        )
+        if not 0.2 <= float(timesteps[0]) / 1000 <= 0.6:
+            return conditional
+        guided_at.append(int(timesteps[0]))
+        return unconditional + 3.0 * (conditional - unconditional)
+
+    expected = by_hand(sampler, sometimes_guided, 2)
+    assert 0 < len(guided_at) < 4
+    choice = config(num_inference_steps=4, num_images=2, guidance_scale=3.0, guidance_interval=[0.2, 0.6])
+    torch.testing.assert_close(generate(model, SCHEDULER, choice), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("interval", [[0.6, 0.2], [0.1], [-0.1, 0.5], [0.0, 2.0]])
+def test_an_interval_that_is_none_is_refused(tiny_dit, interval):
+    with pytest.raises(UserError, match="two noise levels from 0 to 1"):
+        generate(tiny_dit(), SCHEDULER, config(guidance_scale=2.0, guidance_interval=interval))
+
+
 def test_converted_model_samples_as_the_diffusers_model():
     torch.manual_seed(0)
     theirs = FAMILIES["DiTTransformer2DModel"].build(num_embeds_ada_norm=1000).eval()

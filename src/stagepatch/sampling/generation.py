@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,17 @@ def generate(
         decode: makes images of latents, a batch at a time.
 
     Raises:
-        UserError: an unknown scheduler, guidance on an unconditional model, or other than num_images labels.
+        UserError: an unknown scheduler, guidance on an unconditional model or in no interval, or other than num_images
+            labels.
     """
     if config.guidance_scale != 1.0 and null_label(model) is None and captions is None:
         raise UserError(f"guidance_scale={config.guidance_scale} needs a model with a label for no class; use 1.")
+    if (
+        len(config.guidance_interval) != 2
+        or not 0.0 <= config.guidance_interval[0] <= config.guidance_interval[1] <= 1
+    ):
+        raise UserError(f"guidance_interval={config.guidance_interval} must be two noise levels from 0 to 1, rising.")
+    unguided = replace(config, guidance_scale=1.0)
     labels = balanced_labels(model, config.num_images) if labels is None else labels
     if len(labels) != config.num_images:
         raise UserError(f"{len(labels)} labels for num_images={config.num_images}.")
@@ -89,7 +96,10 @@ def generate(
         options = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
         for timestep in sampler.timesteps:
             scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
-            output = guided(model, scaled, timestep.to(device), batch_conditions, config).float()
+            level = float(timestep) / scheduler.config.num_train_timesteps
+            is_guided = config.guidance_interval[0] <= level <= config.guidance_interval[1]
+            here = config if is_guided else unguided
+            output = guided(model, scaled, timestep.to(device), batch_conditions, here).float()
             if learns_sigma(model) and not keeps_variance:
                 output = output.chunk(2, dim=1)[0]
             sample = sampler.step(output, timestep, sample, return_dict=False, **options)[0]

@@ -21,7 +21,7 @@ def generate_with_pipeline(
     Image i has prompt i modulo their number, or class i modulo theirs, and noise of (seed, i) alone.
 
     Args:
-        config: its scheduler and guidance_channels do not apply here.
+        config: its scheduler, guidance_channels and guidance_interval do not apply here.
         on_batch: called with the number of images done after each batch.
 
     Raises:
