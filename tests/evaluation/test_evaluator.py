@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stagepatch import evaluation
+from stagepatch.core import UserError
 from stagepatch.data import DataConfig, ImageDataset
 from stagepatch.evaluation import METRICS, References, direction_note, evaluate, metric_names
 from stagepatch.sampling import SamplingConfig
@@ -105,4 +106,18 @@ def test_a_second_opinion_is_measured_on_the_same_images():
     first, second = (evaluation.load_extractor(name) for name in ("fashion", "fashion_vit"))
     images = both.train.images[:300]
     found = evaluation.Evaluator(both, first, second=second).metrics(images, ["fid_held_out", "fid_second"])
-    assert found["fid_second"] == evaluate(images, both, second)["fid_held_out"] != found["fid_held_out"]
+    alone = evaluation.Evaluator(both, second).metrics(images, ["fid_held_out"])
+    assert found["fid_second"] == alone["fid_held_out"] != found["fid_held_out"]
+
+
+def test_without_held_out_images_the_second_opinion_sees_none_either():
+    both = References(make_dataset(30), make_dataset(20))
+    alone = evaluation.Evaluator(both, Counting(), second=Counting()).without_held_out()
+    assert torch.equal(alone.reference("second"), alone.reference("train"))
+    assert len(alone.reference("second")) == 30
+
+
+@pytest.mark.parametrize("extractors", [("fashion", ""), ("digits", "fashion")])
+def test_an_extractor_that_does_not_fit_is_refused_before_anything_is_sampled(tmp_path, extractors):
+    with pytest.raises(UserError, match="set extractor to: digits"):
+        evaluation.Evaluator.load("digits", DataConfig(), extractors[0], tmp_path, second=extractors[1])

@@ -1,10 +1,12 @@
 """The cache of reference features, and what references are made of."""
 
+from functools import cache
+
 import pytest
 import torch
 
 from stagepatch.core.errors import UserError
-from stagepatch.data import DataConfig, ImageDataset, in_memory, load_dataset
+from stagepatch.data import BUNDLED, DataConfig, ImageDataset, in_memory, load_dataset, load_digits, load_fashion
 from stagepatch.evaluation import load_references, references
 from tests.evaluation.extractors import Counting
 from tests.training.test_train_on_pipelines import draw_images
@@ -66,3 +68,21 @@ def test_features_of_files_are_those_of_the_same_images_in_memory(tmp_path):
 def test_images_of_many_sizes_are_no_reference(tmp_path):
     with pytest.raises(UserError, match="metrics need crop 'center'"):
         load_references(DataConfig(source=str(tmp_path), crop="buckets"))
+
+
+@pytest.mark.parametrize("split", ["held_out", "tune"])
+def test_references_of_fashion_are_those_asked_for(monkeypatch, split):
+    few = cache(lambda split: tuple(part[:100] for part in load_fashion(split)))
+    monkeypatch.setitem(BUNDLED, "fashion", few)
+    found = load_references(DataConfig(source="fashion"), split)
+    for dataset, name in ((found.train, "train"), (found.held_out, split)):
+        assert torch.equal(dataset.images, few(name)[0])
+        assert torch.equal(dataset.labels, few(name)[1])
+
+
+def test_images_to_choose_by_are_of_fashion_alone(tmp_path):
+    assert torch.equal(load_references(DataConfig()).held_out.images, load_digits("held_out")[0])
+    with pytest.raises(UserError, match=r"'fashion' alone.*'train' and 'held_out'"):
+        load_references(DataConfig(), "tune")
+    with pytest.raises(UserError, match="no images are held out"):
+        load_references(DataConfig(source=str(tmp_path)), "tune")

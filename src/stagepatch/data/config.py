@@ -9,14 +9,13 @@ class DataConfig:
     """Training images.
 
     Args:
-        source: 'digits' (scikit-learn's, the two thirds that are for training), 'fashion' (Fashion-MNIST at 16×16),
-            a folder of images, a dataset of
-            Hugging Face `datasets` (a saved one's directory, or a name on the Hub), or WebDataset tar shards (their
-            directory, or one .tar file).
+        source: bundled data, 'digits' (scikit-learn's at 8×8, two thirds to train on) or 'fashion' (Fashion-MNIST at
+            16×16); a folder of images, a dataset of Hugging Face `datasets` (a saved one's directory, or a name on the
+            Hub), or WebDataset tar shards (their directory, or one .tar file).
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
             an image has at most that square's area.
         channels: 3 for colour, 1 for grey.
-        horizontal_flip: mirror each image with probability ½ (DMP: on; never for digits).
+        horizontal_flip: mirror each image with probability ½ (DMP: on; never for the bundled data).
         num_workers: loading processes beside the main one.
         format: what `source` is; 'auto' looks at what lies there. The Hub is asked only with 'datasets'.
         split: of a Hugging Face dataset that has splits.

@@ -35,8 +35,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 BUNDLED: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {"digits": load_digits, "fashion": load_fashion}
-"""Data that come with the package: splits 'train' and, on which nothing is ever trained, 'held_out' of each."""
-
+"""Data that come with the package: splits 'train' and, never trained on, 'held_out'; of 'fashion' also 'tune'."""
 
 Split = Literal["train", "held_out", "tune"]
 
@@ -49,7 +48,10 @@ def load_dataset(config: DataConfig, split: Split = "train") -> Dataset[dict[str
     """
     if config.source in BUNDLED:
         if split == "tune" and config.source == "digits":
-            raise UserError("The digits have no images to choose by: held_out='tune' is of 'fashion' alone.")
+            raise UserError(
+                "The digits have no images to choose by: held_out='tune' is of 'fashion' alone. "
+                "Of the digits there are 'train' and 'held_out'."
+            )
         return ImageDataset(*BUNDLED[config.source](split))
     return Images(open_source(config), config)
 

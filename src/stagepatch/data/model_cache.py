@@ -29,8 +29,10 @@ def make_cache(
         UserError: the directory holds the cache of something else.
     """
     if data.source in BUNDLED:
+        height, width = load_dataset(data)[0]["image"].shape[1:]
         raise UserError(
-            f"The bundled {data.source} are small and need no VAE: set data.source to images for this model."
+            f"The bundled {data.source} images are {height}×{width} pixels and need no VAE: "
+            f"set data.source to images for this model."
         )
     source = open_source(data)
     preprocessing = {name: getattr(data, name) for name in _PREPROCESSING}

@@ -37,9 +37,10 @@ class Classifier(nn.Module):
             UserError: images of another size, or in colour.
         """
         if images.shape[1:] != (1, self.size, self.size):
+            fitting = [name for name, kind in CLASSIFIERS.items() if images.shape[1:] == (1, kind.size, kind.size)]
             raise UserError(
-                f"These features are of grey images of {self.size}×{self.size} pixels, not {list(images.shape[1:])}: "
-                f"choose the extractor that fits the images."
+                f"These features are of grey images of {self.size}×{self.size} pixels, not {list(images.shape[1:])}. "
+                f"Of those images, set extractor to: {' or '.join(fitting or ['inception'])}."
             )
         return self._activations(images) * self.feature_scale
 

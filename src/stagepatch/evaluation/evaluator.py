@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.data import DataConfig, ImageDataset
-from stagepatch.evaluation.features import FeatureExtractor, extract_features, load_extractor
+from stagepatch.evaluation.features import ClassifierFeatures, FeatureExtractor, extract_features, load_extractor
 from stagepatch.evaluation.latents import LatentSampling, latent_sampling
 from stagepatch.evaluation.metrics import METRICS, Reference
 from stagepatch.evaluation.references import References, load_references, reference_features
@@ -80,16 +80,21 @@ class Evaluator:
             second: name of an extractor, in whose features FID is measured too.
 
         Raises:
-            UserError: the cache is of something else, or the data or the extractor cannot be had.
+            UserError: the cache is of something else, the data or the extractor cannot be had, or these do not fit.
         """
         latents = latent_sampling(model, data, cache)
-        features = load_extractor(extractor), load_extractor(second) if second else None
-        return cls(load_references(data, held_out), features[0], latents, features[1])
+        extractors = [load_extractor(name) for name in (extractor, *([second] if second else []))]
+        references = load_references(data, held_out)
+        for one in extractors:  # what does not fit is refused here, not when all is sampled
+            if isinstance(one, ClassifierFeatures):
+                one(references.train[0]["image"].unsqueeze(0))
+        return cls(references, extractors[0], latents, *extractors[1:])
 
     def without_held_out(self) -> Evaluator:
         """The same with the training images alone, for a choice that the held-out ones are to judge."""
         other = copy.copy(self)  # features are shared
         other.references = replace(self.references, held_out=None)
+        other._second = None if self._second is None else self._second.without_held_out()
         return other
 
     def reference(self, name: Reference) -> Tensor | None:

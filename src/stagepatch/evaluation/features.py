@@ -52,8 +52,8 @@ class InceptionFeatures:
             self.network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
         except ImportError as error:
             raise UserError(
-                "extractor='inception' needs torch-fidelity and its weights: pip install torch-fidelity, or use "
-                "extractor 'digits'."
+                "extractor='inception' needs torch-fidelity and its weights: pip install torch-fidelity, or use the "
+                f"extractor of the bundled data that you measure: {', '.join(CLASSIFIERS)}."
             ) from error
         self.fingerprint = module_fingerprint(self.network)
 

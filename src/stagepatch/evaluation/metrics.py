@@ -78,9 +78,9 @@ class Metric:
         function: samples and reference to the number.
         reference: what the function takes: features of the samples and of the 'train'ing images, of the 'held_out'
             ones, or of the 'unseen', which are held out where there are any, else training images, in the evaluator's
-            features or, of the same images, in its 'second' ones; or the 'pixels' of
-            the samples and of the training images, [B, C, H, W] in [−1, 1]. Where there are no held-out images, or
-            the training images are not in memory, the metric is left out.
+            features or, of the same images, in its 'second' ones; or the 'pixels' of the samples and of the training
+            images, [B, C, H, W] in [−1, 1]. Where there are no held-out images, or the training images are not in
+            memory, the metric is left out.
         better: which of two values is the better one.
     """
 
