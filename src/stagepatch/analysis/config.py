@@ -11,7 +11,7 @@ class AnalyzeConfig:
 
     Args:
         output_dir: takes report.html, analysis.json, the pictures and the resolved config.
-        model: a model directory as diffusers writes it, a Hub id, or 'digits', the bundled model.
+        model: a model directory as diffusers writes it, a Hub id, or 'digits' or 'fashion', bundled models.
         gradients: cosine between the timesteps' mean gradients (DeMe, arXiv 2410.06664, Fig. 1a).
         losses: the loss at every timestep, of the model and of each of `learned`.
         learned: directories of what methods learned on the model, or of whole models, each 'directory' or

@@ -9,7 +9,7 @@ from stagepatch.checkpoints import find_model, has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device
 from stagepatch.core import UserError, processes, progress_bar, write_json, write_text
-from stagepatch.data import load_dataset, load_training_data
+from stagepatch.data import BUNDLED, load_dataset, load_training_data
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma
 from stagepatch.merging import numbered_stages
@@ -67,7 +67,7 @@ def _analyze_stages(config: configs.AnalyzeConfig) -> Analysis:
 def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path]) -> list[Analysis]:
     data = config.data
     datasets = {"training images": load_training_data(config.model, data, config.cache, config.output_dir)}
-    if data.source == "digits" and not has_vae(config.model):
+    if data.source in BUNDLED and not has_vae(config.model):
         datasets["held-out images"] = load_dataset(data, "held_out")
     model, scheduler = load_on_device(config.model)
     objective = Objective(scheduler, learns_sigma(model))

@@ -43,8 +43,8 @@ class SampleConfig:
 
     Args:
         output_dir: takes samples.safetensors, grid.png and the resolved config.
-        model: a model directory, a Hub id, or 'digits'. A model with a VAE is sampled by its own pipeline and
-            scheduler.
+        model: a model directory, a Hub id, 'digits' or 'fashion'. A model with a VAE is sampled by its own
+            pipeline and scheduler.
         prompts: captions, in turn, for a model that takes them.
         patch: directory of a patch, or of what another method learned; empty for the base model.
         patch_scale: factor on the patch's prompts; 1 as trained.
@@ -63,11 +63,11 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig(EvaluationConfig):
-    """Measure a model against its training images, and for digits against the held-out third.
+    """Measure a model against its training images, and for bundled data against the held-out ones.
 
     Args:
         output_dir: takes metrics.json and the resolved config.
-        model: a model directory, or 'digits'.
+        model: a model directory, 'digits' or 'fashion'.
         patch: directory of a patch, or of what another method learned; with one, base and patched model are compared
             from the same noise.
         patch_scale: factor on the patch's prompts; 1 as trained.

@@ -58,7 +58,7 @@ def find_stages(base: str, stages: Sequence[str], needs_base: bool = False) -> S
     """Some stages, or all that one run of `stagepatch decouple` made.
 
     Args:
-        base: a model directory, a Hub id or 'digits'; empty for what the stages name.
+        base: a model directory, a Hub id, 'digits' or 'fashion'; empty for what the stages name.
         stages: directories, or one that has them in 'stages/'.
         needs_base: LoRAs need theirs too, as models always do.
 

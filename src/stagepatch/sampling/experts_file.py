@@ -31,7 +31,7 @@ class ExpertSource:
     Args:
         name: for messages.
         learned: directory of a patch, a LoRA or weights, on top of the base.
-        model: a model directory, a Hub id, or 'digits'.
+        model: a model directory, a Hub id, 'digits' or 'fashion'.
     """
 
     name: str = BASE

@@ -79,7 +79,7 @@ class ZooEntry:
 
     Args:
         name: how it is called in model schedules.
-        model: a model directory, a Hub id, or 'digits'.
+        model: a model directory, a Hub id, 'digits' or 'fashion'.
         learned: in place of a model, directory of a patch, a LoRA or weights, on top of the base.
     """
 
@@ -97,7 +97,7 @@ class ScheduleConfig(EvaluationConfig):
     Args:
         output_dir: takes schedule.yaml (for `stagepatch sample --schedule`), search.json, costs.json, search.png and
             metrics.json.
-        model: the base: a model directory, a Hub id, or 'digits'.
+        model: the base: a model directory, a Hub id, 'digits' or 'fashion'.
         zoo: further models, each with a name, and `model` or `learned`.
         budget: seconds per image, as a share of the base model's at all steps; what a step costs is measured.
         drop_steps: let steps be left out too; needs a sampler that takes timesteps.
