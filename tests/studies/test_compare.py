@@ -20,7 +20,7 @@ from stagepatch.core import read_json, read_tensors
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import CompareJob, plan_jobs
-from stagepatch.studies.compare_page import COLUMNS, note, short
+from stagepatch.studies.compare_page import COLUMNS, JUDGED, note, short
 from stagepatch.studies.compare_results import SIGNIFICANCE, difference
 from stagepatch.training import TrainConfig, TrainingConfig
 from tests.studies.conftest import study, write_config
@@ -122,9 +122,9 @@ def test_job_of_two_processes_ends_with_the_same_patch(tmp_path):
 
 def test_terminal_shows_the_last_checkpoint_of_each_entry():
     judged = ["difference to base", "in percent", "p", "p (Holm)"]
-    columns = [*COLUMNS, "FID at 2", "FID at 4", *judged]
-    whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "e", "f", "g"]
-    shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "e", "f", "g"]
+    columns = [*COLUMNS, "FID at 2", "FID at 4", *JUDGED]
+    whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "interval", "e", "f", "g"]
+    shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "interval", "e", "f", "g"]
     names, cells = short(columns, [whole])
     assert (names, cells) == (["method", "share", "FID at 4", *judged], [["b", "1%", "0.4", "d", "e", "f", "g"]])
     names, cells = short(columns, [whole, shorter])

@@ -118,6 +118,7 @@ def test_hours_alone_make_a_table_with_controls(tmp_path, capsys, small, monkeyp
     rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
     assert list(rows) == [entry["name"] for entry in plan["entries"]]
     assert set(rows["recommended"]["against"]) == {name for name, row in rows.items() if row["control"]}
+    assert "# plan.yaml: training_seeds:" in (tmp_path / "out" / "run.yaml").read_text()
     # Whatever the timing says then, the plan is the same; and the jobs are done.
     monkeypatch.setattr(protocol, "measure_seconds", None)
     monkeypatch.setattr("stagepatch.studies.compare_jobs.Run", None)

@@ -303,8 +303,19 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path, capsys):
     assert "nothing" in capsys.readouterr().err
     assert main([*given, "--objective=dpo"]) == 2
     assert "dpo" in capsys.readouterr().err
-    with pytest.raises(UserError, match="learned"):
+    with pytest.raises(UserError, match="is patch, which method='lora' does not learn"):
         Run(TrainConfig(output_dir=str(tmp_path / "lora"), method="lora", start_from=str(_patch(tmp_path))))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "bitfit", "lora"])
+def test_every_method_trains_on_from_what_it_learned(tmp_path, method):
+    given = ["train", f"--method={method}", *options("training", QUICK)]
+    assert main([*given, f"--output_dir={tmp_path / 'first'}"]) == 0
+    longer = [*given, f"--output_dir={tmp_path / 'second'}", f"--start_from={tmp_path / 'first'}"]
+    assert main([*longer, "--training.learning_rate=0"]) == 0
+    (name,) = [path.name for path in (tmp_path / "first").glob("*.safetensors") if "checkpoint" not in path.name]
+    first, second = (read_tensors(tmp_path / run / name)[0] for run in ("first", "second"))
+    assert_same(second, first)
 
 
 def _patch(tmp_path):

@@ -1,9 +1,23 @@
 """Compare methods."""
 
+from pathlib import Path
+from textwrap import indent
+
 from stagepatch.cli import config as configs
 from stagepatch.core import write_text
 from stagepatch.report import print_table
-from stagepatch.studies import collect, launch, note, plan_jobs, short, table, verdict, with_plan, write_results
+from stagepatch.studies import (
+    PLAN_NAME,
+    collect,
+    launch,
+    note,
+    plan_jobs,
+    short,
+    table,
+    verdict,
+    with_plan,
+    write_results,
+)
 from stagepatch.training import RUN_CONFIG
 
 
@@ -12,6 +26,8 @@ def compare(config: configs.CompareConfig, resolved: str) -> None:
     config = with_plan(config)
     jobs = plan_jobs(config)
     directory = jobs[0].directory.parent.parent
+    if config.hours:
+        resolved += indent((Path(config.output_dir) / PLAN_NAME).read_text(), f"# {PLAN_NAME}: ")
     write_text(directory / RUN_CONFIG, resolved)
     launch(jobs, config.launch, directory / "logs")
     rows = collect(jobs, config.metric)

@@ -17,6 +17,7 @@ from .decouple_jobs import write_experts as write_experts
 from .job import Job as Job
 from .launch_jobs import LaunchConfig as LaunchConfig
 from .launch_jobs import launch as launch
+from .protocol import PLAN_NAME as PLAN_NAME
 from .protocol import Budget as Budget
 from .protocol import Work as Work
 from .protocol import default_entries as default_entries

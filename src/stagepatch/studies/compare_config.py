@@ -24,6 +24,7 @@ class EntryConfig:
         training: fields of the training config that differ from the common one.
         sampling: fields of the sampling config that differ, such as more steps; not the number of images, nor the
             seed. An untrained entry with some is what anyone has without training.
+        start_from: directory of what the same method learned before, to train on from; '{seed}' as in `model`.
         control: why a method must beat this row, such as 'steps', 'parameters' or 'free'; empty for a method.
         model: what the entry starts from, if not the comparison's own model; '{seed}' in it stands for the training
             seed, as in 'runs/merged-{seed}'.
@@ -40,6 +41,7 @@ class EntryConfig:
     ddo: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    start_from: str = ""
     control: str = ""
     model: str = ""
     schedule: str = ""

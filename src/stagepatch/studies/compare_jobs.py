@@ -1,5 +1,6 @@
 """From a comparison's config to its jobs; everything that can be refused is refused before any starts."""
 
+import contextlib
 import hashlib
 import re
 import resource
@@ -12,13 +13,14 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
 from stagepatch.core import UserError, as_json, as_user_error, processes, read_json, write_json, write_tensors
-from stagepatch.data import cache_directory
+from stagepatch.data import BUNDLED, cache_directory
 from stagepatch.diffusion import WeightingConfig, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
-from stagepatch.methods import LoRAConfig, load_learned, make_method
+from stagepatch.methods import LoRAConfig, load_learned, make_method, open_learned
 from stagepatch.patch import PatchConfig
 from stagepatch.sampling import SamplingConfig, load_experts, read_schedule
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
@@ -26,10 +28,11 @@ from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
 
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
-_RUN = ("model", "method", "dtype", "patch", "lora", "objective", "weighting", "data", "training")
+_RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "objective", "weighting", "data", "training")
+_MEASURING = ("held_out", "second_extractor")  # what training need not share, nor knows the defaults of
 # Of jobs that are older than these options.
 _DEFAULTS = SimpleNamespace(
-    dtype="float32", schedule="", objective="denoising", held_out="held_out", second_extractor=""
+    dtype="float32", schedule="", start_from="", objective="denoising", held_out="held_out", second_extractor=""
 )
 # Of an entry: its dictionaries, and what they are fields of.
 _PARTS: dict[str, Any] = {
@@ -79,7 +82,8 @@ class CompareJob(Job):
         elsewhere = ("directory", "config", "is_base", "control")
         own = {name: value for name, value in vars(self).items() if name not in elsewhere}
         own |= {name: getattr(self.config, name) for name in _RUN}
-        return own | {"ddo": replace(self.config.ddo, fakes="")}  # wherever they are
+        # The fakes are the same wherever they are.
+        return own | ({"ddo": replace(self.config.ddo, fakes="")} if self.config.objective == "ddo" else {})
 
     def is_done(self) -> bool:
         return set(self.metrics()) >= set(self.checkpoints)
@@ -95,7 +99,7 @@ class CompareJob(Job):
             write_json(self.directory / self.record, as_json(self.identity()))
         learned = self.directory / "learned"
         if self.config.method != "none" and not (self.directory / COST_NAME).exists():
-            Run(self.config, identity=self.identity()).train(progress=False)
+            self._train()
             if is_main:
                 write_json(self.directory / COST_NAME, _cost(self.config.training.batch_size, learned))
         done, method, sampling = self.metrics(), None, self.sampling
@@ -119,15 +123,29 @@ class CompareJob(Job):
                 write_tensors(self.directory / SAMPLES_NAME, {"images": measured.images[:100]})
                 write_json(self.directory / METRICS_NAME, {str(key): value for key, value in sorted(done.items())})
 
+    def _train(self) -> None:
+        run = Run(self.config, identity={k: v for k, v in self.identity().items() if k not in _MEASURING})
+        if self.config.objective == "ddo" and self.config.ddo.fakes:  # one job makes them, the others wait
+            path = Path(self.config.ddo.fakes) / "lock"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path) if processes().is_main_process else contextlib.nullcontext():
+                processes().wait_for_everyone()
+                run.load_fakes()
+        run.train(progress=False)
+
     def trainable_parameters(self) -> tuple[int, int]:
         """Numbers that it trains, and numbers of the model; counted without allocating any.
 
         Raises:
-            UserError: the method cannot be had on that model, or the experts' file has a mistake.
+            UserError: the method cannot be had on that model, nothing of it is where it starts from, or the experts'
+                file has a mistake.
         """
         model = build_denoiser(self.config.model)
         total = sum(parameter.numel() for parameter in model.parameters())
-        groups = make_method(self.config).prepare(model)
+        method = make_method(self.config)
+        if self.config.start_from and open_learned(Path(self.config.start_from)).kind != method.kind:
+            raise UserError(f"start_from='{self.config.start_from}' is of another method than '{self.config.method}'.")
+        groups = method.prepare(model)
         if self.schedule:
             read_schedule(Path(self.schedule), load_scheduler(self.config.model).config.num_train_timesteps)
         return sum(parameter.numel() for group in groups for parameter in group["params"]), total
@@ -142,7 +160,7 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
     """
     if not config.entries:
         raise UserError(
-            "entries is empty: give at least one, such as {name: DMP, method: dmp}, or give hours, and the rows are found."
+            "entries is empty: give at least one, such as {name: DMP, method: dmp}, or give hours, and rows are found."
         )
     repeated = [name for name, count in Counter(_slug(entry.name) for entry in config.entries).items() if count > 1]
     if repeated:
@@ -156,6 +174,12 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
         raise UserError(f"second_extractor='{config.second_extractor}' is the extractor itself: choose another one.")
     if config.metric not in METRICS:
         raise UserError(f"metric='{config.metric}' is none of {', '.join(METRICS)}.")
+    if config.metric == "fid_second" and not config.second_extractor:
+        raise UserError("metric='fid_second' is in the features of second_extractor: give one.")
+    if config.metric == "fid_held_out" and config.data.source not in BUNDLED:
+        raise UserError(f"No images of '{config.data.source}' are held out: set metric to fid_train.")
+    if config.held_out == "tune" and config.data.source != "fashion":
+        raise UserError(f"held_out='tune' is of 'fashion' alone, not of '{config.data.source}'.")
     if config.launch.workers < 1:
         raise UserError(f"launch.workers={config.launch.workers} must be at least 1.")
     if config.quick:
@@ -164,7 +188,7 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
     for entry in config.entries:
         with as_user_error(f"Entry '{entry.name}'", UserError):
             own = _jobs_of(entry, config)
-            for job in {(job.config.model, job.schedule): job for job in own}.values():
+            for job in {(job.config.model, job.schedule, job.config.start_from): job for job in own}.values():
                 job.trainable_parameters()
         jobs += own
     ignored = set(BOOKKEEPING) - {"snapshot_every"}  # a snapshot is a checkpoint that is measured
@@ -205,12 +229,16 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     if "sampling" in parts["ddo"]:
         parts["ddo"]["sampling"] = replace(DDOConfig().sampling, **parts["ddo"]["sampling"])
     own: dict[str, Any] = {name: _PARTS[name](**values) for name, values in parts.items()}
-    if not own["ddo"].fakes and not entry.model:
+    if not own["ddo"].fakes and not (entry.model or entry.start_from):
         own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])
     if entry.schedule and entry.method != "none":
         raise UserError(f"a schedule is sampled as it is: set method='{entry.method}' to none.")
     is_trained = entry.method != "none"
+    if entry.ddo and entry.objective != "ddo":
+        raise UserError("ddo is of objective 'ddo': set it, or leave ddo out.")
+    if not is_trained and (entry.objective == "ddo" or entry.start_from):
+        raise UserError("method='none' trains nothing: leave out objective and start_from.")
     is_base = not is_trained and not (entry.model or entry.schedule or entry.sampling)
     is_one = not is_trained and "{seed}" not in entry.model + entry.schedule
     every = config.evaluate_every or training.steps
@@ -226,6 +254,7 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
             output_dir=str(directory / "learned"),
             model=(entry.model or config.model).replace("{seed}", str(seed)),
             dtype=config.dtype,
+            start_from=entry.start_from.replace("{seed}", str(seed)),
             objective=entry.objective,
             cache=str(cache_directory(config.cache, config.output_dir)),
             cache_batch_size=config.cache_batch_size,

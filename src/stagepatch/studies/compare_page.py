@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,30 +13,25 @@ from matplotlib.figure import Figure
 
 from stagepatch import report
 from stagepatch.core import read_tensors, write_text
-from stagepatch.evaluation import direction_note, metric_names
+from stagepatch.evaluation import METRICS, direction_note, metric_names
+from stagepatch.sampling import SamplingConfig
 from stagepatch.studies.compare_jobs import SAMPLES_NAME, CompareJob
 from stagepatch.studies.compare_results import SIGNIFICANCE, Difference, Row
 from stagepatch.studies.verdict import verdict
 
 _CONTROLS_NOTE = (
-    "In percent of the base, ± standard error: the method's value less the control's, paired by training run where "
-    "both have as many, by Welch's test elsewhere."
+    "In percent of the base, ± standard error: the method's value less the control's, the best control first; paired "
+    "by training run where both have as many, by Welch's test elsewhere. The p-values are of one difference each."
 )
 COLUMNS = ["method", "trained", "share", "s/step", "peak MiB", "file MiB"]
+JUDGED = ["difference to base", "95% interval", "in percent", "p", "p (Holm)"]
 
 
 def table(rows: Sequence[Row], metric: str, features: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of text, one column for each checkpoint."""
     steps = sorted({step for row in rows for step in row.curve if step})
     label = metric_names(features)[metric]
-    columns = [
-        *COLUMNS,
-        *(f"{label} at {step}" for step in steps),
-        "difference to base",
-        "in percent",
-        "p",
-        "p (Holm)",
-    ]
+    columns = [*COLUMNS, *([f"{label} at {step}" for step in steps] or [label]), *JUDGED]
     return columns, [_cells(row, rows, steps) for row in rows]
 
 
@@ -47,23 +43,26 @@ def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
         cells += [f"{row.seconds_per_step:.3f}", f"{row.peak_memory / 2**20:.0f}", f"{row.file_size / 2**20:.2f}"]
     if row.is_base:
         value = report.format_mean(*row.curve[0], 4)
-        return [*cells, *([value] * len(steps) or [value]), *[""] * 4]
+        return [*cells, *([value] * len(steps) or [value]), *[""] * len(JUDGED)]
     cells += [report.format_mean(*row.curve[step], 4) if step in row.curve else "" for step in steps]
     change = row.differences.get(row.last)
     if change is None:
-        return [*cells, *[""] * 4]
+        return [*cells, *[""] * len(JUDGED)]
     base = next(other.curve[0][0] for other in rows if other.is_base)
     sign = " *" if change.p_value < SIGNIFICANCE else ""
     p_value = "" if math.isnan(change.p_value) else f"{change.p_value:.3f}"
     percent = f"{100 * change.mean / base:+.1f} ± {100 * change.error / base:.1f} %"
     corrected = "" if math.isnan(row.holm) else f"{row.holm:.3f}"
-    return [*cells, f"{change.mean:+.4f} ± {change.error:.4f}{sign}", percent, p_value, corrected]
+    low, high = change.interval
+    interval = "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
+    return [*cells, f"{change.mean:+.4f} ± {change.error:.4f}{sign}", interval, percent, p_value, corrected]
 
 
-def against_controls(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Difference of every method to every control, in percent of the base, with its p-value."""
+def against_controls(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
+    """Difference of every method to every control, the best first, in percent of the base, with its p-value."""
     base = next((row.curve[0][0] for row in rows if row.is_base), math.nan)
     controls = [row for row in rows if row.control]
+    controls.sort(key=lambda row: METRICS[metric].sign * row.metrics[metric])
     columns = ["method", *(f"{row.name} ({row.control})" for row in controls)]
     cells = [[row.name, *(_points(row.against[c.name], base) for c in controls)] for row in rows if row.against]
     return columns, cells
@@ -87,27 +86,39 @@ def _points(change: Difference, base: float) -> str:
 
 def short(columns: list[str], cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """What fits on a terminal: method, share trained, and the last checkpoint, of each entry its own."""
-    measured = slice(len(COLUMNS), -4)
+    measured = slice(len(COLUMNS), -len(JUDGED))
     last = [next((cell for cell in reversed(row[measured]) if cell), "") for row in cells]
     is_one = all(row[measured][-1] for row in cells)
     label = columns[measured][-1] if is_one else columns[measured][-1].rpartition(" at ")[0] + " at the end"
     return (
-        [columns[0], columns[2], label, *columns[-4:]],
-        [[row[0], row[2], value, *row[-4:]] for row, value in zip(cells, last, strict=True)],
+        [columns[0], columns[2], label, JUDGED[0], *JUDGED[2:]],
+        [[row[0], row[2], value, row[-5], *row[-3:]] for row, value in zip(cells, last, strict=True)],
     )
 
 
 def note(jobs: Sequence[CompareJob], metric: str) -> str:
     """How the table is to be read."""
-    seeds = len({job.config.training.seed for job in jobs if not job.is_base})
-    sampling = jobs[0].sampling
-    unit = "training run" if seeds > 1 else "sampling seed, of one training run"
+    seeds = max(Counter(job.name for job in jobs).values())
+    sampling = next((job for job in jobs if job.is_base), jobs[0]).sampling
+    others = {job.name: job.sampling for job in jobs if job.sampling != sampling}
+    otherwise = "".join(f" Sampled otherwise: {name} ({_sampler(own)})." for name, own in others.items())
+    unit = (
+        "training run (of what is not trained, a sampling seed)" if seeds > 1 else "sampling seed, of one training run"
+    )
     return (
         f"Mean ± standard deviation over {seeds} training seed(s), each the mean of {len(jobs[0].sampling_seeds)} "
-        f"sampling seeds of {sampling.num_images} images ({sampling.num_inference_steps} steps of "
-        f"{sampling.scheduler}), the same noise for all. Differences are paired by sampling seed, ± standard error; "
-        f"* marks p < {SIGNIFICANCE} of a two-sided t-test whose unit is a {unit}. {direction_note([metric])}"
+        f"sampling seeds of {sampling.num_images} images ({_sampler(sampling)}), the same noise for all."
+        f"{otherwise} Differences are paired by sampling seed, ± standard error; "
+        f"* marks p < {SIGNIFICANCE} of a two-sided t-test whose unit is a {unit}; p (Holm) is corrected "
+        f"for the number of methods. {direction_note([metric])}"
     )
+
+
+def _sampler(sampling: SamplingConfig) -> str:
+    guidance = f", guidance {sampling.guidance_scale:g}" if sampling.guidance_scale != 1.0 else ""
+    if guidance and sampling.guidance_interval != [0.0, 1.0]:
+        guidance += " from {:g} to {:g}".format(*sampling.guidance_interval)
+    return f"{sampling.num_inference_steps} steps of {sampling.scheduler}{guidance}"
 
 
 def write_results(
@@ -117,7 +128,7 @@ def write_results(
     features = jobs[0].extractor + " features"
     columns, cells = table(rows, metric, features)
     parts = [report.markdown_table(columns, cells), note(jobs, metric), verdict(rows, metric)]
-    controls, found = against_controls(rows), changes(rows)
+    controls, found = against_controls(rows, metric), changes(rows)
     parts += [report.markdown_table(*each) for each in (controls, found) if each[1]]
     write_text(directory / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
     sheet = io.StringIO()

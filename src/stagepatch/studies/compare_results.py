@@ -49,6 +49,7 @@ class Row:
         control: why a method must beat it, or empty.
         changes: of every metric, difference to the base at the last checkpoint.
         against: difference of the comparison's metric to each control, by the control's name.
+        runs: training runs that it is the mean of.
         holm: p-value of the difference to the base, corrected for the number of methods (Holm); NaN for what is none.
     """
 
@@ -66,6 +67,7 @@ class Row:
     control: str = ""
     changes: dict[str, Difference] = field(default_factory=dict)
     against: dict[str, Difference] = field(default_factory=dict)
+    runs: int = 1
     holm: float = math.nan
 
     @property
@@ -159,6 +161,7 @@ def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: st
         {name: statistics.fmean(seed[name] for seed in last) for name in last[0]},
         jobs[0].control,
         {} if base is None or is_base else {name: _change(jobs, base, name) for name in last[0]},
+        runs=len(jobs),
     )
 
 

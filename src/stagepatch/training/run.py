@@ -66,8 +66,10 @@ class Run:
                 f"method='{config.method}' trains the model's own weights, which dtype='{config.dtype}' spoils."
             )
         self.start_from = Path(config.start_from) if config.start_from else None
-        if self.start_from is not None and open_learned(self.start_from).method is not type(self.method):
-            raise UserError(f"start_from='{self.start_from}' holds nothing that method='{config.method}' learned.")
+        if self.start_from is not None and (kind := open_learned(self.start_from).kind) != self.method.kind:
+            raise UserError(
+                f"start_from='{self.start_from}' is {kind}, which method='{config.method}' does not learn."
+            )
         if config.objective == "ddo" and config.patch.initialization == "normal" and config.method == "dmp":
             raise UserError("objective='ddo' starts from the model as it is: set patch.initialization to zero.")
         named = config.model if model is None else ""  # first the cache, then the model

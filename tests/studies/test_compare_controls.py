@@ -1,0 +1,268 @@
+"""Rows that a method must beat, rows of other sampling and objectives, and the statistics of both."""
+
+import json
+import math
+import threading
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from scipy import stats
+
+from stagepatch.core import read_json
+from stagepatch.evaluation import evaluator
+from stagepatch.studies import compare_jobs
+from stagepatch.studies.compare_config import CompareConfig, EntryConfig
+from stagepatch.studies.compare_jobs import plan_jobs
+from stagepatch.studies.compare_page import note
+from stagepatch.studies.compare_results import difference, difference_between, holm
+from stagepatch.training import Run
+from tests.studies.conftest import study
+
+DDO = {"method": "lora", "objective": "ddo", "ddo": {"sampling": {"num_images": 20, "num_inference_steps": 2}}}
+ENTRIES = [
+    {"name": "base", "method": "none"},
+    {"name": "more steps", "method": "none", "sampling": {"num_inference_steps": 4}, "control": "free"},
+    {"name": "bias", "method": "bitfit", "control": "steps"},
+    {"name": "DMP", "method": "dmp", "training": {"learning_rate": 0.01}},
+    {"name": "DDO", **DDO},
+]
+SMALL = {
+    "entries": ENTRIES,
+    "training": {"steps": 2, "batch_size": 8, "log_every": 1},
+    "sampling": {"num_images": 60, "num_inference_steps": 2, "batch_size": 60},
+}
+
+
+def compare(folder, *more, **changes):
+    return study("compare", folder, *more, **{**SMALL, **changes})
+
+
+def values_of(folder, job, step, metric="fid_held_out"):
+    return [each[metric] for each in read_json(folder / "out" / "jobs" / job / "metrics.json")[str(step)]]
+
+
+class Pixels:
+    """Stands for a second extractor of the digits, which have one alone."""
+
+    name, fingerprint = "pixels", "pixels"
+
+    def __call__(self, images):
+        return images.flatten(1)
+
+
+def test_methods_are_compared_with_every_control_run_by_run(tmp_path, capsys, monkeypatch):
+    load = evaluator.load_extractor
+    monkeypatch.setattr(evaluator, "load_extractor", lambda name: load(name) if name == "digits" else Pixels())
+    assert compare(tmp_path, training_seeds=[0, 1, 2], second_extractor="fashion") == 0
+    out = tmp_path / "out"
+    rows = {row["name"]: row for row in json.loads((out / "results.json").read_text())}
+    assert {name for name, row in rows.items() if row["is_base"]} == {"base"}
+    assert {name: row["runs"] for name, row in rows.items()} == dict(zip(rows, (1, 1, 3, 3, 3), strict=True))
+    assert set(rows["DMP"]["against"]) == set(rows["DDO"]["against"]) == {"more steps", "bias"}
+    assert rows["bias"]["against"] == rows["more steps"]["against"] == {}
+    # A row that is not trained is paired with each run; a control that is trained, with that of the same seed.
+    free = values_of(tmp_path, "more-steps", 2)
+    runs = [
+        sum(a - b for a, b in zip(values_of(tmp_path, f"dmp-{seed}", 2), free, strict=True)) / 3 for seed in range(3)
+    ]
+    found = rows["DMP"]["against"]["more steps"]
+    assert math.isclose(found["mean"], sum(runs) / 3)
+    assert math.isclose(found["p_value"], stats.ttest_1samp(runs, 0).pvalue)
+    means = {job: [sum(values_of(tmp_path, f"{job}-{s}", 2)) / 3 for s in range(3)] for job in ("dmp", "bias")}
+    assert math.isclose(rows["DMP"]["against"]["bias"]["p_value"], stats.ttest_rel(*means.values()).pvalue)
+    # Methods alone are corrected for, and the page says all of it.
+    raw = [rows[name]["differences"]["2"]["p_value"] for name in ("DMP", "DDO")]
+    assert [rows[name]["holm"] for name in ("DMP", "DDO")] == pytest.approx(holm(raw))
+    assert math.isnan(rows["bias"]["holm"])
+    assert "fid_second" in rows["base"]["metrics"]
+    page, table = (out / "report.html").read_text(), (out / "table.md").read_text()
+    for text in ("Verdict", "Against the controls", "Sampled otherwise: more steps (4 steps of ddim)"):
+        assert text in page
+    for text in ("p (Holm)", "95% interval", "more steps (free)", "Mean ± standard deviation over 3 training seed(s)"):
+        assert text in table
+    printed = capsys.readouterr().out
+    assert "No method gains" in printed or "gains: fid_held_out" in printed
+    # The fakes of all jobs are the same.
+    (fakes,) = out.glob("fakes-*/00000.safetensors")
+    assert len(load_file(fakes)["samples"]) == 20
+    assert not list(out.glob("jobs/*/learned/fakes"))
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # the usual example
+        ([0.6, 0.7], [1.0, 1.0]),
+        ([0.02], [0.02]),
+        ([0.01, math.nan, 0.02], [0.02, math.nan, 0.02]),
+        ([], []),
+    ],
+)
+def test_holm(p_values, corrected):
+    assert holm(p_values) == pytest.approx(corrected, nan_ok=True)
+
+
+def test_interval_is_that_of_students_t():
+    runs = [2.0, 3.0, 4.5]
+    expected = stats.ttest_1samp(runs, 0).confidence_interval(0.95)
+    assert difference([[run, run] for run in runs]).interval == pytest.approx((expected.low, expected.high))
+    assert all(math.isnan(limit) for limit in difference([[1.0]]).interval)
+
+
+def test_runs_of_other_seeds_are_compared_by_welch():
+    one, other = [[1.0, 2.0], [2.0, 3.0], [4.0, 5.5]], [[7.0, 8.0], [9.0, 9.0]]
+    found = difference_between(one, other)
+    test = stats.ttest_ind([1.5, 2.5, 4.75], [7.5, 9.0], equal_var=False)
+    assert math.isclose(found.mean, (1.5 + 2.5 + 4.75) / 3 - 8.25)
+    assert math.isclose(found.p_value, test.pvalue)
+    assert math.isclose(found.error, math.sqrt(stats.sem([1.5, 2.5, 4.75]) ** 2 + stats.sem([7.5, 9.0]) ** 2))
+    limits = test.confidence_interval(0.95)
+    assert found.interval == pytest.approx((limits.low, limits.high))
+
+
+def test_one_run_is_paired_by_sampling_seed():
+    found = difference_between([[1.0, 2.0, 4.0]], [[2.0, 2.5, 4.0]])
+    assert math.isclose(found.p_value, stats.ttest_rel([1.0, 2.0, 4.0], [2.0, 2.5, 4.0]).pvalue)
+
+
+def plan(tmp_path, *entries, **changes):
+    return plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=[EntryConfig(**e) for e in entries], **changes))
+
+
+def test_fakes_are_shared_by_all_that_learn_from_the_same(tmp_path):
+    other = {"name": "c", "method": "lora", "objective": "ddo"}
+    jobs = plan(
+        tmp_path,
+        {"name": "a", **DDO},
+        {"name": "b", **DDO, "lora": {"rank": 2}},
+        other,
+        {**other, "name": "d", "model": "fashion"},
+        {**other, "name": "e", "ddo": {"fakes": "elsewhere"}},
+    )
+    a, b, c, d, e = (job.config.ddo.fakes for job in jobs)
+    assert a == b != c == str(tmp_path / "fakes")
+    assert (d, e) == ("", "elsewhere")
+    assert "fakes" in jobs[0].identity()["ddo"].__dict__
+    assert jobs[4].identity()["ddo"].fakes == ""
+
+
+def test_entry_goes_on_from_what_a_run_of_its_seed_learned(tmp_path):
+    first = [{"name": "a", "method": "lora"}]
+    assert compare(tmp_path / "first", entries=first, training_seeds=[0, 1]) == 0
+    learned = str(tmp_path / "first" / "out" / "jobs" / "a-{seed}" / "learned")
+    entries = [{"name": "b", "method": "lora", "start_from": learned, "training": {"learning_rate": 0.0}}]
+    assert compare(tmp_path / "then", entries=entries, training_seeds=[0, 1]) == 0
+    for seed in (0, 1):
+        jobs = [tmp_path / folder / "out" / "jobs" / f"{n}-{seed}" for folder, n in (("first", "a"), ("then", "b"))]
+        weights = [load_file(job / "learned" / "pytorch_lora_weights.safetensors") for job in jobs]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        assert values_of(tmp_path / "first", f"a-{seed}", 2) == values_of(tmp_path / "then", f"b-{seed}", 2)
+    assert read_json(jobs[1] / "job.json")["start_from"].endswith("a-1/learned")
+
+
+YOUNG = ("held_out", "second_extractor", "start_from", "objective")
+
+
+def test_job_begun_before_these_options_goes_on(tmp_path):
+    assert compare(tmp_path, entries=ENTRIES[3:4]) == 0
+    job = tmp_path / "out" / "jobs" / "dmp-0"
+    first = (job / "metrics.json").read_text()
+    for name in ("metrics.json", "cost.json"):
+        (job / name).unlink()
+    record = {key: value for key, value in read_json(job / "job.json").items() if key not in YOUNG}
+    (job / "job.json").write_text(json.dumps(record))
+    path = job / "learned" / "checkpoint.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    identity = {key: value for key, value in json.loads(metadata["identity"]).items() if key not in YOUNG}
+    save_file(load_file(path), path, {**metadata, "identity": json.dumps(identity)})
+    assert compare(tmp_path, entries=ENTRIES[3:4]) == 0
+    assert (job / "metrics.json").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"second_extractor": "fashion"}, "second_extractor was , is fashion"),
+        ({"model": "fashion", "data": {"source": "fashion"}}, "model was digits, is fashion"),
+    ],
+    ids=str,
+)
+def test_job_that_was_measured_otherwise_is_not_taken_for_done(tmp_path, capsys, changes, message):
+    assert compare(tmp_path, entries=ENTRIES[:1]) == 0
+    assert compare(tmp_path, entries=ENTRIES[:1], **changes) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_fakes_are_made_by_one_job_while_others_wait(tmp_path, monkeypatch):
+    jobs = plan(tmp_path, {"name": "a", **DDO}, {"name": "b", **DDO, "lora": {"rank": 2}})
+    inside, most, load = [], [], Run.load_fakes
+
+    def watched(run):
+        inside.append(1)
+        most.append(len(inside))
+        try:
+            return load(run)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(compare_jobs.Run, "load_fakes", watched)
+    monkeypatch.setattr(compare_jobs.Run, "train", lambda run, progress: None)
+    threads = [threading.Thread(target=job._train) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1, 1]
+
+
+def entry(method="dmp", **more):
+    return {"entries": [{"name": "a", "method": method, **more}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (entry("none", sampling={"num_images": 9}), "sampling.num_images and sampling.seed are the same"),
+        (entry("none", sampling={"seed": 9}), "sampling.num_images and sampling.seed are the same"),
+        (entry(sampling={"stepz": 9}), "Entry 'a': sampling has no key 'stepz'"),
+        (entry(ddo={"beta": 1.0}), "ddo is of objective 'ddo'"),
+        (entry(objective="ddo", ddo={"betta": 1.0}), "ddo has no key 'betta'"),
+        (entry("none", objective="ddo"), "method='none' trains nothing"),
+        (entry("none", start_from="x"), "method='none' trains nothing"),
+        (entry(start_from="gone"), "gone"),
+        ({"metric": "fid_second"}, "metric='fid_second' is in the features of second_extractor"),
+        ({"second_extractor": "digits"}, "is the extractor itself"),
+        ({"data": {"source": "gone"}}, "No images of 'gone' are held out"),
+        ({"held_out": "tune"}, "held_out='tune' is of 'fashion' alone"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_any_training(tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr("stagepatch.cli.compare.launch", None)
+    assert compare(tmp_path, **changes) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "jobs").exists()
+
+
+def test_what_starts_from_another_method_is_refused(tmp_path, capsys):
+    assert compare(tmp_path / "first", entries=[{"name": "a", "method": "bitfit"}]) == 0
+    learned = str(tmp_path / "first" / "out" / "jobs" / "a-0" / "learned")
+    assert compare(tmp_path, **entry("lora", start_from=learned)) == 2
+    assert "is of another method than 'lora'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"guidance_scale": 2.0}, "20 steps of ddim, guidance 2)"),
+        ({"guidance_scale": 2.0, "guidance_interval": [0.2, 0.8]}, "20 steps of ddim, guidance 2 from 0.2 to 0.8)"),
+        ({"scheduler": "pndm"}, "20 steps of pndm)"),
+    ],
+    ids=str,
+)
+def test_the_note_says_what_is_sampled_otherwise(tmp_path, changes, expected):
+    jobs = plan(tmp_path, {"name": "free", "method": "none", "sampling": changes}, ENTRIES[0])
+    assert f"(20 steps of ddim), the same noise for all. Sampled otherwise: free ({expected}." in note(jobs, "recall")
