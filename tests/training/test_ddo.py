@@ -191,7 +191,7 @@ def test_images_of_several_sizes_are_refused(tmp_path):
 def discriminate(directory, fakes, method="dmp", **choices):
     made = METHODS[method]()
     parts = make_model(), made, make_objective(), make_dataset(), config_of(**choices)
-    train(*parts, directory, progress=False, ddo=(DDOConfig(beta=1.0), fakes))
+    train(*parts, directory, progress=False, ddo=(DDOConfig(beta=1.0, max_denoising_change=0.0), fakes))
     return made
 
 
@@ -249,7 +249,7 @@ def test_a_run_that_goes_too_far_ends_keeps_what_it_has_and_is_done(tmp_path, ca
 
 
 QUICK = {"steps": 3, "batch_size": 8, "log_every": 1, "learning_rate": 1e-3, "tensorboard": False}
-FEW = ["--ddo.sampling.num_images=20", "--ddo.sampling.num_inference_steps=2"]
+FEW = ["--ddo.sampling.num_images=20", "--ddo.sampling.num_inference_steps=2", "--ddo.max_denoising_change=0"]
 
 
 def test_train_by_command_and_a_second_round_from_the_first(tmp_path):
@@ -277,8 +277,7 @@ def test_latents_with_captions_or_classes_are_told_from_the_models_own(tmp_path,
     tiny.build().save_pretrained(tmp_path / "model")
     draw_images(tmp_path / "images", size=tiny.pixels, captions=name != "DiTTransformer2DModel")
     size = [f"--patch.sample_size={tiny.sample_size}"] if tiny.sample_size else []
-    few = ["--objective=ddo", "--ddo.sampling.num_images=5", "--ddo.sampling.num_inference_steps=2"]
-    few += ["--ddo.max_denoising_change=0"]
+    few = ["--objective=ddo", *FEW, "--ddo.sampling.num_images=5"]
     assert train_on_images(tmp_path, *few, *size, size=tiny.pixels[0]) == 0
     log = read_log(tmp_path / "run")
     assert log[0]["denoising_change"] == pytest.approx(0.0, abs=1e-4)

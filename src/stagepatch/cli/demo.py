@@ -53,7 +53,7 @@ def demo_plan(data: str, quick: bool) -> DemoPlan:
     else:
         apply_preset(train, "recommended")
         train.ddo.sampling.num_images = 10_000
-        plan = DemoPlan(train, SamplingConfig(num_inference_steps=25, num_images=3000, batch_size=500), 50)
+        plan = DemoPlan(train, SamplingConfig(num_inference_steps=25, num_images=2000, batch_size=500), 50)
     train.training = replace(train.training, log_every=20, tensorboard=False)
     if quick:
         train.training = replace(train.training, steps=train.training.steps // 10, ema_decay=0.98)

@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {
             "steps": 400,
             "batch_size": 64,
-            "learning_rate": 2e-4,
+            "learning_rate": 6e-5,
             "lr_scheduler": "linear",
             "ema_decay": 0.998,
             "checkpoint_every": 100,
