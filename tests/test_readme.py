@@ -8,6 +8,7 @@ import torch
 
 from stagepatch import Patch
 from stagepatch.checkpoints import load_denoiser
+from stagepatch.methods import LoRA, LoRAConfig
 
 ROOT = Path(__file__).parent.parent
 PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -15,11 +16,12 @@ PYTHON = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 
 def test_the_python_on_the_first_screen_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, _ = load_denoiser("digits")
-    Patch.create(model).save_pretrained("runs/demo")
+    lora = LoRA(LoRAConfig(rank=2, num_stages=4))
+    lora.prepare(load_denoiser("fashion")[0])
+    lora.save(Path("runs/demo"))
     names = {}
     exec(PYTHON[0], names)
-    assert names["images"].shape == (16, 1, 8, 8)
+    assert names["images"].shape == (16, 1, 16, 16)
     assert torch.isfinite(names["images"]).all()
 
 

@@ -80,7 +80,7 @@ def test_rows_are_base_free_wins_controls_and_methods_of_the_same_steps():
     ]
     assert sum(kind == "steps" for kind in kinds.values()) == len(protocol.FINETUNE_RATES)
     methods = [name for name, kind in kinds.items() if not kind and name != "base"]
-    assert methods == ["DMP as in the paper", "stage LoRA", "recommended"]
+    assert methods == ["DMP as in the paper", "stage LoRA", "recommended", "recommended, 2 times the steps"]
     recipe, won = PRESETS["recommended"], entries["recommended"]
     assert (won.method, won.objective, won.lora) == (recipe["method"], recipe["objective"], recipe["lora"])
     assert won.training["steps"] == min(1000, recipe["training"]["steps"])

@@ -140,6 +140,9 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
         EntryConfig("stage LoRA", "lora", lora={"rank": max(1, RANK // STAGES), "num_stages": STAGES}, training=lora),
         _recommended(config, steps, num_images, _fits("ddim", trained_with)),
     ]
+    doubled = {"num_inference_steps": 2 * config.sampling.num_inference_steps}
+    if doubled in [entry.sampling for entry in entries]:  # does it bear more steps, and add to them?
+        entries.append(replace(entries[-1], name="recommended, 2 times the steps", sampling=doubled))
     return entries
 
 
