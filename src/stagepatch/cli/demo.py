@@ -109,7 +109,7 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
     sections: list[report.Section] = [
         report.Prose("Verdict", verdict(measured, config.quick)),
         report.Table("What was gained", columns, rows, _NOTE),
-        report.Picture("Beside what costs no training", figure, "Bars: standard deviation over sampling seeds."),
+        report.Picture("Beside what costs no training", figure, "Lines: standard error over sampling seeds, paired."),
         report.Picture("Samples", pairs, "Base and patched model from the same noise."),
         report.Table(
             "All metrics", *comparison_table(first["base"], first["patched"], evaluator.extractor.name), _NOTE
@@ -164,20 +164,21 @@ def gain_table(measured: Mapping[int, Row]) -> tuple[list[str], list[list[str]]]
 
 
 def gain_figure(measured: Mapping[int, Row]) -> Figure:
-    """The table's FIDs as bars."""
-    figure = Figure(figsize=(6.5, 3.0), layout="constrained")
+    """The table's changes to its first row as bars, in percent, paired by seed."""
+    base = next(iter(measured.values()))["base"]
+    scale = 100.0 / statistics.fmean(base.values(METRIC))
+    bars = [(f"{name}, {steps} steps", value) for steps, row in measured.items() for name, value in row.items()][1:]
+    figure = Figure(figsize=(6.5, 0.7 + 0.6 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
-    bars = [
-        (f"{name}, {steps} steps", value.values(METRIC))
-        for steps, row in measured.items()
-        for name, value in row.items()
-    ]
-    for place, (label, values) in enumerate(bars):
+    for place, (label, value) in enumerate(bars):
+        mean, error = paired_difference(base.values(METRIC), value.values(METRIC))
         color = "tab:green" if label.startswith("patched") else "tab:gray"
-        axes.barh(place, statistics.fmean(values), xerr=statistics.stdev(values), color=color, height=0.7)
+        axes.barh(place, scale * mean, xerr=scale * error, color=color, height=0.7)
+    axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
-    axes.set_xlabel("FID against held-out images (lower is better)")
+    first = next(iter(measured))
+    axes.set_xlabel(f"change of FID against held-out images, in percent of the base in {first} steps")
     axes.grid(axis="x", alpha=0.25)
     return figure
 
