@@ -173,11 +173,16 @@ def test_loras_merge_into_one_of_the_summed_rank(tmp_path):
     products = [lora["x.lora_B.weight"] @ lora["x.lora_A.weight"] for lora in loras]
     expected = sum(weight * product for weight, product in zip(weights, products, strict=True))
     torch.testing.assert_close(one["x.lora_B.weight"] @ one["x.lora_A.weight"], expected)
-    assert read_json(tmp_path / "merged" / LORA_CONFIG) == {"rank": 6, "targets": None, "min_rank": 0}
+    choices = read_json(tmp_path / "merged" / LORA_CONFIG)
+    assert (choices["rank"], choices["min_rank"], choices["num_stages"]) == (6, 0, 1)
     with pytest.raises(UserError, match="2 weights for 3 stages"):
         merge_loras(stages, [1.0, 0.0], tmp_path / "merged")
     write_tensors(stages[1] / LORA_FILE, {"y.lora_A.weight": torch.ones(1, 1)})
     with pytest.raises(UserError, match="is on other layers"):
+        merge_loras(stages, weights, tmp_path / "merged")
+    write_json(stages[1] / LORA_CONFIG, {"rank": 1, "num_stages": 2})
+    write_tensors(stages[1] / LORA_FILE, loras[1])
+    with pytest.raises(UserError, match="mixed over the noise level"):
         merge_loras(stages, weights, tmp_path / "merged")
 
 
