@@ -1,6 +1,7 @@
 """What a step of sampling costs with a LoRA of K stages: merged into the weights at every step, and through the maps.
 
-    python benchmarks/stage_lora.py [--models DiT-S/2] [--batch 8] [--rank 8] [--stages 4] [--targets all] [--rounds 7]
+    python benchmarks/stage_lora.py [--models DiT-S/2 fashion] [--batch 8] [--rank 8] [--stages 4]
+        [--targets all] [--rounds 7]
 
 Base, merged and unmerged take turns in one process, each round another one first; a round is a forward without
 gradients at a timestep of its own, so that merging is paid each time. Times are medians, ratios are of medians.
@@ -17,12 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch import DiT
-from stagepatch.families import predict
+from stagepatch import DiT, load_denoiser
+from stagepatch.checkpoints.layout import BUNDLED
+from stagepatch.families import predict, sample_shape
 from stagepatch.methods import LoRA, LoRAConfig
+from stagepatch.sampling import balanced_labels
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> Any:
+    if name in BUNDLED:
+        return load_denoiser(name)[0].to(device, dtype).eval().requires_grad_(False)
     torch.manual_seed(0)
     model: Any = DiT.from_name(name)
     for block in model.blocks:  # adaLN-Zero starts as the identity: give every branch something to do
@@ -58,8 +63,8 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     for group in method.prepare(adapted):
         for parameter in group["params"]:
             parameter.data = nn.init.normal_(parameter.data, std=0.02).to(dtype)  # as when it is loaded
-    sample = torch.randn(arguments.batch, 4, 32, 32).to(device, dtype)
-    labels = (torch.arange(arguments.batch) % 1000).to(device)
+    sample = torch.randn(arguments.batch, *sample_shape(base)).to(device, dtype)
+    labels = balanced_labels(base, arguments.batch).to(device)
 
     @torch.no_grad()
     def forward(model: nn.Module, timestep: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from stagepatch.sampling import SamplingConfig
 from tests.runs import config_of
 
 SIZES = {"digits": 8, "fashion": 16}
+TRAINED = {"digits": 4 * 16 * 64 + 16 * 65 + 16, "fashion": 4 * 8 * 64 * (1 + 3 + 1 + 1)}  # qkv in, out; proj
 
 
 @pytest.fixture(scope="module", params=["digits", "fashion"])
@@ -61,6 +62,7 @@ def test_report_shows_the_measured_numbers(run):
     assert {"Verdict", "Samples", "Training", "Config", "Environment", "Again"} <= set(titles)
     assert ("Gate activation" in titles) == (data == "digits")
     assert page.count("data:image/png") == (4 if data == "digits" else 3)
+    assert f">{TRAINED[data]:,}<" in page
     assert ("4 sampling steps in place of 3" in page) == (data == "fashion")
 
 

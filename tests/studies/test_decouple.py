@@ -211,6 +211,14 @@ def stage(tmp_path, model):
     return plan_stages(DecoupleConfig(**values, num_stages=1))[0]
 
 
+def test_stages_that_were_moved_count_as_done(tmp_path, model, seen):
+    assert decouple(tmp_path / "here", model) == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    seen.clear()
+    assert decouple(tmp_path / "there", model) == 0
+    assert not seen
+
+
 def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, stage, monkeypatch):
     assert decouple(tmp_path, model, num_stages=1) == 0
     monkeypatch.setattr("stagepatch.studies.decouple_jobs.Run", None)

@@ -296,8 +296,13 @@ def test_latents_with_captions_or_classes_are_told_from_the_models_own(tmp_path,
 
 def test_what_cannot_be_is_refused_in_a_line(tmp_path, capsys):
     given = ["train", "--objective=ddo", *FEW, *options("training", QUICK), f"--output_dir={tmp_path / 'run'}"]
-    assert main([*given, "--patch.initialization=normal"]) == 2
-    assert "patch.initialization" in capsys.readouterr().err
+    for patch in (["--patch.initialization=normal"], ["--patch.position=prepend", "--patch.prepending=plain"]):
+        for method in ("dmp", "prompt_tuning"):
+            assert main([*given, f"--method={method}", *patch]) == 2
+            assert "leave out patch.initialization and patch.prepending" in capsys.readouterr().err
+    # A lesser initialization changes nothing where a gate at zero stands before it, nor where nothing has a patch.
+    Run(TrainConfig(objective="ddo", patch=PatchConfig(position="prepend"), output_dir=str(tmp_path / "gated")))
+    Run(TrainConfig(objective="ddo", method="lora", patch=PatchConfig(initialization="normal")))
     assert main([*given, f"--start_from={tmp_path / 'nothing'}"]) == 2
     assert "nothing" in capsys.readouterr().err
     assert main([*given, "--objective=dpo"]) == 2

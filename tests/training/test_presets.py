@@ -38,10 +38,20 @@ def test_python_has_the_same(capsys):
         given["training"]["learning_rate"],
     )
     assert apply_preset(TrainConfig(), "paper") == TrainConfig()
+    with pytest.raises(TypeError, match="preset"):  # as a field it would be taken and do nothing
+        TrainConfig(preset="recommended")
+
+
+def test_a_resolved_config_gives_the_same_run_again(capsys, tmp_path):
+    whole = resolved(capsys, "--preset=recommended", "--training.steps=7")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
+    assert resolved(capsys, f"--config={tmp_path / 'run.yaml'}") == whole
 
 
 def test_an_unknown_preset_is_refused(capsys):
     assert main(["train", "--preset=best"]) == 2
     assert "recommended" in capsys.readouterr().err
+    assert main(["train", "--presett=paper"]) == 2
+    assert "Did you mean --preset?" in capsys.readouterr().err
     with pytest.raises(UserError, match="paper, recommended"):
         apply_preset(TrainConfig(), "best")

@@ -95,12 +95,16 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(config_class)
+    keys = _keys(config_class)
+    if command == "train":
+        from stagepatch.training.presets import PRESET_HELP, PRESETS, preset_values
+
+        parser.add_argument("--preset", choices=list(PRESETS), default="paper", help=PRESET_HELP)
+        keys["preset"] = str
     _check_config_files(arguments)
-    arguments = _with_flags(arguments, _keys(config_class))
+    arguments = _with_flags(arguments, keys)
     try:
         if command == "train":
-            from stagepatch.training.presets import preset_values
-
             given = [argument for argument in arguments if not argument.startswith("--print_config")]
             parser.set_defaults(preset_values(parser.parse_args(given).preset))
         namespace = parser.parse_args(arguments)
@@ -108,7 +112,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
         raise UserError(f"{error}\nstagepatch {command} --help explains every key.") from error
     resolved = parser.dump(namespace)
     namespace = parser.instantiate_classes(namespace)
-    values = {name: value for name, value in vars(namespace).items() if name != "config"}
+    values = {name: value for name, value in vars(namespace).items() if name in _keys(config_class)}
     try:
         return config_class(**values), resolved
     except TypeError as error:

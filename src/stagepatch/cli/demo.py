@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,6 @@ class DemoPlan:
     train: TrainConfig
     sampling: SamplingConfig
     more_steps: int = 0
-    seeds: list[int] = field(default_factory=lambda: list(SEEDS))
 
 
 def demo_plan(data: str, quick: bool) -> DemoPlan:
@@ -64,72 +63,82 @@ def demo_plan(data: str, quick: bool) -> DemoPlan:
 
 def demo(config: configs.DemoConfig, resolved: str) -> None:
     """Train, sample, measure and report; everything lands in the output directory."""
-    directory, data = Path(config.output_dir), config.data
-    plan = demo_plan(data, config.quick)
-    title = "stagepatch demo" + (" (quick: too short to judge by)" if config.quick else "")
-    console = Console()
-    plan.train.output_dir = str(directory / f"training-{data}{'-quick' * config.quick}")
+    directory, console = Path(config.output_dir), Console()
+    plan = demo_plan(config.data, config.quick)
+    plan.train.output_dir = str(directory / f"training-{config.data}{'-quick' * config.quick}")
     run = Run(plan.train)
-    evaluator = Evaluator.load(data, run.config.data, data, directory)
-    base_model, scheduler = load_denoiser(data)
-
     console.print(f"[bold]1/3[/] Training a {run.method.kind} on {len(run.dataset)} images; the model is frozen.")
-    method = run.train()
-    method.save(directory)
+    run.train()
+    if isinstance(run.method, DMP):
+        run.method.patch.eval()
+    run.method.save(directory)
     write_text(directory / RUN_CONFIG, run.config_text)
 
-    console.print(f"[bold]2/3[/] Sampling base and patched model from the same noise, seeds {plan.seeds}.")
-    samplings = {plan.sampling.num_inference_steps: plan.sampling}
-    if plan.more_steps:
-        samplings[plan.more_steps] = replace(plan.sampling, num_inference_steps=plan.more_steps)
-    measured: dict[int, Row] = {}
-    with bar_over(2 * len(samplings) * len(plan.seeds) * plan.sampling.num_images) as on_batch:
-        for steps, sampling in samplings.items():
-            models = {"base": base_model, "patched": run.model}
-            measured[steps] = {
-                name: evaluator.measure(model, scheduler, sampling, plan.seeds, on_batch)
-                for name, model in models.items()
-            }
+    console.print(f"[bold]2/3[/] Sampling base and patched model from the same noise, seeds {SEEDS}.")
+    evaluator = Evaluator.load(config.data, run.config.data, config.data, directory)
+    measured = _measure(run, plan, evaluator)
     first = measured[plan.sampling.num_inference_steps]
     write_tensors(directory / "samples.safetensors", {name: value.images for name, value in first.items()})
     write_json(directory / "metrics.json", {name: value.metrics for name, value in first.items()})
 
     console.print("[bold]3/3[/] Writing the report.")
-    columns, rows = gain_table(measured)
-    figure = gain_figure(measured)
+    title = "stagepatch demo" + (" (quick: too short to judge by)" if config.quick else "")
+    report.write_page(
+        directory / "report.html", title, _LEADS[config.data], _sections(run, plan, measured, evaluator, config)
+    )
+    report.print_table(*gain_table(measured), title)
+    console.print(verdict(measured, config.quick), highlight=False)
+    console.print(f"Report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _measure(run: Run, plan: DemoPlan, evaluator: Evaluator) -> dict[int, Row]:
+    """Base and patched model by number of sampling steps."""
+    models = {"base": load_denoiser(run.config.model)[0], "patched": run.model}
+    steps = [plan.sampling.num_inference_steps, *([plan.more_steps] if plan.more_steps else [])]
+    measured: dict[int, Row] = {}
+    with bar_over(len(models) * len(steps) * len(SEEDS) * plan.sampling.num_images) as on_batch:
+        for count in steps:
+            sampling = replace(plan.sampling, num_inference_steps=count)
+            measured[count] = {
+                name: evaluator.measure(model, run.scheduler, sampling, SEEDS, on_batch)
+                for name, model in models.items()
+            }
+    return measured
+
+
+def _sections(
+    run: Run, plan: DemoPlan, measured: Mapping[int, Row], evaluator: Evaluator, config: configs.DemoConfig
+) -> list[report.Section]:
+    """The report; its pictures are kept as files too."""
+    directory, training = Path(config.output_dir), plan.train.training
+    first, figure = measured[plan.sampling.num_inference_steps], gain_figure(measured)
     pairs = report.paired_grid(first["base"].images[:40], first["patched"].images[:40], columns=10)
     report.write_picture(directory / "pairs.png", pairs)
     report.write_picture(directory / "gain.png", figure)
+    whole = comparison_table(first["base"], first["patched"], evaluator.extractor.name)
+    patch = run.method.patch if isinstance(run.method, DMP) else None
+    trained = (patch or run.model).parameters()
     facts = {
-        "base parameters": f"{sum(value.numel() for value in base_model.parameters()):,}",
-        "trained parameters": f"{sum(p.numel() for p in run.model.parameters() if p.requires_grad):,}",
-        "training": f"{plan.train.training.steps} steps of {plan.train.training.batch_size}, {plan.train.objective}",
+        "trained parameters": f"{sum(value.numel() for value in trained if value.requires_grad):,}",
+        "training": f"{training.steps} steps of {training.batch_size}, {plan.train.objective}",
         "sampling": f"{plan.sampling.num_images} images a seed, DDIM",
     }
     sections: list[report.Section] = [
         report.Prose("Verdict", verdict(measured, config.quick)),
-        report.Table("What was gained", columns, rows, _NOTE),
+        report.Table("What was gained", *gain_table(measured), _NOTE),
         report.Picture("Beside what costs no training", figure, "Lines: standard error over sampling seeds, paired."),
         report.Picture("Samples", pairs, "Base and patched model from the same noise."),
-        report.Table(
-            "All metrics", *comparison_table(first["base"], first["patched"], evaluator.extractor.name), _NOTE
-        ),
+        report.Table("All metrics", *whole, _NOTE),
         report.Picture("Training", report.training_curves(read_log(run.directory)), "Loss and what else was logged."),
     ]
-    if isinstance(method, DMP):
+    if patch is not None:
         timesteps = torch.arange(0, run.objective.num_train_timesteps, 10)
-        activation = gate_activation(run.model, method.patch, timesteps)
-        plot = plot_gate_activation(activation, timesteps, [site.name for site in method.patch.backbone.sites])
+        activation = gate_activation(run.model, patch, timesteps)
+        plot = plot_gate_activation(activation, timesteps, [site.name for site in patch.backbone.sites])
         note = "Weight of every prompt over timesteps, a panel a block (as in Fig. 5 of arXiv 2405.17825)."
         sections.append(report.Picture("Gate activation", plot, note))
-    sections += [
-        report.KeyValues("In numbers", facts),
-        *report.provenance(run.config_text, _commands(directory, config)),
-    ]
-    report.write_page(directory / "report.html", title, _LEADS[data], sections)
-    report.print_table(columns, rows, title)
-    console.print(verdict(measured, config.quick), highlight=False)
-    console.print(f"Report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
+    again = report.provenance(run.config_text, _commands(directory, config))
+    return [*sections, report.KeyValues("In numbers", facts), *again]
 
 
 _LEADS = {
@@ -139,8 +148,7 @@ _LEADS = {
     ),
     "fashion": (
         "A converged DiT for Fashion-MNIST, frozen, and adapters that learned, from its own training images, to tell "
-        "these from the model's samples (DDO, arXiv 2503.01103). 5,000 images are held out from all training and "
-        "from every choice."
+        "these from the model's samples (DDO, arXiv 2503.01103). 5,000 images are held out from all training."
     ),
 }
 _NOTE = (

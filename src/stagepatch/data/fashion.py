@@ -25,7 +25,7 @@ def load_fashion(split: Literal["train", "tune", "held_out"]) -> tuple[Tensor, T
     """Images [B, 1, 16, 16] in [−1, 1] and labels [B].
 
     The data set's 60,000 training images; every other one of its 10,000 test images to choose settings by (`tune`);
-    and the other 5,000 to report on (`held_out`), by which nothing in this project was ever chosen.
+    and the other 5,000 to report on (`held_out`).
 
     Raises:
         UserError: the bundled copy is damaged.

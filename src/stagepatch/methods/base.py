@@ -16,11 +16,13 @@ class Method(ABC):
         name: as in METHODS.
         kind: of what it saves, as `open_artifact` calls it.
         marker: a file that only a directory of that kind has.
+        starts_at_base: whether the model, once prepared, still says what it did.
     """
 
     name: ClassVar[str]
     kind: ClassVar[str] = ""
     marker: ClassVar[str] = ""
+    starts_at_base: bool = True
 
     @classmethod
     def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:

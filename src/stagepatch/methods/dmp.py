@@ -26,6 +26,8 @@ class DMP(Method):
     def __init__(self, config: PatchConfig | None = None, facts: dict[str, str] | None = None) -> None:
         self.config = config or PatchConfig()
         self.facts = facts or {}
+        gated = self.config.is_gated_prepending
+        self.starts_at_base = gated or (self.config.position, self.config.initialization) == ("add", "zero")
         self.patch: Patch
         self._attachment: Attachment | None = None
 

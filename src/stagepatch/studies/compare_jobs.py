@@ -28,7 +28,7 @@ from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
 
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
-_RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "objective", "weighting", "data", "training")
+_RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "data", "training")
 _MEASURING = ("held_out", "second_extractor")  # what training need not share, nor knows the defaults of
 # Of jobs that are older than these options.
 _DEFAULTS = SimpleNamespace(
@@ -82,8 +82,7 @@ class CompareJob(Job):
         elsewhere = ("directory", "config", "is_base", "control")
         own = {name: value for name, value in vars(self).items() if name not in elsewhere}
         own |= {name: getattr(self.config, name) for name in _RUN}
-        # The fakes are the same wherever they are.
-        return own | ({"ddo": replace(self.config.ddo, fakes="")} if self.config.objective == "ddo" else {})
+        return own | self.config.learns_by()
 
     def is_done(self) -> bool:
         return set(self.metrics()) >= set(self.checkpoints)

@@ -63,7 +63,7 @@ class DecoupleConfig(TrainConfig):
 
     output_dir: str = "runs/decouple"
     method: str = "finetune"
-    preset: Literal["paper", "released"] = "paper"  # type: ignore[assignment]
+    preset: Literal["paper", "released"] = "paper"
     num_stages: int = 4
     split: Literal["t", "log_snr"] = "t"
     boundaries: list[int] = field(default_factory=list)

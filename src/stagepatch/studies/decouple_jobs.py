@@ -18,7 +18,7 @@ from stagepatch.training import BOOKKEEPING, Run, TrainConfig
 
 STAGES, EXPERTS_NAME = "stages", "experts.yaml"
 _OWN = ("preset", "p", "consistency", "projection", "antithetic")  # of a stage; the rest is its training run's
-_ELSEWHERE = ("output_dir", "cache", "cache_batch_size")
+_ELSEWHERE = ("output_dir", "cache", "cache_batch_size", "ddo")
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Stage(Job):
     def identity(self) -> dict[str, Any]:
         own = {name: getattr(self.study, name) for name in _OWN}
         run = {name: value for name, value in vars(self.config).items() if name not in _ELSEWHERE}
-        return {**run, **own, "first": self.first, "stop": self.stop}
+        return {**run, **self.config.learns_by(), **own, "first": self.first, "stop": self.stop}
 
     def is_done(self) -> bool:
         return (self.directory / STAGE_NAME).exists()

@@ -1,4 +1,4 @@
-"""Recipes by name: what `stagepatch train --preset NAME` takes for all that is not given.
+"""Recipes by name: what `stagepatch train --preset NAME` takes for all that is not given; `apply_preset` in Python.
 
 `recommended` is what won on the bench of docs/evidence.md; `paper` is DMP as it was published (arXiv 2405.17825), the
 defaults of the configs.
@@ -9,6 +9,10 @@ from typing import Any
 
 from stagepatch.core import UserError
 
+PRESET_HELP = (
+    "where all that is not given comes from: 'paper', DMP as published, or 'recommended', what won on the bench of "
+    "docs/evidence.md"
+)
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "recommended": {

@@ -20,7 +20,7 @@ from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
 
 RUN_CONFIG = "run.yaml"
-_IDENTITY = ("model", "method", "dtype", "patch", "lora", "start_from", "objective", "ddo", "weighting", "data")
+_IDENTITY = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "data")
 
 
 class Run:
@@ -52,9 +52,8 @@ class Run:
     ) -> None:
         self.config = config
         self.directory = Path(config.output_dir)
-        self.identity = dict(identity or {name: getattr(config, name) for name in _IDENTITY})
-        if "ddo" in self.identity:
-            self.identity["ddo"] = replace(config.ddo, fakes="")  # wherever they are
+        own = {name: getattr(config, name) for name in _IDENTITY} | config.learns_by()
+        self.identity = dict(identity or own)
         self.config_text = config_text or yaml.safe_dump(asdict(config), sort_keys=False)
         facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
         facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
@@ -70,8 +69,11 @@ class Run:
             raise UserError(
                 f"start_from='{self.start_from}' is {kind}, which method='{config.method}' does not learn."
             )
-        if config.objective == "ddo" and config.patch.initialization == "normal" and config.method == "dmp":
-            raise UserError("objective='ddo' starts from the model as it is: set patch.initialization to zero.")
+        if config.objective == "ddo" and not self.method.starts_at_base:
+            raise UserError(
+                "objective='ddo' compares with the model as it is, from which this patch departs before it has "
+                "learned: leave out patch.initialization and patch.prepending."
+            )
         named = config.model if model is None else ""  # first the cache, then the model
         cache = (config.cache, config.output_dir, config.cache_batch_size)
         self.dataset: Any = load_training_data(named, config.data, *cache)

@@ -1,7 +1,7 @@
 """What one training run takes."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, WeightingConfig
@@ -17,8 +17,6 @@ class TrainConfig(MethodConfig):
 
     Args:
         output_dir: directory of the run; the same command again goes on where it stopped.
-        preset: where all that is not given comes from: 'paper', DMP as published, or 'recommended', what won on the
-            bench of docs/evidence.md.
         model: a model directory as diffusers writes it, a Hub id, or 'digits' or 'fashion', the bundled models.
         dtype: of the frozen model's weights; what is learned is float32.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
@@ -33,7 +31,6 @@ class TrainConfig(MethodConfig):
     """
 
     output_dir: str = "runs/train"
-    preset: Literal["paper", "recommended"] = "paper"
     model: str = "digits"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: str = ""
@@ -44,6 +41,11 @@ class TrainConfig(MethodConfig):
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def learns_by(self) -> dict[str, Any]:
+        """The objective and its choices, as what a run must share to go on: wherever the samples are."""
+        ddo = {"ddo": replace(self.ddo, fakes="")} if self.objective == "ddo" else {}
+        return {"objective": self.objective, **ddo}
 
 
 @dataclass
