@@ -54,3 +54,16 @@ def works_after_another(monkeypatch):
         return bool(worked)
 
     return run
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """Gives a study to the command, which must refuse it before anything is launched; returns what it said."""
+
+    def give(command, **values):
+        monkeypatch.setattr(f"stagepatch.cli.{command}.launch", None)
+        assert study(command, tmp_path, **values) == 2
+        assert not (tmp_path / "out" / "jobs").exists()
+        return capsys.readouterr().err
+
+    return give

@@ -173,11 +173,8 @@ def entry(method="dmp", **more):
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_any_training(tmp_path, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr("stagepatch.cli.compare.launch", None)
-    assert compare(tmp_path, **changes) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out" / "jobs").exists()
+def test_bad_input_is_refused_before_any_training(refused, changes, message):
+    assert message in refused("compare", **{**SMALL, **changes})
 
 
 def test_a_job_that_another_process_does_is_waited_for(tmp_path, works_after_another):

@@ -240,11 +240,8 @@ def entry(method="dmp", **more):
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_any_training(tmp_path, capsys, monkeypatch, changes, message):
-    monkeypatch.setattr("stagepatch.cli.compare.launch", None)
-    assert compare(tmp_path, **changes) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out" / "jobs").exists()
+def test_bad_rows_are_refused_before_any_training(refused, changes, message):
+    assert message in refused("compare", **{**SMALL, **changes})
 
 
 def test_what_starts_from_another_method_is_refused(tmp_path, capsys):

@@ -109,7 +109,7 @@ class DemoConfig:
         output_dir: takes what was learned, the samples and report.html.
         data: 'fashion', a model that has room to gain, by the recommended recipe; or 'digits', a model at the level of
             its data, by the paper's prompts.
-        quick: a run of a minute: fewer steps and samples, labelled as such.
+        quick: a run of half a minute: fewer steps and samples, labelled as such.
     """
 
     output_dir: str = "runs/demo"

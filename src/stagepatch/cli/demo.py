@@ -42,7 +42,7 @@ class DemoPlan:
 
 
 def demo_plan(data: str, quick: bool) -> DemoPlan:
-    """The full demo, or the one of a minute."""
+    """The full demo, or the one of half a minute."""
     train = TrainConfig(model=data, data=DataConfig(source=data))
     if data == "digits":
         train.training = TrainingConfig(
