@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stagepatch.evaluation import features
+from stagepatch.training import loop
 from tests.runs import Processes, make_model
 
 
@@ -61,3 +62,16 @@ def processes(tmp_path_factory):
     jobs = Processes(tmp_path_factory.mktemp("output"))
     yield jobs
     jobs.stop()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What every iteration drew."""
+    seen, backward = [], loop._backward
+
+    def noted(step, draws, *rest):
+        seen.append(draws)
+        return backward(step, draws, *rest)
+
+    monkeypatch.setattr(loop, "_backward", noted)
+    return seen

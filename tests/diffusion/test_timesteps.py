@@ -1,11 +1,12 @@
 """Frequencies of drawn timesteps, and where ranges are cut."""
 
+import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import special, stats
 
 from stagepatch.core.errors import UserError
-from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
+from stagepatch.diffusion import Objective, ObjectiveConfig, TimestepsConfig, make_scheduler, make_timesteps
 from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, equal_in_t, split_at
 
 T, FIRST, STOP = 1000, 250, 500
@@ -81,3 +82,42 @@ def test_objective_draws_from_its_sampler():
     assert FIRST <= drawn.min() <= drawn.max() < STOP
     plain = Objective(scheduler).draw_timesteps(1000, torch.Generator().manual_seed(0))
     assert torch.equal(plain, torch.randint(0, T, (1000,), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.25, 0.75)])
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
+def test_densities_are_those_of_their_distributions(density, bounds):
+    """A Kolmogorov–Smirnov test against the distributions of arXiv 2403.03206, Section 3.1, scaled into the range."""
+    config = TimestepsConfig(list(bounds), density, logit_mean=-0.5, logit_std=0.8, mode_scale=1.29)
+    drawn = make_timesteps(config, 10**6).draw(20_000, torch.Generator().manual_seed(0)).double() / 10**6
+    low, high = bounds
+    assert low <= float(drawn.min()) < float(drawn.max()) < high
+    levels = ((drawn - low) / (high - low)).clamp(1e-9, 1 - 1e-9).numpy()
+    if density == "logit_normal":
+        found = stats.kstest(special.logit(levels), stats.norm(-0.5, 0.8).cdf)
+    elif density == "uniform":
+        found = stats.kstest(levels, stats.uniform.cdf)
+    else:  # the image of uniform u under 1 − u − s·(cos²(πu/2) − 1 + u), which falls in u
+        u = np.linspace(1, 0, 10_001)
+        image = 1 - u - 1.29 * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+        found = stats.kstest(levels, lambda level: 1 - np.interp(level, image, u))
+    assert found.pvalue > 1e-3
+
+
+def test_all_alike_is_drawn_as_before():
+    assert make_timesteps(TimestepsConfig(), T) is None
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"range": [0.5, 0.5]}, r"range=\[0.5, 0.5\] must be two noise levels"),
+        ({"range": [0.5]}, "two noise levels"),
+        ({"range": [0.0, 1.5]}, "two noise levels"),
+        ({"density": "normal"}, "none of uniform, logit_normal, mode"),
+        ({"density": "logit_normal", "logit_std": 0.0}, "logit_std=0.0 must be above 0"),
+    ],
+)
+def test_odd_choices_of_timesteps(choice, message):
+    with pytest.raises(UserError, match=message):
+        make_timesteps(TimestepsConfig(**choice), T)

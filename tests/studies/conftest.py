@@ -7,7 +7,6 @@ import yaml
 from filelock import FileLock
 
 from stagepatch.cli import main
-from stagepatch.training import loop
 
 
 def write_config(folder, **values):
@@ -20,19 +19,6 @@ def write_config(folder, **values):
 
 def study(command, folder, *more, **values):
     return main([command, f"--config={write_config(folder, **values)}", *more])
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """What every iteration drew."""
-    seen, backward = [], loop._backward
-
-    def noted(step, draws, *rest):
-        seen.append(draws)
-        return backward(step, draws, *rest)
-
-    monkeypatch.setattr(loop, "_backward", noted)
-    return seen
 
 
 @pytest.fixture

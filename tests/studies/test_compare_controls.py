@@ -228,7 +228,7 @@ def entry(method="dmp", **more):
         (entry("none", sampling={"num_images": 9}), "sampling.num_images and sampling.seed are the same"),
         (entry("none", sampling={"seed": 9}), "sampling.num_images and sampling.seed are the same"),
         (entry(sampling={"stepz": 9}), "Entry 'a': sampling has no key 'stepz'"),
-        (entry(ddo={"beta": 1.0}), "ddo is of objective 'ddo'"),
+        (entry(ddo={"beta": 1.0}), "ddo is of objectives 'ddo' and 'samples'"),
         (entry(objective="ddo", ddo={"betta": 1.0}), "ddo has no key 'betta'"),
         (entry("none", objective="ddo"), "method='none' trains nothing"),
         (entry("none", start_from="x"), "method='none' trains nothing"),
@@ -263,3 +263,18 @@ def test_what_starts_from_another_method_is_refused(tmp_path, capsys):
 def test_the_note_says_what_is_sampled_otherwise(tmp_path, changes, expected):
     jobs = plan(tmp_path, {"name": "free", "method": "none", "sampling": changes}, ENTRIES[0])
     assert f"(20 steps of ddim), the same noise for all. Sampled otherwise: free ({expected}." in note(jobs, "recall")
+
+
+def test_a_guide_of_each_training_seed(tmp_path, capsys):
+    samples = {"method": "lora", "objective": "samples", "ddo": DDO["ddo"]}
+    entries = [ENTRIES[0], {"name": "worse", **samples, "training": {"learning_rate": 0.01}}]
+    assert compare(tmp_path, entries=entries, training_seeds=[0, 1]) == 0
+    guide = str(tmp_path / "out" / "jobs" / "worse-{seed}" / "learned")
+    guided = {"name": "guided", "method": "none", "sampling": {"guide": guide, "guide_scale": 3.0}}
+    assert compare(tmp_path, entries=[*entries, guided], training_seeds=[0, 1]) == 0
+    found = [values_of(tmp_path, f"guided-{seed}", 2) for seed in (0, 1)]
+    assert found[0] != found[1]
+    assert found[0] != values_of(tmp_path, "base", 0)
+    assert "guided by" in (tmp_path / "out" / "table.md").read_text()
+    assert compare(tmp_path, entries=[ENTRIES[0], {**guided, "sampling": {"guide": "nowhere"}}]) == 2
+    assert "Entry 'guided': Nothing at 'nowhere'" in capsys.readouterr().err

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from stagepatch.core import FAKES, UserError, read_tensors, seed_for
-from stagepatch.data import CachedLatents
+from stagepatch.data import CachedLatents, ImageDataset
 from stagepatch.methods import DMP, Finetune, LoRA, LoRAConfig
 from stagepatch.patch import PatchConfig
 from stagepatch.sampling import Captions, Fakes, SamplingConfig, generate, load_fakes
-from stagepatch.training import DDOConfig, Run, TrainConfig, read_log, train
+from stagepatch.training import DDOConfig, Run, TrainConfig, TrainingConfig, read_log, train
 from stagepatch.training.losses import DDOLoss
 from tests.runs import (
     assert_same,
@@ -348,3 +348,25 @@ def test_two_processes_share_the_samples_and_end_as_one(tmp_path, processes):
     for name, tolerance in zip(names, (1e-5, 1e-5), strict=True):
         one, two = (read_tensors(tmp_path / run / name)[0] for run in ("one", "two"))
         torch.testing.assert_close(two, one, rtol=0, atol=tolerance)
+
+
+def test_training_on_the_models_own_samples_is_training_on_a_data_set_of_them(tmp_path):
+    few = ["--objective=samples", "--method=lora", *FEW, *options("training", QUICK)]
+    assert main(["train", *few, f"--output_dir={tmp_path / 'run'}"]) == 0
+    bank, _ = read_tensors(tmp_path / "run" / "fakes" / "00000.safetensors")
+    run = Run(TrainConfig(method="lora", output_dir=str(tmp_path / "other"), training=TrainingConfig(**QUICK)))
+    run.dataset = ImageDataset(bank["samples"], run.dataset.labels[bank["items"]])
+    run.train(progress=False)
+    name = "pytorch_lora_weights.safetensors"
+    assert_same(read_tensors(tmp_path / "run" / name)[0], read_tensors(tmp_path / "other" / name)[0])
+
+
+def test_the_range_of_timesteps_by_command(tmp_path, seen, capsys):
+    given = ["train", *options("training", QUICK), f"--output_dir={tmp_path / 'run'}", "--timesteps.range=[0.25, 0.5]"]
+    assert main(given) == 0
+    drawn = torch.cat([draws.timesteps for draws in seen])
+    assert 250 <= int(drawn.min()) < int(drawn.max()) < 500
+    assert main([*given[:-1], "--timesteps.range=[0.25, 0.75]"]) == 2
+    assert "timesteps.range" in capsys.readouterr().err  # another run
+    assert main(["decouple", "--timesteps.density=mode", f"--output_dir={tmp_path / 'stages'}"]) == 2
+    assert "timesteps are those of each stage" in capsys.readouterr().err

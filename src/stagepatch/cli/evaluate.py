@@ -7,7 +7,7 @@ from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_shar
 from stagepatch.core import UserError, processes, write_json, write_text
 from stagepatch.evaluation import Evaluator, Measured, comparison_table
 from stagepatch.report import print_table
-from stagepatch.sampling import SamplingConfig, load_experts
+from stagepatch.sampling import SamplingConfig, attach_guide, load_experts
 
 
 def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
@@ -19,6 +19,7 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     evaluator = Evaluator.load(config.model, config.data, config.extractor, cache, config.held_out)
     model, scheduler = load_on_device(config.model)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
+    attach_guide(model, scheduler, config.sampling)
     total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)
     with bar_over(total) as on_batch:
 

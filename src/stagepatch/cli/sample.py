@@ -10,7 +10,7 @@ from stagepatch.core import UserError, processes, write_tensors, write_text
 from stagepatch.diffusion import make_sampler, pin_timesteps
 from stagepatch.families import find_denoiser
 from stagepatch.report import image_grid, write_picture
-from stagepatch.sampling import SamplingConfig, generate, generate_with_pipeline, load_experts
+from stagepatch.sampling import SamplingConfig, attach_guide, generate, generate_with_pipeline, load_experts
 
 
 def sample(config: configs.SampleConfig, resolved: str) -> None:
@@ -22,6 +22,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
         model, scheduler = load_pipeline(config.model).to(processes().device), None
     else:
         model, scheduler = load_on_device(config.model)
+    attach_guide(model, scheduler or model.scheduler, config.sampling)
     sampling = _put_experts_on(config, model, scheduler) if config.schedule else config.sampling
     if config.patch:
         put_on(config.patch, config.patch_scale, find_denoiser(model))

@@ -1,4 +1,5 @@
 from .config import ObjectiveConfig as ObjectiveConfig
+from .config import TimestepsConfig as TimestepsConfig
 from .config import WeightingConfig as WeightingConfig
 from .noise_schedule import make_scheduler as make_scheduler
 from .objective import Objective as Objective
@@ -6,9 +7,11 @@ from .samplers import make_sampler as make_sampler
 from .samplers import pin_timesteps as pin_timesteps
 from .samplers import set_steps as set_steps
 from .samplers import takes_timesteps as takes_timesteps
+from .timesteps import DensitySampler as DensitySampler
 from .timesteps import TimestepSampler as TimestepSampler
 from .timesteps import equal_in_log_snr as equal_in_log_snr
 from .timesteps import equal_in_t as equal_in_t
+from .timesteps import make_timesteps as make_timesteps
 from .timesteps import split_at as split_at
 from .weighting import Weighting as Weighting
 from .weighting import make_weighting as make_weighting

@@ -1,6 +1,6 @@
 """The choices of an objective."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -47,3 +47,22 @@ class WeightingConfig:
     def __post_init__(self) -> None:
         if self.gamma is None:
             self.gamma = 5.0 if self.name == "min_snr" else 1.0
+
+
+@dataclass
+class TimestepsConfig:
+    """Which timesteps a run trains on, and how often.
+
+    Args:
+        range: least and most noise level t/T.
+        density: 'uniform' in t; 'logit_normal' or 'mode' in the noise level (arXiv 2403.03206, Section 3.1).
+        logit_mean: of logit_normal; below 0 is more often near the image.
+        logit_std: spread of logit_normal, in the logit of the noise level.
+        mode_scale: s of mode; above 0 is more often in the middle.
+    """
+
+    range: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    density: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29

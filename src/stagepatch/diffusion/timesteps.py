@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Generator, Tensor
 
 from stagepatch.core import UserError
+from stagepatch.diffusion.config import TimestepsConfig
+
+_DENSITIES = ("uniform", "logit_normal", "mode")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,51 @@ class TimestepSampler:
             return timesteps
         ends = torch.where(is_anywhere, self.num_train_timesteps - 1, self.first + self.stop - 1)
         return torch.cat([timesteps, ends - timesteps])[:batch]
+
+
+@dataclass(frozen=True)
+class DensitySampler:
+    """Draws timesteps as a config says.
+
+    Args:
+        num_train_timesteps: T.
+        config: range and density.
+
+    Raises:
+        UserError: no such density, or a range that is empty.
+    """
+
+    num_train_timesteps: int
+    config: TimestepsConfig
+
+    def __post_init__(self) -> None:
+        config = self.config
+        if len(config.range) != 2 or not 0.0 <= config.range[0] < config.range[1] <= 1.0:
+            raise UserError(f"timesteps.range={config.range} must be two noise levels from 0 to 1, rising.")
+        if config.density not in _DENSITIES:
+            raise UserError(f"timesteps.density='{config.density}' is none of {', '.join(_DENSITIES)}.")
+        if config.logit_std <= 0.0:
+            raise UserError(f"timesteps.logit_std={config.logit_std} must be above 0.")
+
+    def draw(self, batch: int, generator: Generator) -> Tensor:
+        """Timesteps [B] on the generator's device. A density is that of the whole, scaled into the range."""
+        config = self.config
+        shape = (config.logit_mean, config.logit_std, config.mode_scale)
+        level: Tensor = compute_density_for_timestep_sampling(
+            config.density, batch, *shape, generator.device, generator
+        )
+        low, high = config.range
+        timesteps = ((low + (high - low) * level) * self.num_train_timesteps).long()
+        return timesteps.clamp(0, self.num_train_timesteps - 1)
+
+
+def make_timesteps(config: TimestepsConfig, num_train_timesteps: int) -> DensitySampler | None:
+    """What draws timesteps as a config says; None where that is all of them alike.
+
+    Raises:
+        UserError: see `DensitySampler`.
+    """
+    return None if config == TimestepsConfig() else DensitySampler(num_train_timesteps, config)
 
 
 def equal_in_t(num_train_timesteps: int, count: int) -> list[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from stagepatch.core import UserError
+
 
 @dataclass
 class SamplingConfig:
@@ -14,7 +16,11 @@ class SamplingConfig:
         guidance_scale: classifier-free guidance; 1 is none (DMP: 1.5 for ImageNet and COCO).
         guidance_channels: channels that guidance acts on, 0 for all; the authors' DiT code guides the first 3.
         guidance_interval: least and most noise level t/T at which guidance acts (arXiv 2404.07724); elsewhere a step
-            costs one forward. Pipelines guide everywhere.
+            costs one forward. Pipelines guide everywhere, except by `guide`.
+        guide: directory of what a method learned on this model, or of a model, that is worse: each output is moved
+            away from the guide's (autoguidance, arXiv 2406.02507; SIMS, arXiv 2408.16333), which costs a second
+            forward. Empty for none.
+        guide_scale: how far, w of guide + w·(model − guide); 1 is not at all.
         num_images: images in all.
         batch_size: images denoised at a time; it does not change them.
         seed: image i depends on (seed, i) alone.
@@ -25,6 +31,14 @@ class SamplingConfig:
     guidance_scale: float = 1.0
     guidance_channels: int = 0
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    guide: str = ""
+    guide_scale: float = 2.0
     num_images: int = 64
     batch_size: int = 256
     seed: int = 0
+
+
+def check_interval(interval: list[float]) -> None:
+    """Refuse what is not two noise levels."""
+    if len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0:
+        raise UserError(f"guidance_interval={interval} must be two noise levels from 0 to 1, rising.")

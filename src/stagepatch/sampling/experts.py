@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +15,7 @@ from stagepatch.core import UserError, as_user_error
 from stagepatch.families import find_denoiser, learns_sigma, num_classes
 from stagepatch.families.registry import family_of
 from stagepatch.sampling.config import SamplingConfig
+from stagepatch.sampling.stand_in import StandIn, check_free
 
 BASE = "base"
 _TEXT = ("cross_attention_dim", "joint_attention_dim", "caption_channels", "cap_feat_dim", "text_dim")
@@ -117,8 +116,7 @@ class Experts:
             UserError: an expert of other inputs or outputs, or a model that has experts already.
         """
         model = find_denoiser(target, component)
-        if experts_on(model) is not None:
-            raise UserError("The model has experts attached already: detach these first.")
+        check_free(model)
         for expert in self.ranges:
             if expert.denoiser is not None and expert.denoiser is not model:
                 with as_user_error(f"The expert '{expert.name}'", UserError):
@@ -127,47 +125,21 @@ class Experts:
         return AttachedExperts(self, model)
 
 
-# It stands in for the model's forward itself: an object rather than a closure, so that copy.deepcopy(model) copies the
-# experts with it.
-class AttachedExperts(AbstractContextManager["AttachedExperts"]):
-    """Handle of attached experts; `detach()`, or the end of a `with` block, restores the model."""
+class AttachedExperts(StandIn):
+    """Handle of attached experts; see `StandIn`."""
+
+    noun = "experts"
 
     def __init__(self, experts: Experts, model: nn.Module) -> None:
+        super().__init__(model)
         self.experts = experts
-        self._model = model
-        self._forward = model.forward
-        self._had_own_forward = "forward" in vars(model)  # such as a hook of accelerate
         self._noise_level = family_of(type(model)).noise_level
         self._starts = [expert.start for expert in experts.ranges]
         self._takes_whole_batch = True
-        # What reads the model's arguments by their names, as patches do, finds them as before.
-        self.__signature__ = inspect.signature(model.forward)
-        self._names = list(self.__signature__.parameters)
-        # The instance's attribute hides the class's method, and `model(...)` looks it up on the instance.
-        model.forward = self
-        self._is_attached = True
-
-    def detach(self) -> None:
-        """Take the experts off; further calls do nothing.
-
-        Raises:
-            UserError: something else has replaced the model's forward since.
-        """
-        if not self._is_attached:
-            return
-        if self._model.forward is not self:
-            raise UserError("Something has replaced the model's forward since the experts came: take that off first.")
-        del self._model.forward
-        if self._had_own_forward:
-            self._model.forward = self._forward
-        self._is_attached = False
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
-        timestep = (dict(zip(self._names, args, strict=False)) | kwargs).get("timestep")
+        timestep = self.timestep_of(args, kwargs)
         # Without a timestep the model says itself what it misses.
         if not self._takes_whole_batch or timestep is None:
             return self._forward(*args, **kwargs)

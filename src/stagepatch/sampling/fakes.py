@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from stagepatch.checkpoints import module_fingerprint
 from stagepatch.core import (
@@ -38,8 +39,8 @@ _CHANGES_NOTHING = ("batch_size",)
 
 
 @dataclass
-class Fakes:
-    """Samples, and their conditions.
+class Fakes(Dataset[dict[str, Any]]):
+    """Samples, and their conditions; a data set of them.
 
     Args:
         samples: [M, C, H, W], in the range (or the latent space) that the model was trained on.
@@ -54,12 +55,21 @@ class Fakes:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def null_condition(self) -> dict[str, Tensor] | None:
+        """That of the empty caption, where there are captions."""
+        return getattr(self.dataset, "null_condition", None)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch = self.batch(torch.tensor([index]))
+        condition = {"condition": {name: value[0] for name, value in batch.pop("condition", {}).items()}}
+        return {name: value[0] for name, value in batch.items()} | (condition if condition["condition"] else {})
+
     def batch(self, chosen: Tensor) -> dict[str, Any]:
         """Some of them, as a batch of the dataset would be; `chosen` [B] are their numbers."""
         batch: dict[str, Any] = {"image": self.samples[chosen]}
         items = self.items[chosen].tolist()
-        null = getattr(self.dataset, "null_condition", None)
-        if null is not None:
+        if self.null_condition is not None:
             batch["condition"] = _conditions(self.dataset, items)
         else:
             batch["label"] = _labels(self.dataset, items)

@@ -13,8 +13,9 @@ from torch import Generator, Tensor, nn
 from stagepatch.core import UserError, generator_for, processes
 from stagepatch.diffusion import make_sampler, pin_timesteps, set_steps
 from stagepatch.families import find_denoiser, learns_sigma, null_label, num_classes, predict, sample_shape
-from stagepatch.sampling.config import SamplingConfig
+from stagepatch.sampling.config import SamplingConfig, check_interval
 from stagepatch.sampling.experts import experts_on
+from stagepatch.sampling.guide import guide_on
 
 # a condition of each sample, and that of none; tensors by keyword, with a row a sample
 Conditions = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -69,11 +70,9 @@ def generate(
     """
     if config.guidance_scale != 1.0 and null_label(model) is None and captions is None:
         raise UserError(f"guidance_scale={config.guidance_scale} needs a model with a label for no class; use 1.")
-    if (
-        len(config.guidance_interval) != 2
-        or not 0.0 <= config.guidance_interval[0] <= config.guidance_interval[1] <= 1
-    ):
-        raise UserError(f"guidance_interval={config.guidance_interval} must be two noise levels from 0 to 1, rising.")
+    check_interval(config.guidance_interval)
+    if config.guide and guide_on(find_denoiser(model)) is None:
+        raise UserError(f"The guide '{config.guide}' is not on the model: `attach_guide` puts it there.")
     unguided = replace(config, guidance_scale=1.0)
     labels = balanced_labels(model, config.num_images) if labels is None else labels
     if len(labels) != config.num_images:

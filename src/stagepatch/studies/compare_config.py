@@ -18,12 +18,14 @@ class EntryConfig:
         patch: fields of the patch's config.
         lora: fields of the LoRA's config.
         weighting: fields of the loss weighting's config.
-        objective: 'denoising', the model's own loss (the default), or 'ddo', which tells training images from the
-            model's samples.
+        objective: 'denoising', the model's own loss (the default), 'ddo', which tells training images from the
+            model's samples, or 'samples', the model's own loss on its samples.
+        timesteps: fields of the timesteps' config.
         ddo: fields of the DDO config. The samples are shared by all jobs on the comparison's model.
         training: fields of the training config that differ from the common one.
         sampling: fields of the sampling config that differ, such as more steps; not the number of images, nor the
-            seed. An untrained entry with some is what anyone has without training.
+            seed. An untrained entry with some is what anyone has without training. '{seed}' in its guide stands for
+            the training seed.
         start_from: directory of what the same method learned before, to train on from; '{seed}' as in `model`.
         control: why a method must beat this row, such as 'steps', 'parameters' or 'free'; empty for a method.
         model: what the entry starts from, if not the comparison's own model; '{seed}' in it stands for the training
@@ -37,7 +39,8 @@ class EntryConfig:
     patch: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     weighting: dict[str, Any] = field(default_factory=dict)
-    objective: Literal["denoising", "ddo"] = "denoising"
+    timesteps: dict[str, Any] = field(default_factory=dict)
+    objective: Literal["denoising", "ddo", "samples"] = "denoising"
     ddo: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)

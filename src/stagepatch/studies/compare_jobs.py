@@ -18,17 +18,17 @@ from filelock import FileLock
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
 from stagepatch.core import UserError, as_json, as_user_error, processes, read_json, write_json, write_tensors
 from stagepatch.data import BUNDLED, cache_directory
-from stagepatch.diffusion import WeightingConfig, make_weighting
+from stagepatch.diffusion import TimestepsConfig, WeightingConfig, make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
-from stagepatch.methods import LoRAConfig, load_learned, make_method, open_learned
+from stagepatch.methods import LoRAConfig, load_learned, make_method, open_artifact, open_learned
 from stagepatch.patch import PatchConfig
-from stagepatch.sampling import SamplingConfig, load_experts, read_schedule
+from stagepatch.sampling import SamplingConfig, attach_guide, load_experts, read_schedule
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
 
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
-_RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "data", "training")
+_RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data", "training")
 _MEASURING = ("held_out", "second_extractor")  # what training need not share, nor knows the defaults of
 # Of jobs that are older than these options.
 _DEFAULTS = SimpleNamespace(
@@ -39,6 +39,7 @@ _PARTS: dict[str, Any] = {
     "patch": PatchConfig,
     "lora": LoRAConfig,
     "weighting": WeightingConfig,
+    "timesteps": TimestepsConfig,
     "ddo": DDOConfig,
     "training": TrainingConfig,
     "sampling": SamplingConfig,
@@ -104,6 +105,7 @@ class CompareJob(Job):
         done, method, sampling = self.metrics(), None, self.sampling
         model, scheduler = load_denoiser(self.config.model, getattr(torch, self.config.dtype))
         model.to(processes().device)
+        attach_guide(model, scheduler, sampling)
         if self.schedule:
             experts = load_experts(self.schedule, model, scheduler)
             experts.attach(model)
@@ -124,7 +126,7 @@ class CompareJob(Job):
 
     def _train(self) -> None:
         run = Run(self.config, identity={k: v for k, v in self.identity().items() if k not in _MEASURING})
-        if self.config.objective == "ddo" and self.config.ddo.fakes:  # one job makes them, the others wait
+        if self.config.objective != "denoising" and self.config.ddo.fakes:  # one job makes them, the others wait
             path = Path(self.config.ddo.fakes) / "lock"
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path) if processes().is_main_process else contextlib.nullcontext():
@@ -203,7 +205,7 @@ def _quick(config: CompareConfig) -> CompareConfig:
             entry,
             training={k: v for k, v in entry.training.items() if k != "steps"},
             ddo={**entry.ddo, "sampling": {**entry.ddo.get("sampling", {}), **few}}
-            if entry.objective == "ddo"
+            if entry.objective != "denoising"
             else {},
         )
         for entry in config.entries
@@ -231,15 +233,16 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     if not own["ddo"].fakes and not (entry.model or entry.start_from):
         own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])
+    make_timesteps(own["timesteps"], 1)
     if entry.schedule and entry.method != "none":
         raise UserError(f"a schedule is sampled as it is: set method='{entry.method}' to none.")
     is_trained = entry.method != "none"
-    if entry.ddo and entry.objective != "ddo":
-        raise UserError("ddo is of objective 'ddo': set it, or leave ddo out.")
-    if not is_trained and (entry.objective == "ddo" or entry.start_from):
+    if entry.ddo and entry.objective == "denoising":
+        raise UserError("ddo is of objectives 'ddo' and 'samples': set one, or leave ddo out.")
+    if not is_trained and (entry.objective != "denoising" or entry.start_from):
         raise UserError("method='none' trains nothing: leave out objective and start_from.")
     is_base = not is_trained and not (entry.model or entry.schedule or entry.sampling)
-    is_one = not is_trained and "{seed}" not in entry.model + entry.schedule
+    is_one = not is_trained and "{seed}" not in entry.model + entry.schedule + sampling.guide
     every = config.evaluate_every or training.steps
     checkpoints = sorted({*range(every, training.steps + 1, every), training.steps})
     if not is_trained:
@@ -261,7 +264,10 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
             training=replace(training, seed=seed),
             **own,
         )
-        measuring = (sampling, config.sampling_seeds, config.extractor, checkpoints)
+        sampled = replace(sampling, guide=sampling.guide.replace("{seed}", str(seed)))
+        if sampled.guide:
+            open_artifact(sampled.guide)
+        measuring = (sampled, config.sampling_seeds, config.extractor, checkpoints)
         schedule = entry.schedule.replace("{seed}", str(seed))
         further = (config.held_out, config.second_extractor, entry.control)
         jobs.append(CompareJob(directory, run, entry.name, *measuring, schedule, is_base, *further))

@@ -116,6 +116,7 @@ def note(jobs: Sequence[CompareJob], metric: str) -> str:
 
 def _sampler(sampling: SamplingConfig) -> str:
     guidance = f", guidance {sampling.guidance_scale:g}" if sampling.guidance_scale != 1.0 else ""
+    guidance += f", guided by '{sampling.guide}' {sampling.guide_scale:g}" if sampling.guide else ""
     if guidance and sampling.guidance_interval != [0.0, 1.0]:
         guidance += " from {:g} to {:g}".format(*sampling.guidance_interval)
     return f"{sampling.num_inference_steps} steps of {sampling.scheduler}{guidance}"

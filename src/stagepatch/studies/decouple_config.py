@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from stagepatch.core import UserError
+from stagepatch.diffusion import TimestepsConfig
 from stagepatch.studies.launch_jobs import LaunchConfig
 from stagepatch.training import TrainConfig, TrainingConfig
 
@@ -89,5 +90,7 @@ class DecoupleConfig(TrainConfig):
             raise UserError(
                 f"projection trains with all weights: set it to false, or method='{self.method}' to finetune."
             )
+        if self.timesteps != TimestepsConfig():
+            raise UserError("timesteps are those of each stage: say with num_stages, split and boundaries which.")
         if self.consistency < 0.0:
             raise UserError(f"consistency={self.consistency} must not be negative.")

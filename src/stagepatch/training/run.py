@@ -12,7 +12,7 @@ import yaml
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.core import UserError, processes, write_text
 from stagepatch.data import load_training_data
-from stagepatch.diffusion import Objective, make_weighting
+from stagepatch.diffusion import Objective, make_timesteps, make_weighting
 from stagepatch.families import learns_sigma
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
 from stagepatch.sampling import Fakes, load_fakes
@@ -20,7 +20,7 @@ from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
 
 RUN_CONFIG = "run.yaml"
-_IDENTITY = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "data")
+_IDENTITY = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data")
 
 
 class Run:
@@ -81,6 +81,7 @@ class Run:
             model, scheduler = load_denoiser(named, getattr(torch, config.dtype))
         self.model, self.scheduler = model, scheduler
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
+        self.objective.timesteps = make_timesteps(config.timesteps, self.objective.num_train_timesteps)
 
     def train(self, progress: bool = True) -> Any:
         """Train, and write the result to the run's directory; returns the method, whose result is on the model.
@@ -88,12 +89,16 @@ class Run:
         Raises:
             UserError, Interrupted: see `training.train`.
         """
-        ddo = (self.config.ddo, self.load_fakes()) if self.config.objective == "ddo" else None
+        dataset, ddo = self.dataset, None
+        if self.config.objective == "samples":
+            dataset = self.load_fakes()
+        elif self.config.objective == "ddo":
+            ddo = (self.config.ddo, self.load_fakes())
         train(
             self.model,
             self.method,
             self.objective,
-            self.dataset,
+            dataset,
             self.config.training,
             self.directory,
             self.identity,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stagepatch.data import DataConfig
-from stagepatch.diffusion import ObjectiveConfig, WeightingConfig
+from stagepatch.diffusion import ObjectiveConfig, TimestepsConfig, WeightingConfig
 from stagepatch.methods import MethodConfig
 from stagepatch.models import ModelConfig
 from stagepatch.training.config import TrainingConfig
@@ -23,9 +23,11 @@ class TrainConfig(MethodConfig):
             'cache' in output_dir.
         cache_batch_size: images encoded at a time for the cache.
         start_from: directory of what the same method learned before, to train on from; empty to start from the model.
-        objective: 'denoising', the model's own loss, or 'ddo', which tells training images from the model's samples.
-        ddo: of objective 'ddo'.
+        objective: 'denoising', the model's own loss; 'ddo', which tells training images from the model's samples; or
+            'samples', the model's own loss on its samples, which makes it worse: a guide to sample away from.
+        ddo: of objective 'ddo'; 'samples' takes its fakes and sampling.
         weighting: of timesteps in the loss.
+        timesteps: which ones are trained on, and how often.
         data: training images: the ones that the model was trained on.
         training: optimizer and bookkeeping.
     """
@@ -36,15 +38,16 @@ class TrainConfig(MethodConfig):
     cache: str = ""
     cache_batch_size: int = 8
     start_from: str = ""
-    objective: Literal["denoising", "ddo"] = "denoising"
+    objective: Literal["denoising", "ddo", "samples"] = "denoising"
     ddo: DDOConfig = field(default_factory=DDOConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def learns_by(self) -> dict[str, Any]:
         """The objective and its choices, as what a run must share to go on: wherever the samples are."""
-        ddo = {"ddo": replace(self.ddo, fakes="")} if self.objective == "ddo" else {}
+        ddo = {"ddo": replace(self.ddo, fakes="")} if self.objective != "denoising" else {}
         return {"objective": self.objective, **ddo}
 
 
