@@ -1,4 +1,5 @@
-"""What a step of sampling costs with a LoRA of K stages: merged into the weights at every step, and through the maps.
+"""What a step of sampling costs with a LoRA of K stages: merged into the weights at every step, through the maps, and
+of one stage fused for good.
 
     python benchmarks/stage_lora.py [--models DiT-S/2 fashion] [--batch 8] [--rank 8] [--stages 4]
         [--targets all] [--rounds 7]
@@ -79,6 +80,11 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
         "merged": lambda timestep: adapted_forward(True, timestep),
         "unmerged": lambda timestep: adapted_forward(False, timestep),
     }
+    if arguments.stages == 1:
+        fused, own = LoRA(config), build(name, device, dtype)
+        fused.prepare(own)
+        fused.fuse()
+        runs["fused"] = lambda timestep: forward(own, timestep)
     return take_turns(runs, arguments.rounds, device)
 
 

@@ -366,3 +366,33 @@ def test_borders_lie_between_neighbouring_timesteps():
         weights = StageGate(num_stages, 1, "ranges").stages(torch.arange(1000) / 1000)
         changes = [time for time, (one, other) in enumerate(pairwise(weights), 1) if not torch.equal(one, other)]
         assert changes == list(range(1000 // num_stages, 1000, 1000 // num_stages))
+
+
+@pytest.mark.parametrize("family", ["DiT", "UNet2DModel", "FluxTransformer2DModel"])
+def test_fused_is_unfused_in_the_base_s_own_form(family):
+    tiny = FAMILIES[family]
+    base = tiny.model()
+    model, other = (copy.deepcopy(base, {id(value): value for value in base.parameters()}) for _ in range(2))
+    names, expected_of_other = list(base.state_dict()), tiny.call(other)
+    method = lora_on(model, std=0.1, rank=3)
+    with torch.no_grad():
+        expected = tiny.call(model)
+        method.fuse()
+        torch.testing.assert_close(tiny.call(model), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, expected_of_other, atol=1e-3)
+    assert list(model.state_dict()) == names
+    assert {type(module) for module in model.modules()} == {type(module) for module in base.modules()}
+    assert torch.equal(tiny.call(other), expected_of_other)  # it shares the memory of what was fused into
+    method.fuse()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "choices"),
+    [(torch.bfloat16, {}), (torch.float32, {"num_stages": 2}), (torch.float32, {"min_rank": 1})],
+)
+def test_what_fusing_would_lose_stays_an_adapter(tiny_dit, dtype, choices):
+    model = tiny_dit().to(dtype)
+    method = lora_on(model, rank=2, **choices)
+    count = len(maps_of(model))
+    method.fuse()
+    assert len(maps_of(model)) == count > 0

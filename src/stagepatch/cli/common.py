@@ -11,7 +11,7 @@ from torch import nn
 
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.core import UserError, processes, progress_bar
-from stagepatch.methods import DMP, Method, load_learned
+from stagepatch.methods import DMP, LoRA, Method, load_learned
 from stagepatch.training import RUN_CONFIG as RUN_CONFIG
 
 
@@ -40,10 +40,12 @@ def own_share(num_images: int) -> int:
 
 
 def put_on(directory: str, scale: float, model: nn.Module) -> Method:
-    """What a method learned, on a model; scaled, if it is a patch."""
+    """What a method learned, on a model, for sampling; scaled, if it is a patch, fused, if it is a LoRA."""
     method = load_learned(model, Path(directory))
     if isinstance(method, DMP):
         method.patch.scale = scale
     elif scale != 1.0:
         raise UserError(f"patch_scale={scale} scales a patch; '{directory}' holds what {method.name} learned.")
+    if isinstance(method, LoRA):
+        method.fuse()
     return method

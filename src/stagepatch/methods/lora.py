@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from stagepatch.checkpoints import component_for
@@ -61,6 +62,27 @@ class LoRA(Method):
         """
         assert self.ranks is not None, "prepare or load comes first"
         self.ranks.merge(enabled)
+
+    def fuse(self) -> None:
+        """Put the adapters into the weights, and take them off: a step then costs what the base's does.
+
+        That is for good, and for sampling. The weights are replaced, not written to: a model that shares them keeps
+        them. What cannot be fused without loss stays an adapter: one whose ranks differ by timestep, and layers whose
+        weights are quantised or in half precision, which would round a small change away.
+        """
+        assert self.model is not None, "prepare or load comes first"
+        assert self.ranks is not None
+        if self.ranks.weigh is not None:
+            return
+        for path, layer in list(self.model.named_modules()):
+            if ADAPTER not in getattr(layer, "lora_A", ()):
+                continue
+            base: Any = layer.base_layer
+            if type(base.weight) is nn.Parameter and base.weight.dtype in (torch.float32, torch.float64):
+                with torch.no_grad():
+                    fused = base.weight + layer.get_delta_weight(ADAPTER)
+                base.weight = nn.Parameter(fused, requires_grad=False)
+                self.model.set_submodule(path, base)
 
     def save(self, directory: Path) -> None:
         from peft.utils import get_peft_model_state_dict
