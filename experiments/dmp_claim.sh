@@ -1,7 +1,7 @@
 #!/bin/bash
 # DMP on DiTs of several widths and convergences, on averaged weights and on bare ones (docs/evidence.md, "The paper's claim").
 # The same command again goes on where it stopped.
-#   bash experiments/dmp_claim.sh WIDTH STEPS...       bash experiments/dmp_claim.sh 64 10000 40000
+#   bash experiments/dmp_claim.sh WIDTH STEPS...       for w in 32 64; do bash experiments/dmp_claim.sh $w 10000 40000; done
 set -euo pipefail
 width=$1; shift
 run=runs/w$width
@@ -22,6 +22,8 @@ average() { # of the last COUNT snapshots up to STEPS, all alike
 for steps in "$@"; do
   average "$steps" 8 "$run/averaged-$steps"
   stagepatch compare --config configs/fashion/claim.yaml --model "$run/averaged-$steps" --output_dir "runs/claim-$width-averaged-$steps"
-  stagepatch compare --config configs/fashion/claim.yaml --model "$run/snapshots/$(printf %07d "$steps")" \
-    --output_dir "runs/claim-$width-bare-$steps"
 done
+if [ "$width" = 64 ]; then # and on bare weights
+  stagepatch compare --config configs/fashion/claim.yaml --model "$run/snapshots/$(printf %07d "$last")" \
+    --output_dir "runs/claim-$width-bare-$last"
+fi

@@ -266,9 +266,8 @@ def test_gate_noise_is_drawn_in_training_alone(model, batch, make_patch, gate, p
     torch.manual_seed(0)
     noise = torch.randn(3, 4, 16)
     t = model.t_embedder(batch[1])
-    features = torch.stack([torch.cat([t, torch.full((4, 1), float(index))], dim=1) for index in range(3)])
-    std = F.softplus(features @ patch.gate.noise_weight.T) + 0.01
-    torch.testing.assert_close(last.noise_std, std)
+    std = F.softplus(t @ patch.gate.noise_weight.T) + 0.01  # without the block's index, as in the released code
+    torch.testing.assert_close(last.noise_std, std.expand(3, -1, -1))
     torch.testing.assert_close(last.noisy_logits, last.logits + noise * std)
     torch.testing.assert_close(last.weights, last.noisy_logits.softmax(-1))
 

@@ -30,7 +30,7 @@ def gate(choices, channels=D + 1):
         ({"block_index": False}, {**prompts(N, D), **gate(N, D)}),
         ({"gate": "none"}, prompts(N, D)),
         ({"gate": "attention"}, {**prompts(N, D), "gate.query_weight": (D, D + 1), "gate.keys": (N, D)}),
-        ({"preset": "released"}, {**prompts(N, D), **gate(N), "gate.noise_weight": (N, D + 1)}),
+        ({"preset": "released"}, {**prompts(N, D), **gate(N), "gate.noise_weight": (N, D)}),
         (
             {"position": "prepend", "prepending": "plain", "num_prompts": 5, "sites": ["blocks.1"]},
             {"prompts.blocks.1": (5, D), **gate(5)},

@@ -17,8 +17,8 @@ from stagepatch.patch.config import PatchConfig
 class LinearGate(nn.Module):
     """One linear layer, shared by the blocks: [B, C] -> [L, B, M] for M choices.
 
-    `weight` is [M, C+1] with the block's index as last feature (or [M, C] without it), `bias` [M]; with noise,
-    `noise_weight` has the shape of `weight`.
+    `weight` is [M, C+1] with the block's index as last feature (or [M, C] without it), `bias` [M]. Noise does not see
+    the index, as in the released code: `noise_weight` is [M, C].
     """
 
     indices: Tensor
@@ -29,7 +29,7 @@ class LinearGate(nn.Module):
         self.channels = channels
         self.weight = _initial(shape, config)
         self.bias = nn.Parameter(torch.zeros(num_choices))
-        self.noise_weight = nn.Parameter(torch.zeros(shape)) if config.gate_noise else None
+        self.noise_weight = nn.Parameter(torch.zeros(num_choices, channels)) if config.gate_noise else None
         indices = torch.tensor(block_indices, dtype=torch.float32).view(-1, 1, 1)
         self.register_buffer("indices", indices, persistent=False)
 
@@ -37,7 +37,7 @@ class LinearGate(nn.Module):
         return self._project(condition, self.weight, self.bias)
 
     def noise_std(self, condition: Tensor) -> Tensor | None:
-        """Standard deviation of the logits' noise, [L, B, M] (arXiv 1701.06538, Eq. 4; floor 0.01)."""
+        """Standard deviation of the logits' noise, [L, B, M], alike for all (arXiv 1701.06538, Eq. 4; floor 0.01)."""
         if self.noise_weight is None:
             return None
         return F.softplus(self._project(condition, self.noise_weight)) + 0.01

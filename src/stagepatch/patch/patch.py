@@ -71,17 +71,20 @@ class Patch(MixtureOfPrompts, ModelHubMixin):
         return load_patch(cls, find_patch(source, revision=revision, token=token, **options))
 
     @classmethod
-    def from_released(cls, checkpoint: Any) -> Patch:
+    def from_released(cls, checkpoint: Any, top_k: float = 1.0) -> Patch:
         """A patch out of a checkpoint of the authors' released code, which also holds the DiT.
 
         Args:
-            checkpoint: a file, or a state dict with `prompt_embeddings` [L, N, D], `gate.weight`, `gate.bias` and
-                optionally `w_noise`.
+            checkpoint: a file, or a state dict with `prompt_embeddings` [L, N, D], added to the first L blocks, and a
+                gate: `gate.weight` [N, D+1], `gate.bias` [N], and of its noise `w_noise` [D, N]. Without a gate it is
+                plain prompt tuning.
+            top_k: the released code's `topk`, which its checkpoints do not hold: the share of prompts that weigh
+                anything, a softmax over these alone; 1 is soft selection.
 
         Raises:
-            UserError: no such file or keys.
+            UserError: no such file or keys, or shapes that are none of the released code's.
         """
-        return load_released(cls, checkpoint)
+        return load_released(cls, checkpoint, top_k)
 
     # The mixin's own removes the former config.json first, and so loses a patch where the disk is full.
     def save_pretrained(  # type: ignore[override]

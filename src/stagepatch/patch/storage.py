@@ -1,7 +1,7 @@
 """A patch as a directory: `config.json` and `model.safetensors`."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +62,8 @@ def load_patch(patch_class: type[_Patch], directory: Path) -> _Patch:
         raise UserError(f"'{directory / CONFIG_NAME}' is not a patch's config: no 'patch' and 'backbone' in it.")
     patch = patch_class(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
     tensors, _ = read_tensors(directory / WEIGHTS_NAME)
+    if (noise := tensors.get("gate.noise_weight")) is not None:  # it once saw the block's index too
+        tensors["gate.noise_weight"] = noise[:, : patch.backbone.condition_channels]
     patch.fill(tensors, str(directory / WEIGHTS_NAME))
     with as_user_error("A patch's config has a fingerprint in a form not known here", TypeError):
         patch.fingerprint = Fingerprint(**config.get("fingerprint", {}))
@@ -84,34 +86,52 @@ def _site_from_dict(values: dict[str, Any]) -> Site:
     return Site(**{**values, "grid": tuple(values["grid"]), "attention": attention})
 
 
-def load_released(patch_class: type[_Patch], checkpoint: str | Path | Mapping[str, Any]) -> _Patch:
+def load_released(patch_class: type[_Patch], checkpoint: str | Path | Mapping[str, Any], top_k: float) -> _Patch:
     """See `Patch.from_released`."""
     state = load_original_state_dict(checkpoint)
+    gate = [name for name in ("gate.weight", "gate.bias") if name in state]
     missing = [name for name in ("prompt_embeddings", "gate.weight", "gate.bias") if name not in state]
-    if missing:
+    if "prompt_embeddings" in missing or len(gate) == 1:
         raise UserError(f"Not a checkpoint of DMP's released code: no {', '.join(missing)} in it.")
-    prompts = state["prompt_embeddings"]
-    if prompts.ndim != 3 or state["gate.weight"].ndim != 2:
+    shapes = {name: list(state[name].shape) for name in ("prompt_embeddings", *gate, "w_noise") if name in state}
+    if len(shapes["prompt_embeddings"]) != 3:
         raise UserError(
-            f"Not a checkpoint of DMP's released code: prompt_embeddings is {list(prompts.shape)}, expected "
-            f"[L, N, D], and gate.weight {list(state['gate.weight'].shape)}, expected [N, D+1]."
+            f"Not a checkpoint of DMP's released code: prompt_embeddings is {shapes['prompt_embeddings']}, expected "
+            f"[L, N, D]."
         )
-    num_sites, num_tokens, channels = prompts.shape
+    num_sites, num_tokens, channels = shapes["prompt_embeddings"]
     side = round(num_tokens**0.5)
+    if side**2 != num_tokens:
+        raise UserError(
+            f"prompt_embeddings is {shapes['prompt_embeddings']}: {num_tokens} prompts a block are no square of image "
+            f"tokens. They were prepended, which is not read."
+        )
+    # Its gate always sees the block's index; the noise on its logits does not.
+    expected = {
+        "gate.weight": [num_tokens, channels + 1],
+        "gate.bias": [num_tokens],
+        "w_noise": [channels, num_tokens],
+    }
+    for name, shape in shapes.items():
+        if shape != expected.get(name, shape):
+            raise UserError(f"Not a checkpoint of DMP's released code: {name} is {shape}, expected {expected[name]}.")
+    if not 0.0 < top_k <= 1.0:
+        raise UserError(f"top_k={top_k} must be a share of the prompts, above 0 and at most 1.")
     names = [f"blocks.{index}" for index in range(num_sites)]
     sites = tuple(Site(name, name, index, channels, (side, side)) for index, name in enumerate(names))
     taps = ("y_embedder",) if any(name.startswith("y_embedder.") for name in state) else ()
     config = PatchConfig(
         preset="released",
         sites=num_sites,
-        block_index=state["gate.weight"].shape[1] == channels + 1,
+        gate="linear" if gate else "none",
         gate_noise="w_noise" in state,
     )
+    if top_k < 1.0:
+        config = replace(config, selection="hard", top_k=int(top_k * num_tokens))  # rounded down there
     patch = patch_class(config, Backbone("DiT", sites, "t_embedder", taps, channels, (side, side)))
-    tensors = {f"prompts.{site.name}": prompts[site.index] for site in sites}
-    tensors |= {"gate.weight": state["gate.weight"], "gate.bias": state["gate.bias"]}
+    tensors = {f"prompts.{site.name}": state["prompt_embeddings"][site.index] for site in sites}
+    tensors |= {name: state[name] for name in gate}
     if "w_noise" in state:
-        is_transposed = state["w_noise"].shape != state["gate.weight"].shape
-        tensors["gate.noise_weight"] = state["w_noise"].T if is_transposed else state["w_noise"]
+        tensors["gate.noise_weight"] = state["w_noise"].T
     patch.fill(tensors, "the released checkpoint")
     return patch.eval()
