@@ -9,9 +9,10 @@ from stagepatch import evaluation
 from stagepatch.core import UserError
 from stagepatch.data import DataConfig, ImageDataset
 from stagepatch.evaluation import METRICS, References, direction_note, evaluate, metric_names
-from stagepatch.sampling import SamplingConfig
+from stagepatch.sampling import SamplingConfig, spread
 from tests.evaluation.extractors import Counting
 from tests.runs import make_dataset, make_model, make_objective
+from tests.training.test_train_on_pipelines import draw_images
 
 SAMPLING = SamplingConfig(scheduler="ddim", num_inference_steps=2, num_images=12, batch_size=12)
 
@@ -64,11 +65,33 @@ def test_without_held_out_images_the_training_ones_stand_in(evaluator):
     assert evaluator.references.held_out is not None
 
 
-def test_labels_are_the_training_images_in_turn(evaluator):
-    assert evaluator.labels(32).tolist() == [*evaluator.references.train.labels.tolist(), 0, 1]
-    few = ImageDataset(torch.zeros(2, 1, 8, 8), torch.tensor([7, 3]))
-    evaluator.references = replace(evaluator.references, train=few)
-    assert evaluator.labels(5).tolist() == [7, 3, 7, 3, 7]
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+@pytest.mark.parametrize("count", [100, 777, 5000])
+def test_any_number_of_labels_has_the_shares_of_the_training_images_whatever_their_order(evaluator, order, count):
+    labels = torch.arange(10).repeat_interleave(torch.arange(100, 1100, 100))  # 100 of class 0 … 1,000 of class 9
+    if order == "shuffled":
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    evaluator.references = replace(evaluator.references, train=ImageDataset(torch.zeros(len(labels), 1), labels))
+    found = torch.bincount(evaluator.labels(count), minlength=10).double()
+    expected = torch.bincount(labels).double() / len(labels) * count
+    assert float((found - expected).abs().max()) <= 2.5
+    assert torch.equal(evaluator.labels(count), evaluator.labels(5000)[:count])  # more images keep the first
+    assert torch.equal(evaluator.labels(len(labels)).sort().values, labels.sort().values)
+
+
+def test_a_folder_sorted_by_class_is_sampled_in_all_its_classes(tmp_path):
+    for name in ("ant", "bee", "cat", "dog"):
+        draw_images(tmp_path / name, count=6, size=(8, 8), captions=False)
+    data = DataConfig(source=str(tmp_path), image_size=8, channels=1)
+    evaluator = evaluation.Evaluator(evaluation.load_references(data), Counting())
+    assert torch.bincount(evaluator.labels(8)).tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 97, 1000])
+def test_spread_takes_each_once_before_any_again(total):
+    found = spread(total, 3 * total)
+    for turn in found.split(total):
+        assert torch.equal(turn.sort().values, torch.arange(total))
 
 
 def test_a_metric_is_one_entry(evaluator, monkeypatch):

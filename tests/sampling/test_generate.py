@@ -10,12 +10,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from stagepatch.core import UserError, read_tensors
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.families import predict
 from stagepatch.models import DiT
-from stagepatch.sampling import SamplingConfig, generate
+from stagepatch.sampling import SamplingConfig, balanced_labels, generate
 from stagepatch.sampling.generation import in_batches
 from tests.tiny import FAMILIES
 
@@ -213,3 +214,16 @@ def test_guidance_without_classes_and_a_wrong_number_of_labels(tiny_dit):
         generate(tiny_dit(conditioning="none", num_classes=None), SCHEDULER, config(guidance_scale=2.0))
     with pytest.raises(UserError, match="3 labels for num_images=5"):
         generate(tiny_dit(), SCHEDULER, config(), torch.zeros(3, dtype=torch.long))
+
+
+def test_chosen_classes_are_sampled_in_turn(tmp_path, capsys):
+    options = ["--sampling.num_images=5", "--sampling.num_inference_steps=2", f"--output_dir={tmp_path}"]
+    assert main(["sample", "--classes=[7, 1]", *options]) == 0
+    found = read_tensors(tmp_path / "samples.safetensors")[0]["images"]
+    model, scheduler = load_denoiser("digits")
+    choice = config(num_images=5, num_inference_steps=2, scheduler="ddim")
+    torch.testing.assert_close(found, generate(model, scheduler, choice, torch.tensor([7, 1, 7, 1, 7])))
+    assert main(["sample", "--classes=[3, 10]", *options]) == 2
+    assert "classes=[3, 10]: the model knows classes 0 to 9" in capsys.readouterr().err
+    with pytest.raises(UserError, match="takes no classes"):
+        balanced_labels(FAMILIES["UNet2DModel"].model(), 3, [1])

@@ -1,15 +1,22 @@
 """`stagepatch sample` on whole pipelines."""
 
+import shutil
+
+import diffusers
 import pytest
 import torch
+import transformers
 
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from stagepatch.core import read_json
+from stagepatch.models import DiT
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig, generate_with_pipeline
 from tests.runs import draw_weights
-from tests.sampling.test_generate import sampled
-from tests.tiny_pipelines import PIPELINES
+from tests.sampling.test_generate import by_hand, sampled, sampler_of
+from tests.tiny import FAMILIES
+from tests.tiny_pipelines import PIPELINES, clip, clip_tokenizer
 from tests.training.test_train_on_pipelines import draw_images
 
 SD, DIT = PIPELINES["UNet2DConditionModel"], PIPELINES["DiTTransformer2DModel"]
@@ -77,3 +84,55 @@ def test_pipeline_that_is_not_whole_is_named(tmp_path, capsys, part):
     (tmp_path / "model" / part).rename(tmp_path / "away")
     assert main(["sample", f"--model={tmp_path / 'model'}", "--prompts=['a cat']", f"--output_dir={tmp_path}"]) == 2
     assert "pipeline" in capsys.readouterr().err
+
+
+@pytest.fixture
+def text_dit(tmp_path):
+    """The layout that configs/paper asks for: transformer/, scheduler/, vae/, and for text those two."""
+    torch.manual_seed(0)
+    model = DiT(**FAMILIES["DiT"].config, conditioning="text", pooled_projection_dim=16)
+    draw_weights(model.parameters(), 0.2)
+    directory, tokenizer = tmp_path / "parts", clip_tokenizer()
+    model.save_pretrained(directory / "transformer")
+    diffusers.DDPMScheduler(variance_type="learned_range").save_pretrained(directory / "scheduler")
+    DIT.build().vae.save_pretrained(directory / "vae")
+    tokenizer.save_pretrained(directory / "tokenizer")
+    clip(tokenizer, hidden_size=16, projection=16).save_pretrained(directory / "text_encoder")
+    return directory
+
+
+def test_parts_beside_each_other_are_sampled_with_any_scheduler(text_dit, tmp_path, capsys):
+    given = ["--sampling.num_images=3", "--sampling.num_inference_steps=2", "--sampling.scheduler=dpmsolver++"]
+    assert main(["sample", f"--model={text_dit}", *given, f"--output_dir={tmp_path / 'none'}"]) == 2
+    assert "give --prompts" in capsys.readouterr().err
+    given += ["--sampling.guidance_scale=2"]
+    images = sampled(text_dit, tmp_path / "out", *given, "--prompts=['a red house', 'a cat']")
+    assert images.shape == (3, 3, 32, 32)
+    # The same by hand, out of the parts themselves.
+    model, scheduler = load_denoiser(text_dit)
+    scheduler = diffusers.DDPMScheduler.from_config(scheduler.config, variance_type="fixed_small")
+    vae = diffusers.AutoencoderKL.from_pretrained(text_dit / "vae")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(text_dit / "tokenizer")
+    encoder = transformers.CLIPTextModelWithProjection.from_pretrained(text_dit / "text_encoder").eval()
+    texts = ["a red house", "a cat", "a red house", "", "", ""]
+    with torch.no_grad():
+        pooled = encoder(tokenizer(texts, padding="max_length", return_tensors="pt").input_ids).text_embeds
+
+        def output(sample, timesteps):
+            both = model(torch.cat([sample] * 2), timesteps.repeat(2), pooled_projections=pooled).sample
+            conditional, none = both[:, : sample.shape[1]].chunk(2)
+            return none + 2.0 * (conditional - none)
+
+        latents = by_hand(sampler_of("DPMSolverMultistep", scheduler, 2), output, 3, shape=(4, 8, 8))
+        expected = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
+    torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder"])
+def test_a_model_of_text_without_what_encodes_it_is_refused(text_dit, tmp_path, capsys, part):
+    shutil.rmtree(text_dit / part)
+    images = draw_images(tmp_path / "images", size=(32, 32))
+    train = ["train", f"--data.source={images}", "--data.image_size=32", f"--output_dir={tmp_path / 'run'}"]
+    for command in (train, ["sample", "--prompts=['a cat']", f"--output_dir={tmp_path / 'out'}"]):
+        assert main([*command, f"--model={text_dit}"]) == 2
+        assert "takes text, but has no tokenizer/ and text_encoder/" in capsys.readouterr().err

@@ -44,6 +44,7 @@ def save_config(path, directory):
     model_class, config = real_config(path)
     component = directory / ("unet" if model_class is diffusers.UNet2DConditionModel else "transformer")
     component.mkdir(parents=True)
+    (directory / "vae").mkdir()
     (component / "config.json").write_text(json.dumps({"_class_name": model_class.__name__, **config}))
 
 

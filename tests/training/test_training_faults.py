@@ -6,14 +6,29 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from stagepatch.checkpoints import save_denoiser
+from stagepatch.cli import main
 from stagepatch.core.errors import UserError
 from stagepatch.data import ImageDataset
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
 from stagepatch.training.log import read_log
-from tests.runs import TRAINING, assert_same, iteration_of, log_of, make_dataset, make_model, patch_of, run
+from tests.runs import (
+    TRAINING,
+    assert_same,
+    iteration_of,
+    log_of,
+    make_dataset,
+    make_model,
+    make_objective,
+    options,
+    patch_of,
+    run,
+)
+from tests.training.test_train_on_pipelines import draw_images
 
 
 class BrokenFrom(ImageDataset):
@@ -148,3 +163,38 @@ def test_images_of_other_channels(tmp_path):
 
 def test_images_of_another_size_are_taken(tmp_path):
     run(tmp_path, dataset=ImageDataset(torch.zeros(8, 1, 16, 16), torch.zeros(8, dtype=torch.long)))
+
+
+@pytest.fixture
+def grey(tmp_path):
+    """Grey images, and a model of one channel."""
+    images = draw_images(tmp_path / "images", size=(8, 8), captions=False)
+    for path in images.glob("*.png"):
+        Image.open(path).convert("L").save(path)
+    save_denoiser(make_model(), make_objective().scheduler, tmp_path / "model")
+    training = {"steps": 1, "batch_size": 2, "tensorboard": False}
+    given = [f"--data.source={images}", "--data.image_size=8", f"--model={tmp_path / 'model'}"]
+    return given + options("training", training)
+
+
+def test_images_have_the_channels_that_the_model_takes(grey, tmp_path, capsys):
+    assert main(["train", *grey, f"--output_dir={tmp_path / 'run'}"]) == 0
+    assert main(["train", *grey, "--data.channels=1", f"--output_dir={tmp_path / 'run'}"]) == 0  # the same run
+    capsys.readouterr()
+    assert main(["train", *grey, "--data.channels=3", f"--output_dir={tmp_path / 'other'}"]) == 2
+    assert "data.channels=3, but the model takes 1: leave it out." in capsys.readouterr().err
+    assert main(["decouple", *grey, "--num_stages=2", "--stage=0", f"--output_dir={tmp_path / 'stages'}"]) == 0
+
+
+def test_images_and_models_that_do_not_fit_are_refused_in_words(grey, tmp_path, capsys):
+    wide = make_model(in_channels=4)
+    save_denoiser(wide, make_objective().scheduler, tmp_path / "latent")
+    given = [option for option in grey if not option.startswith("--model")] + [f"--output_dir={tmp_path / 'run'}"]
+    for command in ("train", "evaluate"):
+        options = [option for option in given if command == "train" or not option.startswith("--training")]
+        assert main([command, *options, f"--model={tmp_path / 'latent'}"]) == 2
+        assert "takes 4 channels, which are no image's" in capsys.readouterr().err
+    save_denoiser(make_model(in_channels=3), make_objective().scheduler, tmp_path / "colour")
+    few = ["--training.steps=1", "--training.tensorboard=false", f"--output_dir={tmp_path / 'digits'}"]
+    assert main(["train", f"--model={tmp_path / 'colour'}", *few]) == 2
+    assert "The images of 'digits' have 1 channel(s), but the model takes 3" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from .layout import find_model as find_model
 from .layout import from_hub as from_hub
 from .layout import has_vae as has_vae
 from .layout import is_hub_id as is_hub_id
+from .layout import is_pipeline as is_pipeline
 from .loading import build_denoiser as build_denoiser
 from .loading import load_captioner as load_captioner
 from .loading import load_denoiser as load_denoiser

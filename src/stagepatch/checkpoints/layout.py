@@ -93,6 +93,11 @@ def has_vae(source: str | Path) -> bool:
     return (find_model(source, (*DENOISERS, "scheduler", "vae")) / "vae").is_dir()
 
 
+def is_pipeline(source: str | Path) -> bool:
+    """Whether the model is a whole pipeline of diffusers with a VAE, and not parts that lie beside each other."""
+    return has_vae(source) and (find_model(source, ["*"]) / "model_index.json").exists()
+
+
 def encoder_directories(source: str | Path) -> dict[str, Path]:
     """Directories of VAE, text encoders and tokenizers, by name."""
     directory = find_model(source, ["vae", *TEXT_PARTS])

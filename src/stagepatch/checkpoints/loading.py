@@ -86,8 +86,10 @@ def load_captioner(
     if (directory / "model_index.json").exists():
         absent = {name: None for name in read_json(directory / "model_index.json") if name in _HEAVY}
         pipe: Any = load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
-    else:
+    elif _class_of(denoiser_directory(directory)) is models.DiT:
         pipe = _load_clip(directory, dtype, device)
+    else:
+        raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
     return partial(family.encode_captions, pipe)
 
 
@@ -118,10 +120,21 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
 
 
 def takes_captions(source: str | Path) -> bool:
-    """Whether the model's condition is made of captions."""
-    directory = find_model(source)
-    has_encoders = any(directory.glob("text_encoder*")) or any(directory.glob("tokenizer*"))
-    return has_encoders and _family(directory).encode_captions is not None
+    """Whether the model's condition is made of captions.
+
+    Raises:
+        UserError: it is, but nothing is there to make it with.
+    """
+    directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
+    config = read_json(denoiser_directory(directory) / "config.json")
+    if _family(directory).encode_captions is None or config.get("conditioning", "text") != "text":
+        return False
+    if not any(directory.glob("text_encoder*")) or not any(directory.glob("tokenizer*")):
+        raise UserError(
+            f"The model in '{directory}' takes text, but has no tokenizer/ and text_encoder/ beside it: put those "
+            f"there that it was trained with."
+        )
+    return True
 
 
 def save_denoiser(model: Any, scheduler: Any, directory: str | Path) -> None:

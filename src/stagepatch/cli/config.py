@@ -46,6 +46,7 @@ class SampleConfig:
         model: a model directory, a Hub id, 'digits' or 'fashion'. A model with a VAE is sampled by its own
             pipeline and scheduler.
         prompts: captions, in turn, for a model that takes them.
+        classes: class labels, in turn, for a model that takes them; empty for all.
         patch: directory of a patch, or of what another method learned; empty for the base model.
         patch_scale: factor on the patch's prompts; 1 as trained.
         schedule: YAML file of experts by range of timesteps, in place of a patch; see docs/experts.md.
@@ -55,6 +56,7 @@ class SampleConfig:
     output_dir: str = "runs/sample"
     model: str = "digits"
     prompts: list[str] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
     patch: str = ""
     patch_scale: float = 1.0
     schedule: str = ""

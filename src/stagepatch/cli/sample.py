@@ -3,14 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from stagepatch.checkpoints import has_vae, load_pipeline
+from stagepatch.checkpoints import is_pipeline, load_pipeline
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
 from stagepatch.core import UserError, processes, write_tensors, write_text
 from stagepatch.diffusion import make_sampler, pin_timesteps
+from stagepatch.evaluation import prompted_latents
 from stagepatch.families import find_denoiser
 from stagepatch.report import image_grid, write_picture
-from stagepatch.sampling import SamplingConfig, attach_guide, generate, generate_with_pipeline, load_experts
+from stagepatch.sampling import (
+    SamplingConfig,
+    attach_guide,
+    balanced_labels,
+    generate,
+    generate_with_pipeline,
+    load_experts,
+)
 
 
 def sample(config: configs.SampleConfig, resolved: str) -> None:
@@ -18,7 +26,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     if config.patch and config.schedule:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
     directory = Path(config.output_dir)
-    if has_vae(config.model):
+    if is_pipeline(config.model):
         model, scheduler = load_pipeline(config.model).to(processes().device), None
     else:
         model, scheduler = load_on_device(config.model)
@@ -28,9 +36,12 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
         put_on(config.patch, config.patch_scale, find_denoiser(model))
     with bar_over(own_share(sampling.num_images)) as on_batch:
         if scheduler is None:
-            images = generate_with_pipeline(model, sampling, config.prompts, on_batch)
+            images = generate_with_pipeline(model, sampling, config.prompts, on_batch, config.classes)
         else:
-            images = generate(model, scheduler, sampling, on_batch=on_batch)
+            labels = balanced_labels(model, sampling.num_images, config.classes)
+            latents = prompted_latents(config.model, model, config.prompts)
+            further = {} if latents is None else vars(latents)
+            images = generate(model, scheduler, sampling, labels, on_batch=on_batch, **further)
     if not processes().is_main_process:
         return
     write_text(directory / RUN_CONFIG, resolved)

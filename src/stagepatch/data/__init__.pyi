@@ -16,8 +16,10 @@ from .images import Images as Images
 from .latents import decode_latents as decode_latents
 from .latents import encode_images as encode_images
 from .model_cache import cache_directory as cache_directory
+from .model_cache import check_channels as check_channels
 from .model_cache import load_training_data as load_training_data
 from .model_cache import make_cache as make_cache
+from .model_cache import with_channels as with_channels
 from .preprocess import bucket_sizes as bucket_sizes
 from .preprocess import center_crop_adm as center_crop_adm
 from .preprocess import fit_to_bucket as fit_to_bucket

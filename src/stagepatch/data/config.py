@@ -14,7 +14,7 @@ class DataConfig:
             Hub), or WebDataset tar shards (their directory, or one .tar file).
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
             an image has at most that square's area.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for colour, 1 for grey; 0 is as the model's images have.
         horizontal_flip: mirror each image with probability ½ (DMP: on; never for the bundled data).
         num_workers: loading processes beside the main one.
         format: what `source` is; 'auto' looks at what lies there. The Hub is asked only with 'datasets'.
@@ -29,7 +29,7 @@ class DataConfig:
 
     source: str = "digits"
     image_size: int = 256
-    channels: int = 3
+    channels: int = 0
     horizontal_flip: bool = False
     num_workers: int = 0
     format: Literal["auto", "folder", "datasets", "webdataset"] = "auto"

@@ -32,8 +32,8 @@ class Images(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, source: Source, config: DataConfig) -> None:
-        if config.channels not in (1, 3):
-            raise UserError(f"channels={config.channels} must be 1 (grey) or 3 (colour).")
+        if config.channels not in (0, 1, 3):
+            raise UserError(f"data.channels={config.channels} must be 1 (grey) or 3 (colour).")
         for name, lowest in (("image_size", 1), ("max_broken", 0)):
             if getattr(config, name) < lowest:
                 raise UserError(f"{name}={getattr(config, name)} must be at least {lowest}.")
@@ -81,7 +81,7 @@ class Images(Dataset[dict[str, Any]]):
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]
         with self.source.load(index) as file:
-            image = preprocess.upright(file, self.config.channels)
+            image = preprocess.upright(file, self.config.channels or 3)
         if self.config.crop == "buckets":
             image = preprocess.fit_to_bucket(image, size)
         else:

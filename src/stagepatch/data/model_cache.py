@@ -1,12 +1,20 @@
 """A model's cache of a data config: its parts loaded one after the other, each freed before the next."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from stagepatch.checkpoints import encoder_directories, has_vae, load_captioner, load_vae, takes_captions
+from stagepatch.checkpoints import (
+    build_denoiser,
+    encoder_directories,
+    has_vae,
+    load_captioner,
+    load_vae,
+    takes_captions,
+)
 from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import build_cache, cache_key
@@ -16,6 +24,45 @@ from stagepatch.data.images import Images
 
 # What of a data config decides the latents.
 _PREPROCESSING = ("image_size", "channels", "crop", "bucket_step", "caption_column", "label_column")
+
+
+def with_channels(data: DataConfig, model: str, in_channels: int = 0) -> DataConfig:
+    """A data config whose images have the channels that a model's have, where it leaves them open.
+
+    Args:
+        model: a model directory, a Hub id, or the name of a bundled model.
+        in_channels: of a denoiser in pixels that is there already, in place of `model`.
+
+    Raises:
+        UserError: other channels than the model takes.
+    """
+    if data.source in BUNDLED:  # they have their own, whatever this says; runs of before say 3
+        return replace(data, channels=data.channels or 3)
+    if not in_channels and has_vae(model):
+        return replace(data, channels=data.channels or 3)
+    channels = in_channels or int(build_denoiser(model).config["in_channels"])
+    if channels not in (1, 3):
+        raise UserError(
+            f"The model '{model}' takes {channels} channels, which are no image's: it is of latents, and needs its "
+            f"VAE beside it, in 'vae/'."
+        )
+    if data.channels not in (0, channels):
+        raise UserError(f"data.channels={data.channels}, but the model takes {channels}: leave it out.")
+    return replace(data, channels=channels)
+
+
+def check_channels(dataset: Any, in_channels: int, data: DataConfig) -> None:
+    """Refuse images in pixels that a denoiser does not take.
+
+    Raises:
+        UserError: they have other channels.
+    """
+    channels = dataset[0]["image"].shape[0]
+    if channels != in_channels:
+        raise UserError(
+            f"The images of '{data.source}' have {channels} channel(s), but the model takes {in_channels}: choose "
+            f"other data, or another model."
+        )
 
 
 def make_cache(
@@ -34,6 +81,7 @@ def make_cache(
             f"The bundled {data.source} images are {height}×{width} pixels and need no VAE: "
             f"set data.source to images for this model."
         )
+    data = with_channels(data, model)
     source = open_source(data)
     preprocessing = {name: getattr(data, name) for name in _PREPROCESSING}
     key = cache_key(source.stamp(), preprocessing, encoder_directories(model))
@@ -62,7 +110,7 @@ def load_training_data(
         model: empty for images in pixels.
     """
     if not model or not has_vae(model):
-        return load_dataset(data)
+        return load_dataset(with_channels(data, model) if model else data)
     directory = cache_directory(cache, output_dir)
     make_cache(directory, model, data, batch_size)
     return CachedLatents(directory)

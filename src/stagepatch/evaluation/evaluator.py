@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stagepatch.data import DataConfig, ImageDataset
+from stagepatch.data import DataConfig, ImageDataset, with_channels
 from stagepatch.evaluation.features import ClassifierFeatures, FeatureExtractor, extract_features, load_extractor
 from stagepatch.evaluation.latents import LatentSampling, latent_sampling
 from stagepatch.evaluation.metrics import METRICS, Reference
 from stagepatch.evaluation.references import References, load_references, reference_features
-from stagepatch.sampling import SamplingConfig, generate
+from stagepatch.sampling import SamplingConfig, generate, spread
 
 OnBatch = Callable[[int], None]
 
@@ -82,6 +82,7 @@ class Evaluator:
         Raises:
             UserError: the cache is of something else, the data or the extractor cannot be had, or these do not fit.
         """
+        data = with_channels(data, model)
         latents = latent_sampling(model, data, cache)
         extractors = [load_extractor(name) for name in (extractor, *([second] if second else []))]
         references = load_references(data, held_out)
@@ -112,10 +113,10 @@ class Evaluator:
         return None if dataset is None else self._features[name]
 
     def labels(self, count: int) -> Tensor:
-        """The labels that are sampled: the training images' in turn, [count]."""
+        """The labels that are sampled, [count]: those of the training images, in their shares whatever the count."""
         train = self.references.train
         labels = train.labels if isinstance(train, ImageDataset) else torch.tensor(train.labels())
-        return labels[torch.arange(count) % len(labels)]
+        return labels.sort().values[spread(len(labels), count)]
 
     def metrics(self, images: Tensor, keys: Iterable[str] | None = None) -> dict[str, float]:
         """Metrics of samples [B, C, H, W] in [−1, 1], by key; those left out whose reference there is not.

@@ -1,16 +1,18 @@
 """What sampling needs for a model of latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stagepatch.checkpoints import has_vae, load_vae
-from stagepatch.core import processes
+from stagepatch.checkpoints import has_vae, load_captioner, load_vae, takes_captions
+from stagepatch.core import UserError, processes
 from stagepatch.data import CachedLatents, DataConfig, decode_latents, make_cache
-from stagepatch.sampling import Captions
+from stagepatch.families import sample_shape
+from stagepatch.sampling import Captions, spread
 
 
 @dataclass
@@ -29,7 +31,7 @@ class LatentSampling:
 
 
 def latent_sampling(model: str, data: DataConfig, cache: Path) -> LatentSampling | None:
-    """How a model with a VAE is sampled: image i has the caption of the cache's item i modulo their number.
+    """How a model with a VAE is sampled: any number of images has captions from all over the cache.
 
     Args:
         cache: its directory; it is made first if it is not there.
@@ -47,10 +49,41 @@ def latent_sampling(model: str, data: DataConfig, cache: Path) -> LatentSampling
     vae = load_vae(model).to(processes().device)
 
     def condition(indices: list[int]) -> dict[str, Tensor]:
-        rows = [cached[index % len(cached)]["condition"] for index in indices]
+        items = spread(len(cached), max(indices) + 1)[indices].tolist()
+        rows = [cached[item]["condition"] for item in items]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     null = cached.null_condition
     channels, height, width = cached[0]["image"].shape
     captions = None if null is None else Captions(condition, null)
     return LatentSampling((channels, height, width), lambda latents: decode_latents(vae, latents), captions)
+
+
+def prompted_latents(source: str, model: Any, prompts: Sequence[str]) -> LatentSampling | None:
+    """How a model whose VAE, tokenizer and text encoder lie beside it is sampled: image i has prompt i modulo theirs.
+
+    Args:
+        source: the model's directory.
+        model: its denoiser, loaded.
+
+    Returns:
+        None for a model in pixels.
+
+    Raises:
+        UserError: a model of captions without prompts, or without what encodes them.
+    """
+    if not has_vae(source):
+        return None
+    device, captions = processes().device, None
+    if takes_captions(source):
+        if not prompts:
+            raise UserError(f"'{source}' makes images of captions: give --prompts '[\"a caption\", …]'.")
+        encode = load_captioner(source, device)
+        encoded = encode(list(prompts))
+
+        def condition(indices: list[int]) -> dict[str, Tensor]:
+            return {name: value[[index % len(prompts) for index in indices]] for name, value in encoded.items()}
+
+        captions = Captions(condition, encode([""]))
+    vae = load_vae(source).to(device)
+    return LatentSampling(sample_shape(model), lambda latents: decode_latents(vae, latents), captions)

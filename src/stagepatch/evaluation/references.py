@@ -47,7 +47,7 @@ def load_references(config: DataConfig, held_out: Literal["held_out", "tune"] = 
         raise UserError(f"data.crop='{config.crop}' makes images of many sizes: metrics need crop 'center'.")
     dataset = load_dataset(config)
     assert isinstance(dataset, Images | ImageDataset)
-    is_small = len(dataset) * config.channels * config.image_size**2 <= _MOST_NUMBERS
+    is_small = len(dataset) * (config.channels or 3) * config.image_size**2 <= _MOST_NUMBERS
     return References(in_memory(dataset) if is_small else dataset, None)
 
 

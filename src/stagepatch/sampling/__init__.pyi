@@ -13,6 +13,7 @@ from .fakes import load_fakes as load_fakes
 from .generation import Captions as Captions
 from .generation import balanced_labels as balanced_labels
 from .generation import generate as generate
+from .generation import spread as spread
 from .guide import Guide as Guide
 from .guide import attach_guide as attach_guide
 from .guide import guide_on as guide_on

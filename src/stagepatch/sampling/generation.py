@@ -1,7 +1,9 @@
 """Batched generation with any diffusers scheduler."""
 
 import inspect
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +36,32 @@ class Captions:
     null: dict[str, Tensor]
 
 
-def balanced_labels(model: nn.Module, num_images: int) -> Tensor:
-    """Labels 0, 1, …, num_classes − 1, 0, …: [num_images]; zeros for an unconditional model."""
-    return torch.arange(num_images) % max(1, num_classes(model))
+def balanced_labels(model: nn.Module, num_images: int, classes: Sequence[int] = ()) -> Tensor:
+    """Labels 0, 1, …, num_classes − 1, 0, …: [num_images]; zeros for an unconditional model.
+
+    Args:
+        classes: these in turn, in place of all.
+
+    Raises:
+        UserError: classes that the model does not know.
+    """
+    count = num_classes(model)
+    odd = [label for label in classes if not 0 <= label < count]
+    if odd:
+        known = f"knows classes 0 to {count - 1}" if count else "takes no classes"
+        raise UserError(f"classes={list(classes)}: the model {known}.")
+    chosen = torch.tensor(classes or range(max(1, count)))
+    return chosen[torch.arange(num_images) % len(chosen)]
+
+
+def spread(total: int, count: int) -> Tensor:
+    """`count` of the numbers 0 … total − 1, [count]: every prefix lies evenly over them, each once before one
+    comes again. For what is to stand for a data set in some order, such as by class.
+    """
+    stride = next(
+        step for step in itertools.count(max(1, round(total * (5**0.5 - 1) / 2))) if math.gcd(step, total) == 1
+    )
+    return torch.arange(count) * stride % total
 
 
 @torch.no_grad()

@@ -1,35 +1,42 @@
 """Generation with a whole pipeline of diffusers: captions or classes in, images out."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stagepatch.core import UserError
+from stagepatch.families import find_denoiser
 from stagepatch.sampling.config import SamplingConfig
-from stagepatch.sampling.generation import image_generator, in_batches
+from stagepatch.sampling.generation import balanced_labels, image_generator, in_batches
 
 
 @torch.no_grad()
 def generate_with_pipeline(
-    pipe: Any, config: SamplingConfig, prompts: list[str], on_batch: Callable[[int], None] | None = None
+    pipe: Any,
+    config: SamplingConfig,
+    prompts: list[str],
+    on_batch: Callable[[int], None] | None = None,
+    classes: Sequence[int] = (),
 ) -> Tensor:
     """Images [B, 3, H, W] in [−1, 1] on the CPU, with the pipeline's own scheduler, at its own size.
 
     Image i has prompt i modulo their number, or class i modulo theirs, and noise of (seed, i) alone.
 
     Args:
+        classes: labels in turn, of a pipeline that takes them; all by default.
         config: its scheduler, guidance_channels and guidance_interval do not apply here.
         on_batch: called with the number of images done after each batch.
 
     Raises:
-        UserError: a pipeline of captions without prompts.
+        UserError: a pipeline of captions without prompts, or classes that it does not know.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
     if "prompt" in takes and not prompts:
         raise UserError(f"{type(pipe).__name__} makes images of captions: give --prompts '[\"a caption\", …]'.")
+    labels = balanced_labels(find_denoiser(pipe), config.num_images, classes)
     pipe.set_progress_bar_config(disable=True)
 
     def make(indices: list[int]) -> Tensor:
@@ -37,7 +44,7 @@ def generate_with_pipeline(
         if "prompt" in takes:
             options["prompt"] = [prompts[index % len(prompts)] for index in indices]
         elif "class_labels" in takes:
-            options["class_labels"] = [index % pipe.transformer.config.num_embeds_ada_norm for index in indices]
+            options["class_labels"] = labels[indices].tolist()
         if "guidance_scale" in takes:
             options["guidance_scale"] = config.guidance_scale
         options["num_inference_steps"] = config.num_inference_steps

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
 from stagepatch.core import UserError, as_json, as_user_error, processes, read_json, write_json, write_tensors
-from stagepatch.data import BUNDLED, cache_directory
+from stagepatch.data import BUNDLED, cache_directory, with_channels
 from stagepatch.diffusion import TimestepsConfig, WeightingConfig, make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
 from stagepatch.methods import LoRAConfig, load_learned, make_method, open_artifact, open_learned
@@ -183,6 +183,7 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
         raise UserError(f"held_out='tune' is of 'fashion' alone, not of '{config.data.source}'.")
     if config.launch.workers < 1:
         raise UserError(f"launch.workers={config.launch.workers} must be at least 1.")
+    config = replace(config, data=with_channels(config.data, config.model))
     if config.quick:
         config = _quick(config)
     jobs: list[CompareJob] = []

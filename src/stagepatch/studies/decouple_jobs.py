@@ -9,7 +9,7 @@ import yaml
 
 from stagepatch import checkpoints
 from stagepatch.core import STAGE, UserError, as_json, processes, seed_for, write_json, write_text
-from stagepatch.data import cache_directory
+from stagepatch.data import cache_directory, with_channels
 from stagepatch.diffusion import Objective, TimestepSampler, equal_in_log_snr, equal_in_t, make_weighting, split_at
 from stagepatch.methods import STAGE_NAME, Consistent, Finetune, make_method
 from stagepatch.studies.decouple_config import DecoupleConfig
@@ -87,6 +87,7 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     Raises:
         UserError: ranges that cannot be had, a method that the model cannot take, or a `stage` that is not there.
     """
+    config = replace(config, data=with_channels(config.data, config.model))
     scheduler = checkpoints.load_scheduler(config.model)
     make_method(config).prepare(checkpoints.build_denoiser(config.model))
     objective = Objective(scheduler, weighting=make_weighting(config.weighting))

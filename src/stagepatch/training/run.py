@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import yaml
 
-from stagepatch.checkpoints import load_denoiser
+from stagepatch.checkpoints import has_vae, load_denoiser
 from stagepatch.core import UserError, processes, write_text
-from stagepatch.data import load_training_data
+from stagepatch.data import check_channels, load_training_data, with_channels
 from stagepatch.diffusion import Objective, make_timesteps, make_weighting
 from stagepatch.families import learns_sigma
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
@@ -50,6 +50,8 @@ class Run:
         identity: Mapping[str, Any] | None = None,
         config_text: str = "",
     ) -> None:
+        in_channels = 0 if model is None else int(model.config["in_channels"])
+        config = replace(config, data=with_channels(config.data, config.model, in_channels))
         self.config = config
         self.directory = Path(config.output_dir)
         own = {name: getattr(config, name) for name in _IDENTITY} | config.learns_by()
@@ -79,6 +81,8 @@ class Run:
         self.dataset: Any = load_training_data(named, config.data, *cache)
         if model is None:
             model, scheduler = load_denoiser(named, getattr(torch, config.dtype))
+        if not named or not has_vae(named):
+            check_channels(self.dataset, int(model.config["in_channels"]), config.data)
         self.model, self.scheduler = model, scheduler
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
         self.objective.timesteps = make_timesteps(config.timesteps, self.objective.num_train_timesteps)
