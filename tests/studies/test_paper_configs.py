@@ -27,7 +27,7 @@ def real_config(path):
     """The config of the model that a table is about."""
     if path.stem == "table2-sd15":
         return diffusers.UNet2DConditionModel, {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-    name = {"table3-ditl2": "DiT-L/2", "table8-imagenet": "DiT-XL/2"}.get(path.stem, "DiT-B/2")
+    name = yaml.safe_load((Path(__file__).parent / "paper_numbers.yaml").read_text())["tables"][path.stem]["model"]
     conditioning = "text" if path.stem in TEXT else "class" if name == "DiT-XL/2" else "none"
     with torch.device("meta"):
         model = DiT.from_name(name, conditioning=conditioning, pooled_projection_dim=768)
@@ -60,7 +60,31 @@ def test_config_of_the_paper_fits_the_real_architecture(path, tmp_path):
         expected = {"table2-ffhq": 2_556_416, "table3-ditl2": 6_554_112, "table8-imagenet": 8_552_960}
         assert counts["DMP"][0] == expected.get(path.stem, counts["DMP"][0])
     if path.stem == "table2-sd15":
-        assert counts["DMP at the stages"][0] == 2_889_728
+        assert counts["DMP at the stages"][0] == 11_558_912
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_config_of_the_paper_has_the_paper_s_numbers(path, tmp_path):
+    paper = yaml.safe_load((Path(__file__).parent / "paper_numbers.yaml").read_text())
+    assert {other.stem for other in PAPER} == set(paper["tables"])
+    facts, recipe, config = paper["tables"][path.stem], paper["recipe"], parse(path)
+    training, sampling = config.training, config.sampling
+    seen = {
+        "iterations": training.steps,
+        "size": config.data.image_size,
+        "images": sampling.num_images,
+        "sampler": sampling.scheduler,
+        "steps": sampling.num_inference_steps,
+        "guidance": sampling.guidance_scale,
+    }
+    assert seen == {name: facts[name] for name in seen}
+    of_data = {"horizontal_flip": config.data.horizontal_flip}
+    assert {**vars(training), **of_data} | recipe == {**vars(training), **of_data}
+    # Its rows are there, by the recipe, and the comment above quotes what they gave.
+    entries = {entry.name: entry for entry in config.entries}
+    for name, fid in facts["fid"].items():
+        assert not entries[name].training, name
+        assert f"{fid:.2f}" in path.read_text(), name
 
 
 def stand_in(path, directory):
