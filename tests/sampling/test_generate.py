@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from stagepatch.core import UserError, read_tensors
-from stagepatch.diffusion import ObjectiveConfig, make_scheduler
+from stagepatch.diffusion import ObjectiveConfig, make_sampler, make_scheduler
 from stagepatch.families import predict
 from stagepatch.models import DiT
 from stagepatch.sampling import SamplingConfig, balanced_labels, generate
@@ -37,7 +37,8 @@ def noise(seed, count, shape=(1, 8, 8)):
 
 def sampler_of(kind, scheduler, steps):
     """A scheduler of diffusers, of the same betas, set to that number of steps or those timesteps."""
-    sampler = getattr(diffusers, f"{kind}Scheduler").from_config(scheduler.config)
+    spacing = {"timestep_spacing": "linspace"} if kind == "DDPM" else {}  # the papers'
+    sampler = getattr(diffusers, f"{kind}Scheduler").from_config(scheduler.config, **spacing)
     sampler.set_timesteps(**{"timesteps" if isinstance(steps, list) else "num_inference_steps": steps})
     return sampler
 
@@ -227,3 +228,15 @@ def test_chosen_classes_are_sampled_in_turn(tmp_path, capsys):
     assert "classes=[3, 10]: the model knows classes 0 to 9" in capsys.readouterr().err
     with pytest.raises(UserError, match="takes no classes"):
         balanced_labels(FAMILIES["UNet2DModel"].model(), 3, [1])
+
+
+@pytest.mark.parametrize("count", [5, 25, 250, 1000])
+def test_ddpm_takes_the_timesteps_of_improved_diffusion(count):
+    """arXiv 2102.09672, Section 4: evenly spaced real numbers from 1 to T, rounded."""
+    sampler = make_sampler("ddpm", SCHEDULER)
+    sampler.set_timesteps(count)
+    stride = 999 / (count - 1)
+    assert sampler.timesteps.tolist() == [round(index * stride) for index in reversed(range(count))]
+    kept = make_sampler("DDPMScheduler", SCHEDULER)
+    kept.set_timesteps(250)
+    assert int(kept.timesteps[0]) == 996

@@ -17,6 +17,7 @@ from stagepatch.core.process_state import processes as own_processes
 from stagepatch.evaluation import Evaluator, evaluate, load_extractor, load_references
 from stagepatch.patch import Patch
 from stagepatch.sampling import SamplingConfig
+from stagepatch.sampling.generation import spread
 from stagepatch.search import NONE, ScheduleConfig, Space, Zoo, ZooEntry, best_of, evolution, median_seconds, propose
 from stagepatch.search.model_schedule import _features, _predicted
 from tests.runs import draw_weights
@@ -261,9 +262,11 @@ def test_command_finds_a_schedule_that_sample_takes(models, tmp_path, capsys):
     torch.testing.assert_close(images, expected(steps, 0, 4, torch.arange(4)), atol=1e-4, rtol=1e-4)
     # The value that the search gave it, and those of the comparison.
     references, extractor = load_references(ScheduleConfig().data), load_extractor("digits")
+    labels = references.train.labels
+    labels = labels.sort().values[spread(len(labels), 60)]
 
     def measured(steps, seed):
-        return evaluate(expected(steps, seed, 60, references.train.labels[:60]), references, extractor)
+        return evaluate(expected(steps, seed, 60, labels), references, extractor)
 
     assert best["value"] == pytest.approx(measured(steps, 0)["fid_train"], rel=1e-3)
     metrics = read_json(tmp_path / "out" / "metrics.json")

@@ -24,6 +24,9 @@ _NAMES = {
 def make_sampler(name: str, trained_with: Any) -> Any:
     """A sampler with the betas and the prediction type of the scheduler that a model was trained with.
 
+    'ddpm' has the timesteps of the papers' code (improved diffusion's respacing, arXiv 2102.09672): evenly from T − 1
+    to 0, both of them among it. Its class's name, 'DDPMScheduler', keeps the spacing of the model's scheduler.
+
     Raises:
         UserError: no such scheduler, or one for another kind of model (flow against diffusion).
     """
@@ -41,7 +44,8 @@ def make_sampler(name: str, trained_with: Any) -> Any:
     if class_name != "DDPMScheduler":
         # The variance is split off before the sampler; some samplers would split off three channels themselves.
         config.pop("variance_type", None)
-    return scheduler_class.from_config(config)
+    spacing = {"timestep_spacing": "linspace"} if name.lower() == "ddpm" else {}
+    return scheduler_class.from_config(config, **spacing)
 
 
 def set_steps(sampler: Any, count: int, name: str) -> None:

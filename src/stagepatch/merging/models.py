@@ -1,4 +1,4 @@
-"""A base model and its stages into one model (DeMe, arXiv 2410.06664, Eq. 9)."""
+"""A base model and its stages into one model (DeMe, arXiv 2410.06664, supplement, Eq. 10)."""
 
 from __future__ import annotations
 

@@ -9,12 +9,12 @@ EPSILON = 1e-5
 
 
 def squared_coefficient_of_variation(values: Tensor) -> Tensor:
-    """Population variance over squared mean, over the last dimension (Eq. 12)."""
+    """Population variance over squared mean, over the last dimension (Eq. 13)."""
     return values.var(dim=-1, correction=0) / (values.mean(dim=-1) ** 2 + EPSILON)
 
 
 def importance_loss(weights: Tensor) -> Tensor:
-    """Importance loss of weights [L, B, M]: of their sum over the blocks (Eq. 11, 12), mean over the batch."""
+    """Importance loss of weights [L, B, M]: of their sum over the blocks (Eq. 12, 13), mean over the batch."""
     return squared_coefficient_of_variation(weights.sum(dim=0)).mean()
 
 
@@ -25,7 +25,7 @@ def importance_loss_unbiased(weights: Tensor) -> Tensor:
 
 
 def load_indicator(logits: Tensor) -> Tensor:
-    """Choices switched off (logit below zero), mean over blocks and batch (Eq. 13). It has no gradient."""
+    """Choices switched off (logit below zero), mean over blocks and batch (Eq. 11). It has no gradient."""
     return (logits < 0).to(logits.dtype).sum(dim=-1).mean()
 
 

@@ -61,10 +61,10 @@ class PatchConfig:
         gate_initialization: 'zero' or 'normal'; by default zero for K = 1 (paper), normal for K > 1, since equal
             sets under an equal gate would never part.
         gate_learning_rate_factor: the gate's learning rate over the prompts'. paper: 1; released: 10.
-        importance_weight: weight of the importance loss (Eq. 11, 12; Table 4e: 1).
-        importance_variance: 'population' per sample over the prompts (Eq. 12), or 'unbiased' over batch and prompts
+        importance_weight: weight of the importance loss (Eq. 12, 13; Table 4e: 1).
+        importance_variance: 'population' per sample over the prompts (Eq. 13), or 'unbiased' over batch and prompts
             together, a term a block. paper: population; released: unbiased.
-        load_weight: weight of the load loss (Eq. 13; Table 4e: 1).
+        load_weight: weight of the load loss (Eq. 11; Table 4e: 1).
         load_loss: 'surrogate' max(0, −logit), zero where the indicator is; 'indicator' as printed (no gradient);
             'smooth' (arXiv 1701.06538, Eq. 8–11; needs hard selection and noise); 'none'.
             paper: surrogate; released: none.
