@@ -11,7 +11,8 @@ VARIANTS = [
     {"num_experts": 2, "condition": "t+c"},
     {"position": "prepend", "num_prompts": 3},
     {"position": "prepend", "num_prompts": 3, "prepending": "plain"},
-    {"gate": "attention", "selection": "hard", "top_k": 5},
+    {"gate": "attention"},
+    {"gate": "learned_keys", "selection": "hard", "top_k": 5},
     {"gate": "none"},
 ]
 

@@ -10,7 +10,7 @@ from stagepatch.core.errors import UserError
 from stagepatch.families import Extent, predict
 from stagepatch.patch import Patch, PatchConfig
 
-GATES = [("linear", 1), ("linear", 3), ("attention", 1), ("attention", 3), ("none", 1)]
+GATES = [("linear", 1), ("linear", 3), ("learned_keys", 1), ("learned_keys", 3), ("none", 1)]
 SELECTIONS = [
     {"selection": "soft"},
     {"selection": "hard", "hard_weight": "one"},
@@ -21,7 +21,7 @@ ADD_CHOICES = [
     for preset, (gate, experts), selection in itertools.product(("paper", "released"), GATES, SELECTIONS)
 ]
 ADD_CHOICES += [{"condition": "t+c"}, {"block_index": False}, {"sites": "first"}, {"sites": ["blocks.1"]}]
-ADD_CHOICES += [{"gate_initialization": "normal"}]
+ADD_CHOICES += [{"gate_initialization": "normal"}, {"gate": "attention"}, {"gate": "attention", "condition": "t+c"}]
 
 
 def hooks_on(model):

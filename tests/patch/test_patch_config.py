@@ -11,6 +11,7 @@ from stagepatch.core.errors import UserError
 from stagepatch.families import predict
 from stagepatch.methods import DMP
 from stagepatch.patch import Patch, PatchConfig, balance
+from tests.tiny import FAMILIES
 
 COVERED = set()
 
@@ -189,17 +190,51 @@ def test_sites_name_the_blocks_that_are_patched(tiny_dit, batch, make_patch, tmp
 @covers("gate")
 @pytest.mark.parametrize(
     ("gate", "names"),
-    [("linear", {"gate.weight", "gate.bias"}), ("attention", {"gate.query_weight", "gate.keys"}), ("none", set())],
+    [
+        ("linear", {"gate.weight", "gate.bias"}),
+        ("attention", {"gate.query", "gate.key", "gate.value"}),
+        ("learned_keys", {"gate.query_weight", "gate.keys"}),
+        ("none", set()),
+    ],
 )
-def test_gate_is_linear_attention_or_none(used_patch, gate, names):
+def test_gate_is_linear_attention_keys_or_none(used_patch, gate, names):
     patch = used_patch(gate=gate)
     assert {name for name, _ in patch.named_parameters() if name.startswith("gate.")} == names
-    assert (patch.last is None) == (gate == "none")
+    assert (patch.last is None) == (gate in ("none", "attention"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "needs"),
+    [
+        ({"block_index": False}, "block_index=True"),
+        ({"position": "prepend"}, "position='add'"),
+        ({"num_experts": 2, "selection": "hard"}, "num_experts=1, selection='soft'"),
+        ({"preset": "released"}, "gate_noise=False"),
+    ],
+)
+def test_attention_to_the_timestep_refuses_what_it_has_no_weights_for(choices, needs):
+    with pytest.raises(UserError, match=needs):
+        PatchConfig(gate="attention", **choices)
+
+
+def test_attention_to_the_timestep_refuses_sites_of_several_widths():
+    with pytest.raises(UserError, match="needs sites of tokens, all of one width; UNet2DModel has 16, 32 channels"):
+        Patch.create(FAMILIES["UNet2DModel"].model(), PatchConfig(gate="attention"))
+
+
+def test_attention_tells_timesteps_blocks_and_prompts_apart(model, batch, make_patch, patched):
+    """With one key alone, the softmax would be 1 and all prompts of a block alike."""
+    patch = make_patch(model, gate="attention")
+    patched(patch)
+    added = torch.stack([patch.gate.attend(patch.prompts[i], patch.sources[i]) for i in range(3)])
+    for dim in range(3):  # blocks, samples at their timesteps, prompts
+        assert (added.diff(dim=dim).abs().amax(-1) > 1e-3).float().mean() > 0.5
+    assert (patch.balance_terms(), float(patch.balance_loss())) == ({}, 0.0)
 
 
 @covers("block_index")
 def test_block_index_makes_the_blocks_mixtures_distinct(used_patch):
-    for gate, weight in (("linear", "weight"), ("attention", "query_weight")):
+    for gate, weight in (("linear", "weight"), ("learned_keys", "query_weight")):
         for block_index, channels in ((True, 33), (False, 32)):
             patch = used_patch(gate=gate, block_index=block_index)
             assert torch.equal(patch.last.logits[0], patch.last.logits[2]) != block_index
@@ -252,7 +287,7 @@ def test_hard_weight_is_one_each_or_one_in_all(hard_weight, total, used_patch):
 
 
 @covers("gate_noise")
-@pytest.mark.parametrize("gate", ["linear", "attention"])
+@pytest.mark.parametrize("gate", ["linear", "learned_keys"])
 def test_gate_noise_is_drawn_in_training_alone(model, batch, make_patch, gate, patched):
     patch = make_patch(model, gate=gate, gate_noise=True)
     assert torch.equal(patched(patch), patched(patch))
@@ -281,7 +316,7 @@ def test_noise_starts_from_a_zero_weight(tiny_dit):
 
 
 @covers("gate_initialization")
-@pytest.mark.parametrize(("gate", "name"), [("linear", "weight"), ("attention", "query_weight")])
+@pytest.mark.parametrize(("gate", "name"), [("linear", "weight"), ("learned_keys", "query_weight")])
 @pytest.mark.parametrize(
     ("experts", "given", "resolved"),
     [(1, None, "zero"), (2, None, "normal"), (1, "normal", "normal"), (2, "zero", "zero")],

@@ -25,13 +25,15 @@ CHOICES = [
     {"num_experts": 3, "condition": "t+c", "selection": "hard", "top_k": 2, "hard_weight": "renormalized"},
     {"gate": "none"},
     {"gate": "attention"},
-    {"gate": "attention", "block_index": False, "num_experts": 3, "condition": "t+c"},
+    {"gate": "attention", "condition": "t+c", "sites": ["blocks.2", "blocks.1"], "scale": 0.5},
+    {"gate": "learned_keys"},
+    {"gate": "learned_keys", "block_index": False, "num_experts": 3, "condition": "t+c"},
     {"preset": "released"},
     {"position": "prepend", "prepending": "plain", "num_prompts": 5},
     {"position": "prepend", "prepending": "plain", "num_prompts": 5, "condition": "t+c", "scale": 0.5},
     {"position": "prepend", "prepending": "plain", "num_prompts": 5, "gate": "none"},
     {"position": "prepend", "prepending": "plain", "num_prompts": 5, "selection": "hard", "top_k": 2},
-    {"position": "prepend", "prepending": "plain", "num_prompts": 5, "num_experts": 3, "gate": "attention"},
+    {"position": "prepend", "prepending": "plain", "num_prompts": 5, "num_experts": 3, "gate": "learned_keys"},
 ]
 
 
@@ -56,10 +58,25 @@ def naive_forward(model, patch, sample, timesteps, labels, scale):
 def naive_mixture(patch, condition, index, prompts):
     if patch.gate is None:
         return prompts
+    if patch.config.gate == "attention":
+        return torch.stack([naive_attention(patch.gate, condition, index, prompt) for prompt in prompts])
     weights = naive_weights(patch, naive_logits(patch, condition, index))
     if patch.config.num_experts > 1:
         return sum(weights[k] * prompts[k] for k in range(len(weights)))
     return torch.stack([weights[n] * prompts[n] for n in range(len(weights))])
+
+
+def naive_attention(gate, condition, index, prompt):
+    """Table 4a: the prompt is the query; the timestep, and the block's index as a sinusoid, are keys and values."""
+    half = len(condition) // 2
+    phases = torch.tensor([index * 10000 ** (-j / half) for j in range(half)], dtype=torch.float64)
+    block = gate.indices[gate.indices.sub(torch.cat([phases.sin(), phases.cos()])).abs().amax(1) < 1e-6]  # in float32
+    sources = [condition, *block]
+    assert len(sources) == 2
+    query = gate.query @ prompt
+    logits = [float(query @ (gate.key @ source)) / math.sqrt(len(query)) for source in sources]
+    total = sum(math.exp(logit) for logit in logits)
+    return sum(math.exp(logit) / total * (gate.value @ source) for logit, source in zip(logits, sources, strict=True))
 
 
 def naive_logits(patch, condition, index):
@@ -116,6 +133,7 @@ def test_naive_forward_without_prompts_is_the_model(model, batch, make_patch):
         {"condition": "t+c", "block_index": False},
         {"num_experts": 3},
         {"gate": "attention"},
+        {"gate": "learned_keys"},
         {"gate": "none"},
         {"position": "prepend", "num_prompts": 3},
         {"position": "prepend", "num_prompts": 3, "num_experts": 2},

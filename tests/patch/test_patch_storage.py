@@ -29,7 +29,8 @@ def gate(choices, channels=D + 1):
         ({"num_experts": 2}, {**prompts(2, N, D), **gate(2)}),
         ({"block_index": False}, {**prompts(N, D), **gate(N, D)}),
         ({"gate": "none"}, prompts(N, D)),
-        ({"gate": "attention"}, {**prompts(N, D), "gate.query_weight": (D, D + 1), "gate.keys": (N, D)}),
+        ({"gate": "attention"}, {**prompts(N, D), **{f"gate.{name}": (D, D) for name in ("query", "key", "value")}}),
+        ({"gate": "learned_keys"}, {**prompts(N, D), "gate.query_weight": (D, D + 1), "gate.keys": (N, D)}),
         ({"preset": "released"}, {**prompts(N, D), **gate(N), "gate.noise_weight": (N, D)}),
         (
             {"position": "prepend", "prepending": "plain", "num_prompts": 5, "sites": ["blocks.1"]},
@@ -63,13 +64,26 @@ def test_config_file_says_what_and_for_which_model(tiny_dit, make_patch, tmp_pat
     assert [(site["name"], site["grid"]) for site in backbone["sites"]] == [("blocks.0", [4, 4]), ("blocks.1", [4, 4])]
 
 
-@pytest.mark.parametrize("choices", [*VARIANTS, {"sites": "half"}, {"num_experts": 3, "gate": "attention"}], ids=str)
+@pytest.mark.parametrize(
+    "choices", [*VARIANTS, {"sites": "half"}, {"num_experts": 3, "gate": "learned_keys"}], ids=str
+)
 def test_saved_and_loaded_patch_gives_the_same_output_bit_for_bit(model, make_patch, tmp_path, choices, patched):
     patch = make_patch(model, **choices)
     expected = patched(patch)
     patch.train().save_pretrained(tmp_path / "new" / "directory")
     loaded = Patch.from_pretrained(str(tmp_path / "new" / "directory"))
     assert not loaded.training
+    assert torch.equal(patched(loaded), expected)
+
+
+def test_a_patch_of_0_1_0_whose_gate_was_called_attention_still_opens(model, make_patch, tmp_path, patched):
+    patch = make_patch(model, gate="learned_keys")
+    expected = patched(patch)
+    patch.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("learned_keys", "attention"))
+    loaded = Patch.from_pretrained(tmp_path)
+    assert loaded.config.gate == "learned_keys"
     assert torch.equal(patched(loaded), expected)
 
 

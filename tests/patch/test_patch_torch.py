@@ -14,7 +14,7 @@ from tests.patch.conftest import VARIANTS
 # Without a C++ compiler the graph is still traced, and run as it is.
 BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
 
-RENORMALIZED = {"gate": "attention", "selection": "hard", "hard_weight": "renormalized"}
+RENORMALIZED = {"gate": "learned_keys", "selection": "hard", "hard_weight": "renormalized"}
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, batch, make_patc
         assert {name: method.call_count for name, method in calls.items()} == expected
         torch.manual_seed(0)
         predict(model, *batch)
-        if patch.gate is not None:
+        if patch.last is not None:
             results[-1] += gradients(patch.balance_loss())
     for plain, again in zip(*results, strict=True):
         assert plain is again is None or torch.equal(plain, again)

@@ -23,10 +23,10 @@ def gate_activation(model: nn.Module, patch: Patch, timesteps: Tensor, label: in
         label: class shown to the model; it matters only where the gate sees t+c.
 
     Raises:
-        UserError: the patch has no gate, or is not attached to the model.
+        UserError: the patch has no gate with weights, or is not attached to the model.
     """
-    if patch.gate is None:
-        raise UserError("A patch with gate='none' has no gate activation.")
+    if patch.config.gate in ("none", "attention"):
+        raise UserError(f"A patch with gate='{patch.config.gate}' has no weights over its prompts.")
     device = next(model.parameters()).device
     timesteps = timesteps.to(device)
     sample = torch.zeros(len(timesteps), *sample_shape(model), device=device)

@@ -44,7 +44,9 @@ class PatchConfig:
         initialization: of the prompts: 'zero' (paper) or 'normal', which changes the model from the start; by
             default zero, but normal for gated prepending, whose gate at zero would keep zero prompts at zero.
         initialization_std: standard deviation of 'normal'.
-        gate: 'linear' (Eq. 3), 'attention' (Table 4a) or 'none', which is plain prompt tuning (Eq. 2).
+        gate: 'linear' (Eq. 3); 'attention' of the prompts to timestep and block (a reading of Table 4a; it has no
+            weights over prompts and so no balance losses); 'learned_keys', ours: a query of the timestep, a key a
+            prompt; or 'none', which is plain prompt tuning (Eq. 2).
         block_index: append the block's index to the gate's input (Table 4c: on).
         condition: the gate's input: the timestep embedding 't', or 't+c' with that of the class or pooled text
             (Table 9); t alone in models that embed neither. paper: t; released: t+c.
@@ -80,7 +82,7 @@ class PatchConfig:
     sites: SiteGroup | int | list[str] | None = None
     initialization: Literal["zero", "normal"] | None = None
     initialization_std: float = 0.02
-    gate: Literal["linear", "attention", "none"] = "linear"
+    gate: Literal["linear", "attention", "learned_keys", "none"] = "linear"
     block_index: bool = True
     condition: Literal["t", "t+c"] | None = None
     selection: Literal["soft", "hard"] = "soft"
@@ -138,8 +140,27 @@ class PatchConfig:
             raise UserError(
                 f"normalization='{self.normalization}' is defined for selection='soft' with num_experts=1."
             )
+        if self.gate == "attention":
+            self._check_attention()
         if self.load_loss == "smooth" and not (self.selection == "hard" and self.gate_noise):
             raise UserError("load_loss='smooth' is defined for selection='hard' with gate_noise=true.")
+
+    def _check_attention(self) -> None:
+        needed = {
+            "position": "add",
+            "num_experts": 1,
+            "block_index": True,
+            "selection": "soft",
+            "normalization": "softmax",
+            "gate_noise": False,
+        }
+        odd = {name: value for name, value in needed.items() if getattr(self, name) != value}
+        if odd:
+            raise UserError(
+                "gate='attention' has no weights over prompts, and its second key is the block's index. It needs "
+                + ", ".join(f"{name}={value!r}" for name, value in odd.items())
+                + "; gate='learned_keys' takes all choices."
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PatchConfig:

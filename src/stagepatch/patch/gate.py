@@ -1,13 +1,14 @@
-"""The gate: logits over the choices (prompts, or prompt sets) for all blocks at once.
+"""The gate: logits over the choices (prompts, or prompt sets) for all blocks at once, or attention in its place.
 
-Both gates see the condition embedding with the block's index appended (Eq. 3). The index only shifts the logits,
-so one matrix product serves every block.
+The gates of logits see the condition embedding with the block's index appended (Eq. 3). The index only shifts the
+logits, so one matrix product serves every block.
 """
 
 import math
 from dataclasses import replace
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,11 +51,10 @@ class LinearGate(nn.Module):
         return shared + self.indices.to(weight.dtype) * weight[:, self.channels]
 
 
-class AttentionGate(LinearGate):
-    """Scaled dot products of a query, linear in the condition, with a learned key per choice.
+class LearnedKeysGate(LinearGate):
+    """Scaled dot products of a query, linear in the condition, with a learned key per choice: a gate of ours.
 
-    The paper (Table 4a) does not say more of its attention gate. Here `query_weight` is [C, C+1] and zero at the
-    start, `keys` [M, C] normal, so all choices start equal.
+    `query_weight` is [C, C+1] and zero at the start, `keys` [M, C] normal, so all choices start equal.
     """
 
     def __init__(self, config: PatchConfig, channels: int, num_choices: int, block_indices: list[int]) -> None:
@@ -66,6 +66,38 @@ class AttentionGate(LinearGate):
     def forward(self, condition: Tensor) -> Tensor:
         keys = self.keys / math.sqrt(self.channels)
         return self._project(condition, keys @ self.query_weight)
+
+
+class AttentionGate(nn.Module):
+    """Attention of a site's prompts to the timestep, which gives what is added there: a reading of Table 4a.
+
+    Its text has prompts as queries and timestep embeddings as keys and values, whose output is the weighted prompts.
+    To one key a softmax is 1 and the prompts are not heard. So there are two here: the condition embedding, and the
+    sinusoidal embedding of the block's index, which the paper's other gate is given as well (Table 4c). `query` is
+    [C, D], `key` [C, C], `value` [D, C], of one head; zero values at the start leave the model as it was.
+    """
+
+    indices: Tensor
+
+    def __init__(self, config: PatchConfig, channels: int, width: int, block_indices: list[int]) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(channels, width) / math.sqrt(width))
+        self.key = nn.Parameter(torch.randn(channels, channels) / math.sqrt(channels))
+        self.value = _initial((width, channels), config)
+        indices = get_timestep_embedding(torch.tensor(block_indices), channels, downscale_freq_shift=0)
+        self.register_buffer("indices", indices, persistent=False)
+
+    def sources(self, condition: Tensor) -> Tensor:
+        """What the prompts attend to: condition [B, C] -> [L, B, 2, C]."""
+        shape = len(self.indices), *condition.shape
+        indices = self.indices.to(condition.dtype).unsqueeze(1)
+        return torch.stack([condition.expand(shape), indices.expand(shape)], dim=2)
+
+    def attend(self, prompts: Tensor, sources: Tensor) -> Tensor:
+        """Prompts [N, D] and a site's sources [B, 2, C] -> [B, N, D]."""
+        queries = F.linear(prompts, self.query).expand(len(sources), -1, -1)
+        keys, values = F.linear(sources, self.key), F.linear(sources, self.value)
+        return F.scaled_dot_product_attention(queries, keys, values)
 
 
 def _initial(shape: tuple[int, int], config: PatchConfig) -> nn.Parameter:

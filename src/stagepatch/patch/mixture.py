@@ -39,14 +39,14 @@ def mix(prompts: Tensor, weights: Tensor | None) -> Tensor:
     """The weighed prompts of one site.
 
     Args:
-        prompts: [N, D], or [K, N, D] for K sets.
+        prompts: [N, D], or [K, N, D] for K sets; without weights, also [B, N, D].
         weights: [B, N] over prompts, [B, K] over sets, or None for weight 1 each.
 
     Returns:
         [B, N, D], or [1, N, D] without weights.
     """
     if weights is None:
-        return prompts.unsqueeze(0)
+        return prompts if prompts.ndim == 3 else prompts.unsqueeze(0)
     if prompts.ndim == 2:
         return weights.unsqueeze(-1) * prompts
     mixed: Tensor = (weights @ prompts.flatten(1)).unflatten(1, prompts.shape[1:])

@@ -14,7 +14,7 @@ from stagepatch.families.base import Grid
 from stagepatch.patch import balance, mixture
 from stagepatch.patch.config import PatchConfig
 from stagepatch.patch.fingerprint import Fingerprint
-from stagepatch.patch.gate import AttentionGate, LinearGate
+from stagepatch.patch.gate import AttentionGate, LearnedKeysGate, LinearGate
 from stagepatch.patch.resample import resample, resample_tokens
 
 
@@ -42,6 +42,7 @@ class MixtureOfPrompts(nn.Module):
         self.scale = 1.0
         self.enabled = True
         self.last: Mixture | None = None
+        self.sources: Tensor | None = None
         self.extent: Extent | None = None
         self.fingerprint = Fingerprint()
         self.facts: dict[str, str] = {}
@@ -56,11 +57,23 @@ class MixtureOfPrompts(nn.Module):
         )
         attentions = [site.attention for site in sites if site.attention and config.is_gated_prepending]
         self.head_gates = nn.ParameterList(nn.Parameter(torch.zeros(attention.heads)) for attention in attentions)
-        self.gate: LinearGate | None = None
-        if config.gate != "none":
-            gate_class = AttentionGate if config.gate == "attention" else LinearGate
-            indices = [site.index for site in sites]
-            self.gate = gate_class(config, backbone.condition_channels, self.num_choices, indices)
+        self.gate = self._new_gate()
+
+    def _new_gate(self) -> LinearGate | AttentionGate | None:
+        config, sites, channels = self.config, self.backbone.sites, self.backbone.condition_channels
+        indices = [site.index for site in sites]
+        if config.gate == "none":
+            return None
+        if config.gate != "attention":
+            gate_class = LearnedKeysGate if config.gate == "learned_keys" else LinearGate
+            return gate_class(config, channels, self.num_choices, indices)
+        widths = {site.channels for site in sites}
+        if len(widths) > 1 or any(site.layout == "map" for site in sites):
+            raise UserError(
+                f"gate='attention' needs sites of tokens, all of one width; {self.backbone.model_class} has "
+                f"{', '.join(map(str, sorted(widths)))} channels. Take gate='linear'."
+            )
+        return AttentionGate(config, channels, widths.pop(), indices)
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """What is learned, by its names in a patch's file: `prompts.{site}`, `gate.weight`, `gate.bias`, …"""
@@ -98,6 +111,9 @@ class MixtureOfPrompts(nn.Module):
             return
         with mixture.no_autocast(condition):
             condition = condition.to(self.prompts[0].dtype)
+            if isinstance(self.gate, AttentionGate):
+                self.sources = self.gate.sources(condition)
+                return
             logits = self.gate(condition)
             noise_std = self.gate.noise_std(condition) if self.training else None
             noisy_logits = logits if noise_std is None else logits + torch.randn_like(logits) * noise_std
@@ -138,6 +154,8 @@ class MixtureOfPrompts(nn.Module):
         grid = tuple(hidden_states.shape[2:]) if is_map else self._token_grid(site, hidden_states)
         with mixture.no_autocast(hidden_states):
             prompts = self._prompts_on(position, grid)
+            if isinstance(self.gate, AttentionGate) and self.sources is not None:
+                prompts = self.gate.attend(prompts, self.sources[position])
             weights = self._weights_on(position, grid)
         # Of weights that sum to one, a token's share stays what it is at the reference size.
         scale = self.scale * (math.prod(grid) / site.num_tokens if self._sums_to_one() else 1.0)
@@ -149,7 +167,7 @@ class MixtureOfPrompts(nn.Module):
         """Whether a site's weights over its tokens do."""
         config = self.config
         is_selected_by_ones = config.selection == "hard" and config.hard_weight == "one"
-        is_over_tokens = self.gate is not None and config.num_experts == 1
+        is_over_tokens = isinstance(self.gate, LinearGate) and config.num_experts == 1
         return is_over_tokens and config.normalization == "softmax" and not is_selected_by_ones
 
     def _add_among(
@@ -198,7 +216,7 @@ class MixtureOfPrompts(nn.Module):
         Raises:
             UserError: no forward has run since the patch was attached.
         """
-        if self.gate is None:
+        if not isinstance(self.gate, LinearGate):
             return {}
         if self.last is None:
             raise UserError("Balance losses need a forward of the patched model first.")

@@ -60,8 +60,10 @@ def load_patch(patch_class: type[_Patch], directory: Path) -> _Patch:
     config = read_json(directory / CONFIG_NAME)
     if not isinstance(config.get("patch"), dict) or not isinstance(config.get("backbone"), dict):
         raise UserError(f"'{directory / CONFIG_NAME}' is not a patch's config: no 'patch' and 'backbone' in it.")
-    patch = patch_class(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
     tensors, _ = read_tensors(directory / WEIGHTS_NAME)
+    if "gate.keys" in tensors:  # this gate was once called 'attention'
+        config["patch"]["gate"] = "learned_keys"
+    patch = patch_class(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
     if (noise := tensors.get("gate.noise_weight")) is not None:  # it once saw the block's index too
         tensors["gate.noise_weight"] = noise[:, : patch.backbone.condition_channels]
     patch.fill(tensors, str(directory / WEIGHTS_NAME))
