@@ -27,7 +27,7 @@ def test_every_field_is_covered():
 
 # What differs: paper, released code.
 PRESETS = {
-    "condition": ("t", "t+c"),
+    "condition": (None, "t+c"),
     "sites": ("all", 12),
     "hard_weight": ("one", "renormalized"),
     "gate_noise": (False, True),
@@ -252,6 +252,18 @@ def test_condition_t_ignores_the_class_and_t_plus_c_sees_it(model, batch, make_p
         assert torch.equal(patch.last.logits, logits) == same
         patched(patch, inputs=(sample, timesteps.flip(0), labels))
         assert not torch.allclose(patch.last.logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("UNet2DConditionModel", "t+c"), ("SD3Transformer2DModel", "t+c"), ("UNet2DModel", "t"), ("DiT", "t")],
+)
+def test_condition_of_the_paper_is_t_plus_c_in_text_to_image_models(name, expected):
+    """Its Table 9, and its defaults: t in the others."""
+    model = FAMILIES[name].model()
+    assert Patch.create(model).config.condition == expected
+    assert Patch.create(model, PatchConfig(condition="t")).config.condition == "t"
+    assert Patch.create(model, PatchConfig(preset="released")).config.condition == "t+c"
 
 
 def test_condition_t_plus_c_of_an_unconditional_model_is_t(tiny_dit, make_patch, patched):

@@ -15,6 +15,7 @@ from stagepatch import models
 from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, denoiser_directory, find_model
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
 from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_tensors
+from stagepatch.families import takes_text
 from stagepatch.families.registry import Family, family_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -126,8 +127,7 @@ def takes_captions(source: str | Path) -> bool:
         UserError: it is, but nothing is there to make it with.
     """
     directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
-    config = read_json(denoiser_directory(directory) / "config.json")
-    if _family(directory).encode_captions is None or config.get("conditioning", "text") != "text":
+    if not takes_text(build_denoiser(directory)):
         return False
     if not any(directory.glob("text_encoder*")) or not any(directory.glob("tokenizer*")):
         raise UserError(

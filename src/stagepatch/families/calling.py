@@ -25,6 +25,11 @@ def null_label(model: Any) -> int | None:
     return num_classes(model) if has_null and num_classes(model) else None
 
 
+def takes_text(model: Any) -> bool:
+    """Whether the model's condition is text."""
+    return family_of(type(model)).encode_captions is not None and model.config.get("conditioning", "text") == "text"
+
+
 def learns_sigma(model: Any) -> bool:
     """Whether the second half of the output's channels is the variance's interpolation."""
     config = model.config

@@ -3,3 +3,4 @@ from .card import describe_patch as describe_patch
 from .config import PatchConfig as PatchConfig
 from .patch import Patch as Patch
 from .patch import patches_on as patches_on
+from .sites import with_condition as with_condition

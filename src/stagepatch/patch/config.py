@@ -12,7 +12,7 @@ from stagepatch.core import UserError
 
 # What a field left at None takes: in the paper's text, and in the released code (PAPERS).
 _BY_PRESET: dict[str, tuple[Any, Any]] = {
-    "condition": ("t", "t+c"),
+    "condition": (None, "t+c"),  # None: as the model is
     "sites": ("all", 12),
     "hard_weight": ("one", "renormalized"),
     "gate_noise": (False, True),
@@ -49,7 +49,8 @@ class PatchConfig:
             prompt; or 'none', which is plain prompt tuning (Eq. 2).
         block_index: append the block's index to the gate's input (Table 4c: on).
         condition: the gate's input: the timestep embedding 't', or 't+c' with that of the class or pooled text
-            (Table 9); t alone in models that embed neither. paper: t; released: t+c.
+            (Table 9); t alone in models that embed neither. paper: t+c in text-to-image models, t in others;
+            released: t+c.
         selection: 'soft' weighs all prompts, 'hard' takes the top k (Table 4b: soft).
         top_k: for 'hard': a count, or a share below 1 (Table 4b: 192 of 256).
         hard_weight: weight of the prompts chosen by 'hard': 'one' each, or softmax 'renormalized' over them.
@@ -187,7 +188,7 @@ def _field_kinds() -> dict[str, tuple[Any, ...]]:
 
 def _check_field(name: str, value: Any, kinds: tuple[Any, ...]) -> None:
     """Refuse what is not of a field's one kind: a choice, a count, an amount or a flag."""
-    if len(kinds) > 1:
+    if len(kinds) > 1 or (name == "condition" and value is None):
         return
     if get_origin(kinds[0]) is Literal and value not in get_args(kinds[0]):
         raise UserError(f"{name}={value!r} is none of {', '.join(get_args(kinds[0]))}.")

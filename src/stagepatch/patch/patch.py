@@ -14,7 +14,7 @@ from stagepatch.patch.attachment import Attachment, prompts_on
 from stagepatch.patch.config import PatchConfig
 from stagepatch.patch.fingerprint import architecture_differences, fingerprint, warn_of_other_weights
 from stagepatch.patch.prompts import MixtureOfPrompts
-from stagepatch.patch.sites import check_same_sites, select_sites
+from stagepatch.patch.sites import check_same_sites, select_sites, with_condition
 from stagepatch.patch.storage import find_patch, load_patch, load_released, save_patch
 
 
@@ -46,7 +46,7 @@ class Patch(MixtureOfPrompts, ModelHubMixin):
             UserError: an unknown model class, or a choice that the model cannot take.
         """
         denoiser = find_denoiser(model, component)
-        config = config or PatchConfig()
+        config = with_condition(config or PatchConfig(), denoiser)
         patch = cls(config, select_sites(describe(denoiser, config.sample_size), config))
         patch.fingerprint = fingerprint(denoiser)
         is_offloaded = any(hasattr(module, "_hf_hook") for module in denoiser.modules())

@@ -2,10 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from stagepatch.core import UserError
-from stagepatch.families import Backbone, Site
+from stagepatch.families import Backbone, Site, takes_text
 from stagepatch.patch.config import PatchConfig
+
+
+def with_condition(config: PatchConfig, model: Any) -> PatchConfig:
+    """The config, its gate's condition that of the model's kind where the preset leaves it to that (DMP, Table 9)."""
+    return config if config.condition else replace(config, condition="t+c" if takes_text(model) else "t")
 
 
 def select_sites(backbone: Backbone, config: PatchConfig) -> Backbone:

@@ -21,7 +21,7 @@ from stagepatch.data import BUNDLED, cache_directory, with_channels
 from stagepatch.diffusion import TimestepsConfig, WeightingConfig, make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
 from stagepatch.methods import LoRAConfig, load_learned, make_method, open_artifact, open_learned
-from stagepatch.patch import PatchConfig
+from stagepatch.patch import PatchConfig, with_condition
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts, read_schedule
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.job import Job
@@ -231,6 +231,7 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     if "sampling" in parts["ddo"]:
         parts["ddo"]["sampling"] = replace(DDOConfig().sampling, **parts["ddo"]["sampling"])
     own: dict[str, Any] = {name: _PARTS[name](**values) for name, values in parts.items()}
+    own["patch"] = with_condition(own["patch"], build_denoiser(config.model))
     if not own["ddo"].fakes and not (entry.model or entry.start_from):
         own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])

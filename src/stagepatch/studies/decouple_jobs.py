@@ -12,6 +12,7 @@ from stagepatch.core import STAGE, UserError, as_json, processes, seed_for, writ
 from stagepatch.data import cache_directory, with_channels
 from stagepatch.diffusion import Objective, TimestepSampler, equal_in_log_snr, equal_in_t, make_weighting, split_at
 from stagepatch.methods import STAGE_NAME, Consistent, Finetune, make_method
+from stagepatch.patch import with_condition
 from stagepatch.studies.decouple_config import DecoupleConfig
 from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, Run, TrainConfig
@@ -89,7 +90,9 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     """
     config = replace(config, data=with_channels(config.data, config.model))
     scheduler = checkpoints.load_scheduler(config.model)
-    make_method(config).prepare(checkpoints.build_denoiser(config.model))
+    model = checkpoints.build_denoiser(config.model)
+    config = replace(config, patch=with_condition(config.patch, model))
+    make_method(config).prepare(model)
     objective = Objective(scheduler, weighting=make_weighting(config.weighting))
     total = objective.num_train_timesteps
     if config.boundaries:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import yaml
 
-from stagepatch.checkpoints import has_vae, load_denoiser
+from stagepatch.checkpoints import build_denoiser, has_vae, load_denoiser
 from stagepatch.core import UserError, processes, write_text
 from stagepatch.data import check_channels, load_training_data, with_channels
 from stagepatch.diffusion import Objective, make_timesteps, make_weighting
 from stagepatch.families import learns_sigma
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
+from stagepatch.patch import with_condition
 from stagepatch.sampling import Fakes, load_fakes
 from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
@@ -52,6 +53,7 @@ class Run:
     ) -> None:
         in_channels = 0 if model is None else int(model.config["in_channels"])
         config = replace(config, data=with_channels(config.data, config.model, in_channels))
+        config = replace(config, patch=with_condition(config.patch, model or build_denoiser(config.model)))
         self.config = config
         self.directory = Path(config.output_dir)
         own = {name: getattr(config, name) for name in _IDENTITY} | config.learns_by()
