@@ -119,7 +119,7 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
 
 
 def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):
-    patch = drawn(fresh(name, model)).train()
+    patch = drawn(fresh(name, model, condition="t")).train()
     taps = []
     model.get_submodule(describe(model).time_tap).register_forward_hook(lambda *call: taps.append(call[2]))
     with patch.attach(model):

@@ -50,14 +50,15 @@ def test_preset_gives_its_values(preset, values):
 
 
 def test_default_is_the_paper(tiny_dit):
-    assert Patch.create(tiny_dit()).config == PatchConfig() == PatchConfig(preset="paper")
+    assert Patch.create(tiny_dit()).config == PatchConfig(preset="paper", condition="t")
 
 
 @pytest.mark.parametrize(("preset", "own", "other"), [("released", RELEASED, PAPER), ("paper", PAPER, RELEASED)])
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_explicit_value_survives_the_preset_even_where_it_is_the_other_presets(preset, own, other, name):
-    config = asdict(PatchConfig(preset=preset, **{name: other[name]}))
-    assert {key: config[key] for key in PRESETS} == {**own, name: other[name]}
+    given = {name: "t" if other[name] is None else other[name]}  # the paper's condition is left to the model
+    config = asdict(PatchConfig(preset=preset, **given))
+    assert {key: config[key] for key in PRESETS} == {**own, **given}
 
 
 def test_saved_config_keeps_resolved_values(tiny_dit, tmp_path):

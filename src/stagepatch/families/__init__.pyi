@@ -6,9 +6,11 @@ from .base import Site as Site
 from .calling import learns_sigma as learns_sigma
 from .calling import null_label as null_label
 from .calling import num_classes as num_classes
+from .calling import pooled_text as pooled_text
 from .calling import predict as predict
 from .calling import sample_shape as sample_shape
 from .calling import takes_text as takes_text
+from .calling import text_channels as text_channels
 from .named_models import NAMED_MODELS as NAMED_MODELS
 from .named_models import build_named as build_named
 from .registry import describe as describe

@@ -1,5 +1,7 @@
 """How a denoiser is called, and what its config says of its condition and its output."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +30,24 @@ def null_label(model: Any) -> int | None:
 def takes_text(model: Any) -> bool:
     """Whether the model's condition is text."""
     return family_of(type(model)).encode_captions is not None and model.config.get("conditioning", "text") == "text"
+
+
+def text_channels(model: Any) -> int:
+    """Width of the text's tokens, `encoder_hidden_states`, as the model takes them; 0 where it takes none."""
+    if "encoder_hidden_states" not in inspect.signature(type(model).forward).parameters:
+        return 0
+    names = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "text_dim", "cap_feat_dim")
+    widths = (model.config.get(name) for name in (*names, "cross_attention_dim"))
+    return next((width for width in widths if isinstance(width, int)), 0)
+
+
+def pooled_text(arguments: Mapping[str, Any]) -> Tensor:
+    """The mean of a forward's text tokens that are not masked, [B, C], of its arguments by name."""
+    tokens: Tensor = arguments["encoder_hidden_states"]
+    masks = (arguments.get(name) for name in ("encoder_attention_mask", "encoder_hidden_states_mask"))
+    mask = next((mask for mask in masks if mask is not None), tokens.new_ones(tokens.shape[:2]))
+    mask = mask.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1.0)
 
 
 def learns_sigma(model: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.core import UserError
-from stagepatch.families import Backbone
+from stagepatch.families import Backbone, pooled_text
 from stagepatch.patch.prepending import PromptedAttention
 from stagepatch.patch.prompts import MixtureOfPrompts
 
@@ -36,6 +36,8 @@ class Attachment(AbstractContextManager["Attachment"]):
             taps += backbone.condition_taps
         self._conditions: list[Tensor | None] = [None] * len(taps)
         self._observed = False
+        self._sees_text = patch.config.condition == "t+text"
+        self._text: Tensor | None = None
         # Before the first hook is put on: an error leaves the model as it was.
         for name in (*taps, *(site.module for site in backbone.sites)):
             if name not in modules:
@@ -72,10 +74,12 @@ class Attachment(AbstractContextManager["Attachment"]):
             return
         self._conditions = [None] * len(self._conditions)
         self._observed = False
-        if self._read_extent is None:
-            return
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
         try:
-            self.patch.extent = self._read_extent(model, dict(zip(self._names, args, strict=False)) | kwargs)
+            if self._sees_text:
+                self._text = pooled_text(arguments)
+            if self._read_extent is not None:
+                self.patch.extent = self._read_extent(model, arguments)
         except KeyError:
             self.patch.extent = None  # the model will say itself which argument it misses
 
@@ -87,7 +91,10 @@ class Attachment(AbstractContextManager["Attachment"]):
         outputs = [output for output in self._conditions if output is not None]
         if len(outputs) == len(self._conditions):
             self._observed = True
-            self.patch.observe(sum(outputs[1:], start=outputs[0]))
+            condition = sum(outputs[1:], start=outputs[0])
+            if self._text is not None:
+                condition = torch.cat([condition.expand(len(self._text), -1), self._text.to(condition)], dim=1)
+            self.patch.observe(condition)
 
     def _enter(
         self, position: int, argument: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -49,8 +49,9 @@ class PatchConfig:
             prompt; or 'none', which is plain prompt tuning (Eq. 2).
         block_index: append the block's index to the gate's input (Table 4c: on).
         condition: the gate's input: the timestep embedding 't', or 't+c' with that of the class or pooled text
-            (Table 9); t alone in models that embed neither. paper: t+c in text-to-image models, t in others;
-            released: t+c.
+            (Table 9); t alone in models that embed neither, to which 't+text', an option of ours, gives the mean of
+            the text's tokens beside t, for any model that attends to text (such as Stable Diffusion 1.x). paper:
+            t+c in text-to-image models, t in others; released: t+c.
         selection: 'soft' weighs all prompts, 'hard' takes the top k (Table 4b: soft).
         top_k: for 'hard': a count, or a share below 1 (Table 4b: 192 of 256).
         hard_weight: weight of the prompts chosen by 'hard': 'one' each, or softmax 'renormalized' over them.
@@ -85,7 +86,7 @@ class PatchConfig:
     initialization_std: float = 0.02
     gate: Literal["linear", "attention", "learned_keys", "none"] = "linear"
     block_index: bool = True
-    condition: Literal["t", "t+c"] | None = None
+    condition: Literal["t", "t+c", "t+text"] | None = None
     selection: Literal["soft", "hard"] = "soft"
     top_k: float = 0.75
     hard_weight: Literal["one", "renormalized"] | None = None

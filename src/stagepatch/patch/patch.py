@@ -9,12 +9,12 @@ from huggingface_hub import ModelHubMixin
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from stagepatch.core import UserError, as_user_error
-from stagepatch.families import describe, find_denoiser
+from stagepatch.families import find_denoiser
 from stagepatch.patch.attachment import Attachment, prompts_on
 from stagepatch.patch.config import PatchConfig
 from stagepatch.patch.fingerprint import architecture_differences, fingerprint, warn_of_other_weights
 from stagepatch.patch.prompts import MixtureOfPrompts
-from stagepatch.patch.sites import check_same_sites, select_sites, with_condition
+from stagepatch.patch.sites import check_same_sites, describe_for, with_condition
 from stagepatch.patch.storage import find_patch, load_patch, load_released, save_patch
 
 
@@ -47,7 +47,7 @@ class Patch(MixtureOfPrompts, ModelHubMixin):
         """
         denoiser = find_denoiser(model, component)
         config = with_condition(config or PatchConfig(), denoiser)
-        patch = cls(config, select_sites(describe(denoiser, config.sample_size), config))
+        patch = cls(config, describe_for(denoiser, config))
         patch.fingerprint = fingerprint(denoiser)
         is_offloaded = any(hasattr(module, "_hf_hook") for module in denoiser.modules())
         return patch if is_offloaded else patch.to(next(denoiser.parameters()).device)
@@ -132,7 +132,7 @@ class Patch(MixtureOfPrompts, ModelHubMixin):
             UserWarning: the model has the architecture, but other weights than the patch was trained on.
         """
         model = find_denoiser(target, component)
-        backbone = select_sites(describe(model, self.config.sample_size), self.config)
+        backbone = describe_for(model, self.config)
         on = fingerprint(model)
         check_same_sites(self.backbone, backbone, architecture_differences(self.fingerprint, on))
         warn_of_other_weights(self.fingerprint, on)

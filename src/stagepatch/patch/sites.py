@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from stagepatch.core import UserError
-from stagepatch.families import Backbone, Site, takes_text
+from stagepatch.families import Backbone, Site, describe, takes_text, text_channels
 from stagepatch.patch.config import PatchConfig
 
 
@@ -14,12 +14,25 @@ def with_condition(config: PatchConfig, model: Any) -> PatchConfig:
     return config if config.condition else replace(config, condition="t+c" if takes_text(model) else "t")
 
 
-def select_sites(backbone: Backbone, config: PatchConfig) -> Backbone:
-    """The backbone with the sites that the config selects.
+def describe_for(model: Any, config: PatchConfig) -> Backbone:
+    """The description of a model, with the sites and the condition that the config selects.
 
     Raises:
-        UserError: unknown site names, or sites that the config's choices cannot be applied to.
+        UserError: unknown site names, sites that the config's choices cannot be applied to, or a model without text
+            whose text the gate should see.
     """
+    backbone = _select_sites(describe(model, config.sample_size), config)
+    if config.condition != "t+text":
+        return backbone
+    if not (channels := text_channels(model)):
+        raise UserError(
+            f"condition='t+text' needs a model that takes text as encoder_hidden_states; {backbone.model_class} takes "
+            f"none. Take 't' or 't+c'."
+        )
+    return replace(backbone, condition_channels=backbone.condition_channels + channels)
+
+
+def _select_sites(backbone: Backbone, config: PatchConfig) -> Backbone:
     sites = _choose(backbone, config.sites)
     if config.position == "prepend":
         _check_prepending(backbone, sites, config.prepending)
