@@ -64,6 +64,13 @@ def test_precision_and_recall_equal_brute_force_neighbours():
     assert precision(x, y) != recall(x, y)
 
 
+def test_of_many_samples_or_references_so_many_spread_over_them_count(monkeypatch):
+    x, y = random_features(90, 0), random_features(30, 1, 1.0)
+    monkeypatch.setattr("stagepatch.evaluation.metrics.NEIGHBOURS", 30)
+    assert precision(x, y) == precision(x[::3], y) != precision(x[:30], y)
+    assert recall(y, x) == recall(y, x[::3]) != recall(y, x[:30])
+
+
 def test_precision_and_recall_at_the_ends():
     x = random_features(50, 0)
     assert precision(x, x) == recall(x, x) == 1.0

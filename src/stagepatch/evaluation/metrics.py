@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from stagepatch.sampling import spread
+
+NEIGHBOURS = 10_000
 Reference = Literal["train", "held_out", "unseen", "second", "pixels"]
 
 
@@ -44,8 +47,12 @@ def kid(features: Tensor, reference: Tensor, subsets: int = 50) -> float:
 
 
 def precision(features: Tensor, reference: Tensor, k: int = 3, rows: int = 1024) -> float:
-    """Share of samples within the k-th-neighbour radius of some reference (arXiv 1904.06991, Eq. 1, 2)."""
-    features, reference = features.double(), reference.double()
+    """Share of samples within the k-th-neighbour radius of some reference (arXiv 1904.06991, Eq. 1, 2).
+
+    Of more than NEIGHBOURS samples or references, so many spread evenly over them stand for all: the distances grow
+    with the product of the two, and the radii, so the values too, with how many there are.
+    """
+    features, reference = _at_most(NEIGHBOURS, features).double(), _at_most(NEIGHBOURS, reference).double()
     # The nearest of all is the point itself.
     parts = [torch.cdist(part, reference).kthvalue(k + 1, dim=1).values for part in reference.split(rows)]
     radii = torch.cat(parts)
@@ -53,8 +60,12 @@ def precision(features: Tensor, reference: Tensor, k: int = 3, rows: int = 1024)
     return float(torch.cat(inside).double().mean())
 
 
+def _at_most(count: int, features: Tensor) -> Tensor:
+    return features if len(features) <= count else features[spread(len(features), count)]
+
+
 def recall(features: Tensor, reference: Tensor, k: int = 3) -> float:
-    """Share of the reference within the k-th-neighbour radius of some sample (arXiv 1904.06991, Eq. 1, 2)."""
+    """Share of the reference within the k-th-neighbour radius of some sample; see `precision`."""
     return precision(reference, features, k)
 
 
