@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from stagepatch.cli.app import _parse
 from stagepatch.cli.config import CompareConfig
 from stagepatch.models import DiT
 from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.training import read_log
-from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES, clip, clip_tokenizer
 from tests.training.test_train_on_pipelines import draw_images
 
@@ -87,28 +87,33 @@ def test_config_of_the_paper_has_the_paper_s_numbers(path, tmp_path):
         assert f"{fid:.2f}" in path.read_text(), name
 
 
-def stand_in(path, directory):
-    """A tiny whole model of the kind that the config is about."""
-    if path.stem == "table2-sd15":
-        PIPELINES["UNet2DConditionModel"].build().save_pretrained(directory)
-        return
-    conditioning = "text" if path.stem in TEXT else "class" if path.stem == "table8-imagenet" else "none"
-    torch.manual_seed(0)
-    model = DiT(**FAMILIES["DiT"].config, conditioning=conditioning, pooled_projection_dim=16)
-    model.save_pretrained(directory / "transformer")
-    diffusers.DDPMScheduler(variance_type="learned_range").save_pretrained(directory / "scheduler")
-    PIPELINES["DiTTransformer2DModel"].build().vae.save_pretrained(directory / "vae")
-    if conditioning == "text":
-        tokenizer = clip_tokenizer()
-        tokenizer.save_pretrained(directory / "tokenizer")
-        clip(tokenizer, hidden_size=16, projection=16).save_pretrained(directory / "text_encoder")
+def pretrain(path, directory, images):
+    """A base by the config that the table's model is made by, at reduced width, images and steps."""
+    model = Path(yaml.safe_load(path.read_text())["model"]).name.removesuffix("-start")
+    parts = directory.with_name("parts")
+    PIPELINES["DiTTransformer2DModel"].build().vae.save_pretrained(parts / "vae")
+    tokenizer = clip_tokenizer()
+    tokenizer.save_pretrained(parts / "tokenizer")
+    clip(tokenizer, hidden_size=16, projection=16).save_pretrained(parts / "text_encoder")
+    changes = [f"--parts={parts}", f"--data.source={images}", "--data.image_size=32", "--data.num_workers=0"]
+    changes += ["--model.name=", "--model.sample_size=8", "--model.hidden_size=32", "--model.num_layers=2"]
+    changes += ["--model.num_attention_heads=2", "--model.num_classes=10", f"--output_dir={directory}"]
+    changes += ["--training.steps=2", "--training.batch_size=2", "--training.mixed_precision=no"]
+    assert main(["pretrain", f"--config={CONFIGS / 'paper' / 'pretrain' / model}.yaml", *changes]) == 0
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 @pytest.mark.usefixtures("pixels")  # Inception-v3's weights cannot be had here
-def test_config_of_the_paper_runs_on_a_stand_in(path, tmp_path):
-    stand_in(path, tmp_path / "model")
+def test_config_of_the_paper_runs_at_reduced_size_from_pretraining_its_base(path, tmp_path):
     images = draw_images(tmp_path / "images", count=6, size=(32, 32))
+    if path.stem == "table2-sd15":
+        PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
+    else:
+        pretrain(path, tmp_path / "model", images)
+        model, scheduler = load_denoiser(tmp_path / "model")
+        kind = "text" if path.stem in TEXT else "class" if path.stem == "table8-imagenet" else "none"
+        assert (model.config["conditioning"], model.config["learn_sigma"]) == (kind, True)
+        assert scheduler.config.beta_schedule == ("linear" if kind == "class" else "squaredcos_cap_v2")
     changes = [f"--model={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}", "--launch.executor=debug"]
     changes += [f"--data.source={images}", "--data.image_size=32", "--data.num_workers=0", "--evaluate_every=1"]
     changes += ["--sampling.num_images=6", "--sampling.num_inference_steps=5", "--training.mixed_precision=no"]

@@ -14,12 +14,15 @@ from .layout import from_hub as from_hub
 from .layout import has_vae as has_vae
 from .layout import is_hub_id as is_hub_id
 from .layout import is_pipeline as is_pipeline
+from .layout import lay_out_encoders as lay_out_encoders
 from .loading import build_denoiser as build_denoiser
 from .loading import load_captioner as load_captioner
 from .loading import load_denoiser as load_denoiser
 from .loading import load_pipeline as load_pipeline
 from .loading import load_scheduler as load_scheduler
 from .loading import load_vae as load_vae
+from .loading import projection_width as projection_width
+from .loading import save_config as save_config
 from .loading import save_denoiser as save_denoiser
 from .loading import takes_captions as takes_captions
 from .projection import add_projections as add_projections

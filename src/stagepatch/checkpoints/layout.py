@@ -1,6 +1,7 @@
 """Where the parts of a model lie, in a directory laid out as diffusers lays out a pipeline."""
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,26 @@ def has_vae(source: str | Path) -> bool:
 def is_pipeline(source: str | Path) -> bool:
     """Whether the model is a whole pipeline of diffusers with a VAE, and not parts that lie beside each other."""
     return has_vae(source) and (find_model(source, ["*"]) / "model_index.json").exists()
+
+
+def lay_out_encoders(source: str | Path, directory: Path, with_text: bool) -> None:
+    """Copy a model's VAE into a directory, where it is not there yet, whole.
+
+    Args:
+        with_text: its text encoders and tokenizers too.
+
+    Raises:
+        UserError: the model has no VAE.
+    """
+    encoders = encoder_directories(source)
+    if "vae" not in encoders:
+        raise UserError(f"'{source}' has no vae/: give a model that works on latents.")
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, path in encoders.items():
+        if (with_text or name == "vae") and not (directory / name).exists():
+            shutil.rmtree(directory / f"{name}.tmp", ignore_errors=True)
+            shutil.copytree(path, directory / f"{name}.tmp")
+            (directory / f"{name}.tmp").rename(directory / name)
 
 
 def encoder_directories(source: str | Path) -> dict[str, Path]:

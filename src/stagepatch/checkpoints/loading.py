@@ -137,6 +137,27 @@ def takes_captions(source: str | Path) -> bool:
     return True
 
 
+def projection_width(source: str | Path) -> int:
+    """Width of the pooled and projected text of the CLIP in `text_encoder/`.
+
+    Raises:
+        UserError: none there, or one without its projection.
+    """
+    path = find_model(source, TEXT_PARTS) / "text_encoder" / "config.json"
+    config = read_json(path)
+    if config.get("architectures") != ["CLIPTextModelWithProjection"]:
+        raise UserError(
+            f"'{path.parent}' is {config.get('architectures')}: a DiT of text needs CLIPTextModelWithProjection, "
+            f"whose output is pooled and projected."
+        )
+    return int(config["projection_dim"])
+
+
+def save_config(model: Any, directory: Path) -> None:
+    """Write what the model is, without its weights, as `save_denoiser` does."""
+    model.save_config(directory / component_for(model))
+
+
 def save_denoiser(model: Any, scheduler: Any, directory: str | Path) -> None:
     """Write `transformer/` (a U-Net: `unet/`) and `scheduler/`; the weights' file is whole or absent."""
     directory = Path(directory)

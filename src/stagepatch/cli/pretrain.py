@@ -1,15 +1,19 @@
 """Train a DiT or a U-Net from scratch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from stagepatch.checkpoints import lay_out_encoders, projection_width, save_config
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
-from stagepatch.core import GLOBAL, UserError, seed_for
+from stagepatch.core import GLOBAL, UserError, processes, seed_for
 from stagepatch.diffusion import make_scheduler
 from stagepatch.methods import Finetune
 from stagepatch.models import DIT_SIZES, DiT, ModelConfig
@@ -19,22 +23,51 @@ _OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages")
 
 
 def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
-    """Train a model from scratch and save it as a model directory."""
+    """Train a model from scratch and save it as a model directory, with its VAE and text encoder if it has some."""
     torch.manual_seed(seed_for(GLOBAL, config.training.seed))
-    model = _make_model(config.model, config.training.label_dropout)
+    options = {}
+    if config.parts and config.model.conditioning == "text":
+        options["pooled_projection_dim"] = projection_width(config.parts)
+    model: Any = _make_model(config.model, config.training.label_dropout, **options)
     scheduler = make_scheduler(config.objective, config.model.learn_sigma)
     identity = {"model": config.model, "objective": config.objective, "data": config.data}
-    job = TrainConfig(output_dir=config.output_dir, method="finetune", data=config.data, training=config.training)
-    run = Run(job, model, scheduler, identity, resolved)
+    parts = ""
+    if config.parts:
+        identity["parts"] = config.parts
+        parts = config.output_dir
+        if processes().is_main_process:
+            lay_out_encoders(config.parts, Path(parts), config.model.conditioning == "text")
+            save_config(model, Path(parts))  # what tells how captions are encoded
+        processes().wait_for_everyone()
+    job = TrainConfig(
+        output_dir=config.output_dir,
+        cache=config.cache,
+        method="finetune",
+        data=config.data,
+        training=config.training,
+    )
+    run = Run(job, model, scheduler, identity, resolved, parts)
+    if config.data.crop == "center":
+        _check_size(run.dataset[0]["image"].shape, model, config.data.image_size)
     run.method = Finetune(scheduler)
     run.train()
     say(f"The model is in '{config.output_dir}'.")
 
 
-def _make_model(config: ModelConfig, label_dropout: float) -> nn.Module:
+def _check_size(shape: Sequence[int], model: Any, image_size: int) -> None:
+    """Refuse a sample size that no image of the data has."""
+    expected = (model.config["in_channels"], model.config["sample_size"], model.config["sample_size"])
+    if tuple(shape) != expected:
+        raise UserError(
+            f"data.image_size={image_size} gives samples of {list(shape)}, but the model is of {list(expected)}: set "
+            f"model.in_channels={shape[0]} and model.sample_size={shape[-1]}, or another image size."
+        )
+
+
+def _make_model(config: ModelConfig, label_dropout: float, **more: int) -> nn.Module:
     if config.block_out_channels:
         return _make_unet(config)
-    options = {key: value for key, value in asdict(config).items() if key not in (*_OF_UNETS, "name")}
+    options = {key: value for key, value in asdict(config).items() if key not in (*_OF_UNETS, "name")} | more
     if not config.name:
         return DiT(class_dropout_prob=label_dropout, **options)  # type: ignore[no-any-return]
     options = {key: value for key, value in options.items() if key not in DIT_SIZES["DiT-S/2"]}

@@ -38,6 +38,7 @@ class Run:
         scheduler: the one that goes with `model`.
         identity: the settings that a run which goes on must share, besides those of training; by default the config's.
         config_text: kept as run.yaml; by default the config.
+        parts: of a model that is given and works on latents, the directory with its config, VAE and text encoder.
 
     Raises:
         UserError: a choice that cannot be, a model or data that cannot be had.
@@ -50,9 +51,10 @@ class Run:
         scheduler: Any = None,
         identity: Mapping[str, Any] | None = None,
         config_text: str = "",
+        parts: str = "",
     ) -> None:
-        in_channels = 0 if model is None else int(model.config["in_channels"])
-        config = replace(config, data=with_channels(config.data, config.model, in_channels))
+        in_channels = 0 if model is None or parts else int(model.config["in_channels"])
+        config = replace(config, data=with_channels(config.data, parts or config.model, in_channels))
         config = replace(config, patch=with_condition(config.patch, model or build_denoiser(config.model)))
         self.config = config
         self.directory = Path(config.output_dir)
@@ -78,7 +80,7 @@ class Run:
                 "objective='ddo' compares with the model as it is, from which this patch departs before it has "
                 "learned: leave out patch.initialization and patch.prepending."
             )
-        named = config.model if model is None else ""  # first the cache, then the model
+        named = parts or (config.model if model is None else "")  # first the cache, then the model
         cache = (config.cache, config.output_dir, config.cache_batch_size)
         self.dataset: Any = load_training_data(named, config.data, *cache)
         if model is None:

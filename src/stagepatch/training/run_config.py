@@ -57,6 +57,10 @@ class PretrainConfig:
 
     Args:
         output_dir: directory of the run; the same command again goes on where it stopped.
+        parts: directory or Hub id of a model with a `vae/`, and for text a `text_encoder/` and `tokenizer/` (CLIP with
+            its projection): the model then learns in that VAE's latents, of the pooled text, and these are put beside
+            it. Empty for images in pixels.
+        cache: directory of the latents and captions, made first; by default 'cache' in output_dir.
         model: size and conditioning.
         objective: noise schedule and prediction target.
         data: training images.
@@ -64,6 +68,8 @@ class PretrainConfig:
     """
 
     output_dir: str = "runs/pretrain"
+    parts: str = ""
+    cache: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
