@@ -1,5 +1,7 @@
 """Recipes by name: defaults that what is given overrides, from the command line and in Python."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -42,6 +44,16 @@ def test_python_has_the_same(capsys):
         TrainConfig(preset="recommended")
 
 
+def test_guide_is_what_the_rows_of_the_evidence_were_trained_by(capsys):
+    """Of configs/fashion/guide_proof.yaml: the control has the preset's training without its objective."""
+    guide = resolved(capsys, "--preset=guide")
+    assert (guide["method"], guide["objective"], guide["lora"]["rank"]) == ("lora", "samples", 8)
+    told = Path("configs/fashion/guide_proof.yaml").read_text()
+    for name in ("steps", "batch_size", "learning_rate", "lr_scheduler", "ema_decay"):
+        given = told.split(f"--training.{name} ")[1].split()[0].strip('"')
+        assert yaml.safe_load(given) == guide["training"][name] or float(given) == guide["training"][name]
+
+
 def test_a_resolved_config_gives_the_same_run_again(capsys, tmp_path):
     whole = resolved(capsys, "--preset=recommended", "--training.steps=7")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
@@ -53,5 +65,5 @@ def test_an_unknown_preset_is_refused(capsys):
     assert "recommended" in capsys.readouterr().err
     assert main(["train", "--presett=paper"]) == 2
     assert "Did you mean --preset?" in capsys.readouterr().err
-    with pytest.raises(UserError, match="paper, recommended"):
+    with pytest.raises(UserError, match="paper, recommended, guide"):
         apply_preset(TrainConfig(), "best")
