@@ -41,3 +41,9 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     missing = [link for link in links if not link.startswith("http") and not ((ROOT / page).parent / link).exists()]
     assert not missing
+
+
+def test_files_that_the_page_of_the_papers_names_are_there():
+    named = re.findall(r"`((?:src|tests|configs|experiments)/[\w/.-]+)`", (ROOT / "docs" / "papers.md").read_text())
+    assert len(named) > 30
+    assert [path for path in named if not (ROOT / path).exists()] == []

@@ -1,8 +1,8 @@
 """Recipes by name: what `stagepatch train --preset NAME` takes for all that is not given; `apply_preset` in Python.
 
 `recommended` is what won on the bench of docs/evidence.md at the model's own cost; `guide` trains what a model is
-sampled away from, which gained more there at twice the cost; `paper` is DMP as it was published (arXiv 2405.17825), the
-defaults of the configs.
+sampled away from, which gained more there at twice the cost; `paper` is DMP as it was published (arXiv 2405.17825),
+the defaults of the configs.
 """
 
 from dataclasses import fields
