@@ -29,12 +29,13 @@ def null_label(model: Any) -> int | None:
 
 def takes_text(model: Any) -> bool:
     """Whether the model's condition is text."""
-    return family_of(type(model)).encode_captions is not None and model.config.get("conditioning", "text") == "text"
+    family = family_of(type(uncompiled(model)))
+    return family.encode_captions is not None and model.config.get("conditioning", "text") == "text"
 
 
 def text_channels(model: Any) -> int:
     """Width of the text's tokens, `encoder_hidden_states`, as the model takes them; 0 where it takes none."""
-    if "encoder_hidden_states" not in inspect.signature(type(model).forward).parameters:
+    if "encoder_hidden_states" not in inspect.signature(type(uncompiled(model)).forward).parameters:
         return 0
     names = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "text_dim", "cap_feat_dim")
     widths = (model.config.get(name) for name in (*names, "cross_attention_dim"))

@@ -74,6 +74,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             return
         self._conditions = [None] * len(self._conditions)
         self._observed = False
+        self._text = None
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         try:
             if self._sees_text:

@@ -55,7 +55,8 @@ class Run:
     ) -> None:
         in_channels = 0 if model is None or parts else int(model.config["in_channels"])
         config = replace(config, data=with_channels(config.data, parts or config.model, in_channels))
-        config = replace(config, patch=with_condition(config.patch, model or build_denoiser(config.model)))
+        shape = build_denoiser(config.model) if model is None else model
+        config = replace(config, patch=with_condition(config.patch, shape))
         self.config = config
         self.directory = Path(config.output_dir)
         own = {name: getattr(config, name) for name in _IDENTITY} | config.learns_by()
