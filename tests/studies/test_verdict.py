@@ -39,6 +39,13 @@ def test_no_method_gains():
     assert said.startswith("No method gains over the base beyond noise: the best, A, changes fid_held_out by -10.0 %")
 
 
+def test_a_guide_is_a_method_though_nothing_trains_the_model_itself():
+    guided = row("guided", -0.4, method="none", corrected=0.01, is_guided=True)
+    assert verdict([BASE, guided], "fid_held_out").startswith("guided gains: fid_held_out changes by -20.0 %")
+    assert verdict([BASE, FREE], "fid_held_out").startswith("No verdict")
+    assert not row("control", method="none", control="parameters", is_guided=True).is_method
+
+
 def test_a_method_gains_though_another_of_more_noise_looks_better():
     said = verdict([BASE, row("noisy", -0.9, 0.2, corrected=0.2), row("A", -0.4, corrected=0.01)], "fid_held_out")
     assert said.startswith("A gains: fid_held_out changes by -20.0 % (95% interval -41.5 to +1.5 %) (p = 0.01, ")

@@ -50,6 +50,7 @@ class Row:
         changes: of every metric, difference to the base at the last checkpoint.
         against: difference of the comparison's metric to each control, by the control's name.
         runs: training runs that it is the mean of.
+        is_guided: whether it is sampled with a guide, which was trained.
         holm: p-value of the difference to the base, corrected for the number of methods (Holm); NaN for what is none.
     """
 
@@ -69,11 +70,12 @@ class Row:
     against: dict[str, Difference] = field(default_factory=dict)
     runs: int = 1
     holm: float = math.nan
+    is_guided: bool = False
 
     @property
     def is_method(self) -> bool:
-        """Whether it was trained to be better than the base, and is no control."""
-        return self.method != "none" and not self.control
+        """Whether something was trained to make it better than the base, and it is no control."""
+        return (self.method != "none" or self.is_guided) and not self.control
 
     @property
     def last(self) -> int:
@@ -162,6 +164,7 @@ def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: st
         jobs[0].control,
         {} if base is None or is_base else {name: _change(jobs, base, name) for name in last[0]},
         runs=len(jobs),
+        is_guided=bool(jobs[0].sampling.guide),
     )
 
 
