@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs assets clean
+.PHONY: demo test check docs assets papers-small clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
@@ -32,6 +32,10 @@ assets: .venv/installed
 		$(BIN)/stagepatch pretrain --config configs/$$data/pretrain.yaml && \
 		cp -r runs/$$data-dit/transformer runs/$$data-dit/scheduler src/stagepatch/assets/$$data-dit/ || exit 1; \
 	done
+
+# Every table of the papers, small: from pretraining to table, some 40 minutes on two cores.
+papers-small: .venv/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash experiments/papers_small.sh
 
 clean:
 	rm -rf .venv runs
