@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from stagepatch import Patch, open_artifact
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.checkpoints.layout import BUNDLED
 from stagepatch.cli import demo, main
-from stagepatch.evaluation import Measured
-from stagepatch.sampling import SamplingConfig
+from stagepatch.data import DataConfig
+from stagepatch.evaluation import Evaluator, Measured
+from stagepatch.sampling import SamplingConfig, attach_guide
 from tests.runs import config_of
 
 SIZES = {"digits": 8, "fashion": 16}
@@ -26,6 +28,8 @@ def run(request, tmp_path_factory):
     plan.train.training = config_of(batch_size=16, learning_rate=0.05, log_every=2, checkpoint_every=3)
     plan.train.ddo.sampling = SamplingConfig(num_inference_steps=2, num_images=20, batch_size=20)
     plan.train.ddo.max_denoising_change = 0.0
+    if plan.guide:
+        plan.guide.training, plan.guide.ddo = plan.train.training, replace(plan.train.ddo)
     plan.sampling = SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60)
     plan.more_steps = 4 if plan.more_steps else 0
     with pytest.MonkeyPatch.context() as patched:
@@ -45,9 +49,23 @@ def test_demo_writes_what_was_learned_samples_and_report(run):
         lora = open_artifact(directory, "LoRA").put_on(model)
         assert lora.config.rank == 8
     samples = load_file(directory / "samples.safetensors")
-    assert samples["base"].shape == samples["patched"].shape == (60, 1, SIZES[data], SIZES[data])
+    assert all(images.shape == (60, 1, SIZES[data], SIZES[data]) for images in samples.values())
+    assert set(samples) == {"base", "patched"} | ({"guided"} if data == "fashion" else set())
     assert not torch.equal(samples["base"], samples["patched"])
     assert (samples["base"] - samples["patched"]).abs().mean() < 0.6, "the same noise gives related images"
+
+
+def test_the_guide_is_what_a_user_samples_with(run):
+    data, directory = run
+    if data == "digits":
+        return
+    model, scheduler = load_denoiser(data)
+    chosen = SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60, seed=demo.SEEDS[0])
+    attach_guide(model, scheduler, replace(chosen, guide=str(directory / "guide")))
+    samples = load_file(directory / "samples.safetensors")
+    evaluator = Evaluator.load(data, DataConfig(source=data), data, directory)
+    torch.testing.assert_close(evaluator.sample(model, scheduler, chosen), samples["guided"])
+    assert not torch.equal(samples["guided"], samples["base"])
 
 
 def test_report_shows_the_measured_numbers(run):
@@ -61,7 +79,7 @@ def test_report_shows_the_measured_numbers(run):
     titles = re.findall(r"<h2>([^<]+)", page)
     assert {"Verdict", "Samples", "Training", "Config", "Environment", "Again"} <= set(titles)
     assert ("Gate activation" in titles) == (data == "digits")
-    assert page.count("data:image/png") == (4 if data == "digits" else 3)
+    assert page.count("data:image/png") == 4
     assert f">{TRAINED[data]:,}<" in page
     assert ("4 sampling steps in place of 3" in page) == (data == "fashion")
 
@@ -91,10 +109,15 @@ def test_the_gain_stands_beside_more_sampling_steps():
     said = demo.verdict(measured, quick=False)
     assert "changes by -10.0 ± 0.0 %" in said
     assert "50 sampling steps in place of 25 give -5.0 ± 0.0 % without it, and -20.0 ± 0.0 % with it" in said
+    measured[25]["guided"] = rows([-4.0] * 3)["patched"]
+    said = demo.verdict(measured, quick=False)
+    assert "The base with its guide, at the cost of 50 steps: -40.0 ± 0.0 %" in said
     columns, cells = demo.gain_table(measured)
+    assert [row[columns.index("calls of the model")] for row in cells] == ["25", "25", "50", "50", "50"]
     assert [row[columns.index("change to the first row")] for row in cells] == [
         "",
         "-10.0 ± 0.0 %",
+        "-40.0 ± 0.0 %",
         "-5.0 ± 0.0 %",
         "-20.0 ± 0.0 %",
     ]

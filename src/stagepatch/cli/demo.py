@@ -1,7 +1,8 @@
-"""The demo: patch a bundled model, compare it with the base, and with what costs no training, and report."""
+"""The demo: patch a bundled model, guide it by a worse version of itself, compare both with the base, and report."""
 
 import statistics
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from stagepatch.core import write_json, write_tensors, write_text
 from stagepatch.data import DataConfig
 from stagepatch.evaluation import METRICS, Evaluator, Measured, comparison_table, direction_note, paired_difference
 from stagepatch.methods import DMP
-from stagepatch.sampling import SamplingConfig
+from stagepatch.sampling import SamplingConfig, attach_guide
 from stagepatch.training import RUN_CONFIG, Run, TrainConfig, TrainingConfig, apply_preset, read_log
 
 SEEDS = [100, 101, 102]
 METRIC = "fid_held_out"
+GUIDED = "guided"
 Row = dict[str, Measured]
 
 
@@ -34,11 +36,13 @@ class DemoPlan:
         train: the patch's training.
         sampling: of base and patched model, with each of SEEDS.
         more_steps: sampling steps of two further rows, base and patched: what anyone has without training.
+        guide: training of a guide, which the base is sampled with in one more row: see `Guide`.
     """
 
     train: TrainConfig
     sampling: SamplingConfig
     more_steps: int = 0
+    guide: TrainConfig | None = None
 
 
 def demo_plan(data: str, quick: bool) -> DemoPlan:
@@ -52,11 +56,14 @@ def demo_plan(data: str, quick: bool) -> DemoPlan:
     else:
         apply_preset(train, "recommended")
         train.ddo.sampling.num_images = 10_000
-        plan = DemoPlan(train, SamplingConfig(num_inference_steps=25, num_images=2000, batch_size=500), 50)
-    train.training = replace(train.training, log_every=20, tensorboard=False)
+        guide = apply_preset(replace(train, ddo=deepcopy(train.ddo), training=TrainingConfig()), "guide")
+        plan = DemoPlan(train, SamplingConfig(num_inference_steps=25, num_images=2000, batch_size=500), 50, guide)
+    for each in (train, plan.guide) if plan.guide else (train,):
+        each.training = replace(each.training, log_every=20, tensorboard=False)
+        if quick:
+            each.training = replace(each.training, steps=each.training.steps // 10, ema_decay=0.98)
+            each.ddo.sampling.num_images = 1000
     if quick:
-        train.training = replace(train.training, steps=train.training.steps // 10, ema_decay=0.98)
-        train.ddo.sampling.num_images = 1000
         plan.sampling.num_images = 500
     return plan
 
@@ -68,15 +75,17 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
     plan.train.output_dir = str(directory / f"training-{config.data}{'-quick' * config.quick}")
     run = Run(plan.train)
     console.print(f"[bold]1/3[/] Training a {run.method.kind} on {len(run.dataset)} images; the model is frozen.")
-    run.train()
-    if isinstance(run.method, DMP):
-        run.method.patch.eval()
-    run.method.save(directory)
-    write_text(directory / RUN_CONFIG, run.config_text)
+    _train(run, directory)
+    if plan.guide:
+        plan.guide.output_dir = f"{plan.train.output_dir}-guide"
+        plan.guide.ddo.fakes = plan.guide.ddo.fakes or str(run.directory / "fakes")
+        console.print("    And one that learns from the model's own samples: a worse model, to sample away from.")
+        _train(Run(plan.guide), directory / "guide")
 
-    console.print(f"[bold]2/3[/] Sampling base and patched model from the same noise, seeds {SEEDS}.")
+    models = "base, patched and guided model" if plan.guide else "base and patched model"
+    console.print(f"[bold]2/3[/] Sampling {models} from the same noise, seeds {SEEDS}.")
     evaluator = Evaluator.load(config.data, run.config.data, config.data, directory)
-    measured = _measure(run, plan, evaluator)
+    measured = _measure(run, plan, evaluator, directory)
     first = measured[plan.sampling.num_inference_steps]
     write_tensors(directory / "samples.safetensors", {name: value.images for name, value in first.items()})
     write_json(directory / "metrics.json", {name: value.metrics for name, value in first.items()})
@@ -91,17 +100,30 @@ def demo(config: configs.DemoConfig, resolved: str) -> None:
     console.print(f"Report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _measure(run: Run, plan: DemoPlan, evaluator: Evaluator) -> dict[int, Row]:
-    """Base and patched model by number of sampling steps."""
+def _train(run: Run, directory: Path) -> None:
+    run.train()
+    if isinstance(run.method, DMP):
+        run.method.patch.eval()
+    run.method.save(directory)
+    write_text(directory / RUN_CONFIG, run.config_text)
+
+
+def _measure(run: Run, plan: DemoPlan, evaluator: Evaluator, directory: Path) -> dict[int, Row]:
+    """Base, patched and guided model by number of sampling steps."""
     models = {"base": load_denoiser(run.config.model)[0], "patched": run.model}
-    steps = [plan.sampling.num_inference_steps, *([plan.more_steps] if plan.more_steps else [])]
+    rows = {plan.sampling.num_inference_steps: dict(models)}
+    if plan.guide:
+        guided, scheduler = load_denoiser(run.config.model)
+        attach_guide(guided, scheduler, replace(plan.sampling, guide=str(directory / "guide")))
+        rows[plan.sampling.num_inference_steps][GUIDED] = guided
+    if plan.more_steps:
+        rows[plan.more_steps] = models
     measured: dict[int, Row] = {}
-    with bar_over(len(models) * len(steps) * len(SEEDS) * plan.sampling.num_images) as on_batch:
-        for count in steps:
+    with bar_over(sum(map(len, rows.values())) * len(SEEDS) * plan.sampling.num_images) as on_batch:
+        for count, row in rows.items():
             sampling = replace(plan.sampling, num_inference_steps=count)
             measured[count] = {
-                name: evaluator.measure(model, run.scheduler, sampling, SEEDS, on_batch)
-                for name, model in models.items()
+                name: evaluator.measure(model, run.scheduler, sampling, SEEDS, on_batch) for name, model in row.items()
             }
     return measured
 
@@ -131,6 +153,10 @@ def _sections(
         report.Table("All metrics", *whole, _NOTE),
         report.Picture("Training", report.training_curves(read_log(run.directory)), "Loss and what else was logged."),
     ]
+    if GUIDED in first:
+        guided = report.paired_grid(first["base"].images[:40], first[GUIDED].images[:40], columns=10)
+        report.write_picture(directory / "guided.png", guided)
+        sections.insert(4, report.Picture("Samples with the guide", guided, "Base and guided, from the same noise."))
     if patch is not None:
         timesteps = torch.arange(0, run.objective.num_train_timesteps, 10)
         activation = gate_activation(run.model, patch, timesteps)
@@ -160,14 +186,14 @@ _NOTE = (
 def gain_table(measured: Mapping[int, Row]) -> tuple[list[str], list[list[str]]]:
     """A row a model and number of steps: FID against held-out images, its change, recall."""
     base = next(iter(measured.values()))["base"]
-    columns = ["model", "sampling steps", "FID, held-out images", "change to the first row", "recall"]
+    columns = ["model", "steps", "calls of the model", "FID, held-out images", "change to the first row", "recall"]
     rows = []
     for steps, row in measured.items():
         for name, value in row.items():
             fids, recalls = value.values(METRIC), value.values("recall")
             cells = [report.format_mean(statistics.fmean(own), statistics.stdev(own), 3) for own in (fids, recalls)]
             change = "" if value is base else _percent(base, value)
-            rows.append([name, str(steps), cells[0], change, cells[1]])
+            rows.append([name, str(steps), str(_calls(name, steps)), cells[0], change, cells[1]])
     return columns, rows
 
 
@@ -175,24 +201,28 @@ def gain_figure(measured: Mapping[int, Row]) -> Figure:
     """The table's changes to its first row as bars, in percent, paired by seed."""
     base = next(iter(measured.values()))["base"]
     scale = 100.0 / statistics.fmean(base.values(METRIC))
-    bars = [(f"{name}, {steps} steps", value) for steps, row in measured.items() for name, value in row.items()][1:]
+    bars = [
+        (f"{name}, {steps} steps, {_calls(name, steps)} calls", value)
+        for steps, row in measured.items()
+        for name, value in row.items()
+    ][1:]
     figure = Figure(figsize=(6.5, 0.7 + 0.6 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
     for place, (label, value) in enumerate(bars):
         mean, error = paired_difference(base.values(METRIC), value.values(METRIC))
-        color = "tab:green" if label.startswith("patched") else "tab:gray"
+        color = "tab:gray" if label.startswith("base") else "tab:green"
         axes.barh(place, scale * mean, xerr=scale * error, color=color, height=0.7)
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
     first = next(iter(measured))
-    axes.set_xlabel(f"change of FID against held-out images, in percent of the base in {first} steps")
+    axes.set_xlabel(f"change of held-out FID, in percent of the base in {first} steps")
     axes.grid(axis="x", alpha=0.25)
     return figure
 
 
 def verdict(measured: Mapping[int, Row], quick: bool) -> str:
-    """A sentence or two: whether the patch helped against held-out images, and beside more sampling steps."""
+    """Whether the patch helped against held-out images, and beside more sampling steps; and what a guide gives."""
     (steps, first), *others = measured.items()
     mean, error = paired_difference(first["base"].values(METRIC), first["patched"].values(METRIC))
     outcome = "The patch gains" if mean < 0 else "The patch does not gain"
@@ -202,7 +232,14 @@ def verdict(measured: Mapping[int, Row], quick: bool) -> str:
     for more, row in others:
         without, both = (_percent(first["base"], row[name]) for name in ("base", "patched"))
         result += f" {more} sampling steps in place of {steps} give {without} without it, and {both} with it."
+    if GUIDED in first:
+        result += f" The base with its guide, at the cost of {_calls(GUIDED, steps)} steps: "
+        result += f"{_percent(first['base'], first[GUIDED])}."
     return result + (" This was the quick form, too short to judge by." if quick else "")
+
+
+def _calls(name: str, steps: int) -> int:
+    return steps * (2 if name == GUIDED else 1)
 
 
 def _percent(base: Measured, other: Measured) -> str:
@@ -213,6 +250,7 @@ def _percent(base: Measured, other: Measured) -> str:
 
 def _commands(directory: Path, config: configs.DemoConfig) -> str:
     demo = f"stagepatch demo --data {config.data}" + " --quick" * config.quick + f" --output_dir {directory}"
-    own = f"--model {config.data} --data.source {config.data} --extractor {config.data}"
-    evaluate = f"stagepatch evaluate {own} --patch {directory} --seeds '{SEEDS}'"
-    return f"{demo}\n{evaluate}\nstagepatch inspect {directory}\n"
+    own = f"--model {config.data} --data.source {config.data} --extractor {config.data} --seeds '{SEEDS}'"
+    evaluate = f"stagepatch evaluate {own} --patch {directory}"
+    guided = "" if config.data == "digits" else f"\nstagepatch evaluate {own} --sampling.guide {directory}/guide"
+    return f"{demo}\n{evaluate}{guided}\nstagepatch inspect {directory}\n"

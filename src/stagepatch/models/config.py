@@ -17,6 +17,7 @@ class ModelConfig:
         hidden_size: channels D of a token.
         num_layers: number L of transformer blocks.
         num_attention_heads: must divide hidden_size.
+        mlp_ratio: hidden channels of a block's MLP over hidden_size.
         conditioning: 'none', 'class' or 'text' (a pooled embedding).
         num_classes: classes, without the null label.
         learn_sigma: also predict the variance (improved DDPM, arXiv 2102.09672; DiT: on).
@@ -33,6 +34,7 @@ class ModelConfig:
     hidden_size: int = 384
     num_layers: int = 12
     num_attention_heads: int = 6
+    mlp_ratio: float = 4.0
     conditioning: Literal["none", "class", "text"] = "class"
     num_classes: int = 1000
     learn_sigma: bool = True
