@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy import special, stats
 
 from stagepatch.core.errors import UserError
@@ -10,6 +11,7 @@ from stagepatch.diffusion import Objective, ObjectiveConfig, TimestepsConfig, ma
 from stagepatch.diffusion.timesteps import TimestepSampler, equal_in_log_snr, equal_in_t, split_at
 
 T, FIRST, STOP = 1000, 250, 500
+LEVELS = torch.arange(T) / T
 
 
 @pytest.mark.parametrize("antithetic", [False, True])
@@ -89,7 +91,8 @@ def test_objective_draws_from_its_sampler():
 def test_densities_are_those_of_their_distributions(density, bounds):
     """A Kolmogorov–Smirnov test against the distributions of arXiv 2403.03206, Section 3.1, scaled into the range."""
     config = TimestepsConfig(list(bounds), density, logit_mean=-0.5, logit_std=0.8, mode_scale=1.29)
-    drawn = make_timesteps(config, 10**6).draw(20_000, torch.Generator().manual_seed(0)).double() / 10**6
+    sampler = make_timesteps(config, torch.arange(10**6).double() / 10**6)
+    drawn = sampler.draw(20_000, torch.Generator().manual_seed(0)).double() / 10**6
     low, high = bounds
     assert low <= float(drawn.min()) < float(drawn.max()) < high
     levels = ((drawn - low) / (high - low)).clamp(1e-9, 1 - 1e-9).numpy()
@@ -104,8 +107,29 @@ def test_densities_are_those_of_their_distributions(density, bounds):
     assert found.pvalue > 1e-3
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("bounds", [(0.0, 0.25), (0.25, 0.5), (0.875, 1.0)])
+def test_a_range_is_of_what_the_model_is_told_in_a_shifted_flow_too(shift, bounds):
+    """As diffusers' own scheduler tells it in sampling: its timesteps over T."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    objective = Objective(scheduler)
+    objective.timesteps = make_timesteps(TimestepsConfig(list(bounds)), objective.levels)
+    drawn = objective.draw_timesteps(20_000, torch.Generator().manual_seed(0))
+    told = set((objective.model_timesteps(drawn) / T).tolist())
+    own = (scheduler.timesteps / T).tolist()  # all T of them, as the scheduler was made
+    low, high = bounds
+    expected = [level for level in own if low <= level < high or level == high == 1.0]
+    assert len(told) == len(expected)
+    torch.testing.assert_close(sorted(told), sorted(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_a_range_without_a_timestep_is_refused():
+    with pytest.raises(UserError, match=r"None of the 10 timesteps has a noise level from 0.41 to 0.45"):
+        make_timesteps(TimestepsConfig([0.41, 0.45]), torch.arange(10) / 10)
+
+
 def test_all_alike_is_drawn_as_before():
-    assert make_timesteps(TimestepsConfig(), T) is None
+    assert make_timesteps(TimestepsConfig(), LEVELS) is None
 
 
 @pytest.mark.parametrize(
@@ -120,4 +144,4 @@ def test_all_alike_is_drawn_as_before():
 )
 def test_odd_choices_of_timesteps(choice, message):
     with pytest.raises(UserError, match=message):
-        make_timesteps(TimestepsConfig(**choice), T)
+        make_timesteps(TimestepsConfig(**choice), LEVELS)

@@ -221,3 +221,27 @@ def test_gate_is_asked_once_a_forward(name, family, model, monkeypatch):
     family.call(model)
     family.call(model)
     assert len(observed) == 2
+
+
+def test_a_timestep_a_token_is_taken_where_the_first_frame_is_given():
+    """As Wan 2.2 TI2V-5B calls its model: timesteps [B, tokens], zero for those of a first frame that is given."""
+    family = FAMILIES["WanTransformer3DModel"]
+    model = family.model()
+    timesteps = torch.tensor([300.0, 700.0])
+    tokens = timesteps.unsqueeze(1).expand(2, FRAMES * 4 * 4).clone()
+    given = tokens.clone()
+    given[:, : 4 * 4] = 0.0
+    base = {name: family.call(model, timestep=value) for name, value in (("all", tokens), ("given", given))}
+    torch.testing.assert_close(base["all"], family.call(model, timestep=timesteps))
+    patch = fresh("WanTransformer3DModel", model)
+    with patch.attach(model):
+        assert torch.equal(family.call(model, timestep=given), base["given"])
+        drawn(patch)
+        seen = {}
+        for name, value in (("whole", timesteps), ("all", tokens), ("given", given)):
+            patch.train()
+            seen[name] = family.call(model, timestep=value)
+            seen[name, "gate"] = patch.last.logits
+    torch.testing.assert_close(seen["all"], seen["whole"])
+    torch.testing.assert_close(seen["given", "gate"], seen["whole", "gate"])
+    assert not torch.allclose(seen["given"], base["given"], atol=1e-3)

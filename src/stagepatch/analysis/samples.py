@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from stagepatch.core import UserError, seed_for
 from stagepatch.diffusion import Objective
-from stagepatch.families import predict
+from stagepatch.families import input_dtype, predict
 from stagepatch.training import Conditions, Draws, TrainingConfig, draw, load_batches
 
 _ANALYSIS = 101  # first part of the seeds, which training does not use
@@ -76,6 +76,6 @@ class Samples:
 
 def sample_losses(model: nn.Module, objective: Objective, draws: Draws) -> Tensor:
     """The loss of each sample, by the model's own objective: [B]."""
-    x_t = objective.add_noise(draws.x_start, draws.noise, draws.timesteps).to(next(model.parameters()).dtype)
+    x_t = objective.add_noise(draws.x_start, draws.noise, draws.timesteps).to(input_dtype(model))
     output = predict(model, x_t, objective.model_timesteps(draws.timesteps), draws.condition)
     return objective.loss(output, draws.x_start, draws.noise, draws.timesteps)

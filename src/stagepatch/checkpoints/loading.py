@@ -14,7 +14,7 @@ from torch import Tensor
 from stagepatch import models
 from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, denoiser_directory, find_model
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
-from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_tensors
+from stagepatch.core import TensorReader, UserError, as_user_error, read_json, read_tensors, write_tensors
 from stagepatch.families import takes_text
 from stagepatch.families.registry import Family, family_of
 
@@ -30,16 +30,15 @@ def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32) -> tup
 
     Args:
         source: see `find_model`; with `transformer/` (or `unet/`) and `scheduler/`.
-        dtype: of its weights.
+        dtype: of its weights, but for those that its class keeps in float32. They are read in it: there is no moment
+            with two copies.
 
     Raises:
         UserError: no such directory, files missing, truncated or foreign, or an unknown class.
     """
     directory = find_model(source)
-    model = _load_model(denoiser_directory(directory))
+    model = _load_model(denoiser_directory(directory), dtype)
     model.register_to_config(_name_or_path=str(source))
-    if dtype != model.dtype:
-        model.to(dtype)
     return model, load_scheduler(directory)
 
 
@@ -180,29 +179,43 @@ def _family(directory: Path) -> Family:
     return family_of(_class_of(denoiser_directory(directory)))
 
 
-def _load_model(directory: Path) -> Any:
+def _load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     model_class: Any = _class_of(directory)
-    if not (directory / _WEIGHTS).exists() and any(directory.glob("diffusion_pytorch_model*")):
-        return _load_in_parts(model_class, directory)
-    tensors, _ = read_tensors(directory / _WEIGHTS)
-    model: Any = model_class.from_config(read_json(directory / "config.json"))
-    projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
-    if projected:
-        add_projections(model, projected)
-    expected, found = ({(key, value.shape) for key, value in each.items()} for each in (model.state_dict(), tensors))
-    odd = sorted({key for key, _ in expected ^ found})
+    is_quantized = "quantization_config" in read_json(directory / "config.json")
+    has_other_files = any(directory.glob("diffusion_pytorch_model*")) and not (directory / _WEIGHTS).exists()
+    if not is_quantized and not has_other_files:
+        projected = _check_weights(model_class, directory)
+        if projected:  # which diffusers does not know of
+            model = model_class.from_config(read_json(directory / "config.json"))
+            add_projections(model, projected)
+            model.load_state_dict(read_tensors(directory / _WEIGHTS)[0])
+            return model.to(dtype).eval()
+    # Several files, or a variant or format that diffusers knows.
+    variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
+    variant = next((name for name in ("fp16", "bf16") if name in variants), None)
+    with as_user_error(f"The weights in '{directory}' cannot be loaded", *_UNLOADABLE):
+        return model_class.from_pretrained(directory, variant=variant, torch_dtype=dtype).eval()
+
+
+def _check_weights(model_class: Any, directory: Path) -> list[int]:
+    """See by its header that a file holds what a config describes; returns the numbers of its channel projections.
+
+    Raises:
+        UserError: it is not there, broken, or of another model.
+    """
+    reader = TensorReader([directory / _WEIGHTS])
+    names = reader.names()
+    projected = [int(name.split(".")[-1]) for name in names if name.startswith(f"{PROJECTION}.")]
+    with torch.device("meta"):
+        model = model_class.from_config(read_json(directory / "config.json"))
+        if projected:
+            add_projections(model, projected)
+    expected = {(name, tuple(value.shape)) for name, value in model.state_dict().items()}
+    found = {(name, reader.shape(name)) for name in names}
+    odd = sorted({name for name, _ in expected ^ found})
     if odd:
         raise UserError(
             f"'{directory / _WEIGHTS}' does not hold the {model_class.__name__} that its config.json describes: "
             f"{len(odd)} tensors differ, first '{odd[0]}'."
         )
-    model.load_state_dict(tensors)
-    return model.eval()
-
-
-def _load_in_parts(model_class: Any, directory: Path) -> Any:
-    """Weights in several files, or of a variant or format that diffusers knows."""
-    variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
-    variant = next((name for name in ("fp16", "bf16") if name in variants), None)
-    with as_user_error(f"The weights in '{directory}' cannot be loaded", *_UNLOADABLE):
-        return model_class.from_pretrained(directory, variant=variant, torch_dtype=torch.float32).eval()
+    return projected

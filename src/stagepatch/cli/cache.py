@@ -16,7 +16,8 @@ def cache(config: configs.CacheConfig, resolved: str) -> None:
     directory = Path(config.output_dir)
     if not config.model or not has_vae(config.model):
         raise UserError(f"model='{config.model}' has no VAE, so there is nothing to cache: give a latent model.")
-    make_cache(directory, config.model, config.data, config.batch_size, getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    make_cache(directory, config.model, config.data, config.batch_size, dtype, dtype)
     if processes().is_main_process:
         write_text(directory / RUN_CONFIG, resolved)
     say(f"The cache of {len(CachedLatents(directory)):,} images is in '{directory}'.")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from stagepatch.checkpoints import load_denoiser
@@ -21,9 +22,9 @@ def say(text: str) -> None:
         print(text)
 
 
-def load_on_device(name: str) -> tuple[nn.Module, Any]:
+def load_on_device(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     """A denoiser on this process's device, and its scheduler."""
-    model, scheduler = load_denoiser(name)
+    model, scheduler = load_denoiser(name, dtype)
     return model.to(processes().device), scheduler
 
 

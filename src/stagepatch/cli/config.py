@@ -45,6 +45,7 @@ class SampleConfig:
         output_dir: takes samples.safetensors, grid.png and the resolved config.
         model: a model directory, a Hub id, 'digits' or 'fashion'. A model with a VAE is sampled by its own
             pipeline and scheduler.
+        dtype: of all its weights, but for those that its classes keep in float32.
         prompts: captions, in turn, for a model that takes them.
         classes: class labels, in turn, for a model that takes them; empty for all.
         patch: directory of a patch, or of what another method learned; empty for the base model.
@@ -55,6 +56,7 @@ class SampleConfig:
 
     output_dir: str = "runs/sample"
     model: str = "digits"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     prompts: list[str] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
     patch: str = ""
@@ -70,6 +72,7 @@ class EvaluateConfig(EvaluationConfig):
     Args:
         output_dir: takes metrics.json and the resolved config.
         model: a model directory, 'digits' or 'fashion'.
+        dtype: of the denoiser's weights, but for those that its class keeps in float32.
         patch: directory of a patch, or of what another method learned; with one, base and patched model are compared
             from the same noise.
         patch_scale: factor on the patch's prompts; 1 as trained.
@@ -80,6 +83,7 @@ class EvaluateConfig(EvaluationConfig):
 
     output_dir: str = "runs/evaluate"
     model: str = "digits"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     patch: str = ""
     patch_scale: float = 1.0
     schedule: str = ""

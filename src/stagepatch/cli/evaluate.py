@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
 from stagepatch.core import UserError, processes, write_json, write_text
@@ -16,8 +18,9 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
     directory = Path(config.output_dir)
     cache = Path(config.cache or directory / "cache")
-    evaluator = Evaluator.load(config.model, config.data, config.extractor, cache, config.held_out)
-    model, scheduler = load_on_device(config.model)
+    dtype = getattr(torch, config.dtype)
+    evaluator = Evaluator.load(config.model, config.data, config.extractor, cache, config.held_out, text_dtype=dtype)
+    model, scheduler = load_on_device(config.model, dtype)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
     attach_guide(model, scheduler, config.sampling)
     total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stagepatch.checkpoints import is_pipeline, load_pipeline
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
@@ -26,10 +28,11 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     if config.patch and config.schedule:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
     directory = Path(config.output_dir)
+    dtype = getattr(torch, config.dtype)
     if is_pipeline(config.model):
-        model, scheduler = load_pipeline(config.model).to(processes().device), None
+        model, scheduler = load_pipeline(config.model, torch_dtype=dtype).to(processes().device), None
     else:
-        model, scheduler = load_on_device(config.model)
+        model, scheduler = load_on_device(config.model, dtype)
     attach_guide(model, scheduler or model.scheduler, config.sampling)
     sampling = _put_experts_on(config, model, scheduler) if config.schedule else config.sampling
     if config.patch:
@@ -39,7 +42,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
             images = generate_with_pipeline(model, sampling, config.prompts, on_batch, config.classes)
         else:
             labels = balanced_labels(model, sampling.num_images, config.classes)
-            latents = prompted_latents(config.model, model, config.prompts)
+            latents = prompted_latents(config.model, model, config.prompts, dtype)
             further = {} if latents is None else vars(latents)
             images = generate(model, scheduler, sampling, labels, on_batch=on_batch, **further)
     if not processes().is_main_process:

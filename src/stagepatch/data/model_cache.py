@@ -66,11 +66,20 @@ def check_channels(dataset: Any, in_channels: int, data: DataConfig) -> None:
 
 
 def make_cache(
-    directory: Path, model: str, data: DataConfig, batch_size: int = 8, dtype: torch.dtype = torch.float32
+    directory: Path,
+    model: str,
+    data: DataConfig,
+    batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    text_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Make the cache of images and captions for a model with a VAE, or check the one that is there.
 
     A whole cache is only compared with its key: neither images nor encoders are loaded.
+
+    Args:
+        dtype: that the VAE computes in.
+        text_dtype: that text encoders, which may be larger than the denoiser, are loaded in.
 
     Raises:
         UserError: the directory holds the cache of something else.
@@ -91,7 +100,7 @@ def make_cache(
         key,
         lambda: Images(source, data),
         lambda: load_vae(model).to(device, dtype),
-        (lambda: load_captioner(model, device, dtype)) if takes_captions(model) else None,
+        (lambda: load_captioner(model, device, text_dtype)) if takes_captions(model) else None,
         batch_size,
     )
 
@@ -102,7 +111,12 @@ def cache_directory(cache: str, output_dir: str) -> Path:
 
 
 def load_training_data(
-    model: str, data: DataConfig, cache: str = "", output_dir: str = "", batch_size: int = 8
+    model: str,
+    data: DataConfig,
+    cache: str = "",
+    output_dir: str = "",
+    batch_size: int = 8,
+    text_dtype: torch.dtype = torch.float32,
 ) -> Dataset[dict[str, Any]]:
     """Items as `training.draws.draw` takes them: of a model with a VAE its cache, made first if it is not there.
 
@@ -112,5 +126,5 @@ def load_training_data(
     if not model or not has_vae(model):
         return load_dataset(with_channels(data, model) if model else data)
     directory = cache_directory(cache, output_dir)
-    make_cache(directory, model, data, batch_size)
+    make_cache(directory, model, data, batch_size, text_dtype=text_dtype)
     return CachedLatents(directory)

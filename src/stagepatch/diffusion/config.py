@@ -54,8 +54,8 @@ class TimestepsConfig:
     """Which timesteps a run trains on, and how often.
 
     Args:
-        range: least and most noise level t/T.
-        density: 'uniform' in t; 'logit_normal' or 'mode' in the noise level (arXiv 2403.03206, Section 3.1).
+        range: least and most noise level that the model is told: t/T, and for a flow its sigma, after any shift.
+        density: 'uniform' in t; 'logit_normal' or 'mode' in t/T before a flow's shift (arXiv 2403.03206, Section 3.1).
         logit_mean: of logit_normal; below 0 is more often near the image.
         logit_std: spread of logit_normal, in the logit of the noise level.
         mode_scale: s of mode; above 0 is more often in the middle.

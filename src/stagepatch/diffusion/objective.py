@@ -65,6 +65,12 @@ class Objective:
             self._sigmas = (1.0 - alphas_cumprod).sqrt()
             self._signals = alphas_cumprod.sqrt()
 
+    @property
+    def levels(self) -> Tensor:
+        """The noise level, from 0 to 1, that the model is told at each timestep: [T], float64, rising."""
+        timesteps = torch.arange(self.num_train_timesteps)
+        return self._sigmas.cpu() if self.is_flow else timesteps.double() / self.num_train_timesteps
+
     def draw_timesteps(self, batch: int, generator: Generator) -> Tensor:
         """Timesteps [B], from 0 to T − 1, on the generator's device."""
         if self.timesteps is not None:

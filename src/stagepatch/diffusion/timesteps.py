@@ -55,19 +55,19 @@ class TimestepSampler:
         return torch.cat([timesteps, ends - timesteps])[:batch]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class DensitySampler:
     """Draws timesteps as a config says.
 
     Args:
-        num_train_timesteps: T.
+        levels: noise level of every timestep, [T], rising: `Objective.levels`.
         config: range and density.
 
     Raises:
         UserError: no such density, or a range that is empty.
     """
 
-    num_train_timesteps: int
+    levels: Tensor
     config: TimestepsConfig
 
     def __post_init__(self) -> None:
@@ -78,6 +78,7 @@ class DensitySampler:
             raise UserError(f"timesteps.density='{config.density}' is none of {', '.join(_DENSITIES)}.")
         if config.logit_std <= 0.0:
             raise UserError(f"timesteps.logit_std={config.logit_std} must be above 0.")
+        self._first, self._stop = between_levels(self.levels, config.range[0], config.range[1])
 
     def draw(self, batch: int, generator: Generator) -> Tensor:
         """Timesteps [B] on the generator's device. A density is that of the whole, scaled into the range."""
@@ -86,18 +87,39 @@ class DensitySampler:
         level: Tensor = compute_density_for_timestep_sampling(
             config.density, batch, *shape, generator.device, generator
         )
-        low, high = config.range
-        timesteps = ((low + (high - low) * level) * self.num_train_timesteps).long()
-        return timesteps.clamp(0, self.num_train_timesteps - 1)
+        timesteps = (self._first + (self._stop - self._first) * level).long()
+        return timesteps.clamp(self._first, self._stop - 1)
 
 
-def make_timesteps(config: TimestepsConfig, num_train_timesteps: int) -> DensitySampler | None:
+def make_timesteps(config: TimestepsConfig, levels: Tensor) -> DensitySampler | None:
     """What draws timesteps as a config says; None where that is all of them alike.
+
+    Args:
+        levels: see `DensitySampler`.
 
     Raises:
         UserError: see `DensitySampler`.
     """
-    return None if config == TimestepsConfig() else DensitySampler(num_train_timesteps, config)
+    return None if config == TimestepsConfig() else DensitySampler(levels, config)
+
+
+def between_levels(levels: Tensor, low: float, high: float) -> tuple[int, int]:
+    """The first timestep with low ≤ noise level < high, and the one behind the last; a level of 1 is within high = 1.
+
+    In the shifted schedule of a flow, a noise level of a quarter is not a quarter of T: a range means what the model
+    is told, in training as in sampling.
+
+    Args:
+        levels: of every timestep, [T], rising.
+
+    Raises:
+        UserError: none is in between.
+    """
+    first = int((levels < low).sum())
+    stop = len(levels) if high >= 1.0 else int((levels < high).sum())
+    if first >= stop:
+        raise UserError(f"None of the {len(levels)} timesteps has a noise level from {low:g} to {high:g}.")
+    return first, stop
 
 
 def equal_in_t(num_train_timesteps: int, count: int) -> list[tuple[int, int]]:

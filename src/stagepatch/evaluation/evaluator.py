@@ -68,6 +68,7 @@ class Evaluator:
         cache: Path,
         held_out: Literal["held_out", "tune"] = "held_out",
         second: str = "",
+        text_dtype: torch.dtype = torch.float32,
     ) -> Evaluator:
         """For the samples of a model, patched or not.
 
@@ -78,12 +79,13 @@ class Evaluator:
             cache: directory of the latents and captions of a model with a VAE, made first if it is not there.
             held_out: which of the held-out images; see `load_references`.
             second: name of an extractor, in whose features FID is measured too.
+            text_dtype: that text encoders are loaded in, where the cache has to be made.
 
         Raises:
             UserError: the cache is of something else, the data or the extractor cannot be had, or these do not fit.
         """
         data = with_channels(data, model)
-        latents = latent_sampling(model, data, cache)
+        latents = latent_sampling(model, data, cache, text_dtype)
         extractors = [load_extractor(name) for name in (extractor, *([second] if second else []))]
         references = load_references(data, held_out)
         for one in extractors:  # what does not fit is refused here, not when all is sampled

@@ -30,11 +30,14 @@ class LatentSampling:
     captions: Captions | None
 
 
-def latent_sampling(model: str, data: DataConfig, cache: Path) -> LatentSampling | None:
+def latent_sampling(
+    model: str, data: DataConfig, cache: Path, text_dtype: torch.dtype = torch.float32
+) -> LatentSampling | None:
     """How a model with a VAE is sampled: any number of images has captions from all over the cache.
 
     Args:
         cache: its directory; it is made first if it is not there.
+        text_dtype: that text encoders are loaded in for it.
 
     Returns:
         None for a model without a VAE, which needs no more than its own shape.
@@ -44,7 +47,7 @@ def latent_sampling(model: str, data: DataConfig, cache: Path) -> LatentSampling
     """
     if not has_vae(model):
         return None
-    make_cache(cache, model, data)
+    make_cache(cache, model, data, text_dtype=text_dtype)
     cached = CachedLatents(cache)
     vae = load_vae(model).to(processes().device)
 
@@ -59,12 +62,15 @@ def latent_sampling(model: str, data: DataConfig, cache: Path) -> LatentSampling
     return LatentSampling((channels, height, width), lambda latents: decode_latents(vae, latents), captions)
 
 
-def prompted_latents(source: str, model: Any, prompts: Sequence[str]) -> LatentSampling | None:
+def prompted_latents(
+    source: str, model: Any, prompts: Sequence[str], text_dtype: torch.dtype = torch.float32
+) -> LatentSampling | None:
     """How a model whose VAE, tokenizer and text encoder lie beside it is sampled: image i has prompt i modulo theirs.
 
     Args:
         source: the model's directory.
         model: its denoiser, loaded.
+        text_dtype: that text encoders are loaded in.
 
     Returns:
         None for a model in pixels.
@@ -78,7 +84,7 @@ def prompted_latents(source: str, model: Any, prompts: Sequence[str]) -> LatentS
     if takes_captions(source):
         if not prompts:
             raise UserError(f"'{source}' makes images of captions: give --prompts '[\"a caption\", …]'.")
-        encode = load_captioner(source, device)
+        encode = load_captioner(source, device, text_dtype)
         encoded = encode(list(prompts))
 
         def condition(indices: list[int]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ from .base import Backbone as Backbone
 from .base import Extent as Extent
 from .base import Grid as Grid
 from .base import Site as Site
+from .calling import input_dtype as input_dtype
 from .calling import learns_sigma as learns_sigma
 from .calling import null_label as null_label
 from .calling import num_classes as num_classes

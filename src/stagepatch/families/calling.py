@@ -11,6 +11,18 @@ from stagepatch.families.base import square
 from stagepatch.families.registry import family_of, uncompiled
 
 
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a model computes in, and takes its inputs in: diffusers' `model.dtype`.
+
+    The first parameter's may be another: quantised weights are integers, and some modules stay in float32.
+    """
+    model = uncompiled(model)
+    own = getattr(model, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    return next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+
+
 def num_classes(model: Any) -> int:
     """Classes that the model takes labels of; 0 where it takes none."""
     config = model.config

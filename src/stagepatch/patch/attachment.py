@@ -85,10 +85,14 @@ class Attachment(AbstractContextManager["Attachment"]):
             self.patch.extent = None  # the model will say itself which argument it misses
 
     def _tap(self, position: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Show the patch the sum of the taps' outputs when all have come, once a forward."""
+        """Show the patch the sum of the taps' outputs when all have come, once a forward.
+
+        A model that is told a timestep a token (Wan 2.2 TI2V, whose first frame may be given and clean) embeds each,
+        [B, N, C]: the last token's, which is never given, stands for all.
+        """
         if not self.patch.enabled or self._observed:
             return
-        self._conditions[position] = output
+        self._conditions[position] = output[:, -1] if output.ndim == 3 else output
         outputs = [output for output in self._conditions if output is not None]
         if len(outputs) == len(self._conditions):
             self._observed = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.core import UserError, as_user_error
-from stagepatch.families import find_denoiser, learns_sigma, num_classes
+from stagepatch.families import find_denoiser, input_dtype, learns_sigma, num_classes
 from stagepatch.families.registry import family_of
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.stand_in import StandIn, check_free
@@ -246,5 +246,5 @@ def _facts(model: nn.Module) -> dict[str, Any]:
         "number of classes": num_classes(model),
         "conditioning": config.get("conditioning"),
         "width of text embeddings": next((config[key] for key in _TEXT if config.get(key)), None),
-        "dtype": next(model.parameters()).dtype,
+        "dtype": input_dtype(model),
     }

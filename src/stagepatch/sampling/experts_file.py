@@ -12,6 +12,7 @@ from torch import nn
 
 from stagepatch.checkpoints import BUNDLED, load_denoiser
 from stagepatch.core import UserError, as_user_error, read_yaml, write_text
+from stagepatch.families import input_dtype
 from stagepatch.methods import open_learned
 from stagepatch.patch import patches_on
 from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, experts_on
@@ -78,10 +79,9 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
     """
     with as_user_error(f"The expert '{source.name}'", UserError):
         if source.model:
-            parameter = next(model.parameters())
-            expert, own_scheduler = load_denoiser(source.model, parameter.dtype)
+            expert, own_scheduler = load_denoiser(source.model, input_dtype(model))
             _check_trained_alike(own_scheduler, scheduler)
-            expert = expert.to(parameter.device)
+            expert = expert.to(next(model.parameters()).device)
             check_fits(model, expert)
             return expert  # type: ignore[no-any-return]
         if source.learned:

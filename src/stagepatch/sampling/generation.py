@@ -14,7 +14,15 @@ from torch import Generator, Tensor, nn
 
 from stagepatch.core import UserError, generator_for, processes
 from stagepatch.diffusion import make_sampler, pin_timesteps, set_steps
-from stagepatch.families import find_denoiser, learns_sigma, null_label, num_classes, predict, sample_shape
+from stagepatch.families import (
+    find_denoiser,
+    input_dtype,
+    learns_sigma,
+    null_label,
+    num_classes,
+    predict,
+    sample_shape,
+)
 from stagepatch.sampling.config import SamplingConfig, check_interval
 from stagepatch.sampling.experts import experts_on
 from stagepatch.sampling.guide import guide_on
@@ -159,15 +167,15 @@ def in_batches(
 
 def conditions(model: nn.Module, labels: Tensor, captions: Captions | None, indices: list[int]) -> Conditions:
     """The condition of some images, and none, as guidance needs it."""
-    parameter = next(model.parameters())
+    device, dtype = next(model.parameters()).device, input_dtype(model)
     if captions is None:
         if not num_classes(model):
             return {}, {}
-        own = labels[indices].to(parameter.device)
+        own = labels[indices].to(device)
         return {"class_labels": own}, {"class_labels": torch.full_like(own, null_label(model) or 0)}
 
     def ready(value: Tensor) -> Tensor:
-        return value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
     condition = {name: ready(value) for name, value in captions.of(indices).items()}
     return condition, {name: ready(captions.null[name]).expand_as(value) for name, value in condition.items()}
@@ -177,7 +185,7 @@ def guided(
     model: nn.Module, sample: Tensor, timestep: Tensor, conditions: Conditions, config: SamplingConfig
 ) -> Tensor:
     """The model's output, moved away from the unconditional one by the guidance scale (arXiv 2207.12598)."""
-    sample = sample.to(next(model.parameters()).dtype)
+    sample = sample.to(input_dtype(model))
     condition, null = conditions
     if config.guidance_scale == 1.0:
         return predict(model, sample, timestep.expand(len(sample)), condition)

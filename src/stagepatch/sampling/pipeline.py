@@ -48,6 +48,6 @@ def generate_with_pipeline(
         if "guidance_scale" in takes:
             options["guidance_scale"] = config.guidance_scale
         options["num_inference_steps"] = config.num_inference_steps
-        return pipe(**options, output_type="pt", return_dict=False)[0]  # type: ignore[no-any-return]
+        return pipe(**options, output_type="pt", return_dict=False)[0].float()  # type: ignore[no-any-return]
 
     return in_batches(make, config, on_batch) * 2.0 - 1.0

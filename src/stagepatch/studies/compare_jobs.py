@@ -103,7 +103,8 @@ class CompareJob(Job):
             if is_main:
                 write_json(self.directory / COST_NAME, _cost(self.config.training.batch_size, learned))
         done, method, sampling = self.metrics(), None, self.sampling
-        model, scheduler = load_denoiser(self.config.model, getattr(torch, self.config.dtype))
+        dtype = getattr(torch, self.config.dtype)
+        model, scheduler = load_denoiser(self.config.model, dtype)
         model.to(processes().device)
         attach_guide(model, scheduler, sampling)
         if self.schedule:
@@ -111,7 +112,9 @@ class CompareJob(Job):
             experts.attach(model)
             sampling = experts.sampling(sampling)
         cache, second = Path(self.config.cache), self.second_extractor
-        evaluator = Evaluator.load(self.config.model, self.config.data, self.extractor, cache, self.held_out, second)
+        evaluator = Evaluator.load(
+            self.config.model, self.config.data, self.extractor, cache, self.held_out, second, dtype
+        )
         for step in sorted(set(self.checkpoints) - set(done)):
             saved = learned if step == self.config.training.steps else learned / "snapshots" / f"{step:07d}"
             if method is not None:
@@ -235,7 +238,7 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     if not own["ddo"].fakes and not (entry.model or entry.start_from):
         own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])
-    make_timesteps(own["timesteps"], 1)
+    make_timesteps(own["timesteps"], torch.linspace(0.0, 1.0, 1000))
     if entry.schedule and entry.method != "none":
         raise UserError(f"a schedule is sampled as it is: set method='{entry.method}' to none.")
     is_trained = entry.method != "none"

@@ -57,6 +57,8 @@ def launch(jobs: Sequence[Job], config: LaunchConfig, logs: Path, noun: str = "j
     Raises:
         UserError: a job failed; the others were finished first, and its log is named.
     """
+    import torch
+
     from stagepatch.checkpoints import has_vae
     from stagepatch.core.progress import progress_bar
     from stagepatch.data import cache_directory, make_cache
@@ -68,7 +70,8 @@ def launch(jobs: Sequence[Job], config: LaunchConfig, logs: Path, noun: str = "j
     shared = [job.config for job in left if has_vae(job.config.model)]
     if shared:  # one cache for all, made before they start
         first = shared[0]
-        make_cache(cache_directory(first.cache, ""), first.model, first.data, first.cache_batch_size)
+        directory, dtype = cache_directory(first.cache, ""), getattr(torch, first.dtype)
+        make_cache(directory, first.model, first.data, first.cache_batch_size, text_dtype=dtype)
     failed: list[tuple[Job, UserError]] = []
     with progress_bar() as progress:
         task = progress.add_task(noun, total=len(jobs), completed=len(jobs) - len(left), status="")

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from stagepatch.core import FAKES, GLOBAL, NOISE, BatchOrder, UserError, generator_for, seed_for
 from stagepatch.diffusion import Objective
-from stagepatch.families import null_label, num_classes
+from stagepatch.families import input_dtype, null_label, num_classes
 from stagepatch.sampling import Fakes
 from stagepatch.training.config import TrainingConfig
 
@@ -73,7 +73,7 @@ class Conditions:
     """
 
     def __init__(self, model: nn.Module, dataset: Any) -> None:
-        self.dtype = next(model.parameters()).dtype
+        self.dtype = input_dtype(model)
         self.classes, self.null_label = num_classes(model), null_label(model)
         self.null_condition: dict[str, Tensor] | None = getattr(dataset, "null_condition", None)
 

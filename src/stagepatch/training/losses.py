@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stagepatch.diffusion import Objective
-from stagepatch.families import predict
+from stagepatch.families import input_dtype, predict
 from stagepatch.methods import Method
 from stagepatch.training.ddo_config import DDOConfig
 
@@ -28,7 +28,7 @@ class DenoisingLoss(nn.Module):
         self.trained = trained
         self.method = method
         self.objective = objective
-        self.dtype = next(model.parameters()).dtype
+        self.dtype = input_dtype(model)
 
     def forward(
         self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]

@@ -83,14 +83,15 @@ class Run:
             )
         named = parts or (config.model if model is None else "")  # first the cache, then the model
         cache = (config.cache, config.output_dir, config.cache_batch_size)
-        self.dataset: Any = load_training_data(named, config.data, *cache)
+        dtype = getattr(torch, config.dtype)
+        self.dataset: Any = load_training_data(named, config.data, *cache, dtype)
         if model is None:
-            model, scheduler = load_denoiser(named, getattr(torch, config.dtype))
+            model, scheduler = load_denoiser(named, dtype)
         if not named or not has_vae(named):
             check_channels(self.dataset, int(model.config["in_channels"]), config.data)
         self.model, self.scheduler = model, scheduler
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
-        self.objective.timesteps = make_timesteps(config.timesteps, self.objective.num_train_timesteps)
+        self.objective.timesteps = make_timesteps(config.timesteps, self.objective.levels)
 
     def train(self, progress: bool = True) -> Any:
         """Train, and write the result to the run's directory; returns the method, whose result is on the model.

@@ -18,7 +18,7 @@ class TrainConfig(MethodConfig):
     Args:
         output_dir: directory of the run; the same command again goes on where it stopped.
         model: a model directory as diffusers writes it, a Hub id, or 'digits' or 'fashion', the bundled models.
-        dtype: of the frozen model's weights; what is learned is float32.
+        dtype: of the frozen model's weights, and of the text encoders that make the cache; what is learned is float32.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
         cache_batch_size: images encoded at a time for the cache.
