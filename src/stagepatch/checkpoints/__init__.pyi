@@ -7,6 +7,7 @@ from .layout import BUNDLED as BUNDLED
 from .layout import DENOISERS as DENOISERS
 from .layout import component_for as component_for
 from .layout import denoiser_directory as denoiser_directory
+from .layout import denoiser_ranges as denoiser_ranges
 from .layout import denoiser_reader as denoiser_reader
 from .layout import encoder_directories as encoder_directories
 from .layout import find_model as find_model

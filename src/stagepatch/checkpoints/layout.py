@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stagepatch.core import TensorReader, UserError
+from stagepatch.core import TensorReader, UserError, read_json
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = {name: _ASSETS / f"{name}-dit" for name in ("digits", "fashion")}
 DENOISERS = ("transformer", "unet")
+SECOND = "transformer_2"  # of a model that its makers split by noise level
 TEXT_PARTS = [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3")]
 
 
-def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, "scheduler")) -> Path:
+def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, SECOND, "scheduler")) -> Path:
     """The directory of a model.
 
     Args:
@@ -59,16 +60,36 @@ def from_hub(source: str | Path, patterns: list[str], kind: str, **options: Any)
         ) from error
 
 
-def denoiser_directory(directory: Path) -> Path:
+def denoiser_directory(directory: Path, component: str = "") -> Path:
     """The part of a model directory that is the denoiser: 'transformer/' or 'unet/'.
 
+    Args:
+        component: its name, in a model that has several; by default the first one's.
+
     Raises:
-        UserError: it has neither.
+        UserError: it has neither, or none of that name.
     """
-    for component in DENOISERS:
-        if (directory / component).is_dir():
-            return directory / component
-    raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
+    found = [name for name in (*DENOISERS, SECOND) if (directory / name).is_dir()]
+    if not found:
+        raise UserError(f"'{directory}' has neither 'transformer/' nor 'unet/': it is not a model directory.")
+    if component and component not in found:
+        raise UserError(f"component='{component}' is no denoiser of '{directory}', which has {', '.join(found)}.")
+    return directory / (component or found[0])
+
+
+def denoiser_ranges(source: str | Path) -> dict[str, tuple[float, float]]:
+    """A model's denoisers by name, and the noise levels that each is for, from the image on.
+
+    Most have one, for all. Wan 2.2's of 14B have two: `transformer` where the noise level is at least the pipeline's
+    `boundary_ratio`, `transformer_2` below.
+    """
+    directory = find_model(source)
+    first = denoiser_directory(directory).name
+    index = directory / "model_index.json"
+    boundary = read_json(index).get("boundary_ratio") if index.exists() else None
+    if boundary is None or not (directory / SECOND).is_dir():
+        return {first: (0.0, 1.0)}
+    return {SECOND: (0.0, float(boundary)), first: (float(boundary), 1.0)}
 
 
 def component_for(model: Any) -> str:

@@ -12,7 +12,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from stagepatch import models
-from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, denoiser_directory, find_model
+from stagepatch.checkpoints.layout import (
+    DENOISERS,
+    TEXT_PARTS,
+    component_for,
+    denoiser_directory,
+    denoiser_ranges,
+    find_model,
+)
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
 from stagepatch.core import TensorReader, UserError, as_user_error, read_json, read_tensors, write_tensors
 from stagepatch.families import takes_text
@@ -25,19 +32,27 @@ _UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError)
 _HEAVY = ("transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker")
 
 
-def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32, component: str = "") -> tuple[Any, Any]:
     """The denoiser of a model, in eval mode on the CPU, and its scheduler.
 
     Args:
         source: see `find_model`; with `transformer/` (or `unet/`) and `scheduler/`.
         dtype: of its weights, but for those that its class keeps in float32. They are read in it: there is no moment
             with two copies.
+        component: the denoiser's name, in a model that has several.
 
     Raises:
-        UserError: no such directory, files missing, truncated or foreign, or an unknown class.
+        UserError: no such directory, files missing, truncated or foreign, an unknown class, or several denoisers and
+            none is named.
     """
     directory = find_model(source)
-    model = _load_model(denoiser_directory(directory), dtype)
+    if not component and len(ranges := denoiser_ranges(directory)) > 1:
+        each = " and ".join(f"{name} (noise {low:g} to {high:g})" for name, (low, high) in ranges.items())
+        raise UserError(
+            f"'{source}' has several denoisers, {each}: name one with `component`. `stagepatch train` and `stagepatch "
+            f"sample` take such a model whole; other commands do not know of them."
+        )
+    model = _load_model(denoiser_directory(directory, component), dtype)
     model.register_to_config(_name_or_path=str(source))
     return model, load_scheduler(directory)
 
@@ -57,12 +72,12 @@ def load_scheduler(source: str | Path) -> Any:
     return scheduler_class.from_config(config)
 
 
-def build_denoiser(source: str | Path) -> Any:
+def build_denoiser(source: str | Path, component: str = "") -> Any:
     """The denoiser of a model on the meta device: its shape without its weights."""
-    component = denoiser_directory(find_model(source))
-    model_class: Any = _class_of(component)
+    directory = denoiser_directory(find_model(source), component)
+    model_class: Any = _class_of(directory)
     with torch.device("meta"):
-        return model_class.from_config(read_json(component / "config.json"))
+        return model_class.from_config(read_json(directory / "config.json"))
 
 
 def load_vae(source: str | Path) -> Any:

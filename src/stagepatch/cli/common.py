@@ -12,7 +12,7 @@ from torch import nn
 
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.core import UserError, processes, progress_bar
-from stagepatch.methods import DMP, LoRA, Method, load_learned
+from stagepatch.methods import DMP, LoRA, PerDenoiser, open_learned
 from stagepatch.training import RUN_CONFIG as RUN_CONFIG
 
 
@@ -40,13 +40,17 @@ def own_share(num_images: int) -> int:
     return math.ceil(num_images / int(processes().num_processes))
 
 
-def put_on(directory: str, scale: float, model: nn.Module) -> Method:
-    """What a method learned, on a model, for sampling; scaled, if it is a patch, fused, if it is a LoRA."""
-    method = load_learned(model, Path(directory))
-    if isinstance(method, DMP):
-        method.patch.scale = scale
-    elif scale != 1.0:
-        raise UserError(f"patch_scale={scale} scales a patch; '{directory}' holds what {method.name} learned.")
-    if isinstance(method, LoRA):
-        method.fuse()
-    return method
+def put_on(directory: str, scale: float, target: Any, component: str = "") -> None:
+    """What a method learned, on a model or a pipeline, for sampling; scaled, if it is a patch, fused, if it is a LoRA.
+
+    Args:
+        component: the denoiser's name, in a pipeline that has several.
+    """
+    put = open_learned(Path(directory)).put_on(target, component)
+    for method in put.methods.values() if isinstance(put, PerDenoiser) else [put]:
+        if isinstance(method, DMP):
+            method.patch.scale = scale
+        elif scale != 1.0:
+            raise UserError(f"patch_scale={scale} scales a patch; '{directory}' holds what {method.name} learned.")
+        if isinstance(method, LoRA):
+            method.fuse()

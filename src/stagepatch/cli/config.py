@@ -1,7 +1,7 @@
 """What each command takes. Importing this file does not import torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from stagepatch.analysis.config import AnalyzeConfig as AnalyzeConfig
 from stagepatch.data import DataConfig
@@ -49,8 +49,10 @@ class SampleConfig:
         prompts: captions, in turn, for a model that takes them.
         classes: class labels, in turn, for a model that takes them; empty for all.
         patch: directory of a patch, or of what another method learned; empty for the base model.
+        component: name of the denoiser that a patch of one goes on, in a pipeline that has several.
         patch_scale: factor on the patch's prompts; 1 as trained.
         schedule: YAML file of experts by range of timesteps, in place of a patch; see docs/experts.md.
+        call: further arguments of the pipeline's call, such as {height: 512, width: 768, num_frames: 1}.
         sampling: sampler, guidance, count and seed.
     """
 
@@ -60,8 +62,10 @@ class SampleConfig:
     prompts: list[str] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
     patch: str = ""
+    component: str = ""
     patch_scale: float = 1.0
     schedule: str = ""
+    call: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 

@@ -36,10 +36,10 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     attach_guide(model, scheduler or model.scheduler, config.sampling)
     sampling = _put_experts_on(config, model, scheduler) if config.schedule else config.sampling
     if config.patch:
-        put_on(config.patch, config.patch_scale, find_denoiser(model))
+        put_on(config.patch, config.patch_scale, model, config.component)
     with bar_over(own_share(sampling.num_images)) as on_batch:
         if scheduler is None:
-            images = generate_with_pipeline(model, sampling, config.prompts, on_batch, config.classes)
+            images = generate_with_pipeline(model, sampling, config.prompts, on_batch, config.classes, config.call)
         else:
             labels = balanced_labels(model, sampling.num_images, config.classes)
             latents = prompted_latents(config.model, model, config.prompts, dtype)

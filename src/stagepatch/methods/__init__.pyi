@@ -1,5 +1,6 @@
 from .artifacts import STAGE_NAME as STAGE_NAME
 from .artifacts import Artifact as Artifact
+from .artifacts import PerDenoiser as PerDenoiser
 from .artifacts import load_learned as load_learned
 from .artifacts import open_artifact as open_artifact
 from .artifacts import open_learned as open_learned

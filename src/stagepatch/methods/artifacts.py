@@ -10,6 +10,7 @@ from torch import nn
 
 from stagepatch.checkpoints import BUNDLED, DENOISERS, load_denoiser
 from stagepatch.core import UserError, read_json, read_yaml
+from stagepatch.families import find_denoiser
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import METHODS, MethodConfig
 from stagepatch.methods.table import method_class
@@ -37,7 +38,8 @@ class Artifact:
     """A directory or file, and what it holds.
 
     Args:
-        kind: 'patch', 'LoRA' or 'weights', what a method learned; 'model'; 'experts', a YAML file of models by
+        kind: 'patch', 'LoRA' or 'weights', what a method learned; 'patches of several denoisers', of a pipeline;
+            'model'; 'experts', a YAML file of models by
             timestep; 'cache'; 'comparison'; 'stages', what `stagepatch decouple` wrote; files: 'tensors' and
             'checkpoint'. What is not whole is an 'unfinished run' or 'unfinished cache', or 'part of a patch', 'part
             of a LoRA' or 'part of a model'.
@@ -50,8 +52,11 @@ class Artifact:
     method: type[Method] | None = None
     stage: dict[str, Any] = field(default_factory=dict)
 
-    def put_on(self, model: nn.Module) -> Method:
-        """Put what a method learned on a model.
+    def put_on(self, model: Any, component: str = "") -> Method:
+        """Put what a method learned on a model, or on a pipeline's denoiser.
+
+        Args:
+            component: the denoiser's name, in a pipeline that has several.
 
         Raises:
             UserError: it is something else, or of another model.
@@ -60,7 +65,7 @@ class Artifact:
             holds = "nothing that a method learned: no patch, no LoRA, no weights"
             raise UserError(f"'{self.path}' holds {holds}, but {self.description}")
         method = self.method.from_config(MethodConfig(), {})
-        method.load(model, self.path)
+        method.load(model if self.method is PerDenoiser else find_denoiser(model, component), self.path)
         return method
 
     def load(self) -> tuple[Any, Any]:
@@ -121,10 +126,52 @@ def load_learned(model: nn.Module, directory: Path) -> Method:
     return open_learned(directory).put_on(model)
 
 
+class PerDenoiser(Method):
+    """Patches, or what else a method learns, by name of the denoiser; read and put on, not trained as one.
+
+    Attributes:
+        methods: once loaded, by name.
+    """
+
+    name = "per_denoiser"
+    kind = "patches of several denoisers"
+    marker = "denoisers.json"
+
+    def __init__(self) -> None:
+        self.methods: dict[str, Method] = {}
+
+    @staticmethod
+    def directory_of(directory: Path, component: str) -> Path:
+        """Where a denoiser's own is."""
+        return directory / "denoisers" / component
+
+    def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
+        raise UserError("A model's several denoisers are trained one after the other: `stagepatch train`.")
+
+    def save(self, directory: Path) -> None:
+        for component, method in self.methods.items():
+            method.save(self.directory_of(directory, component))
+
+    def load(self, model: Any, directory: Path) -> None:
+        """Put each on the denoiser of its name.
+
+        Args:
+            model: the whole pipeline.
+
+        Raises:
+            UserError: a single model, or a pipeline without one of the denoisers.
+        """
+        if isinstance(model, nn.Module):
+            raise UserError(f"'{directory}' is for several denoisers of a pipeline: give the pipeline, not one model.")
+        for component in read_json(directory / self.marker):
+            denoiser = find_denoiser(model, component)
+            self.methods[component] = open_learned(self.directory_of(directory, component)).put_on(denoiser)
+
+
 def _open_directory(path: Path) -> Artifact:
     stage = read_json(path / STAGE_NAME) if (path / STAGE_NAME).exists() else {}
-    for name in METHODS:
-        method = method_class(name)
+    methods: list[type[Method]] = [PerDenoiser, *map(method_class, METHODS)]
+    for method in methods:
         if method.is_saved_in(path):
             return Artifact(path, method.kind, method, stage)
     components = [path / name for name in DENOISERS if (path / name).is_dir()]

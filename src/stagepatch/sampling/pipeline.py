@@ -1,7 +1,7 @@
 """Generation with a whole pipeline of diffusers: captions or classes in, images out."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ def generate_with_pipeline(
     prompts: list[str],
     on_batch: Callable[[int], None] | None = None,
     classes: Sequence[int] = (),
+    call: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Images [B, 3, H, W] in [−1, 1] on the CPU, with the pipeline's own scheduler, at its own size.
+
+    Of a pipeline of videos the frames, one video after the other.
 
     Image i has prompt i modulo their number, or class i modulo theirs, and noise of (seed, i) alone.
 
@@ -29,25 +32,32 @@ def generate_with_pipeline(
         classes: labels in turn, of a pipeline that takes them; all by default.
         config: its scheduler, guidance_channels and guidance_interval do not apply here.
         on_batch: called with the number of images done after each batch.
+        call: further arguments of the pipeline's call.
 
     Raises:
-        UserError: a pipeline of captions without prompts, or classes that it does not know.
+        UserError: a pipeline of captions without prompts, classes or arguments that it does not know.
     """
     takes = inspect.signature(type(pipe).__call__).parameters
     if "prompt" in takes and not prompts:
         raise UserError(f"{type(pipe).__name__} makes images of captions: give --prompts '[\"a caption\", …]'.")
-    labels = balanced_labels(find_denoiser(pipe), config.num_images, classes)
+    unknown = set(call or ()) - set(takes)
+    if unknown:
+        raise UserError(f"The call of {type(pipe).__name__} takes no '{min(unknown)}'. It takes: {', '.join(takes)}.")
+    takes_labels = "class_labels" in takes
+    labels = balanced_labels(find_denoiser(pipe), config.num_images, classes) if takes_labels else torch.empty(0)
     pipe.set_progress_bar_config(disable=True)
 
     def make(indices: list[int]) -> Tensor:
         options: dict[str, Any] = {"generator": [image_generator(config.seed, index) for index in indices]}
         if "prompt" in takes:
             options["prompt"] = [prompts[index % len(prompts)] for index in indices]
-        elif "class_labels" in takes:
+        elif takes_labels:
             options["class_labels"] = labels[indices].tolist()
         if "guidance_scale" in takes:
             options["guidance_scale"] = config.guidance_scale
         options["num_inference_steps"] = config.num_inference_steps
-        return pipe(**options, output_type="pt", return_dict=False)[0].float()  # type: ignore[no-any-return]
+        options |= {"output_type": "pt", "return_dict": False, **(call or {})}
+        images: Tensor = pipe(**options)[0].float()
+        return images.flatten(0, 1) if images.ndim == 5 else images
 
     return in_batches(make, config, on_batch) * 2.0 - 1.0

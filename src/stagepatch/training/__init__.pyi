@@ -14,3 +14,4 @@ from .run import RUN_CONFIG as RUN_CONFIG
 from .run import Run as Run
 from .run_config import PretrainConfig as PretrainConfig
 from .run_config import TrainConfig as TrainConfig
+from .several import train_all as train_all

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import yaml
 
-from stagepatch.checkpoints import build_denoiser, has_vae, load_denoiser
+from stagepatch.checkpoints import build_denoiser, denoiser_ranges, has_vae, load_denoiser
 from stagepatch.core import UserError, processes, write_text
 from stagepatch.data import check_channels, load_training_data, with_channels
-from stagepatch.diffusion import Objective, make_timesteps, make_weighting
+from stagepatch.diffusion import Objective, TimestepsConfig, make_timesteps, make_weighting
 from stagepatch.families import learns_sigma
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
 from stagepatch.patch import with_condition
@@ -21,7 +21,7 @@ from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
 
 RUN_CONFIG = "run.yaml"
-_IDENTITY = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data")
+_IDENTITY = ("model", "component", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data")
 
 
 class Run:
@@ -55,7 +55,7 @@ class Run:
     ) -> None:
         in_channels = 0 if model is None or parts else int(model.config["in_channels"])
         config = replace(config, data=with_channels(config.data, parts or config.model, in_channels))
-        shape = build_denoiser(config.model) if model is None else model
+        shape = build_denoiser(config.model, config.component) if model is None else model
         config = replace(config, patch=with_condition(config.patch, shape))
         self.config = config
         self.directory = Path(config.output_dir)
@@ -86,12 +86,13 @@ class Run:
         dtype = getattr(torch, config.dtype)
         self.dataset: Any = load_training_data(named, config.data, *cache, dtype)
         if model is None:
-            model, scheduler = load_denoiser(named, dtype)
+            model, scheduler = load_denoiser(named, dtype, config.component)
         if not named or not has_vae(named):
             check_channels(self.dataset, int(model.config["in_channels"]), config.data)
         self.model, self.scheduler = model, scheduler
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
-        self.objective.timesteps = make_timesteps(config.timesteps, self.objective.levels)
+        timesteps = _own_part(config.timesteps, config) if config.component else config.timesteps
+        self.objective.timesteps = make_timesteps(timesteps, self.objective.levels)
 
     def train(self, progress: bool = True) -> Any:
         """Train, and write the result to the run's directory; returns the method, whose result is on the model.
@@ -132,3 +133,19 @@ class Run:
         if self.objective.is_flow and sampling.scheduler == "ddim":  # the default, which knows no flow
             sampling = replace(sampling, scheduler=type(self.scheduler).__name__)
         return load_fakes(directory, model, self.scheduler, self.dataset, sampling)
+
+
+def _own_part(timesteps: TimestepsConfig, config: TrainConfig) -> TimestepsConfig:
+    """The timesteps that are the denoiser's own.
+
+    Raises:
+        UserError: none of those that are asked for is.
+    """
+    own, asked = denoiser_ranges(config.model)[config.component], timesteps.range
+    low, high = max(own[0], asked[0]), min(own[1], asked[1])
+    if low >= high:
+        raise UserError(
+            f"timesteps.range={asked} has nothing of '{config.component}', which is for noise levels {own[0]:g} to "
+            f"{own[1]:g}."
+        )
+    return replace(timesteps, range=[low, high])

@@ -18,6 +18,9 @@ class TrainConfig(MethodConfig):
     Args:
         output_dir: directory of the run; the same command again goes on where it stopped.
         model: a model directory as diffusers writes it, a Hub id, or 'digits' or 'fashion', the bundled models.
+        component: name of the denoiser that is trained, in a model that has several (Wan 2.2's of 14B:
+            'transformer', 'transformer_2'); empty for all, one after the other. Each is trained in its own noise
+            levels.
         dtype: of the frozen model's weights, and of the text encoders that make the cache; what is learned is float32.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
@@ -34,6 +37,7 @@ class TrainConfig(MethodConfig):
 
     output_dir: str = "runs/train"
     model: str = "digits"
+    component: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: str = ""
     cache_batch_size: int = 8
