@@ -12,8 +12,8 @@ from stagepatch.checkpoints import load_denoiser, model_fingerprint, save_denois
 from stagepatch.cli import main
 from stagepatch.core.process_state import processes
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
-from stagepatch.merging import merge_models
-from stagepatch.methods import load_learned
+from stagepatch.merging import MergeMethod, merge_models
+from stagepatch.methods import load_learned, open_artifact
 from stagepatch.patch import Patch, PatchConfig
 from tests.runs import assert_same, imported_by, options
 from tests.search.searches import save_learned
@@ -67,6 +67,92 @@ def test_merged_lora_is_the_weighted_sum_of_the_stages(tmp_path, capsys):
     load_learned(first.unet, tmp_path / "0")
     torch.testing.assert_close(TINY.call(pipe), TINY.call(first), rtol=1e-4, atol=1e-5)
     refused(capsys, [stages, "--weights=[1.0, 0.0]", "--ties_keep=0.5"], "would not be a LoRA")
+    fisher = ["--merge_method=fisher", "--fisher_samples=2"]
+    refused(capsys, [stages, "--weights=[1.0, 0.0]", *fisher], "merged by 'fisher' would not be a LoRA")
+    merged(
+        capsys, stages, "--weights=[0.5, 1.0]", "--merge_method=dare", "--dare_drop=0.5", f"--output_dir={tmp_path}/d"
+    )
+    dropped = load_file(tmp_path / "d" / "pytorch_lora_weights.safetensors")
+    assert {name: value.shape for name, value in dropped.items()} == {n: value.shape for n, value in weights.items()}
+    assert all(0.0 < float((value == 0).double().mean()) < 1.0 for value in dropped.values())
+
+
+def test_dropped_and_rescaled_model_is_what_the_library_merges(decoupled, capsys):
+    given = [*stages_and_output(decoupled), "--weights=[0.5, 0.5]"]
+    stages = [decoupled / "run" / "stages" / str(number) for number in range(2)]
+    for name, method in (
+        ("dare", MergeMethod("dare", dare_drop=0.9, seed=4)),
+        ("dare_ties", MergeMethod("dare_ties", ties_keep=0.05, dare_drop=0.9, seed=4)),
+    ):
+        more = ["--merge_method", name, "--dare_drop=0.9", "--seed=4", f"--ties_keep={method.ties_keep}"]
+        merged(capsys, *given, *more)
+        merge_models(decoupled / "base", stages, [0.5, 0.5], decoupled / name, method)
+        ours, theirs = (load_denoiser(decoupled / output)[0].state_dict() for output in ("out", name))
+        assert_same(ours, theirs)
+    merged(capsys, *given, "--merge_method=ties", "--ties_keep=0.3")
+    named = load_denoiser(decoupled / "out")[0].state_dict()
+    merged(capsys, *given, "--ties_keep=0.3")
+    assert_same(load_denoiser(decoupled / "out")[0].state_dict(), named)
+
+
+def test_fisher_merged_model_is_the_mean_by_each_stages_fisher(decoupled, tiny_dit, capsys, monkeypatch):
+    stages = [decoupled / "run" / "stages" / str(number) for number in range(2)]
+    for number, stage in enumerate(stages):
+        facts = json.loads((stage / "stage.json").read_text()) | {"from": 500 * number, "to": 500 * number + 500}
+        (stage / "stage.json").write_text(json.dumps(facts))
+    given = [*stages_and_output(decoupled), "--merge_method=fisher", "--weights=[1.0, 3.0]"]
+    fisher = [*given, "--fisher_samples=5"]
+    merged(capsys, *fisher)
+    files = [decoupled / "out" / "fisher" / f"{number}.safetensors" for number in range(2)]
+    ours = load_denoiser(decoupled / "out")[0].state_dict()
+    theirs = [load_denoiser(stage)[0].state_dict() for stage in stages]
+    fishers = [load_file(path) for path in files]
+    norms = [sum(float(value.double().square().sum()) for value in each.values()) ** 0.5 for each in fishers]
+    name = "x_embedder.proj.weight"  # all of which both losses feel
+    one, two = (each[name].double() / norm for each, norm in zip(fishers, norms, strict=True))
+    expected = (one * theirs[0][name] + 3 * two * theirs[1][name]) / (one + 3 * two)
+    torch.testing.assert_close(ours[name].double(), expected, rtol=1e-4, atol=1e-6)
+    assert open_artifact(decoupled / "out").kind == "model"
+    times = [path.stat().st_mtime_ns for path in files]
+    merged(capsys, *fisher, "--fisher_normalize=false")
+    assert [path.stat().st_mtime_ns for path in files] == times  # are not made again
+    assert not torch.equal(load_denoiser(decoupled / "out")[0].state_dict()[name], ours[name])
+    monkeypatch.setattr("stagepatch.merging.fisher.diagonal_fisher", lambda *_: pytest.fail("drawn"))
+    refused(capsys, given, "needs fisher_samples")
+    refused(capsys, [*fisher, "--weights=[0, 0]", "--seed=1"], "shares of a mean")
+    refused(capsys, [*fisher, "--weights=[]", *SEARCH], "are not searched for")
+    save_denoiser(tiny_dit(0, in_channels=3), make_scheduler(ObjectiveConfig()), decoupled / "colour")
+    of_colour = [f"--base={decoupled / 'colour'}", stages_of(decoupled / "colour"), "--weights=[1]"]
+    refused(capsys, [*fisher, *of_colour], "have 1 channel(s), but the model takes 3")
+
+
+def test_options_of_other_methods_are_refused(decoupled, capsys):
+    given = [*stages_and_output(decoupled), "--weights=[0.5, 0.5]"]
+    for more, message in (
+        (["--merge_method=dare"], "merge_method='dare' needs dare_drop"),
+        (["--merge_method=ties"], "merge_method='ties' needs ties_keep"),
+        (["--dare_drop=0.5"], "dare_drop is an option of merge_method dare or dare_ties, not of 'sum'"),
+        (["--merge_method=sum", "--ties_keep=0.5"], "ties_keep is an option of merge_method ties or dare_ties"),
+        (["--fisher_samples=5"], "options of merge_method fisher, not of 'sum'"),
+        (["--merge_method=dare", "--dare_drop=0.5", "--fisher_normalize=false"], "merge_method fisher, not of 'dare'"),
+        (["--merge_method=fisher", "--fisher_samples=5", "--dare_drop=0.5"], "not of 'fisher'"),
+        (["--merge_method=slerp"], "slerp"),
+    ):
+        refused(capsys, [*given, *more], message)
+    assert not (decoupled / "out").exists()
+
+
+def test_searched_weights_are_of_the_dropped_task_vectors(decoupled, capsys):
+    given = [*stages_and_output(decoupled), *SEARCH, "--search.strategies=[grid]"]
+    dare = [*given, "--merge_method=dare", "--dare_drop=0.5"]
+    merged(capsys, *dare)
+    found = json.loads((decoupled / "out" / "search.json").read_text())["best"]["weights"]
+    stages = [decoupled / "run" / "stages" / str(number) for number in range(2)]
+    merge_models(decoupled / "base", stages, found, decoupled / "expected", MergeMethod("dare", dare_drop=0.5))
+    ours, theirs = (load_denoiser(decoupled / output)[0].state_dict() for output in ("out", "expected"))
+    assert_same(ours, theirs)
+    for other in ([*dare, "--seed=1"], [*given, "--merge_method=dare_ties", "--dare_drop=0.5"], given):
+        refused(capsys, other, "holds evaluations of something else (dare was")
 
 
 @pytest.mark.parametrize("stages", ["[]", "['nowhere']"])

@@ -13,7 +13,7 @@ from stagepatch.core import TensorReader, UserError, read_json, write_json, writ
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 from stagepatch.diffusion.timesteps import equal_in_t
 from stagepatch.families import predict
-from stagepatch.merging import combine, merge_loras, merge_models
+from stagepatch.merging import MergeMethod, combine, merge_loras, merge_models
 from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE
 from tests.runs import assert_same
@@ -87,10 +87,11 @@ def test_merged_model_is_loaded_by_diffusers(models, tmp_path):
 def test_ties_trims_elects_and_averages_those_that_agree():
     base = torch.zeros(4)
     stages = [torch.tensor([4.0, -1.0, 3.0, 0.1]), torch.tensor([2.0, 5.0, -3.5, 0.2])]
-    kept_half = combine(base, stages, [1.0, 1.0], ties_keep=0.5)
+    kept_half = combine(base, stages, [1.0, 1.0], MergeMethod("ties", ties_keep=0.5))
     # Kept: [4, 0, 3, 0] and [0, 5, -3.5, 0]; signs elected +, +, −; each has one that agrees; times two stages.
     assert kept_half.tolist() == [8.0, 10.0, -7.0, 0.0]
-    assert combine(base, stages, [0.5, 0.5], ties_keep=1.0).tolist() == pytest.approx([3.0, 5.0, -3.5, 0.15])
+    whole = combine(base, stages, [0.5, 0.5], MergeMethod("ties", ties_keep=1.0))
+    assert whole.tolist() == pytest.approx([3.0, 5.0, -3.5, 0.15])
 
 
 def test_whole_numbers_are_the_bases():

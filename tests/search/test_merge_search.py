@@ -12,7 +12,8 @@ from stagepatch.core import UserError
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.evaluation import Evaluator, load_extractor, load_references
-from stagepatch.merging import find_stages, merge_loras, merge_models
+from stagepatch.merging import MergeMethod, find_stages, merge_loras, merge_models
+from stagepatch.merging.config import SUM
 from stagepatch.methods import load_learned
 from stagepatch.sampling import SamplingConfig
 from stagepatch.search import MergedLoRA, MergedModel, SampledMetric
@@ -36,20 +37,23 @@ def weights_file(directory):
     return directory / "transformer" / "diffusion_pytorch_model.safetensors"
 
 
-def assert_as_written(merged, stages, output, ties=0.0):
+def assert_as_written(merged, stages, output, method=SUM):
     """At WEIGHTS, the model in memory is the one that `merge_models` writes."""
-    merge_models(Path(stages.base), stages.directories, WEIGHTS, output, ties)
+    merge_models(Path(stages.base), stages.directories, WEIGHTS, output, method)
     own, theirs = merged.at(WEIGHTS).state_dict(), load_denoiser(output)[0].state_dict()
     assert set(own) == set(theirs)
     assert all(torch.equal(value, theirs[name]) for name, value in own.items())
 
 
-@pytest.mark.parametrize("ties", [0.0, 0.4])
-def test_model_in_memory_is_the_model_that_is_written(stages, tmp_path, ties, monkeypatch):
+METHODS = [SUM, MergeMethod(ties_keep=0.4), MergeMethod("dare", dare_drop=0.5, seed=1)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.kind)
+def test_model_in_memory_is_the_model_that_is_written(stages, tmp_path, method, monkeypatch):
     monkeypatch.setattr("stagepatch.merging.models.PIECE", 7)
-    merged = MergedModel(stages, ties)
+    merged = MergedModel(stages, method)
     merged.at([1.0, -2.0])  # nothing of it stays
-    assert_as_written(merged, stages, tmp_path / "out", ties)
+    assert_as_written(merged, stages, tmp_path / "out", method)
 
 
 def test_half_precision_is_rounded_as_in_the_written_model(stages, tmp_path):
@@ -68,13 +72,14 @@ def test_projections_of_stages_are_merged_too(stages, tmp_path):
     assert_as_written(MergedModel(stages), stages, tmp_path / "out")
 
 
-def test_lora_in_memory_is_the_lora_that_is_written(stages, tmp_path, batch):
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[2]], ids=lambda method: method.kind)
+def test_lora_in_memory_is_the_lora_that_is_written(stages, tmp_path, batch, method):
     for number in (1, 2):
         save_learned("lora", load_denoiser(stages.base)[0], tmp_path / f"lora{number}", number, rank=number)
     loras = find_stages(stages.base, [str(tmp_path / "lora1"), str(tmp_path / "lora2")], needs_base=True)
-    merged = MergedLoRA(loras)
+    merged = MergedLoRA(loras, method)
     merged.at([5.0, 5.0])
-    merge_loras(loras.directories, WEIGHTS, tmp_path / "out")
+    merge_loras(loras.directories, WEIGHTS, tmp_path / "out", method)
     expected, _ = load_denoiser(stages.base)
     load_learned(expected, tmp_path / "out")
     with torch.no_grad():

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from stagepatch.analysis.config import AnalyzeConfig
 from stagepatch.analysis.result import Analysis, signed
-from stagepatch.analysis.samples import Samples, sample_losses
+from stagepatch.analysis.samples import Samples
 from stagepatch.core import UserError, as_user_error, generator_for
 from stagepatch.diffusion import Objective
 from stagepatch.report import Table, similarity_heatmaps
+from stagepatch.training import sample_losses
 
 _SKETCH = 102  # first part of the seed
 _PIECE = 2**20

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from stagepatch.analysis.result import Analysis
-from stagepatch.analysis.samples import Samples, sample_losses
+from stagepatch.analysis.samples import Samples
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.core import UserError, processes
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma
 from stagepatch.methods import open_artifact
 from stagepatch.report import Table
+from stagepatch.training import sample_losses
 
 _QUARTERS = 4
 

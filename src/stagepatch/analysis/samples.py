@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from stagepatch.core import UserError, seed_for
 from stagepatch.diffusion import Objective
-from stagepatch.families import input_dtype, predict
 from stagepatch.training import Conditions, Draws, TrainingConfig, draw, load_batches
 
 _ANALYSIS = 101  # first part of the seeds, which training does not use
@@ -72,10 +71,3 @@ class Samples:
             draws = draws.rows(slice(count - number * size))
             yield draws
             self.on_batch(len(draws.x_start))
-
-
-def sample_losses(model: nn.Module, objective: Objective, draws: Draws) -> Tensor:
-    """The loss of each sample, by the model's own objective: [B]."""
-    x_t = objective.add_noise(draws.x_start, draws.noise, draws.timesteps).to(input_dtype(model))
-    output = predict(model, x_t, objective.model_timesteps(draws.timesteps), draws.condition)
-    return objective.loss(output, draws.x_start, draws.noise, draws.timesteps)

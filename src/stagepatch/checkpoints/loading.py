@@ -80,10 +80,10 @@ def build_denoiser(source: str | Path, component: str = "") -> Any:
         return model_class.from_config(read_json(directory / "config.json"))
 
 
-def load_vae(source: str | Path) -> Any:
+def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model's VAE, frozen, in eval mode."""
     directory = find_model(source, ["vae"]) / "vae"
-    return _load_model(directory).requires_grad_(False)
+    return _load_model(directory, dtype).requires_grad_(False)
 
 
 def load_captioner(

@@ -6,26 +6,40 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from stagepatch.checkpoints import build_denoiser, has_vae
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG
+from stagepatch.cli.common import RUN_CONFIG, bar_over
 from stagepatch.core import UserError, write_text
-from stagepatch.merging import Stages, find_stages
+from stagepatch.data import check_channels, load_training_data
+from stagepatch.merging import Stages, check_lora_method, check_weights, find_stages, write_fisher
 
 
 def merge(config: configs.MergeConfig, resolved: str) -> None:
     """Merge stages, a tensor at a time; with a search, first find the weights."""
     output = Path(config.output_dir)
-    if not 0.0 <= config.ties_keep <= 1.0:
-        raise UserError(f"ties_keep={config.ties_keep} must be a share from 0 to 1.")
     stages = find_stages(config.base, config.stages, needs_base=bool(config.search.strategies))
-    if stages.are_loras and config.ties_keep:
-        raise UserError("TIES-merging of LoRAs would not be a LoRA: set ties_keep to 0.")
+    if stages.are_loras:
+        check_lora_method(config.method)
     if config.search.strategies:
         _search_and_merge(config, stages)
     else:
-        stages.merge(config.weights, output, config.ties_keep)
+        fishers = _write_fishers(config, stages) if config.method.kind == "fisher" else []
+        stages.merge(config.weights, output, config.method, fishers)
     write_text(output / RUN_CONFIG, resolved)
     print(f"The merged {'LoRA' if stages.are_loras else 'model'} is in '{output}'.")
+
+
+def _write_fishers(config: configs.MergeConfig, stages: Stages) -> list[Path]:
+    """Of each stage in turn, in 'fisher/'; those that are there already are taken."""
+    check_weights(stages.directories, config.weights, config.method)
+    dataset = load_training_data(stages.base, config.data, config.cache, config.output_dir)
+    if not has_vae(stages.base):
+        check_channels(dataset, int(build_denoiser(stages.base).config["in_channels"]), config.data)
+    paths = [Path(config.output_dir) / "fisher" / f"{number}.safetensors" for number in range(len(config.weights))]
+    with bar_over(config.fisher_samples * len(paths), "Fishers") as on_sample:
+        for path, stage in zip(paths, stages.directories, strict=True):
+            write_fisher(path, stage, dataset, config.data, config.fisher_samples, config.seed, on_sample)
+    return paths
 
 
 def _search_and_merge(config: configs.MergeConfig, stages: Stages) -> None:
@@ -39,7 +53,7 @@ def _search_and_merge(config: configs.MergeConfig, stages: Stages) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / "search.lock"):  # processes that shared a search end at the same time
         results.write_merge_results(config, found)
-        stages.merge(best, output, config.ties_keep)
+        stages.merge(best, output, config.method)
     results.print_merge_results(config, found)
     where = output / results.RESULT
     print(f"The best weights of all are {results.format_weights(best)}. Every evaluation is in '{where}'.")

@@ -99,7 +99,7 @@ def make_cache(
         directory,
         key,
         lambda: Images(source, data),
-        lambda: load_vae(model).to(device, dtype),
+        lambda: load_vae(model, dtype).to(device),
         (lambda: load_captioner(model, device, text_dtype)) if takes_captions(model) else None,
         batch_size,
     )

@@ -1,3 +1,10 @@
+from .config import MergeMethod as MergeMethod
+from .config import check_weights as check_weights
+from .fisher import diagonal_fisher as diagonal_fisher
+from .fisher import write_fisher as write_fisher
+from .fisher_mean import Fishers as Fishers
+from .fisher_mean import fisher_mean as fisher_mean
+from .lora import check_lora_method as check_lora_method
 from .lora import combine_loras as combine_loras
 from .lora import merge_loras as merge_loras
 from .models import ProjectedReader as ProjectedReader

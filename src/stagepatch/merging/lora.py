@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors
-from stagepatch.merging.models import check_weights
+from stagepatch.merging.config import SUM, MergeMethod, check_weights
+from stagepatch.merging.dare import drop
 from stagepatch.methods import LoRAConfig
 from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME
 
@@ -37,23 +38,47 @@ def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tenso
     return replace(choices[0], rank=sum(choice.rank for choice in choices), min_rank=0), loras
 
 
-def combine_loras(loras: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Σ w_i B_i A_i as one LoRA, exactly: the ranks stand side by side, so its rank is the sum of theirs."""
+def combine_loras(
+    loras: Sequence[Mapping[str, Tensor]], weights: Sequence[float], method: MergeMethod = SUM
+) -> dict[str, Tensor]:
+    """Σ w_i B_i A_i as one LoRA, exactly: the ranks stand side by side, so its rank is the sum of theirs.
+
+    By DARE, each B_i and each A_i is dropped and rescaled, as in peft's merging of adapters: of B_i A_i itself, what
+    is left would be no LoRA. They are drawn independently, so the expectation is the sum.
+
+    Args:
+        method: 'sum' or 'dare'; see `check_lora_method`.
+    """
     merged = {}
     for name in loras[0]:
+        parts = [lora[name] for lora in loras]
+        if method.dare_drop:
+            parts = drop(parts, method, name)
         is_down = name.endswith("lora_A.weight")
-        parts = [lora[name] if is_down else weight * lora[name] for lora, weight in zip(loras, weights, strict=True)]
+        if not is_down:
+            parts = [weight * part for part, weight in zip(parts, weights, strict=True)]
         merged[name] = torch.cat(parts, dim=0 if is_down else 1)
     return merged
 
 
-def merge_loras(stages: Sequence[Path], weights: Sequence[float], output: Path) -> None:
+def check_lora_method(method: MergeMethod) -> None:
+    """Refuse a method whose result is no LoRA.
+
+    Raises:
+        UserError: it is not.
+    """
+    if method.kind not in ("sum", "dare"):
+        raise UserError(f"LoRAs merged by '{method.kind}' would not be a LoRA: choose merge_method 'sum' or 'dare'.")
+
+
+def merge_loras(stages: Sequence[Path], weights: Sequence[float], output: Path, method: MergeMethod = SUM) -> None:
     """`combine_loras` of directories into a directory.
 
     Raises:
-        UserError: other than one weight a stage, or LoRAs on other layers.
+        UserError: other than one weight a stage, a method whose result is no LoRA, or LoRAs on other layers.
     """
     check_weights(stages, weights)
+    check_lora_method(method)
     config, loras = read_loras(stages)
-    write_tensors(output / FILE_NAME, combine_loras(loras, weights))
+    write_tensors(output / FILE_NAME, combine_loras(loras, weights, method))
     write_json(output / CONFIG_NAME, asdict(config))

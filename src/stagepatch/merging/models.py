@@ -13,31 +13,48 @@ from torch import Tensor
 from stagepatch.checkpoints.layout import denoiser_directory, denoiser_reader
 from stagepatch.checkpoints.projection import PROJECTION
 from stagepatch.core import TensorReader, UserError, write_stream
+from stagepatch.merging.config import SUM, MergeMethod, check_weights
+from stagepatch.merging.dare import drop
+from stagepatch.merging.fisher_mean import Fishers, fisher_mean
 
 # Numbers at a time: in the processor's cache, and too few for torch to share among threads, which costs more.
 PIECE = 2**15
 
 
-def combine(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float], ties_keep: float = 0.0) -> Tensor:
+def combine(
+    base: Tensor, stages: Sequence[Tensor], weights: Sequence[float], method: MergeMethod = SUM, name: str = ""
+) -> Tensor:
     """θ + Σ w_i (θ_i − θ) of one tensor, in float32 or better and back to the base's dtype.
 
-    Without TIES it is computed as (1 − Σ w_i)·θ + Σ w_i·θ_i: weights of zero give the base, and a single weight of one
-    gives that stage, exactly.
+    The sum is computed as (1 − Σ w_i)·θ + Σ w_i·θ_i: weights of zero give the base, and a single weight of one
+    gives that stage, exactly. By other methods the task vectors are dropped and rescaled (DARE), trimmed, signs are
+    elected, and the mean of those that agree is taken (TIES), as far as the method asks for it.
+
+    TIES and peft's `ties`: with equal weights, this is N times that for N stages, so that weights of 1/N are peft's
+    weights of 1, the paper's λ = 1. With unequal weights, signs are elected here among w_i (θ_i − θ), in peft among
+    θ_i − θ. Where those sum to zero, nothing is added here; peft takes the positive ones. A share that is no whole
+    number of weights is rounded here, and what is as large as the least that is kept is kept too; peft rounds down.
 
     Args:
-        ties_keep: share of each task vector that TIES-merging (arXiv 2306.01708) keeps, the largest: trim, elect
-            signs, mean of those that agree. 0 is the plain sum.
+        method: any but 'fisher', which is no sum of task vectors; see `fisher_mean`.
+        name: of the tensor, for DARE's draws.
     """
     if not base.is_floating_point():
         return base
-    if not ties_keep:
+    assert method.kind != "fisher", "it is no sum of task vectors"
+    if method.kind == "sum":
         return _weighted_sum(base, stages, weights)
-    trimmed = torch.stack([_trim(stage.double() - base.double(), ties_keep) for stage in stages])
-    weighed = trimmed * torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * base.ndim)
-    elected = weighed.sum(dim=0).sign()
-    agrees = (weighed.sign() == elected) & (weighed != 0)
-    count = agrees.sum(dim=0).clamp_min(1)
-    return (base.double() + (weighed * agrees).sum(dim=0) / count * len(stages)).to(base.dtype)
+    vectors = [stage.double() - base.double() for stage in stages]
+    if method.dare_drop:
+        vectors = drop(vectors, method, name)
+    if method.ties_keep:
+        vectors = [_trim(vector, method.ties_keep) for vector in vectors]
+    weighed = torch.stack(vectors) * torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * base.ndim)
+    total = weighed.sum(dim=0)
+    if method.kind in ("ties", "dare_ties"):
+        agrees = (weighed.sign() == total.sign()) & (weighed != 0)
+        total = (weighed * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1) * len(stages)
+    return (base.double() + total).to(base.dtype)
 
 
 def _weighted_sum(base: Tensor, stages: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -56,7 +73,12 @@ def _trim(vector: Tensor, keep: float) -> Tensor:
 
 
 def merge_models(
-    base: Path, stages: Sequence[Path], weights: Sequence[float], output: Path, ties_keep: float = 0.0
+    base: Path,
+    stages: Sequence[Path],
+    weights: Sequence[float],
+    output: Path,
+    method: MergeMethod = SUM,
+    fishers: Sequence[Path] = (),
 ) -> None:
     """Merge model directories, a tensor at a time, into one that any diffusers code loads.
 
@@ -64,14 +86,20 @@ def merge_models(
         base: the model that the stages were trained from; the other parts of its pipeline are copied.
         stages: directories whose denoiser has the base's architecture.
         weights: w_i, one a stage.
-        ties_keep: see `combine`.
+        method: see `combine`, and for 'fisher' `fisher_mean`.
+        fishers: of 'fisher', the file of each stage's, as `write_fisher` writes it.
 
     Raises:
-        UserError: other than one weight a stage, or a stage of another architecture, by name of what differs.
+        UserError: weights or Fishers that the stages cannot have, or a stage of another architecture, by name of what
+            differs.
     """
-    check_weights(stages, weights)
+    check_weights(stages, weights, method)
+    is_mean = method.kind == "fisher"
+    if len(fishers) != (len(stages) if is_mean else 0):
+        raise UserError(f"{len(fishers)} Fishers for {len(stages)} stages: merge_method='fisher' needs one for each.")
     component = denoiser_directory(base).name
     base_reader, *_ = readers = open_all(base, stages)
+    precisions = Fishers(fishers, base_reader.shapes, method.normalize) if is_mean else None
     (output / component).mkdir(parents=True, exist_ok=True)
     for part in base.iterdir():
         is_component = part.is_dir() and any(part.glob("*config.json"))  # a training run may lie there too
@@ -82,22 +110,21 @@ def merge_models(
     shutil.copy(base / component / "config.json", output / component / "config.json")
 
     def merged(name: str) -> Iterator[Tensor]:
-        size = piece_size(base_reader.shapes[name][0], ties_keep)
-        for piece, *others in zip(*(reader.pieces(name, size) for reader in readers), strict=True):
-            yield combine(piece, others, weights, ties_keep)
+        size = piece_size(base_reader.shapes[name][0], method)
+        pieces = zip(*(reader.pieces(name, size) for reader in readers), strict=True)
+        if precisions is None:
+            for piece, *others in pieces:
+                yield combine(piece, others, weights, method, name)
+        else:
+            for (piece, *others), own in zip(pieces, precisions.pieces(name, size), strict=True):
+                yield fisher_mean(piece, others, own, weights)
 
     write_stream(output / component / "diffusion_pytorch_model.safetensors", base_reader.shapes, merged)
 
 
-def check_weights(stages: Sequence[Path], weights: Sequence[float]) -> None:
-    """Refuse other than one weight a stage."""
-    if len(stages) != len(weights) or not stages:
-        raise UserError(f"{len(weights)} weights for {len(stages)} stages: give one weight for each.")
-
-
-def piece_size(shape: Sequence[int], ties_keep: float) -> int:
-    """Numbers of a tensor that are merged at a time: TIES looks at all of it."""
-    return max(1, math.prod(shape)) if ties_keep else PIECE
+def piece_size(shape: Sequence[int], method: MergeMethod) -> int:
+    """Numbers of a tensor that are merged at a time: TIES looks at all of it, and DARE's draws are of all of it."""
+    return PIECE if method.kind in ("sum", "fisher") else max(1, math.prod(shape))
 
 
 def open_all(base: Path, stages: Sequence[Path]) -> list[ProjectedReader]:

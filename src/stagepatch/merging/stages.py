@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stagepatch.checkpoints import find_model, model_fingerprint
 from stagepatch.core import UserError
+from stagepatch.merging.config import SUM, MergeMethod
 from stagepatch.merging.lora import merge_loras
 from stagepatch.merging.models import merge_models
 from stagepatch.methods import Artifact, open_artifact
@@ -31,27 +32,38 @@ class Stages:
     directories: tuple[Path, ...]
     are_loras: bool
 
-    def merge(self, weights: Sequence[float], output: Path, ties_keep: float = 0.0) -> None:
+    def merge(
+        self, weights: Sequence[float], output: Path, method: MergeMethod = SUM, fishers: Sequence[Path] = ()
+    ) -> None:
         """`merge_models`, or `merge_loras`.
 
         Raises:
             UserError: other than one weight a stage, or stages of different architectures.
         """
         if self.are_loras:
-            merge_loras(self.directories, weights, output)
+            merge_loras(self.directories, weights, output, method)
         else:
-            merge_models(find_model(self.base), self.directories, weights, output, ties_keep)
+            merge_models(find_model(self.base), self.directories, weights, output, method, fishers)
 
 
 def merge(
-    stages: Sequence[str | Path], weights: Sequence[float], output: str | Path, base: str = "", ties_keep: float = 0.0
+    stages: Sequence[str | Path],
+    weights: Sequence[float],
+    output: str | Path,
+    base: str = "",
+    ties_keep: float = 0.0,
+    method: MergeMethod | None = None,
+    fishers: Sequence[str | Path] = (),
 ) -> None:
     """Merge models, or LoRAs, into one; see `find_stages`, `merge_models` and `merge_loras`.
 
     Args:
         output: directory of the merged model, or LoRA.
+        ties_keep: of TIES, where no method is given.
+        fishers: of method 'fisher', files that `write_fisher` wrote, one a stage.
     """
-    find_stages(base, list(map(str, stages))).merge(weights, Path(output), ties_keep)
+    method = method or MergeMethod(ties_keep=ties_keep)
+    find_stages(base, list(map(str, stages))).merge(weights, Path(output), method, list(map(Path, fishers)))
 
 
 def find_stages(base: str, stages: Sequence[str], needs_base: bool = False) -> Stages:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stagepatch.core import UserError
 from stagepatch.evaluation.config import EvaluationConfig
+from stagepatch.merging import MergeMethod
 from stagepatch.sampling.config import SamplingConfig
 
 
@@ -50,15 +52,28 @@ class SearchConfig:
 class MergeConfig(EvaluationConfig):
     """Merge models that were trained on from one base, or their LoRAs, into one (DeMe, arXiv 2410.06664).
 
-    With `search.strategies` the weights are searched for, on `data`, `sampling` and `extractor`.
+    With `search.strategies` the weights are searched for, on `data`, `sampling` and `extractor`. Fisher merging draws
+    its samples from `data`, the training images.
 
     Args:
         base: the model that the stages were trained from; may be left out where `stagepatch decouple` wrote the
             stages, which say so themselves.
         stages: model directories; or directories of LoRAs, and then all of them; or the one output_dir of
             `stagepatch decouple`, for all of its stages in order.
-        weights: of each stage's task vector; 1 takes it whole.
-        ties_keep: share of each tensor's task vector that TIES-merging (arXiv 2306.01708) keeps; 0 is the plain sum.
+        weights: of each stage's task vector; 1 takes it whole. Of 'fisher', shares of a mean.
+        merge_method: 'sum' of weighted task vectors (DeMe); 'ties' (arXiv 2306.01708), which needs ties_keep; 'dare'
+            (arXiv 2311.03099) and 'dare_ties', with signs elected as in TIES, which need dare_drop; 'fisher' (arXiv
+            2111.09832), which needs fisher_samples: the mean of the stages, each weight by how much its stage's loss
+            feels it. LoRAs: 'sum' or 'dare'. Null is 'ties' where ties_keep is given, else 'sum'.
+        ties_keep: share of each tensor's task vector that TIES keeps, the largest; with 'dare_ties', of what is left
+            of it, and 0 keeps that whole.
+        dare_drop: share of each task vector that DARE drops at random (0.9 and more in the paper); the rest is
+            rescaled.
+        fisher_samples: draws of image, noise and timestep for the Fisher of each stage (256, say), in its own range
+            of timesteps where `stagepatch decouple` made it.
+        fisher_normalize: divide each stage's Fisher by its norm, as the authors' code does; false takes the paper's
+            formula as it stands, where a stage of larger gradients weighs more.
+        seed: of what DARE drops, and of a Fisher's draws.
         output_dir: takes the merged model as an ordinary model directory, or the merged LoRA; and what a search found.
         search: for weights.
         sampling: of a search: sampler, count (DeMe: 5,000 images) and the noise's seed.
@@ -67,10 +82,36 @@ class MergeConfig(EvaluationConfig):
     base: str = ""
     stages: list[str] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    merge_method: Literal["sum", "ties", "dare", "dare_ties", "fisher"] | None = None
     ties_keep: float = 0.0
+    dare_drop: float = 0.0
+    fisher_samples: int = 0
+    fisher_normalize: bool = True
+    seed: int = 0
     output_dir: str = "runs/merged"
     search: SearchConfig = field(default_factory=SearchConfig)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=5000), kw_only=True)
+
+    def __post_init__(self) -> None:
+        is_fisher = self.method.kind == "fisher"
+        if is_fisher and self.fisher_samples < 1:
+            raise UserError("merge_method='fisher' needs fisher_samples, of which its Fishers are means: 256, say.")
+        if not is_fisher and (self.fisher_samples or not self.fisher_normalize):
+            raise UserError(
+                f"fisher_samples and fisher_normalize are options of merge_method fisher, not of "
+                f"'{self.method.kind}': leave them out."
+            )
+        if is_fisher and self.search.strategies:
+            raise UserError(
+                "Weights of merge_method='fisher' are not searched for: a search begins with the base, all weights 0, "
+                "which is no mean of the stages. Give weights."
+            )
+
+    @property
+    def method(self) -> MergeMethod:
+        """How stages are merged."""
+        name = self.merge_method or ""
+        return MergeMethod(name, self.ties_keep, self.dare_drop, self.fisher_normalize, self.seed)
 
 
 @dataclass

@@ -17,7 +17,8 @@ from stagepatch.checkpoints import add_projections, find_model, load_denoiser, m
 from stagepatch.checkpoints.projection import PROJECTION
 from stagepatch.core import TensorReader, UserError, processes
 from stagepatch.evaluation import Evaluator
-from stagepatch.merging import Stages, combine, combine_loras
+from stagepatch.merging import MergeMethod, Stages, combine, combine_loras
+from stagepatch.merging.config import SUM
 from stagepatch.merging.lora import read_loras
 from stagepatch.merging.models import open_all, piece_size
 from stagepatch.methods import LoRA
@@ -42,7 +43,7 @@ class MergedModel:
         UserError: a stage of another architecture, by name of what differs.
     """
 
-    def __init__(self, stages: Stages, ties_keep: float = 0.0) -> None:
+    def __init__(self, stages: Stages, method: MergeMethod = SUM) -> None:
         readers = open_all(find_model(stages.base), stages.directories)
         names = list(readers[0].shapes)
         model, self.scheduler = load_denoiser(stages.base)
@@ -51,24 +52,25 @@ class MergedModel:
             add_projections(model, numbers)
         self._model: nn.Module = model.to(processes().device)
         self._parts = {name: [reader.read(name) for reader in readers] for name in names}
-        self._ties_keep = ties_keep
+        self._method = method
 
     @torch.no_grad()
     def at(self, weights: Sequence[float]) -> nn.Module:
         """The model at these weights: always the same object."""
         own = self._model.state_dict()
         for name, parts in self._parts.items():
-            size = piece_size(parts[0].shape, self._ties_keep)
+            size = piece_size(parts[0].shape, self._method)
             pieces = [tensor.view(-1).split(size) for tensor in (own[name], *parts)]
             for target, base, *stages in zip(*pieces, strict=True):
-                target.copy_(combine(base, stages, weights, self._ties_keep))
+                target.copy_(combine(base, stages, weights, self._method, name))
         return self._model
 
 
 class MergedLoRA:
     """The base with one LoRA, which for each weights is what `merge_loras` would write."""
 
-    def __init__(self, stages: Stages) -> None:
+    def __init__(self, stages: Stages, method: MergeMethod = SUM) -> None:
+        self._method = method
         self._config, self._loras = read_loras(stages.directories)
         model, self.scheduler = load_denoiser(stages.base)
         LoRA(self._config).prepare(model)
@@ -78,7 +80,7 @@ class MergedLoRA:
         """The model at these weights: always the same object."""
         from peft.utils import set_peft_model_state_dict
 
-        merged = combine_loras(self._loras, weights)
+        merged = combine_loras(self._loras, weights, self._method)
         state = {name.split(".", 1)[1]: tensor for name, tensor in merged.items()}  # its first part names the denoiser
         set_peft_model_state_dict(self._model, state, adapter_name=ADAPTER)
         return self._model
@@ -94,7 +96,7 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
     check_alone("merge")
     options, output, count = config.search, Path(config.output_dir), len(stages.directories)
     strategies = weight_strategies(options, count)
-    merged = MergedLoRA(stages) if stages.are_loras else MergedModel(stages, config.ties_keep)
+    merged = (MergedLoRA if stages.are_loras else MergedModel)(stages, config.method)
     cache = Path(config.cache or output / "cache")
     evaluator = Evaluator.load(stages.base, config.data, config.extractor, cache, config.held_out)
     metric = SampledMetric(evaluator, options.metric)
@@ -110,6 +112,7 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
         "base": model_fingerprint(find_model(stages.base)),
         "stages": [fingerprint(stage) for stage in stages.directories],
         **{name: getattr(config, name) for name in ("ties_keep", "extractor", "sampling", "data")},
+        **({"dare": [config.method.kind, config.dare_drop, config.seed]} if config.dare_drop else {}),
         **{name: getattr(options, name) for name in ("metric", "low", "high")},
     }
     space = [FloatDistribution(options.low, options.high)] * count

@@ -7,6 +7,7 @@ from .draws import draw as draw
 from .draws import load_batches as load_batches
 from .log import read_log as read_log
 from .loop import train as train
+from .losses import sample_losses as sample_losses
 from .presets import PRESETS as PRESETS
 from .presets import apply_preset as apply_preset
 from .presets import preset_values as preset_values

@@ -13,6 +13,7 @@ from stagepatch.diffusion import Objective
 from stagepatch.families import input_dtype, predict
 from stagepatch.methods import Method
 from stagepatch.training.ddo_config import DDOConfig
+from stagepatch.training.draws import Draws
 
 
 class DenoisingLoss(nn.Module):
@@ -122,3 +123,10 @@ class DDOLoss(DenoisingLoss):
     def _set(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.trained, values, strict=True):
             parameter.data = value
+
+
+def sample_losses(model: nn.Module, objective: Objective, draws: Draws) -> Tensor:
+    """The loss of each sample, by the model's own objective: [B]."""
+    x_t = objective.add_noise(draws.x_start, draws.noise, draws.timesteps).to(input_dtype(model))
+    output = predict(model, x_t, objective.model_timesteps(draws.timesteps), draws.condition)
+    return objective.loss(output, draws.x_start, draws.noise, draws.timesteps)
