@@ -45,6 +45,26 @@ def test_null_label_and_sample_shape_are_the_models(tiny_dit):
 
 
 @pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("FluxTransformer2DModel", (4, 128, 128)),
+        ("QwenImageTransformer2DModel", (4, 128, 128)),
+        ("WanTransformer3DModel", (4, 60, 104)),
+        ("SanaTransformer2DModel", (4, 4, 4)),
+        ("UNet2DConditionModel", (4, 8, 8)),
+    ],
+)
+def test_models_without_a_sample_size_have_their_familys(name, shape):
+    """Flux and Qwen-Image make images of 1024×1024, of latents smaller by 8, as their pipelines do."""
+    assert sample_shape(FAMILIES[name].build()) == shape
+
+
+def test_a_u_net_without_a_sample_size_has_stable_diffusions():
+    family = FAMILIES["UNet2DConditionModel"]
+    assert sample_shape(family.build(sample_size=None)) == (4, 64, 64)
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "classes", "null"),
     [
         ("DiTTransformer2DModel", {}, 10, 10),

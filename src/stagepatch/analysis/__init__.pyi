@@ -1,5 +1,11 @@
+from .activation import Condition as Condition
+from .activation import analyze_gate as analyze_gate
+from .activation import choice_grid as choice_grid
 from .activation import gate_activation as gate_activation
 from .activation import plot_gate_activation as plot_gate_activation
+from .activation import plot_spatial_bias as plot_spatial_bias
+from .activation import spatial_bias as spatial_bias
+from .activation import temporal_bias as temporal_bias
 from .config import AnalyzeConfig as AnalyzeConfig
 from .gradients import GradientSimilarity as GradientSimilarity
 from .gradients import analyze_gradients as analyze_gradients
@@ -19,3 +25,9 @@ from .samples import even_timesteps as even_timesteps
 from .stage_vectors import TaskVectors as TaskVectors
 from .stage_vectors import analyze_task_vectors as analyze_task_vectors
 from .stage_vectors import task_vectors as task_vectors
+from .structure import PairStatistics as PairStatistics
+from .structure import analyze_structure as analyze_structure
+from .structure import correlation_matrix as correlation_matrix
+from .structure import cosine_matrix as cosine_matrix
+from .structure import off_diagonal as off_diagonal
+from .structure import pair_statistics as pair_statistics

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from stagepatch.data import DataConfig
+from stagepatch.sampling import SamplingConfig
 
 
 @dataclass
@@ -18,9 +19,19 @@ class AnalyzeConfig:
             'name=directory'.
         stages: two or more of what was trained on from the model, to compare their task vectors: model directories,
             LoRAs or weights, each 'directory' or 'name=directory'; or one directory that has them in 'stages/'.
+        patch: directory of a patch, to show its gate and to compare samples with it; with gate false, of what any
+            method learned; empty for none.
+        gate: activation of the patch's gate over timesteps and prompts, its temporal and spatial bias and its entropy
+            (DMP, arXiv 2405.17825, Fig. 5, Fig. 7).
+        gate_timesteps: how many timesteps the gate is asked at, evenly spaced; 0 for all (paper: 1,000).
+        gate_conditions: most classes or captions that the activation is the mean over, where the gate sees them.
+        structure_samples: samples, with and without the patch, of which correlation and cosine between any two are
+            compared (DMP, Table 5: 1,000 latents); 0 for none.
+        prompts: captions, in turn, for the gate and the samples of a model that takes them; empty for those of `data`.
+        sampling: how `structure_samples` are made, which takes the place of its num_images.
         timesteps: how many, each in the middle of one of as many equal ranges.
         samples: draws of image and noise at each timestep (Fig. 1a: 512); an even number.
-        batch_size: samples at a time.
+        batch_size: samples, or the gate's timesteps, at a time.
         parameters: regular expression, found anywhere in the names of the weights that gradients are taken of; empty
             for all.
         projection: numbers to which each gradient is reduced at random, so that it fits in memory; a cosine then has
@@ -38,6 +49,13 @@ class AnalyzeConfig:
     losses: bool = True
     learned: list[str] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
+    patch: str = ""
+    gate: bool = True
+    gate_timesteps: int = 0
+    gate_conditions: int = 8
+    structure_samples: int = 0
+    prompts: list[str] = field(default_factory=list)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     timesteps: int = 20
     samples: int = 512
     batch_size: int = 64

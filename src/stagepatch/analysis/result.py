@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -19,6 +19,7 @@ class Analysis:
         name: of its numbers and of its picture's file.
         numbers: tensors, mappings and lists of them.
         caption: of the plot.
+        tensors: what is too large for JSON, by name.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Analysis:
     caption: str
     summary: Sequence[Table]
     details: Sequence[Table]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def as_plain(value: Any) -> Any:
@@ -41,6 +43,6 @@ def as_plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 3) -> str:
     """A cosine; a dash for NaN."""
-    return "–" if math.isnan(value) else f"{value:+.3f}"
+    return "–" if math.isnan(value) else f"{value:+.{digits}f}"

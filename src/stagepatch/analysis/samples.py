@@ -15,14 +15,17 @@ from stagepatch.training import Conditions, Draws, TrainingConfig, draw, load_ba
 _ANALYSIS = 101  # first part of the seeds, which training does not use
 
 
-def even_timesteps(num_train_timesteps: int, count: int) -> list[int]:
-    """The middles of `count` equal ranges of T timesteps.
+def even_timesteps(num_train_timesteps: int, count: int, name: str = "timesteps") -> list[int]:
+    """The middles of `count` equal ranges of T timesteps: all of them where there are T.
+
+    Args:
+        name: of the option that says how many.
 
     Raises:
         UserError: fewer than 2, or more than T.
     """
     if not 2 <= count <= num_train_timesteps:
-        raise UserError(f"timesteps={count} must be from 2 to {num_train_timesteps}, the model's.")
+        raise UserError(f"{name}={count} must be from 2 to {num_train_timesteps}, the model's.")
     return [int((place + 0.5) * num_train_timesteps / count) for place in range(count)]
 
 

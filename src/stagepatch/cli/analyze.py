@@ -1,29 +1,48 @@
-"""Show where a model has room."""
+"""Show where a model has room, and what a patch does."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from stagepatch import analysis
 from stagepatch.analysis import Analysis, Samples
-from stagepatch.checkpoints import find_model, has_vae
+from stagepatch.checkpoints import find_model, has_vae, takes_captions
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device
-from stagepatch.core import UserError, processes, progress_bar, write_json, write_text
-from stagepatch.data import BUNDLED, load_dataset, load_training_data
+from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
+from stagepatch.core import UserError, processes, progress_bar, write_json, write_tensors, write_text
+from stagepatch.data import BUNDLED, cache_directory, load_dataset, load_training_data
 from stagepatch.diffusion import Objective
-from stagepatch.families import learns_sigma
+from stagepatch.evaluation import LatentSampling, latent_sampling, prompted_latents
+from stagepatch.families import learns_sigma, num_classes
 from stagepatch.merging import numbered_stages
+from stagepatch.methods import open_learned
+from stagepatch.patch import Patch
 from stagepatch.report import Picture, Section, print_table, provenance, write_page, write_picture
+from stagepatch.sampling import attach_guide, generate, spread
 
 
 def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:
-    """Compare gradients, task vectors and losses over the timesteps, as far as each was asked for."""
-    if not (config.gradients or config.losses or config.stages):
-        raise UserError("Nothing to analyse: set gradients or losses to true, or give stages.")
+    """Gradients and losses over the timesteps, task vectors, a gate, likeness of samples: what was asked for."""
+    if config.patch and not (config.gate or config.structure_samples):
+        raise UserError("There is nothing to show of the patch: set gate to true, or give structure_samples.")
+    shows_gate = bool(config.patch and config.gate)
+    if not (config.gradients or config.losses or config.stages or shows_gate or config.structure_samples):
+        raise UserError(
+            "Nothing to analyse: set gradients or losses to true, or give stages, a patch or structure_samples."
+        )
     if config.batch_size < 1 or config.samples < 2:
         raise UserError(f"batch_size={config.batch_size} must be at least 1, and samples={config.samples} 2.")
     if config.seed < 0:
         raise UserError(f"seed={config.seed} must be 0 or more.")
+    if config.gate_conditions < 1 or config.structure_samples < 0 or config.structure_samples == 1:
+        raise UserError(
+            f"gate_conditions={config.gate_conditions} must be at least 1, and structure_samples="
+            f"{config.structure_samples} 2, or 0 for none."
+        )
     if config.learned and not config.losses:
         raise UserError("What was learned is compared by its losses: set losses to true, or leave `learned` out.")
     learned, analyses = _by_name(config.learned, "learned"), []
@@ -33,6 +52,8 @@ def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:
         analyses.append(_analyze_stages(config))
     if config.gradients or config.losses:
         analyses += _analyze_timesteps(config, learned)
+    if shows_gate or config.structure_samples:
+        analyses += _analyze_patch(config)
     if processes().is_main_process:
         write_text(Path(config.output_dir) / RUN_CONFIG, resolved)
         _write(config, resolved, analyses)
@@ -87,6 +108,68 @@ def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
     return analyses
 
 
+def _analyze_patch(config: configs.AnalyzeConfig) -> list[Analysis]:
+    """The patch's gate, and samples of the model without and with the patch."""
+    if config.patch and config.gate:
+        open_learned(Path(config.patch)).require("patch")
+    model, scheduler = load_on_device(config.model)
+    latents, analyses = _latents(config, model), []
+    if config.patch and config.gate:
+        patch = Patch.from_pretrained(config.patch)
+        with patch.attach(model):
+            analyses += _analyze_gate(config, model, scheduler, patch, latents)
+    if config.structure_samples:
+        attach_guide(model, scheduler, config.sampling)
+        samples = {"base": _samples(config, model, scheduler, latents, "base")}
+        if config.patch:
+            put_on(config.patch, 1.0, model)
+            samples["patched"] = _samples(config, model, scheduler, latents, "patched")
+        analyses.append(analysis.analyze_structure(samples, "images" if latents is None else "latents"))
+    return analyses
+
+
+def _samples(
+    config: configs.AnalyzeConfig, model: nn.Module, scheduler: Any, latents: LatentSampling | None, name: str
+) -> Tensor:
+    """Of a model with a VAE latents: they are not decoded."""
+    sampling = replace(config.sampling, num_images=config.structure_samples)
+    how: dict[str, Any] = {} if latents is None else {"shape": latents.shape, "captions": latents.captions}
+    with bar_over(own_share(sampling.num_images), f"sampling, {name}") as on_batch:
+        return generate(model, scheduler, sampling, on_batch=on_batch, **how)
+
+
+def _latents(config: configs.AnalyzeConfig, model: nn.Module) -> LatentSampling | None:
+    """How the model is sampled: captions as given, or those of the data."""
+    if takes_captions(config.model) and not config.prompts:
+        if config.data.source in BUNDLED:
+            raise UserError(
+                f"'{config.model}' takes captions: give --prompts '[\"a caption\", …]', or --data.source, images with "
+                f"captions."
+            )
+        return latent_sampling(config.model, config.data, cache_directory(config.cache, config.output_dir))
+    return prompted_latents(config.model, model, config.prompts)
+
+
+def _analyze_gate(
+    config: configs.AnalyzeConfig, model: nn.Module, scheduler: Any, patch: Patch, latents: LatentSampling | None
+) -> list[Analysis]:
+    objective = Objective(scheduler, learns_sigma(model))
+    every = objective.num_train_timesteps
+    chosen = analysis.even_timesteps(every, config.gate_timesteps or every, "gate_timesteps")
+    timesteps = objective.model_timesteps(torch.tensor(chosen))
+    sees, captions, count = patch.config.condition, latents.captions if latents else None, config.gate_conditions
+    conditions: Sequence[analysis.Condition]
+    if captions is not None:
+        count = 1 if sees == "t" else min(count, len(config.prompts) or count)
+        conditions = [captions.of([number]) for number in range(count)]
+    else:
+        classes = num_classes(model) if sees != "t" else 0
+        conditions = spread(classes, min(count, classes)).tolist() if classes else [0]
+    with bar_over(len(conditions) * len(timesteps), "gate") as on_batch:
+        shape = None if latents is None else latents.shape
+        return analysis.analyze_gate(model, patch, timesteps, conditions, config.batch_size, on_batch, shape)
+
+
 def _write(config: configs.AnalyzeConfig, resolved: str, analyses: Sequence[Analysis]) -> None:
     """analysis.json, a picture each, and report.html; the tables that sum it up are printed."""
     directory = Path(config.output_dir)
@@ -94,10 +177,12 @@ def _write(config: configs.AnalyzeConfig, resolved: str, analyses: Sequence[Anal
     sections: list[Section] = []
     for each in analyses:
         write_picture(directory / f"{each.name}.png", each.figure)
+        if each.tensors:
+            write_tensors(directory / f"{each.name}.safetensors", each.tensors)
         sections += [Picture(each.title, each.figure, each.caption), *each.summary, *each.details]
         for table in each.summary:
             print_table(table.columns, table.rows, table.title)
-        print(f"{each.summary[-1].note}\n")
+        print(f"{each.summary[-1].note}\n" if each.summary else "", end="")
     sections += provenance(resolved, "stagepatch analyze --config run.yaml\n")
     lead = f"Where over the timesteps '{config.model}' has room, and where what was learned used it."
     write_page(directory / "report.html", "stagepatch analyze", lead, sections)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagepatch.core import UserError
 from stagepatch.families.base import square
 from stagepatch.families.registry import family_of, uncompiled
 
@@ -70,9 +71,20 @@ def learns_sigma(model: Any) -> bool:
 
 
 def sample_shape(model: Any) -> tuple[int, int, int]:
-    """Channels, height and width of the model's own sample size."""
-    height, width = square(model.config["sample_size"])
-    return model.config["in_channels"], height, width
+    """Channels, height and width of the model's own sample size; of a video model, those of a picture.
+
+    Raises:
+        UserError: neither the model's config nor its family has a sample size.
+    """
+    family = family_of(type(uncompiled(model)))
+    size = model.config.get("sample_size") or family.sample_size
+    if not size:
+        raise UserError(
+            f"The config of this {family.model_class} has no sample_size, nor has its family: give "
+            f"sample_size=(height, width) to stagepatch.families.register."
+        )
+    height, width = square(size)
+    return model.config["in_channels"] // (4 if family.is_packed else 1), height, width
 
 
 def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor | dict[str, Tensor]) -> Tensor:

@@ -55,4 +55,6 @@ FAMILY = Family(
     call_flux,
     prompt_encoder("encoder_hidden_states", "pooled_projections"),
     timestep_range=(0.0, 1.0),
+    sample_size=SAMPLE_SIZE,
+    is_packed=True,
 )

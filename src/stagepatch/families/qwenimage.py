@@ -55,5 +55,11 @@ def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
 
 
 FAMILY = Family(
-    "QwenImageTransformer2DModel", describe_qwenimage, call_qwenimage, encode_captions, timestep_range=(0.0, 1.0)
+    "QwenImageTransformer2DModel",
+    describe_qwenimage,
+    call_qwenimage,
+    encode_captions,
+    timestep_range=(0.0, 1.0),
+    sample_size=SAMPLE_SIZE,
+    is_packed=True,
 )

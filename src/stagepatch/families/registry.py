@@ -58,6 +58,8 @@ class Family:
         call: how training calls the model; see `Call`.
         encode_captions: how training makes its condition of text; see `EncodeCaptions`.
         timestep_range: the model's `timestep` for an image and for pure noise.
+        sample_size: height and width of a sample [latent pixels], where the model's config has none.
+        is_packed: cells of 2×2 latent pixels are the model's tokens, with four times the latents' channels.
     """
 
     model_class: str
@@ -65,6 +67,8 @@ class Family:
     call: Call = call_by_keywords
     encode_captions: EncodeCaptions | None = None
     timestep_range: tuple[float, float] = (0.0, NUM_TIMESTEPS)
+    sample_size: tuple[int, int] | None = None
+    is_packed: bool = False
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0 (an image) to 1 (noise), of the model's `timestep`."""

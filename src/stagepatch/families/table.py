@@ -105,5 +105,6 @@ FAMILIES = [
         Transformer((Blocks("blocks"),), "condition_embedder.time_embedder", sample_size=(21, 60, 104)),
         call_wan,
         prompt_encoder("encoder_hidden_states", max_sequence_length=512),
+        sample_size=(60, 104),
     ),
 ]

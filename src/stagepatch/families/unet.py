@@ -7,6 +7,8 @@ from torch import Tensor
 from stagepatch.families.base import Backbone, Extent, Grid, Site, reference_size, self_attention
 from stagepatch.families.registry import Family, call_by_keywords, make_backbone, prompt_encoder
 
+_SAMPLE_SIZE = (64, 64)  # of Stable Diffusion 1.x, where a config has none
+
 
 def describe_unet(model: Any, sample_size: Any = None) -> Backbone:
     """See `Backbone`.
@@ -15,7 +17,7 @@ def describe_unet(model: Any, sample_size: Any = None) -> Backbone:
     'attention' are the inputs of their attentions (where text is attended to, of their transformers). The gate's
     reference grid is the sample's.
     """
-    size = reference_size(sample_size, model.config.sample_size or 64)
+    size = reference_size(sample_size, model.config.sample_size or _SAMPLE_SIZE)
     stages = _stages(model, size)
     attentions = [
         (f"{path}.attentions.{number}", module, grid)
@@ -83,6 +85,6 @@ def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
 
 
 FAMILIES = [
-    Family("UNet2DModel", describe_unet, call_unet),
-    Family("UNet2DConditionModel", describe_unet, call_unet, encode_captions),
+    Family("UNet2DModel", describe_unet, call_unet, sample_size=_SAMPLE_SIZE),
+    Family("UNet2DConditionModel", describe_unet, call_unet, encode_captions, sample_size=_SAMPLE_SIZE),
 ]

@@ -35,6 +35,13 @@ def hard_weights(logits: Tensor, k: int, weight: Literal["one", "renormalized"])
     return mask + (soft - soft.detach())
 
 
+def gate_entropy(weights: Tensor) -> Tensor:
+    """Entropy [nats] of weights [..., M] taken as shares of their sum: log M where all choices weigh the same."""
+    shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+    entropy: Tensor = torch.special.entr(shares)
+    return entropy.sum(dim=-1)
+
+
 def mix(prompts: Tensor, weights: Tensor | None) -> Tensor:
     """The weighed prompts of one site.
 

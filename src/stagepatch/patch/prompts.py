@@ -250,10 +250,7 @@ class MixtureOfPrompts(nn.Module):
         """Mean entropy [nats] of the last forward's weights; log M where all choices weigh the same."""
         if self.last is None:
             return torch.zeros((), device=self.prompts[0].device)
-        weights = self.last.weights.detach()
-        shares = weights / weights.sum(dim=-1, keepdim=True).clamp_min(1e-12)
-        entropy: Tensor = torch.special.entr(shares)
-        return entropy.sum(dim=-1).mean()
+        return mixture.gate_entropy(self.last.weights.detach()).mean()
 
 
 def _at_most(grid: Grid, limit: list[int] | None) -> Grid:
