@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stagepatch.analysis.losses import quarters
 from stagepatch.analysis.result import Analysis
 from stagepatch.core import UserError
-from stagepatch.families import Grid, find_denoiser, predict, sample_shape, takes_text
+from stagepatch.families import Grid, find_denoiser, input_dtype, predict, sample_shape, takes_text
 from stagepatch.patch import Patch, gate_entropy
 from stagepatch.report import Table
 
@@ -69,7 +69,7 @@ def gate_activation(
     try:
         for part in timesteps.to(parameter.device).split(batch_size):
             patch.last = None
-            sample = torch.zeros(len(part), *shape, device=parameter.device, dtype=parameter.dtype)
+            sample = torch.zeros(len(part), *shape, device=parameter.device, dtype=input_dtype(denoiser))
             with suppress(_Answered):
                 predict(denoiser, sample, part, _rows(condition, len(part), parameter))
             if patch.last is None:
