@@ -77,6 +77,10 @@ _DESCRIBED: dict[str, Callable[[Artifact], Rows]] = {
     "patch": _patch,
     "LoRA": _lora,
     "weights": lambda artifact: [["trained weights", _tensors(artifact.path / "weights.safetensors")[0][1]]],
+    "weights and patch": lambda artifact: [
+        *describe_path(artifact.path / "weights"),
+        *describe_path(artifact.path / "patch"),
+    ],
     "model": _model,
     "cache": _cache,
     "comparison": lambda artifact: [["comparison", f"table in '{artifact.path / 'table.md'}'"]],
