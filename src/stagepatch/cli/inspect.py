@@ -63,7 +63,8 @@ def _model(artifact: Artifact) -> Rows:
 
 def _cache(artifact: Artifact) -> Rows:
     index, _ = read_tensors(artifact.path / "index.safetensors")
-    return [["cache", f"{len(index['file']):,} images, {int(index['caption'].max()) + 1:,} captions"]]
+    captions = index.get("captions", index["caption"])
+    return [["cache", f"{len(index['file']):,} images, {int(captions.max()) + 1:,} captions"]]
 
 
 def _tensors(path: Path) -> Rows:

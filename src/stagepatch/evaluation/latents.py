@@ -31,7 +31,7 @@ class LatentSampling:
 
 
 def latent_sampling(model: str, data: DataConfig, cache: Path) -> LatentSampling | None:
-    """How a model with a VAE is sampled: any number of images has captions from all over the cache.
+    """How a model with a VAE is sampled: any number of images has captions from all over the cache, an item's first.
 
     Args:
         cache: its directory; it is made first if it is not there.
