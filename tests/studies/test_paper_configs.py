@@ -12,9 +12,11 @@ from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from stagepatch.cli.app import _parse
 from stagepatch.cli.config import CompareConfig
+from stagepatch.data import CachedLatents
 from stagepatch.models import DiT
 from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.training import read_log
+from tests.data.test_captions import write_coco
 from tests.tiny_pipelines import PIPELINES, clip, clip_tokenizer
 from tests.training.test_train_on_pipelines import draw_images
 
@@ -116,7 +118,10 @@ def pretrain(path, directory, images):
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 @pytest.mark.usefixtures("pixels")  # Inception-v3's weights cannot be had here
 def test_config_of_the_paper_runs_at_reduced_size_from_pretraining_its_base(path, tmp_path):
-    images = draw_images(tmp_path / "images", count=6, size=(32, 32))
+    images = draw_images(tmp_path / "images", count=6, size=(32, 32), captions=path.stem not in TEXT)
+    if path.stem in TEXT:
+        five = [f"photo of {what}" for what in ("a cat", "a dog", "a red house", "a blue tree", "an old house")]
+        write_coco(images / "captions_train2014.json", *((image.name, five) for image in sorted(images.iterdir())))
     if path.stem == "table2-sd15":
         PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
     else:
@@ -136,6 +141,8 @@ def test_config_of_the_paper_runs_at_reduced_size_from_pretraining_its_base(path
     assert [row["name"] for row in results] == [entry["name"] for entry in entries]
     for row in results[1:]:
         assert set(row["curve"]) == {"1", "2"}
+    if path.stem in TEXT:
+        assert CachedLatents(tmp_path / "out" / "cache").caption_counts.tolist() == [5] * 6
     for job in (tmp_path / "out" / "jobs").iterdir():
         if job.name != "base":
             assert len(read_log(job / "learned")) == 2
