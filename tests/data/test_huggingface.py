@@ -122,13 +122,13 @@ def test_images_by_path(tmp_path, saved):
         ({"image_column": "label"}, "column 'label' .*not images"),
         ({"caption_column": "said"}, r"no column 'said': choose data\.caption_column"),
         ({"label_column": "kind"}, r"no column 'kind': choose data\.label_column"),
-        ({"caption_column": "label"}, r"not strings: choose data\.caption_column, '' for none"),
+        ({"caption_column": "label"}, r"not strings or lists of them: choose data\.caption_column, '' for none"),
         ({"caption_column": "many"}, "not strings"),
         ({"label_column": "text"}, r"not whole numbers .*choose data\.label_column"),
     ],
 )
 def test_columns_that_do_not_fit(saved, choices, message):
-    path = saved(build({"text": ["", "", ""], "label": [0, 0, 0], "many": [["a"], ["b"], ["c"]]}))
+    path = saved(build({"text": ["", "", ""], "label": [0, 0, 0], "many": [[1], [2], [3]]}))
     with pytest.raises(UserError, match=message):
         load(path, **choices)
 

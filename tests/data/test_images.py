@@ -105,7 +105,7 @@ def test_labels_and_captions_are_those_of_the_good_items(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,text\nx/a.png,first\ny/a.png,second\nz/a.png,third\n")
     dataset = images(tmp_path)
     assert dataset.labels() == [0, 2]
-    assert dataset.captions() == ["first", "third"]
+    assert dataset.captions() == [["first"], ["third"]]
 
 
 def test_too_many_broken_headers(tmp_path):

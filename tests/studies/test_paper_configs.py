@@ -12,9 +12,11 @@ from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from stagepatch.cli.app import _parse
 from stagepatch.cli.config import CompareConfig
+from stagepatch.data import CachedLatents
 from stagepatch.models import DiT
 from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.training import read_log
+from tests.data.test_captions import write_coco
 from tests.tiny_pipelines import PIPELINES, clip, clip_tokenizer
 from tests.training.test_train_on_pipelines import draw_images
 
@@ -59,6 +61,9 @@ def test_config_of_the_paper_fits_the_real_architecture(path, tmp_path):
     if "DMP" in counts:
         expected = {"table2-ffhq": 2_556_416, "table3-ditl2": 6_554_112, "table8-imagenet": 8_552_960}
         assert counts["DMP"][0] == expected.get(path.stem, counts["DMP"][0])
+    if path.stem == "table6-scratch":
+        (alone, of_model), (together, _) = counts["from scratch"], counts["from scratch with DMP"]
+        assert (alone, together) == (of_model, of_model + 2_556_416)
     if path.stem == "table2-sd15":
         assert counts["DMP at the stages"][0] == 11_558_912
 
@@ -87,6 +92,13 @@ def test_config_of_the_paper_has_the_paper_s_numbers(path, tmp_path):
         assert f"{fid:.2f}" in path.read_text(), name
 
 
+def test_bases_are_pretrained_for_as_long_as_the_paper_s():
+    paper = yaml.safe_load((Path(__file__).parent / "paper_numbers.yaml").read_text())
+    paths = (CONFIGS / "paper" / "pretrain").glob("*.yaml")
+    found = {path.stem: _parse("pretrain", [f"--config={path}"])[0].training.steps for path in paths}
+    assert found == paper["pretraining"]
+
+
 def pretrain(path, directory, images):
     """A base by the config that the table's model is made by, at reduced width, images and steps."""
     model = Path(yaml.safe_load(path.read_text())["model"]).name.removesuffix("-start")
@@ -98,14 +110,18 @@ def pretrain(path, directory, images):
     changes = [f"--parts={parts}", f"--data.source={images}", "--data.image_size=32", "--data.num_workers=0"]
     changes += ["--model.name=", "--model.sample_size=8", "--model.hidden_size=32", "--model.num_layers=2"]
     changes += ["--model.num_attention_heads=2", "--model.num_classes=10", f"--output_dir={directory}"]
-    changes += ["--training.steps=2", "--training.batch_size=2", "--training.mixed_precision=no"]
+    steps = 0 if path.stem == "table6-scratch" else 2
+    changes += [f"--training.steps={steps}", "--training.batch_size=2", "--training.mixed_precision=no"]
     assert main(["pretrain", f"--config={CONFIGS / 'paper' / 'pretrain' / model}.yaml", *changes]) == 0
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 @pytest.mark.usefixtures("pixels")  # Inception-v3's weights cannot be had here
 def test_config_of_the_paper_runs_at_reduced_size_from_pretraining_its_base(path, tmp_path):
-    images = draw_images(tmp_path / "images", count=6, size=(32, 32))
+    images = draw_images(tmp_path / "images", count=6, size=(32, 32), captions=path.stem not in TEXT)
+    if path.stem in TEXT:
+        five = [f"photo of {what}" for what in ("a cat", "a dog", "a red house", "a blue tree", "an old house")]
+        write_coco(images / "captions_train2014.json", *((image.name, five) for image in sorted(images.iterdir())))
     if path.stem == "table2-sd15":
         PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
     else:
@@ -125,6 +141,8 @@ def test_config_of_the_paper_runs_at_reduced_size_from_pretraining_its_base(path
     assert [row["name"] for row in results] == [entry["name"] for entry in entries]
     for row in results[1:]:
         assert set(row["curve"]) == {"1", "2"}
+    if path.stem in TEXT:
+        assert CachedLatents(tmp_path / "out" / "cache").caption_counts.tolist() == [5] * 6
     for job in (tmp_path / "out" / "jobs").iterdir():
         if job.name != "base":
             assert len(read_log(job / "learned")) == 2

@@ -63,7 +63,8 @@ def _model(artifact: Artifact) -> Rows:
 
 def _cache(artifact: Artifact) -> Rows:
     index, _ = read_tensors(artifact.path / "index.safetensors")
-    return [["cache", f"{len(index['file']):,} images, {int(index['caption'].max()) + 1:,} captions"]]
+    captions = index.get("captions", index["caption"])
+    return [["cache", f"{len(index['file']):,} images, {int(captions.max()) + 1:,} captions"]]
 
 
 def _tensors(path: Path) -> Rows:
@@ -77,6 +78,10 @@ _DESCRIBED: dict[str, Callable[[Artifact], Rows]] = {
     "patch": _patch,
     "LoRA": _lora,
     "weights": lambda artifact: [["trained weights", _tensors(artifact.path / "weights.safetensors")[0][1]]],
+    "weights and patch": lambda artifact: [
+        *describe_path(artifact.path / "weights"),
+        *describe_path(artifact.path / "patch"),
+    ],
     "model": _model,
     "cache": _cache,
     "comparison": lambda artifact: [["comparison", f"table in '{artifact.path / 'table.md'}'"]],

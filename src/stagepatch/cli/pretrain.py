@@ -10,14 +10,15 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from stagepatch.checkpoints import lay_out_encoders, projection_width, save_config
+from stagepatch.checkpoints import lay_out_encoders, projection_width, save_config, save_denoiser
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
-from stagepatch.core import GLOBAL, UserError, processes, seed_for
+from stagepatch.core import GLOBAL, UserError, processes, seed_for, write_text
 from stagepatch.diffusion import make_scheduler
 from stagepatch.methods import Finetune
 from stagepatch.models import DIT_SIZES, DiT, ModelConfig
-from stagepatch.training import Run, TrainConfig
+from stagepatch.patch import with_condition
+from stagepatch.training import RUN_CONFIG, Run, TrainConfig
 
 _OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages")
 
@@ -30,7 +31,7 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
         options["pooled_projection_dim"] = projection_width(config.parts)
     model: Any = _make_model(config.model, config.training.label_dropout, **options)
     scheduler = make_scheduler(config.objective, config.model.learn_sigma)
-    identity = {"model": config.model, "objective": config.objective, "data": config.data}
+    identity: dict[str, Any] = {"model": config.model, "objective": config.objective, "data": config.data}
     parts = ""
     if config.parts:
         identity["parts"] = config.parts
@@ -39,19 +40,38 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
             lay_out_encoders(config.parts, Path(parts), config.model.conditioning == "text")
             save_config(model, Path(parts))  # what tells how captions are encoded
         processes().wait_for_everyone()
+    if config.training.steps == 0:
+        _keep_as_drawn(config, model, scheduler, resolved)
+        return
     job = TrainConfig(
         output_dir=config.output_dir,
+        model=config.output_dir,
         cache=config.cache,
-        method="finetune",
+        method=config.method,
+        patch=config.patch,
         data=config.data,
         training=config.training,
     )
+    if config.method == "joint":
+        identity |= {"method": "joint", "patch": with_condition(config.patch, model)}
     run = Run(job, model, scheduler, identity, resolved, parts)
     if config.data.crop == "center":
         _check_size(run.dataset[0]["image"].shape, model, config.data.image_size)
-    run.method = Finetune(scheduler)
+    assert isinstance(run.method, Finetune)
+    run.method.scheduler = scheduler  # so that it saves a model
     run.train()
     say(f"The model is in '{config.output_dir}'.")
+
+
+def _keep_as_drawn(config: configs.PretrainConfig, model: Any, scheduler: Any, resolved: str) -> None:
+    """A model that nothing was learned by: where rows from scratch start from."""
+    if config.method == "joint":
+        raise UserError("method='joint' with training.steps=0 trains no patch: give steps, or leave out the method.")
+    if processes().is_main_process:
+        save_denoiser(model, scheduler, config.output_dir)
+        write_text(Path(config.output_dir) / RUN_CONFIG, resolved)
+    processes().wait_for_everyone()
+    say(f"The model, as it was drawn, is in '{config.output_dir}'.")
 
 
 def _check_size(shape: Sequence[int], model: Any, image_size: int) -> None:

@@ -23,6 +23,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
 
     Attributes:
         null_condition: condition of the empty caption; None where the model takes no captions.
+        caption_counts: captions of each item, [N]; None where none has more than one.
 
     Raises:
         UserError: no cache there, or one whose making was stopped.
@@ -36,11 +37,16 @@ class CachedLatents(Dataset[dict[str, Any]]):
         self._open: dict[str, Any] = {}
         self._lengths: dict[str, int] = json.loads(metadata["lengths"])
         self.null_condition = self._condition(0) if self._lengths else None
+        self.caption_counts: Tensor | None = self.index.get("caption_count") if self._lengths else None
+        if self.caption_counts is not None:
+            self._first_captions = self.caption_counts.cumsum(0) - self.caption_counts
 
     def __len__(self) -> int:
         return len(self.index["file"])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        """An item by its number, with its first caption; or by that and the number of one of its captions."""
+        index, caption = index if isinstance(index, tuple) else (index, 0)
         latents = self._file("latents", int(self.index["file"][index]))
         row = int(self.index["row"][index])
         item: dict[str, Any] = {
@@ -51,12 +57,17 @@ class CachedLatents(Dataset[dict[str, Any]]):
             "label": int(self.index["label"][index]),
         }
         if self._lengths:
-            item["condition"] = self._condition(int(self.index["caption"][index]))
+            item["condition"] = self._condition(self._caption_of(index, caption))
         return item
 
     def groups(self) -> list[list[int]]:
         """Indices of items with images of one size each."""
         return indices_by_size([tuple(size) for size in self.index["size"].tolist()])
+
+    def _caption_of(self, index: int, number: int) -> int:
+        if self.caption_counts is None:
+            return int(self.index["caption"][index])
+        return int(self.index["captions"][self._first_captions[index] + number])
 
     def _condition(self, caption: int) -> dict[str, Tensor]:
         file = self._file("captions", caption // CAPTIONS_PER_FILE)

@@ -59,7 +59,7 @@ def build_cache(
         write_json(directory / PLAN_NAME, key)
     state.wait_for_everyone()
     image_files = [file for group in indices_by_size(images.sizes()) for file in _chunks(group, IMAGES_PER_FILE)]
-    captions = ["", *sorted(set(images.captions()) - {""})]
+    captions = ["", *sorted({caption for each in images.captions() for caption in each} - {""})]
     caption_files = _chunks(captions, CAPTIONS_PER_FILE) if load_captioner is not None else []
     with progress_bar(disable=not state.is_main_process) as progress:
         task = progress.add_task("images", total=len(images), status="")
@@ -180,13 +180,19 @@ def _longest(directory: Path) -> dict[str, int]:
 
 
 def _index(images: Images, image_files: list[list[int]], captions: list[str]) -> dict[str, Tensor]:
+    """Of each item: where it is, and the number of its caption; where some have several, of all of these in a row."""
     number = {caption: place for place, caption in enumerate(captions)}
     places = {index: (file, row) for file, indices in enumerate(image_files) for row, index in enumerate(indices)}
     files, rows = zip(*(places[index] for index in range(len(images))), strict=True)
-    return {
+    of_items = [[number[caption] for caption in each] for each in images.captions()]
+    several: dict[str, Tensor] = {}
+    if any(len(each) > 1 for each in of_items):
+        several["caption_count"] = torch.tensor([len(each) for each in of_items])
+        several["captions"] = torch.tensor([caption for each in of_items for caption in each])
+    return several | {
         "size": torch.tensor(images.sizes()),
         "file": torch.tensor(files),
         "row": torch.tensor(rows),
         "label": torch.tensor(images.labels()),
-        "caption": torch.tensor([number[caption] for caption in images.captions()]),
+        "caption": torch.tensor([each[0] for each in of_items]),
     }

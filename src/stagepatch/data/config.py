@@ -21,6 +21,8 @@ class DataConfig:
         split: of a Hugging Face dataset that has splits.
         image_column: of a Hugging Face dataset.
         caption_column: of a Hugging Face dataset, or of a folder's metadata.jsonl or metadata.csv; '' for no captions.
+            Strings, or lists of them, as COCO's five: each step then draws one, and samples take the first. A folder
+            without metadata has them in captions*.json, as COCO does, or in a .txt beside each image, one a line.
         label_column: of a Hugging Face dataset; '' for no labels.
         crop: 'center' makes squares; 'buckets' keeps an image's shape as near as multiples of `bucket_step` can.
         bucket_step: what height and width of a bucket are multiples of [pixels].

@@ -8,16 +8,22 @@ from typing import Any
 from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
+from stagepatch.data.source import as_captions
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 class FolderSource:
-    """Images under a folder, with captions from its metadata.jsonl or else its metadata.csv.
+    """Images under a folder, with captions from the first of these that there is, one or several an image.
+
+    - metadata.jsonl, whose captions are strings or lists of strings, or metadata.csv;
+    - captions*.json, as COCO's annotations are: 'images' with 'id' and 'file_name', 'annotations' with 'image_id' and
+      'caption'. Images of COCO that are not in the folder are passed over;
+    - beside an image, a .txt of its name: a caption a line.
 
     Args:
         directory: images lie in it or in its subfolders; subfolders in alphabetical order are labels 0, 1, ….
-        caption_column: of the metadata, beside 'file_name' (relative to the folder); '' leaves the metadata unread.
+        caption_column: of the metadata, beside 'file_name' (relative to the folder); '' leaves all captions unread.
 
     Raises:
         UserError: no such folder, no image in it, or metadata that do not fit it.
@@ -34,8 +40,8 @@ class FolderSource:
         classes = {folder: label for label, folder in enumerate(folders)}
         self.labels = [classes[path.parent] for path in self.paths]
         self.names = [path.relative_to(directory).as_posix() for path in self.paths]
-        captions = _read_captions(directory, caption_column, set(self.names)) if caption_column else {}
-        self.captions = [captions.get(name, "") for name in self.names]
+        captions = _read_captions(directory, caption_column, self.names) if caption_column else {}
+        self._captions = [captions.get(name, [""]) for name in self.names]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -46,8 +52,8 @@ class FolderSource:
     def label(self, index: int) -> int:
         return self.labels[index]
 
-    def caption(self, index: int) -> str:
-        return self.captions[index]
+    def captions(self, index: int) -> list[str]:
+        return self._captions[index]
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
@@ -55,16 +61,56 @@ class FolderSource:
     def stamp(self) -> list[str]:
         stats = [path.stat() for path in self.paths]
         return [
-            f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{caption}"
-            for name, stat, caption in zip(self.names, stats, self.captions, strict=True)
+            f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{captions[0] if len(captions) == 1 else json.dumps(captions)}"
+            for name, stat, captions in zip(self.names, stats, self._captions, strict=True)
         ]
 
 
-def _read_captions(directory: Path, column: str, names: set[str]) -> dict[str, str]:
+def _read_captions(directory: Path, column: str, names: list[str]) -> dict[str, list[str]]:
     """Captions by file name."""
-    path = next((path for path in (directory / "metadata.jsonl", directory / "metadata.csv") if path.is_file()), None)
-    if path is None:
-        return {}
+    for path in (directory / "metadata.jsonl", directory / "metadata.csv"):
+        if path.is_file():
+            return _read_metadata(path, column, set(names))
+    if annotations := sorted(directory.glob("captions*.json")):
+        return _read_coco(annotations, names)
+    return _read_lines(directory, names)
+
+
+def _read_coco(paths: list[Path], names: list[str]) -> dict[str, list[str]]:
+    """Of annotations in COCO's form: an image is known by its path in the folder, or by its file's name alone."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        with as_user_error(
+            f"'{path}' is no file of captions in COCO's form", OSError, ValueError, LookupError, TypeError
+        ):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            files = {image["id"]: str(image["file_name"]) for image in content["images"]}
+            for annotation in content["annotations"]:
+                found.setdefault(files[annotation["image_id"]], []).extend(as_captions(annotation["caption"]))
+    own = {name: found.get(name) or found.get(PurePosixPath(name).name) for name in names}
+    captions = {name: said for name, said in own.items() if said}
+    if not captions:
+        raise UserError(
+            f"'{paths[0]}' has captions of no image in its folder: of '{next(iter(found), 'none')}', while the folder "
+            f"has '{names[0]}'. Put the images there by these names, or set data.caption_column='' for no captions."
+        )
+    return captions
+
+
+def _read_lines(directory: Path, names: list[str]) -> dict[str, list[str]]:
+    """Of a text file beside each image."""
+    texts = set(directory.rglob("*.txt"))
+    captions = {}
+    for name in names:
+        path = (directory / name).with_suffix(".txt")
+        if path in texts:
+            with as_user_error(f"'{path}' is not UTF-8 text", OSError, UnicodeDecodeError):
+                lines = path.read_text(encoding="utf-8").splitlines()
+            captions[name] = [line.strip() for line in lines if line.strip()] or [""]
+    return captions
+
+
+def _read_metadata(path: Path, column: str, names: set[str]) -> dict[str, list[str]]:
     with as_user_error(f"Cannot read '{path}'", OSError, ValueError, csv.Error):
         rows = _read_jsonl(path) if path.suffix == ".jsonl" else _read_csv(path)
     columns = {key for row in rows for key in row}
@@ -80,9 +126,8 @@ def _read_captions(directory: Path, column: str, names: set[str]) -> dict[str, s
                 f"Row {number} of '{path}' names the file '{name}', which is no image in the folder: "
                 f"add the image or remove the row."
             )
-        if not isinstance(caption, str | None):
-            raise UserError(f"Row {number} of '{path}' has {caption!r} as '{column}': a caption is a string.")
-        captions[PurePosixPath(name).as_posix()] = caption or ""
+        with as_user_error(f"Row {number} of '{path}' has {caption!r} as '{column}'", ValueError):
+            captions[PurePosixPath(name).as_posix()] = as_captions(caption)
     return captions
 
 

@@ -6,14 +6,15 @@ from typing import Any
 
 from PIL import Image
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, as_user_error
 from stagepatch.data.config import DataConfig
+from stagepatch.data.source import as_captions
 
 _SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 # By kind of column: the name that may be absent, what its dtype begins with, and what it holds, in words.
 _COLUMNS = {
     "image": (None, (), "images"),
-    "caption": ("text", ("string", "large_string"), "strings"),
+    "caption": ("text", ("string", "large_string"), "strings or lists of them"),
     "label": ("label", ("int", "uint"), "whole numbers (see class_encode_column)"),
 }
 
@@ -23,9 +24,9 @@ class HuggingFaceSource:
 
     Args:
         config: its source is a directory written by `save_to_disk`, or whatever else `datasets.load_dataset` takes;
-            split, where there are splits; image_column: images, as files' bytes or paths; caption_column: strings,
-            where '' or, for the name 'text', an absent column means no captions; label_column: whole numbers from 0,
-            where '' or, for the name 'label', an absent column means that all labels are 0.
+            split, where there are splits; image_column: images, as files' bytes or paths; caption_column: strings, or
+            lists of them, where '' or, for the name 'text', an absent column means no captions; label_column: whole
+            numbers from 0, where '' or, for the name 'label', an absent column means that all labels are 0.
 
     Raises:
         UserError: `datasets` is not installed, no such dataset or split, or no such column.
@@ -63,8 +64,10 @@ class HuggingFaceSource:
             )
         return int(label)
 
-    def caption(self, index: int) -> str:
-        return "" if self._captions is None else self._captions[index][self._names[1]] or ""
+    def captions(self, index: int) -> list[str]:
+        value = None if self._captions is None else self._captions[index][self._names[1]]
+        with as_user_error(f"The caption of {self.name(index)} is {value!r}", ValueError):
+            return as_captions(value)
 
     def name(self, index: int) -> str:
         return f"row {index} of '{self.path}'"
@@ -115,6 +118,10 @@ def _column(dataset: Any, kind: str, column: str, path: str) -> Any:
     try:
         if kind == "image":
             return selected.cast_column(column, datasets.Image(decode=False))
+        if kind == "caption" and isinstance(feature, list):
+            feature = feature[0]
+        elif kind == "caption":
+            feature = getattr(feature, "feature", feature)  # of a list, what it holds
         if str(getattr(feature, "dtype", "")).startswith(dtypes):
             return selected
     except (TypeError, ValueError, NotImplementedError):

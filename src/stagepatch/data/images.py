@@ -17,7 +17,7 @@ _NAMED = 3
 
 
 class Images(Dataset[dict[str, Any]]):
-    """Items {"image": [C, H, W] in [−1, 1], "label": int, "caption": str}.
+    """Items {"image": [C, H, W] in [−1, 1], "label": int, "caption": str}, of several captions the first.
 
     Every header is read once, at the start; what is broken is named in one warning and left out. An image whose
     pixels turn out to be broken is replaced, at its own size, by the next good one, with a warning of its own.
@@ -74,9 +74,9 @@ class Images(Dataset[dict[str, Any]]):
         """The class of each item."""
         return [self.source.label(index) for index in self._indices]
 
-    def captions(self) -> list[str]:
-        """The caption of each item."""
-        return [self.source.caption(index) for index in self._indices]
+    def captions(self) -> list[list[str]]:
+        """The captions of each item."""
+        return [self.source.captions(index) for index in self._indices]
 
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]
@@ -89,7 +89,7 @@ class Images(Dataset[dict[str, Any]]):
         return {
             "image": preprocess.to_tensor(image),
             "label": self.source.label(index),
-            "caption": self.source.caption(index),
+            "caption": self.source.captions(index)[0],
         }
 
     def _read_headers(self) -> None:

@@ -1,7 +1,7 @@
 """What a source of images gives, item by item."""
 
 import struct
-from typing import Protocol
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -25,11 +25,23 @@ class Source(Protocol):
     def label(self, index: int) -> int:
         """The class; 0 where there are none."""
 
-    def caption(self, index: int) -> str:
-        """The caption; '' where there is none."""
+    def captions(self, index: int) -> list[str]:
+        """The captions, at least one: '' where there is none."""
 
     def name(self, index: int) -> str:
         """The file or row, for messages."""
 
     def stamp(self) -> list[str]:
         """A string for each item that changes when its file does, found without reading images."""
+
+
+def as_captions(value: Any) -> list[str]:
+    """Captions as metadata have them: a string, a list of strings, or none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    captions = value if isinstance(value, list) else ["" if value is None else value]
+    if not all(isinstance(caption, str) for caption in captions):
+        raise ValueError("a caption is a string, several are a list of strings")
+    return captions or [""]

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
+from stagepatch.data.source import as_captions
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
@@ -31,7 +32,8 @@ class Sample:
 class WebDatasetSource:
     """Samples of tar shards that have an image (jpg, jpeg, png or webp).
 
-    The caption is the member .txt, else 'caption' or 'text' in .json; the label is .cls, else 'label' in .json.
+    The caption is the member .txt, else 'caption' or 'text' in .json: a string, or a list of several. The label is
+    .cls, else 'label' in .json.
 
     Args:
         path: a directory of *.tar, or one .tar file; not compressed.
@@ -67,15 +69,14 @@ class WebDatasetSource:
             raise UserError(f"The label of {self.name(index)} is {value!r}: a label is a whole number from 0.")
         return label
 
-    def caption(self, index: int) -> str:
+    def captions(self, index: int) -> list[str]:
         sample = self.samples[index]
         if "txt" in sample.members:
-            return _read_text(sample, "txt").strip()
+            return [_read_text(sample, "txt").strip()]
         values = _read_json(sample)
-        caption = values.get("caption", values.get("text")) or ""
-        if not isinstance(caption, str):
-            raise UserError(f"The caption of {self.name(index)} is {caption!r}: a caption is a string.")
-        return caption
+        caption = values.get("caption", values.get("text"))
+        with as_user_error(f"The caption of {self.name(index)} is {caption!r}", ValueError):
+            return as_captions(caption)
 
     def name(self, index: int) -> str:
         sample = self.samples[index]

@@ -14,6 +14,7 @@ from stagepatch.methods import Artifact, open_artifact
 _RANGES = "in its own range of timesteps: stagepatch sample --schedule."
 _NOT_MERGED = {
     "patch": f"is a patch: patches are not merged. Use each {_RANGES}",
+    "weights and patch": f"holds weights with a patch on them, and patches are not merged. Use each {_RANGES}",
     "weights": f"holds some of a model's weights, not a model: merge whole models, or LoRAs; or use each {_RANGES}",
 }
 

@@ -14,6 +14,7 @@ from .finetune import WEIGHTS_NAME as WEIGHTS_NAME
 from .finetune import BitFit as BitFit
 from .finetune import Finetune as Finetune
 from .finetune import Untrained as Untrained
+from .joint import Joint as Joint
 from .lora import FILE_NAME as FILE_NAME
 from .lora import LoRA as LoRA
 from .table import make_method as make_method

@@ -38,11 +38,10 @@ class Artifact:
     """A directory or file, and what it holds.
 
     Args:
-        kind: 'patch', 'LoRA' or 'weights', what a method learned; 'patches of several denoisers', of a pipeline;
-            'model'; 'experts', a YAML file of models by
-            timestep; 'cache'; 'comparison'; 'stages', what `stagepatch decouple` wrote; files: 'tensors' and
-            'checkpoint'. What is not whole is an 'unfinished run' or 'unfinished cache', or 'part of a patch', 'part
-            of a LoRA' or 'part of a model'.
+        kind: 'patch', 'LoRA', 'weights' or 'weights and patch', what a method learned; 'patches of several denoisers', of
+            a pipeline; 'model'; 'experts', a YAML file of models by timestep; 'cache'; 'comparison'; 'stages', what
+            `stagepatch decouple` wrote; files: 'tensors' and 'checkpoint'. What is not whole is an 'unfinished run' or
+            'unfinished cache', or 'part of a patch', 'part of a LoRA' or 'part of a model'.
         method: the class that loads what was learned.
         stage: content of its stage.json, where it is a stage of `stagepatch decouple`.
     """
@@ -200,5 +199,11 @@ def _open_file(path: Path) -> Artifact:
 
 def _named(kind: str) -> str:
     """A kind for a message."""
-    words = {"weights": "a model's weights", "stages": "stages of timesteps", "experts": kind, "tensors": kind}
+    words = {
+        "weights": "a model's weights",
+        "weights and patch": "a model's weights and a patch",
+        "stages": "stages of timesteps",
+        "experts": kind,
+        "tensors": kind,
+    }
     return words.get(kind, kind if kind.startswith("part") else f"{'an' if kind[0] == 'u' else 'a'} {kind}")

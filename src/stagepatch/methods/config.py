@@ -11,6 +11,7 @@ METHODS = {
     "dmp": "stagepatch.methods.dmp:DMP",
     "prompt_tuning": "stagepatch.methods.dmp:PromptTuning",
     "finetune": "stagepatch.methods.finetune:Finetune",
+    "joint": "stagepatch.methods.joint:Joint",
     "bitfit": "stagepatch.methods.finetune:BitFit",
     "lora": "stagepatch.methods.lora:LoRA",
     "none": "stagepatch.methods.finetune:Untrained",
@@ -46,7 +47,8 @@ class MethodConfig:
 
     Args:
         method: 'dmp', a patch on the frozen model (arXiv 2405.17825); 'prompt_tuning', one without a gate (Eq. 2);
-            'finetune', all weights; 'bitfit', biases and norms (arXiv 2106.10199); 'lora' (arXiv 2106.09685).
+            'finetune', all weights; 'joint', all weights and a patch together (Table 6 of DMP); 'bitfit', biases and
+            norms (arXiv 2106.10199); 'lora' (arXiv 2106.09685).
         patch: what a patch learns.
         lora: what a LoRA learns.
     """

@@ -18,7 +18,7 @@ def model_card(patch: MixtureOfPrompts) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# A patch for {base or backbone.model_class}",
-        "Prompts added to a frozen diffusion model and mixed anew at every timestep (DMP, arXiv 2405.17825), made "
+        "Prompts added to a diffusion model and mixed anew at every timestep (DMP, arXiv 2405.17825), made "
         "with stagepatch. The model's own weights are not in it, and stay as they are.",
         "## Load it\n```python\nfrom diffusers import DiffusionPipeline\nfrom stagepatch import Patch\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{base if is_hub_id(base) else "the base model"}")\n'

@@ -48,9 +48,13 @@ class Patch(MixtureOfPrompts, ModelHubMixin):
         denoiser = find_denoiser(model, component)
         config = with_condition(config or PatchConfig(), denoiser)
         patch = cls(config, describe_for(denoiser, config))
-        patch.fingerprint = fingerprint(denoiser)
+        patch.made_for(denoiser)
         is_offloaded = any(hasattr(module, "_hf_hook") for module in denoiser.modules())
         return patch if is_offloaded else patch.to(next(denoiser.parameters()).device)
+
+    def made_for(self, model: Any) -> None:
+        """Take a denoiser, as it is now, for the one that this patch belongs to."""
+        self.fingerprint = fingerprint(model)
 
     # The mixin's own reads config.json before us, and dies of a broken one with a stack of library frames.
     @classmethod

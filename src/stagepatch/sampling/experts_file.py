@@ -86,7 +86,7 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
             return expert  # type: ignore[no-any-return]
         if source.learned:
             artifact = open_learned(Path(source.learned))
-            expert = _copy(model, shares_memory=artifact.kind != "weights")
+            expert = _copy(model, shares_memory="weights" not in artifact.kind)
             artifact.put_on(expert)
             return expert.eval()
     return None

@@ -14,7 +14,7 @@ class EntryConfig:
 
     Args:
         name: how the row is called.
-        method: 'dmp', 'prompt_tuning', 'finetune', 'bitfit', 'lora', or 'none', the base.
+        method: 'dmp', 'prompt_tuning', 'finetune', 'joint', 'bitfit', 'lora', or 'none', the base.
         patch: fields of the patch's config.
         lora: fields of the LoRA's config.
         weighting: fields of the loss weighting's config.

@@ -303,7 +303,9 @@ def _slug(name: str) -> str:
 def _cost(batch_size: int, learned: Path) -> dict[str, Any]:
     """Seconds a step, peak memory [bytes] and size of what was learned [bytes]."""
     speeds = [record["images_per_second"] for record in read_log(learned)]
-    kept = [path for path in learned.iterdir() if path.suffix == ".safetensors" and "checkpoint" not in path.name]
+    folders = [learned, learned / "weights", learned / "patch"]  # those of method 'joint'
+    files = [path for folder in folders for path in folder.glob("*.safetensors")]
+    kept = [path for path in files if "checkpoint" not in path.name]
     # Of the accelerator, or of the process, its imports included.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {

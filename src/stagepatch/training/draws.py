@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
-from stagepatch.core import FAKES, GLOBAL, NOISE, BatchOrder, UserError, generator_for, seed_for
+from stagepatch.core import CAPTION, FAKES, GLOBAL, NOISE, BatchOrder, UserError, generator_for, seed_for
 from stagepatch.diffusion import Objective
 from stagepatch.families import input_dtype, null_label, num_classes
 from stagepatch.sampling import Fakes
@@ -57,12 +57,41 @@ def load_batches(
     """The batches of iterations start to stop − 1, or one process's share of each; see `BatchOrder`.
 
     Args:
-        dataset: one with a method `groups()` gives indices of items that a batch may hold together.
+        dataset: one with a method `groups()` gives indices of items that a batch may hold together; one with
+            `caption_counts` is asked for an item by its number and that of a caption, see `WithCaptions`.
         share: number of the process, and of processes.
     """
     groups = dataset.groups() if hasattr(dataset, "groups") else [range(len(dataset))]
     order = BatchOrder(groups, batch_size, start, stop, seed, *share)
-    return DataLoader(dataset, batch_sampler=order, num_workers=num_workers)
+    counts: Tensor | None = getattr(dataset, "caption_counts", None)
+    batches: Any = order if counts is None else WithCaptions(order, counts)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers)
+
+
+@dataclass
+class WithCaptions:
+    """The items of each iteration, each with the number of one of its captions, all alike probable.
+
+    Drawn for the whole batch, of which a process takes its rows.
+
+    Args:
+        order: of the items.
+        counts: captions of each item of the dataset, [N].
+    """
+
+    order: BatchOrder
+    counts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, cpu = self.order, torch.device("cpu")
+        first = order.process * (order.batch_size // order.num_processes)
+        for iteration, items in enumerate(order, order.start):
+            generator = generator_for(cpu, CAPTION, order.seed, iteration)
+            drawn = torch.randint(2**62, (order.batch_size,), generator=generator)[first : first + len(items)]
+            yield list(zip(items, (drawn % self.counts[items]).tolist(), strict=True))
 
 
 class Conditions:

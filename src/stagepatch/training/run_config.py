@@ -7,6 +7,7 @@ from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, TimestepsConfig, WeightingConfig
 from stagepatch.methods import MethodConfig
 from stagepatch.models import ModelConfig
+from stagepatch.patch import PatchConfig
 from stagepatch.training.config import TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
 
@@ -60,6 +61,8 @@ class PretrainConfig:
     """Train a DiT, or a DDPM U-Net, from scratch, all weights.
 
     Args:
+        method: 'finetune', the weights alone; 'joint', a patch with them, kept in 'patch' in output_dir (Table 6 of
+            DMP, arXiv 2405.17825).
         output_dir: directory of the run; the same command again goes on where it stopped.
         parts: directory or Hub id of a model with a `vae/`, and for text a `text_encoder/` and `tokenizer/` (CLIP with
             its projection): the model then learns in that VAE's latents, of the pooled text, and these are put beside
@@ -68,13 +71,16 @@ class PretrainConfig:
         model: size and conditioning.
         objective: noise schedule and prediction target.
         data: training images.
-        training: optimizer and bookkeeping.
+        patch: of method 'joint'.
+        training: optimizer and bookkeeping; with 0 steps the model is kept as it was drawn.
     """
 
     output_dir: str = "runs/pretrain"
+    method: Literal["finetune", "joint"] = "finetune"
     parts: str = ""
     cache: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    patch: PatchConfig = field(default_factory=PatchConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
