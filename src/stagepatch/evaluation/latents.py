@@ -33,7 +33,7 @@ class LatentSampling:
 def latent_sampling(
     model: str, data: DataConfig, cache: Path, text_dtype: torch.dtype = torch.float32
 ) -> LatentSampling | None:
-    """How a model with a VAE is sampled: any number of images has captions from all over the cache, of an item the first.
+    """How a model with a VAE is sampled: any number of images has first captions of items from all over the cache.
 
     Args:
         cache: its directory; it is made first if it is not there.

@@ -38,10 +38,10 @@ class Artifact:
     """A directory or file, and what it holds.
 
     Args:
-        kind: 'patch', 'LoRA', 'weights' or 'weights and patch', what a method learned; 'patches of several
-            denoisers', of a pipeline; 'model'; 'experts', a YAML file of models by timestep; 'cache'; 'comparison'; 'stages', what
-            `stagepatch decouple` wrote; files: 'tensors' and 'checkpoint'. What is not whole is an 'unfinished run' or
-            'unfinished cache', or 'part of a patch', 'part of a LoRA' or 'part of a model'.
+        kind: 'patch', 'LoRA', 'weights' or 'weights and patch', what a method learned; 'patches of several denoisers',
+            of a pipeline; 'model'; 'experts', a YAML file of models by timestep; 'cache'; 'comparison'; 'stages',
+            what `stagepatch decouple` wrote; files: 'tensors' and 'checkpoint'. What is not whole is an 'unfinished
+            run' or 'unfinished cache', or 'part of a patch', 'part of a LoRA' or 'part of a model'.
         method: the class that loads what was learned.
         stage: content of its stage.json, where it is a stage of `stagepatch decouple`.
     """
