@@ -1,3 +1,4 @@
+from .lora import assemble_loras as assemble_loras
 from .lora import combine_loras as combine_loras
 from .lora import merge_loras as merge_loras
 from .models import ProjectedReader as ProjectedReader
