@@ -1,6 +1,7 @@
 """A gate that is a table of ranges (Remix-DiT, arXiv 2412.05628), written out; and T-LoRA's ranks in whole numbers."""
 
 import math
+import signal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from stagepatch.methods import LoRA, LoRAConfig, load_learned
 from stagepatch.methods.consistency import Consistent
 from stagepatch.methods.lora import ADAPTER, FILE_NAME, active_ranks
 from stagepatch.methods.lora_stages import TableGate
-from tests.runs import draw_weights, log_of, run
+from tests.runs import Strike, draw_weights, iteration_of, log_of, run, train_job
 
 TABLE = {"rank": 2, "num_stages": 3, "stage_gate": "table", "num_ranges": 5}
 
@@ -132,6 +133,19 @@ def test_it_trains_is_saved_and_comes_back(tiny_dit, batch, tmp_path):
     loaded = load_learned(other := tiny_dit(), tmp_path)
     assert loaded.config == saved.config
     assert torch.equal(predict(other, *batch), predict(model, *batch))
+
+
+def test_a_killed_run_goes_on_to_the_same_table(tmp_path, processes):
+    """The prior's weight follows from the iteration."""
+    given = {"steps": 12, "checkpoint_every": 4, "ema_decay": 0.5}
+    choices = {**TABLE, "gate_prior": 10.0, "gate_learning_rate_factor": 3.0}
+    run(tmp_path / "whole", method=LoRA(LoRAConfig(**choices)), **given)
+    method, strike = LoRA(LoRAConfig(**choices)), Strike("iteration", 7)
+    processes.call(train_job, -signal.SIGKILL, directory=tmp_path / "killed", method=method, strike=strike, **given)
+    assert iteration_of(tmp_path / "killed") == 4
+    run(tmp_path / "killed", method=LoRA(LoRAConfig(**choices)), **given)
+    whole, killed = (load_file(tmp_path / name / FILE_NAME) for name in ("whole", "killed"))
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
 
 
 @pytest.mark.parametrize(
