@@ -20,7 +20,7 @@ class AssembleConfig(TrainConfig):
 
     Args:
         output_dir: takes the result, and the experts under 'scales'.
-        method: 'lora'.
+        method: 'lora' alone can be assembled.
         lora: rank and targets of each expert; `scales`, the number of experts at each, finest first; `stage_gate`, the
             kind of router: 'router', or 'time_router', which does not read the layers' inputs and can be merged.
         start_from: directory of a LoRA that each expert trains on from; empty to start from the model.
