@@ -10,6 +10,7 @@ from stagepatch.patch import PatchConfig
 from stagepatch.sampling import SamplingConfig
 from stagepatch.search.config import MergeConfig as MergeConfig
 from stagepatch.search.config import ScheduleConfig as ScheduleConfig
+from stagepatch.studies.assemble_config import AssembleConfig as AssembleConfig
 from stagepatch.studies.compare_config import CompareConfig as CompareConfig
 from stagepatch.studies.decouple_config import DecoupleConfig as DecoupleConfig
 from stagepatch.training.run_config import PretrainConfig as PretrainConfig

@@ -4,6 +4,7 @@ from .fisher import diagonal_fisher as diagonal_fisher
 from .fisher import write_fisher as write_fisher
 from .fisher_mean import Fishers as Fishers
 from .fisher_mean import fisher_mean as fisher_mean
+from .lora import assemble_loras as assemble_loras
 from .lora import check_lora_method as check_lora_method
 from .lora import combine_loras as combine_loras
 from .lora import merge_loras as merge_loras

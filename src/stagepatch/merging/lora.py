@@ -1,16 +1,16 @@
-"""LoRAs of the stages into one LoRA."""
+"""LoRAs of the stages into one LoRA: summed, or side by side under a router."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors
 from stagepatch.merging.config import SUM, MergeMethod, check_weights
 from stagepatch.merging.dare import drop
-from stagepatch.methods import LoRAConfig
+from stagepatch.methods import LoRA, LoRAConfig
 from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME
 
 
@@ -30,7 +30,7 @@ def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tenso
         if odd:
             raise UserError(f"'{stage}' is on other layers than '{stages[0]}': first '{odd[0]}'.")
     choices = [LoRAConfig(**read_json(stage / CONFIG_NAME)) for stage in stages]
-    mixed = [stage for stage, choice in zip(stages, choices, strict=True) if choice.num_stages > 1]
+    mixed = [stage for stage, choice in zip(stages, choices, strict=True) if choice.num_maps > 1]
     if mixed:
         raise UserError(
             f"'{mixed[0]}' is mixed over the noise level: its maps are not of one weight, and do not add up."
@@ -82,3 +82,27 @@ def merge_loras(stages: Sequence[Path], weights: Sequence[float], output: Path, 
     config, loras = read_loras(stages)
     write_tensors(output / FILE_NAME, combine_loras(loras, weights, method))
     write_json(output / CONFIG_NAME, asdict(config))
+
+
+def assemble_loras(experts: Sequence[Path], config: LoRAConfig, model: nn.Module, output: Path) -> None:
+    """LoRAs side by side, as one of several maps whose gate has yet to learn: what assembling starts from.
+
+    Args:
+        experts: directories, those of the first of `config.scales` first, from the image's end to the noise's.
+        config: of the result.
+        model: that the LoRAs are for; it gets the result.
+
+    Raises:
+        UserError: LoRAs on other layers, or another number or rank of them than the config says.
+    """
+    _, loras = read_loras(experts)
+    ranks = [next(value for name, value in lora.items() if name.endswith("lora_A.weight")).shape[0] for lora in loras]
+    if ranks != [config.rank] * config.num_maps:
+        raise UserError(
+            f"LoRAs of ranks {ranks} are not the {config.num_maps} of rank {config.rank} that lora "
+            f"scales={config.scales} has."
+        )
+    method = LoRA(config)
+    method.prepare(model)
+    method.load_maps(combine_loras(loras, [1.0] * len(loras)), experts[0] / FILE_NAME)
+    method.save(output)

@@ -6,6 +6,7 @@ from .artifacts import open_artifact as open_artifact
 from .artifacts import open_learned as open_learned
 from .base import Method as Method
 from .config import METHODS as METHODS
+from .config import ROUTERS as ROUTERS
 from .config import LoRAConfig as LoRAConfig
 from .config import MethodConfig as MethodConfig
 from .consistency import Consistent as Consistent

@@ -17,12 +17,14 @@ class Method(ABC):
         kind: of what it saves, as `open_artifact` calls it.
         marker: a file that only a directory of that kind has.
         starts_at_base: whether the model, once prepared, still says what it did.
+        progress: share of training that is done, which the loop says before each step.
     """
 
     name: ClassVar[str]
     kind: ClassVar[str] = ""
     marker: ClassVar[str] = ""
     starts_at_base: bool = True
+    progress: float = 0.0
 
     @classmethod
     def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
@@ -40,6 +42,13 @@ class Method(ABC):
     def extra_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
         """What the last forward adds to the denoising loss, and scalars worth logging."""
         return None, {}
+
+    def check_start(self, start_from: str) -> None:  # noqa: B027
+        """Refuse to train on from a directory, or, where that is empty, from the model.
+
+        Raises:
+            UserError: it cannot.
+        """
 
     @abstractmethod
     def save(self, directory: Path) -> None:

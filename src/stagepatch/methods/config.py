@@ -16,6 +16,8 @@ METHODS = {
     "lora": "stagepatch.methods.lora:LoRA",
     "none": "stagepatch.methods.finetune:Untrained",
 }
+# Gates of a LoRA that mix experts which were trained before.
+ROUTERS = ("router", "time_router")
 
 
 @dataclass
@@ -23,22 +25,41 @@ class LoRAConfig:
     """Low-rank adapters (arXiv 2106.09685), by peft.
 
     Args:
-        rank: r of every adapter, or of each of its stages; the adapters are not scaled.
+        rank: r of every adapter, or of each of its maps; the adapters are not scaled.
         targets: names, or ends of names, of the layers; by default the attention's projections. 'all': all linear
             layers inside the model's blocks (attention, MLP, modulation by the condition; a U-Net's blocks are its
             stages), not its embedders and its final layer.
         min_rank: ranks that are on at pure noise; the others come on in proportion as noise falls (T-LoRA,
-            arXiv 2507.05964). 0, or `rank`, is plain LoRA.
+            arXiv 2507.05964, without its orthogonal initialisation). 0, or `rank`, is plain LoRA.
         num_stages: K low-rank maps a layer, mixed by the noise level: W x + Σ_k w_k(t) B_k A_k x. 1 is plain LoRA.
         stage_gate: w_k. 'gaussian': Gaussians around (k + ½)/K, normalised; 'learned': a softmax that starts as
-            these and is trained with the maps; 'ranges': each stage alone in its K-th of the noise levels.
+            these and is trained with the maps; 'ranges': each stage alone in its K-th of the noise levels; 'table':
+            a softmax of K numbers for each of `num_ranges` ranges, trained with the maps (Remix-DiT, arXiv
+            2412.05628). 'router': the maps are experts of `scales`, frozen, and what mixes them is trained alone
+            (TimeStep Master, arXiv 2503.07416); 'time_router': the same without the layer's input, so that it can be
+            merged. `stagepatch assemble` trains the experts and the router.
+        num_ranges: N of a table (Remix-DiT: 20).
+        gate_prior: weight of the cross-entropy between a table and one stage a range, which falls linearly to zero
+            over training (Remix-DiT, Eq. 6; released code: 1e-4).
+        gate_learning_rate_factor: on the rate of what a gate learns (Remix-DiT's released code: 500).
+        scales: of a router, how many experts share the noise levels, from the finest scale to the coarsest: [8, 4, 2,
+            1] are 15 experts.
     """
 
     rank: int = 8
     targets: Literal["all"] | list[str] | None = None
     min_rank: int = 0
     num_stages: int = 1
-    stage_gate: Literal["gaussian", "learned", "ranges"] = "gaussian"
+    stage_gate: Literal["gaussian", "learned", "ranges", "table", "router", "time_router"] = "gaussian"
+    num_ranges: int = 20
+    gate_prior: float = 1e-4
+    gate_learning_rate_factor: float = 1.0
+    scales: list[int] = field(default_factory=list)
+
+    @property
+    def num_maps(self) -> int:
+        """Low-rank maps of a layer."""
+        return sum(self.scales) or self.num_stages
 
 
 @dataclass

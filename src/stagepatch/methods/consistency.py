@@ -53,6 +53,7 @@ class Consistent(Method):
         if learns_sigma(self.original):
             expected, output = (each.chunk(2, dim=1)[0] for each in (expected, output))
         consistency = (output.float() - expected.float()).square().mean()
+        self.method.progress = self.progress
         extra, logged = self.method.extra_loss()
         total = self.weight * consistency + (0.0 if extra is None else extra)
         return total, {**logged, "consistency": consistency.detach()}

@@ -1,18 +1,29 @@
-"""LoRA (arXiv 2106.09685) through peft; as options, ranks masked by timestep (T-LoRA, arXiv 2507.05964) or stages."""
+"""LoRA (arXiv 2106.09685) through peft; as options, ranks masked by timestep (T-LoRA, arXiv 2507.05964), stages or
+experts by timestep."""
 
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stagepatch.checkpoints import component_for
 from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors
 from stagepatch.methods.base import Method
-from stagepatch.methods.config import LoRAConfig, MethodConfig
-from stagepatch.methods.lora_stages import GATES, Ranks, StageGate, Weigh, linear_layers_of_blocks, rank_mask
+from stagepatch.methods.config import ROUTERS, LoRAConfig, MethodConfig
+from stagepatch.methods.lora_router import RoutedRanks, Router, make_router
+from stagepatch.methods.lora_stages import (
+    GATES,
+    Ranks,
+    StageGate,
+    TableGate,
+    Weigh,
+    linear_layers_of_blocks,
+    rank_mask,
+)
 from stagepatch.methods.lora_stages import active_ranks as active_ranks
 
 ADAPTER = "stagepatch"
@@ -38,7 +49,7 @@ class LoRA(Method):
         _check(self.config)
         self.model: nn.Module | None = None
         self.ranks: Ranks | None = None
-        self.gate: StageGate | None = None
+        self.gate: StageGate | TableGate | Router | None = None
 
     @classmethod
     def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
@@ -48,17 +59,36 @@ class LoRA(Method):
         model.requires_grad_(False).eval()
         self._inject(model)
         adapters = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+        are_frozen = self.config.stage_gate in ROUTERS
         for parameter in adapters:
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-        groups = [{"params": adapters, "factor": 1.0}]
-        learned = [] if self.gate is None else [value for value in self.gate.parameters() if value.requires_grad]
-        return [*groups, {"params": learned, "factor": 1.0}] if learned else groups
+            parameter.requires_grad_(not are_frozen)
+        groups = [] if are_frozen else [{"params": adapters, "factor": 1.0}]
+        if learned := self._learned_by_gate():
+            groups.append({"params": learned, "factor": self.config.gate_learning_rate_factor})
+        return groups
+
+    def _learned_by_gate(self) -> list[nn.Parameter]:
+        return [] if self.gate is None else [value for value in self.gate.parameters() if value.requires_grad]
+
+    def check_start(self, start_from: str) -> None:
+        if self.config.stage_gate in ROUTERS and not start_from:
+            raise UserError(
+                "a router learns to mix LoRA experts that were trained before: `stagepatch assemble` trains both; or "
+                "give as start_from what it wrote."
+            )
+
+    def extra_loss(self) -> tuple[Tensor | None, dict[str, Tensor]]:
+        if not isinstance(self.gate, TableGate) or not self.config.gate_prior:
+            return None, {}
+        prior = self.gate.prior_loss()
+        return self.config.gate_prior * (1.0 - self.progress) * prior, {"gate_prior": prior.detach()}
 
     def merge(self, enabled: bool = True) -> None:
         """Whether sampling is done with weights that have the adapters in them, at the base's cost; see `Ranks.merge`.
 
-        With stages it is; for the others it changes the last digits, so it has to be asked for.
+        With stages it is, but for a router that reads inputs, whose weights are of each token; for the others it
+        changes the last digits, so it has to be asked for.
         """
         assert self.ranks is not None, "prepare or load comes first"
         self.ranks.merge(enabled)
@@ -88,15 +118,13 @@ class LoRA(Method):
         from peft.utils import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
-        if self.gate is not None and self.gate.kind == "learned":
+        if self.gate is not None and self._learned_by_gate():
             state |= {f"{_GATE}{name}": value for name, value in self.gate.state_dict().items()}
         prefix = component_for(self.model)
         write_tensors(directory / FILE_NAME, {f"{prefix}.{name}": value for name, value in state.items()})
         write_json(directory / CONFIG_NAME, asdict(self.config))
 
     def load(self, model: nn.Module, directory: Path) -> None:
-        from peft.utils import set_peft_model_state_dict
-
         config = LoRAConfig(**read_json(directory / CONFIG_NAME))
         tensors, _ = read_tensors(directory / FILE_NAME)
         if self.model is not model:
@@ -104,14 +132,24 @@ class LoRA(Method):
             self._inject(model)
         elif config != self.config:  # it is another checkpoint of the same run, or what a run starts from
             raise UserError(f"'{directory}' holds a LoRA of other choices: {config}, expected {self.config}.")
-        state = {name.split(".", 1)[1]: value for name, value in tensors.items()}
-        gate = {name.removeprefix(_GATE): state.pop(name) for name in list(state) if name.startswith(_GATE)}
-        odd: Any = set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
-        if odd.unexpected_keys:
-            raise UserError(f"'{directory / FILE_NAME}' is of another model: it holds '{odd.unexpected_keys[0]}'.")
-        if self.gate is not None and self.gate.kind == "learned":
+        gate = {name: tensors.pop(name) for name in list(tensors) if name.split(".", 1)[1].startswith(_GATE)}
+        self.load_maps(tensors, directory / FILE_NAME)
+        if self.gate is not None and self._learned_by_gate():
             with as_user_error(f"'{directory / FILE_NAME}' has no whole gate of its stages", RuntimeError):
-                self.gate.load_state_dict(gate)
+                self.gate.load_state_dict({name.split(f".{_GATE}", 1)[1]: value for name, value in gate.items()})
+
+    def load_maps(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """After `prepare` or `load`: take the maps of a file, whose names have the component's before them.
+
+        Args:
+            path: of the file, for messages.
+        """
+        from peft.utils import set_peft_model_state_dict
+
+        state = {name.split(".", 1)[1]: value for name, value in tensors.items()}
+        odd: Any = set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
+        if odd.unexpected_keys:
+            raise UserError(f"'{path}' is of another model: it holds '{odd.unexpected_keys[0]}'.")
 
     def _inject(self, model: nn.Module) -> None:
         import peft  # slow to import
@@ -121,19 +159,28 @@ class LoRA(Method):
             targets = linear_layers_of_blocks(model)
         else:
             targets = list(choices.targets or _targets_of(model))
-        rank = choices.rank * choices.num_stages
+        rank = choices.rank * choices.num_maps
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         with as_user_error(f"lora targets={targets} cannot be had in {type(model).__name__}", ValueError):
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         weigh: Weigh | None = None
         self.model, self.gate = model, None
-        if choices.num_stages > 1:
-            device = next(model.parameters()).device
-            weigh = self.gate = StageGate(choices.num_stages, choices.rank, choices.stage_gate).to(device)
-        elif 0 < choices.min_rank < choices.rank:
-            weigh = partial(rank_mask, rank=choices.rank, min_rank=choices.min_rank)
-        self.ranks = Ranks(model, ADAPTER, weigh)
-        self.ranks.merge(choices.num_stages > 1)
+        if choices.stage_gate in ROUTERS:
+            self.gate = router = make_router(model, ADAPTER, choices.stage_gate, choices.scales, choices.rank)
+            self.ranks = RoutedRanks(model, ADAPTER, router)
+        else:
+            if choices.num_stages > 1:
+                weigh = self.gate = _make_gate(choices).to(next(model.parameters()).device)
+            elif 0 < choices.min_rank < choices.rank:
+                weigh = partial(rank_mask, rank=choices.rank, min_rank=choices.min_rank)
+            self.ranks = Ranks(model, ADAPTER, weigh)
+        self.ranks.merge(choices.num_maps > 1)
+
+
+def _make_gate(config: LoRAConfig) -> StageGate | TableGate:
+    if config.stage_gate == "table":
+        return TableGate(config.num_stages, config.rank, config.num_ranges)
+    return StageGate(config.num_stages, config.rank, config.stage_gate)
 
 
 def _check(config: LoRAConfig) -> None:
@@ -142,14 +189,34 @@ def _check(config: LoRAConfig) -> None:
         raise UserError(f"lora rank={rank} and min_rank={min_rank} must have 0 ≤ min_rank ≤ rank ≥ 1.")
     if stages < 1:
         raise UserError(f"lora num_stages={stages} must be at least 1.")
-    if config.stage_gate not in GATES:
-        raise UserError(f"lora stage_gate='{config.stage_gate}' is none of: {', '.join(GATES)}.")
-    if stages > 1 and 0 < min_rank < rank:
-        raise UserError(
-            f"lora num_stages={stages} and min_rank={min_rank} weigh the ranks by timestep in two ways: leave one out."
-        )
+    gates = (*GATES, "table", *ROUTERS)
+    if config.stage_gate not in gates:
+        raise UserError(f"lora stage_gate='{config.stage_gate}' is none of: {', '.join(gates)}.")
+    _check_scales(config)
+    if config.num_maps > 1 and 0 < min_rank < rank:
+        name = f"scales={config.scales}" if config.scales else f"num_stages={stages}"
+        raise UserError(f"lora {name} and min_rank={min_rank} weigh the ranks by timestep in two ways: leave one out.")
+    if config.stage_gate == "table" and config.num_ranges < stages:
+        raise UserError(f"lora num_ranges={config.num_ranges} must be at least num_stages={stages}.")
+    for name in ("gate_prior", "gate_learning_rate_factor"):
+        if getattr(config, name) < 0.0:
+            raise UserError(f"lora {name}={getattr(config, name)} must not be negative.")
     if isinstance(config.targets, str) and config.targets != "all":
         raise UserError(f"lora targets='{config.targets}' must be 'all', or a list of names.")
+
+
+def _check_scales(config: LoRAConfig) -> None:
+    scales, is_routed = config.scales, config.stage_gate in ROUTERS
+    if scales and not is_routed:
+        raise UserError(f"lora scales={scales} are a router's: set stage_gate='{config.stage_gate}' to router.")
+    if not is_routed:
+        return
+    if len(scales) < 2 or scales[-1] < 1 or any(after >= before for before, after in pairwise(scales)):
+        raise UserError(
+            f"lora scales={scales} must be at least two numbers of experts, falling, such as [8, 4, 2, 1]."
+        )
+    if config.num_stages != 1:
+        raise UserError(f"lora num_stages={config.num_stages} is not of a router, which has the experts of `scales`.")
 
 
 def _targets_of(model: nn.Module) -> list[str]:

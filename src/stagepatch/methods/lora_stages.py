@@ -1,6 +1,7 @@
 """What each rank of a LoRA counts at a noise level, and the layer that it comes to where that is one for all samples.
 
-Two weightings: T-LoRA's mask of ranks (arXiv 2507.05964), and a gate that mixes K low-rank maps, one a stage of noise.
+T-LoRA's mask of ranks (arXiv 2507.05964), and gates that mix K low-rank maps: by formulas of the noise level, or by a
+table of ranges of it (Remix-DiT, arXiv 2412.05628). A gate of each layer's own is in `lora_router`.
 """
 
 import inspect
@@ -21,14 +22,21 @@ Weigh = Callable[[Tensor], Tensor]
 
 
 def active_ranks(noise_level: Tensor, rank: int, min_rank: int) -> Tensor:
-    """Ranks that are on at a noise level t/T in 0…1: ⌊(1 − t/T)·(rank − min_rank)⌋ + min_rank (T-LoRA, Eq. 4)."""
-    return torch.floor((1.0 - noise_level) * (rank - min_rank)) + min_rank
+    """Ranks that are on at a noise level t/T in 0…1: ⌊(1 − t/T)·(rank − min_rank)⌋ + min_rank (T-LoRA, Sec. 3.2)."""
+    # What is whole is whole, whatever float32 makes of it.
+    return torch.floor((1.0 - noise_level) * (rank - min_rank) + 1e-4) + min_rank
 
 
 def rank_mask(noise_level: Tensor, rank: int, min_rank: int) -> Tensor:
     """1 for the ranks that are on, 0 for the others: [B] -> [B, R]."""
     active = active_ranks(noise_level, rank, min_rank)
     return (torch.arange(rank, device=active.device) < active.unsqueeze(1)).float()
+
+
+def range_of(noise_level: Tensor, count: int) -> Tensor:
+    """Which of `count` equal ranges a noise level is in, as floats: the one with k/count ≤ l < (k + 1)/count."""
+    # A border is the next range's, whatever float32 makes of it.
+    return torch.floor(noise_level * count + 1e-5).clamp(max=count - 1)
 
 
 class StageGate(nn.Module):
@@ -57,8 +65,8 @@ class StageGate(nn.Module):
     def stages(self, noise_level: Tensor) -> Tensor:
         """Weights of the stages: [B] -> [B, K]."""
         levels = noise_level.unsqueeze(1)
-        if self.kind == "ranges":  # a border is the next stage's, whatever float32 makes of it
-            stage = torch.floor(levels * self.num_stages + 1e-5).clamp(max=self.num_stages - 1)
+        if self.kind == "ranges":
+            stage = range_of(levels, self.num_stages)
             return (stage == torch.arange(self.num_stages, device=levels.device)).float()
         # No matrix product, which autocast would do in half precision.
         return torch.softmax(levels * self.weight.to(levels.device) + self.bias.to(levels.device), dim=1)
@@ -68,8 +76,44 @@ class StageGate(nn.Module):
         return self.stages(noise_level).repeat_interleave(self.rank, dim=1)
 
 
+class TableGate(nn.Module):
+    """Weights of K stages in each of N ranges of the noise level: softmax(π_i), π learned [N, K] (Remix-DiT, Alg. 2).
+
+    One table for all layers, as the paper prefers (Table 2, global mixer). π starts at random, with a lead of three
+    standard deviations for one stage, ⌊i·K/N⌋ (the released code; where K divides N, that is its prior).
+
+    Args:
+        num_stages: K.
+        rank: of each stage's map.
+        num_ranges: N.
+    """
+
+    def __init__(self, num_stages: int, rank: int, num_ranges: int) -> None:
+        super().__init__()
+        self.num_ranges = num_ranges
+        self.rank = rank
+        lead = F.one_hot(self._prior(num_stages), num_stages)
+        self.logits = nn.Parameter(torch.randn(num_ranges, num_stages) + 3.0 * lead)
+
+    def _prior(self, num_stages: int) -> Tensor:
+        return torch.arange(self.num_ranges) * num_stages // self.num_ranges
+
+    def stages(self, noise_level: Tensor) -> Tensor:
+        """Weights of the stages: [B] -> [B, K]."""
+        rows = self.logits.to(noise_level.device)[range_of(noise_level, self.num_ranges).long()]
+        return torch.softmax(rows, dim=1)
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """Weights of the ranks, the stages' side by side: [B] -> [B, K·rank]."""
+        return self.stages(noise_level).repeat_interleave(self.rank, dim=1)
+
+    def prior_loss(self) -> Tensor:
+        """−log of the weight of each range's own stage, mean over ranges (Remix-DiT, Eq. 6, over N)."""
+        return F.cross_entropy(self.logits, self._prior(self.logits.shape[1]).to(self.logits.device))
+
+
 class Ranks:
-    """What the ranks of the adapters on a model count in this forward, for each sample.
+    """What the ranks of the adapters on a model count in this forward, for each sample; the same in all layers.
 
     Hooks on the model and on the adapters' first layers; the model's parameters and names stay as they are. Between a
     forward with gradient checkpointing and its backward, run no other forward.
@@ -91,7 +135,7 @@ class Ranks:
         self.weights: Tensor | None = None
         self.merges = False
         self.are_shared = weigh is None
-        self._layers: list[Any] = [part for part in model.modules() if adapter in getattr(part, "lora_A", ())]
+        self._layers = adapted_layers(model, adapter)
         if weigh is None:
             return
         if any(adapter in getattr(part, "lora_embedding_A", ()) for part in model.modules()):
@@ -99,8 +143,8 @@ class Ranks:
         self._names = list(inspect.signature(model.forward).parameters)
         self._noise_level = family_of(type(model)).noise_level
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for layer in self._layers:
-            layer.lora_A[adapter].register_forward_hook(self._apply)
+        for number, layer in enumerate(self._layers):
+            layer.lora_A[adapter].register_forward_hook(self._hook(number))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "weights": None}  # of one forward; and what has a history is not copied
@@ -120,10 +164,15 @@ class Ranks:
         weight, down, up = (part.weight for part in (layer.base_layer, *self._maps(layer)))
         dtype = torch.promote_types(weight.dtype, up.dtype)
         if self.weights is not None:
-            up = up * self.weights[0].to(up.device)
+            down, up = self._weighed(layer, down, up)
         up = up * layer.scaling[self.adapter]
         with torch.autocast(weight.device.type, enabled=False):
             return torch.addmm(weight.to(dtype), up.to(dtype), down.to(dtype)).to(weight.dtype)
+
+    def _weighed(self, layer: Any, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """A [R, in] and B·diag(w) [out, R] of a layer, where w is one for all samples."""
+        assert self.weights is not None
+        return down, up * self.weights[0].to(up.device)
 
     def _maps(self, layer: Any) -> tuple[Any, Any]:
         return layer.lora_A[self.adapter], layer.lora_B[self.adapter]
@@ -132,20 +181,38 @@ class Ranks:
         assert self.weigh is not None
         timestep = (dict(zip(self._names, args, strict=False)) | kwargs)["timestep"]
         level = self._noise_level(torch.as_tensor(timestep).float().view(-1)).clamp(0.0, 1.0)
-        self.weights = self.weigh(level)
+        self._set_weights(level)
+
+    def _set_weights(self, noise_level: Tensor) -> None:
+        assert self.weigh is not None
+        self.weights = self.weigh(noise_level)
         # Training need not wait for the device to tell.
-        self.are_shared = self.merges and not torch.is_grad_enabled() and _are_alike(self.weights)
+        self.are_shared = self.merges and not torch.is_grad_enabled() and are_alike(self.weights)
+
+    def _hook(self, number: int) -> Any:
+        """What weighs the ranks of a layer in its forward."""
+        return self._apply
 
     def _apply(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         assert self.weights is not None
-        weights = self.weights.to(output.device, output.dtype)
-        if not isinstance(module, nn.Linear):  # a convolution: its ranks are channels
-            return output * weights.view(*weights.shape, *[1] * (output.ndim - 2))
-        return output * weights.view(len(weights), *[1] * (output.ndim - 2), -1)
+        return weigh_ranks(module, output, self.weights)
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> list[Any]:
+    """The layers that have an adapter of that name, in the model's order."""
+    return [part for part in model.modules() if adapter in getattr(part, "lora_A", ())]
+
+
+def weigh_ranks(module: nn.Module, output: Tensor, weights: Tensor) -> Tensor:
+    """The output of an adapter's first layer, each sample's ranks times weights [B, R]."""
+    weights = weights.to(output.device, output.dtype)
+    if not isinstance(module, nn.Linear):  # a convolution: its ranks are channels
+        return output * weights.view(*weights.shape, *[1] * (output.ndim - 2))
+    return output * weights.view(len(weights), *[1] * (output.ndim - 2), -1)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _are_alike(rows: Tensor) -> bool:
+def are_alike(rows: Tensor) -> bool:
     return len(rows) == 1 or bool((rows == rows[:1]).all())
 
 

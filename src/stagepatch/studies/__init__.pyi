@@ -1,3 +1,7 @@
+from .assemble_config import AssembleConfig as AssembleConfig
+from .assemble_jobs import Assembly as Assembly
+from .assemble_jobs import plan_assembly as plan_assembly
+from .assemble_jobs import write_schedules as write_schedules
 from .compare_config import CompareConfig as CompareConfig
 from .compare_config import EntryConfig as EntryConfig
 from .compare_jobs import CompareJob as CompareJob

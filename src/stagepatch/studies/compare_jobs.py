@@ -147,6 +147,7 @@ class CompareJob(Job):
         model = build_denoiser(self.config.model)
         total = sum(parameter.numel() for parameter in model.parameters())
         method = make_method(self.config)
+        method.check_start(self.config.start_from)
         if self.config.start_from and open_learned(Path(self.config.start_from)).kind != method.kind:
             raise UserError(f"start_from='{self.config.start_from}' is of another method than '{self.config.method}'.")
         groups = method.prepare(model)

@@ -119,6 +119,7 @@ def train(
         for iteration, batch in enumerate(loader, start):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(iteration)
+            method.progress = iteration / config.steps
             here = (accelerator.device, accelerator.process_index)
             draws = draw(batch, config, objective, conditions, iteration, horizontal_flip, *here, fakes)
             logged = _backward(step, draws, config.gradient_accumulation_steps, accelerator)

@@ -76,6 +76,7 @@ class Run:
             raise UserError(
                 f"start_from='{self.start_from}' is {kind}, which method='{config.method}' does not learn."
             )
+        self.method.check_start(config.start_from)
         if config.objective == "ddo" and not self.method.starts_at_base:
             raise UserError(
                 "objective='ddo' compares with the model as it is, from which this patch departs before it has "
