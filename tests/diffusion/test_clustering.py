@@ -56,10 +56,9 @@ DISTANCES = {
 @pytest.mark.parametrize("kind", list(DISTANCES))
 def test_no_other_cuts_cost_less(kind, count):
     found = cluster_intervals(DISTANCES[kind](), count)
-    assert [first for first, _ in found] == [0, *(stop for _, stop in found[:-1])] and found[-1][1] == T
-    ways = [
-        list(itertools.pairwise([0, *cuts, T])) for cuts in itertools.combinations(range(1, T), count - 1)
-    ]
+    assert [first for first, _ in found] == [0, *(stop for _, stop in found[:-1])]
+    assert found[-1][1] == T
+    ways = [list(itertools.pairwise([0, *cuts, T])) for cuts in itertools.combinations(range(1, T), count - 1)]
     costs = [cost(way, kind) for way in ways]
     assert len(found) == count
     assert cost(found, kind) == pytest.approx(min(costs), abs=1e-9)
@@ -84,7 +83,8 @@ def test_intervals_of_log_snr_are_finite_for_every_schedule(prediction):
     objective = Objective(make_scheduler(ObjectiveConfig(prediction_type=prediction)))
     intervals = cluster_intervals(log_snr_distances(objective.snr(torch.arange(1000))), 5)
     lengths = [stop - first for first, stop in intervals]
-    assert sum(lengths) == 1000 and len(lengths) == 5
+    assert sum(lengths) == 1000
+    assert len(lengths) == 5
     assert lengths[0] < 200  # near the image log-SNR falls fastest
 
 
@@ -99,6 +99,7 @@ def test_every_interval_is_drawn_alike_and_uniformly_within():
     sampler = IntervalSampler(((0, 100), (100, 900), (900, 1000)))
     drawn = sampler.draw(300_000, torch.Generator().manual_seed(0)).view(-1, 3)
     for (first, stop), own in zip(sampler.intervals, drawn.T, strict=True):
-        assert first <= own.min() and own.max() < stop
+        assert first <= own.min()
+        assert own.max() < stop
         counts = torch.bincount((own - first) * 20 // (stop - first), minlength=20)
         assert stats.chisquare(counts.numpy()).pvalue > 1e-3

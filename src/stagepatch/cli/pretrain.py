@@ -31,6 +31,8 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     model: Any = _make_model(config.model, config.training.label_dropout, **options)
     scheduler = make_scheduler(config.objective, config.model.learn_sigma)
     identity = {"model": config.model, "objective": config.objective, "data": config.data}
+    if config.balancing.name != "none":
+        identity["balancing"] = config.balancing
     parts = ""
     if config.parts:
         identity["parts"] = config.parts
@@ -43,6 +45,7 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
         output_dir=config.output_dir,
         cache=config.cache,
         method="finetune",
+        balancing=config.balancing,
         data=config.data,
         training=config.training,
     )

@@ -9,6 +9,8 @@ the three clusterings:
     gradient   − the cosine of the gradients at t and t', the paper's task affinity score
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -63,7 +65,7 @@ def cluster_intervals(distances: Tensor, count: int) -> list[tuple[int, int]]:
     for start in reversed(starts):
         edges.append(int(start[edges[-1] - 1]))
     edges = [0, *reversed(edges)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _differences(values: Tensor) -> Tensor:
