@@ -14,7 +14,8 @@ from torch import Tensor
 from stagepatch import models
 from stagepatch.checkpoints.layout import DENOISERS, TEXT_PARTS, component_for, denoiser_directory, find_model
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
-from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_tensors
+from stagepatch.checkpoints.routing import WINDOWS, attach_routing
+from stagepatch.core import TensorReader, UserError, as_user_error, read_json, read_tensors, write_tensors
 from stagepatch.families import takes_text
 from stagepatch.families.registry import Family, family_of
 
@@ -116,6 +117,9 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     directory = find_model(source, ["*"])
     if not (directory / "model_index.json").exists():
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
+    for name in DENOISERS:
+        if name not in options and _holds_own_parts(directory / name):
+            options[name] = _load_model(directory / name).to(options.get("torch_dtype"))
     with as_user_error(f"The pipeline in '{directory}' cannot be loaded", *_UNLOADABLE):
         return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
 
@@ -189,6 +193,8 @@ def _load_model(directory: Path) -> Any:
     projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
     if projected:
         add_projections(model, projected)
+    if WINDOWS in tensors:
+        attach_routing(model, tensors[WINDOWS])
     expected, found = ({(key, value.shape) for key, value in each.items()} for each in (model.state_dict(), tensors))
     odd = sorted({key for key, _ in expected ^ found})
     if odd:
@@ -202,7 +208,18 @@ def _load_model(directory: Path) -> Any:
 
 def _load_in_parts(model_class: Any, directory: Path) -> Any:
     """Weights in several files, or of a variant or format that diffusers knows."""
+    if _holds_own_parts(directory):
+        raise UserError(
+            f"'{directory}' holds projections or routing of stagepatch, which are read from '{_WEIGHTS}' alone: save "
+            f"the model again with save_denoiser."
+        )
     variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
     variant = next((name for name in ("fp16", "bf16") if name in variants), None)
     with as_user_error(f"The weights in '{directory}' cannot be loaded", *_UNLOADABLE):
         return model_class.from_pretrained(directory, variant=variant, torch_dtype=torch.float32).eval()
+
+
+def _holds_own_parts(directory: Path) -> bool:
+    """Whether a model's weights hold channel projections or routing, which diffusers' own loading leaves out."""
+    paths = directory.glob("diffusion_pytorch_model*.safetensors")
+    return any(name.startswith((f"{PROJECTION}.", WINDOWS)) for path in paths for name in TensorReader([path]).names())
