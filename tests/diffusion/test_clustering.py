@@ -19,6 +19,7 @@ from stagepatch.diffusion import (
     make_scheduler,
     timestep_distances,
 )
+from stagepatch.diffusion.clustering import interval_costs
 
 T = 11
 SNR = torch.tensor(np.geomspace(3e4, 1e-3, T) * np.linspace(1.0, 9.0, T))
@@ -64,6 +65,14 @@ def test_no_other_cuts_cost_less(kind, count):
     assert cost(found, kind) == pytest.approx(min(costs), abs=1e-9)
     if kind != "timestep":  # whose best cuts are several
         assert found == ways[int(np.argmin(costs))]
+
+
+@pytest.mark.parametrize("kind", list(DISTANCES))
+def test_cost_of_every_interval_is_that_of_its_members(kind):
+    found = interval_costs(DISTANCES[kind]())
+    for first, last in itertools.product(range(T), repeat=2):
+        expected = cost([(first, last + 1)], kind) if first <= last else np.inf
+        assert float(found[first, last]) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])

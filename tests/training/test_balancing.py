@@ -16,6 +16,8 @@ from stagepatch.core import UserError
 from stagepatch.core.tensors import read_tensors
 from stagepatch.diffusion import IntervalSampler
 from stagepatch.methods import DMP, Finetune
+from stagepatch.studies import CompareConfig, EntryConfig
+from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.training import BalancingConfig, Run, TrainConfig, read_log
 from stagepatch.training.balancing import make_intervals, project_conflicts, uncertainty_weighted
 from stagepatch.training.draws import Draws
@@ -250,6 +252,20 @@ def test_model_from_scratch_is_balanced_too(tmp_path):
     assert main([*command, "--balancing.num_intervals=4"]) == 0
     assert "log_variance_3" in read_log(tmp_path)[-1]
     assert main(command) == 2
+
+
+def test_a_comparison_has_balanced_entries(tmp_path):
+    entries = [
+        EntryConfig("plain", "dmp"),
+        EntryConfig("balanced", "dmp", balancing={"name": "uncertainty", "num_intervals": 4, "similarity": "a.json"}),
+    ]
+    plain, balanced = plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=entries, training_seeds=[0]))
+    assert balanced.config.balancing == BalancingConfig("uncertainty", "timestep", 4, "a.json")
+    assert balanced.identity()["balancing"] == BalancingConfig("uncertainty", "timestep", 4)  # wherever its files are
+    assert "balancing" not in plain.identity()
+    entries[1].balancing["intervals"] = 3
+    with pytest.raises(UserError, match="balancing has no key 'intervals'"):
+        plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=entries))
 
 
 def test_off_leaves_a_run_as_it_was(tmp_path):
