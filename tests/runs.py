@@ -20,7 +20,8 @@ from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 from stagepatch.methods import DMP, Finetune
 from stagepatch.models import DiT
 from stagepatch.patch import PatchConfig
-from stagepatch.training import TrainingConfig, train
+from stagepatch.training import BalancingConfig, TrainingConfig, train
+from stagepatch.training.balancing import make_intervals
 from stagepatch.training.log import RunLog
 
 MODEL = {
@@ -85,7 +86,14 @@ def options(section, settings):
 def run(directory, patch=None, method="dmp", model=None, dataset=None, identity=None, flip=False, **choices):
     """Train the tiny model by a method or one of that name; returns the method. Other choices are of the training."""
     objective = choices.pop("objective", None) or make_objective()
-    loading = {"num_workers": choices.pop("num_workers", 0), "progress": choices.pop("progress", False)}
+    balancing = BalancingConfig(**choices.pop("balancing", {}))
+    if balancing.name != "none":
+        objective.timesteps = make_intervals(balancing, objective)
+    loading = {
+        "balancing": balancing,
+        "num_workers": choices.pop("num_workers", 0),
+        "progress": choices.pop("progress", False),
+    }
     if isinstance(method, str):
         method = DMP(PatchConfig(**(patch or {}))) if method == "dmp" else Finetune(objective.scheduler)
     parts = model or make_model(), method, objective, dataset or make_dataset(), config_of(**choices)

@@ -28,3 +28,5 @@ from .loading import save_denoiser as save_denoiser
 from .loading import takes_captions as takes_captions
 from .projection import add_projections as add_projections
 from .projection import fold_projections as fold_projections
+from .routing import add_routing as add_routing
+from .routing import routing_windows as routing_windows

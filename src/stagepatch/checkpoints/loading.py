@@ -1,6 +1,6 @@
 """A model's parts out of a directory laid out as diffusers lays out a pipeline, or out of the Hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from stagepatch.checkpoints.layout import (
     find_model,
 )
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
+from stagepatch.checkpoints.routing import WINDOWS, attach_routing
 from stagepatch.core import TensorReader, UserError, as_user_error, read_json, read_tensors, write_tensors
 from stagepatch.families import takes_text
 from stagepatch.families.registry import Family, family_of
@@ -130,6 +131,9 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     directory = find_model(source, ["*"])
     if not (directory / "model_index.json").exists():
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
+    for name in DENOISERS:
+        if name not in options and _holds_own_parts(directory / name):
+            options[name] = _load_model(directory / name, options.get("torch_dtype") or torch.float32)
     with as_user_error(f"The pipeline in '{directory}' cannot be loaded", *_UNLOADABLE):
         return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
 
@@ -198,13 +202,16 @@ def _load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     model_class: Any = _class_of(directory)
     is_quantized = "quantization_config" in read_json(directory / "config.json")
     has_other_files = any(directory.glob("diffusion_pytorch_model*")) and not (directory / _WEIGHTS).exists()
-    if not is_quantized and not has_other_files:
-        projected = _check_weights(model_class, directory)
-        if projected:  # which diffusers does not know of
-            model = model_class.from_config(read_json(directory / "config.json"))
-            add_projections(model, projected)
-            model.load_state_dict(read_tensors(directory / _WEIGHTS)[0])
-            return model.to(dtype).eval()
+    if not is_quantized and not has_other_files and _check_weights(model_class, directory):
+        tensors, _ = read_tensors(directory / _WEIGHTS)
+        model = _with_own_parts(model_class, directory, tensors)
+        model.load_state_dict(tensors)
+        return model.eval() if dtype == torch.float32 else model.eval().to(dtype)
+    if _holds_own_parts(directory):
+        raise UserError(
+            f"'{directory}' holds projections or routing of stagepatch, which are read from '{_WEIGHTS}' alone: save "
+            f"the model again with save_denoiser."
+        )
     # Several files, or a variant or format that diffusers knows.
     variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
     variant = next((name for name in ("fp16", "bf16") if name in variants), None)
@@ -212,25 +219,38 @@ def _load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
         return model_class.from_pretrained(directory, variant=variant, torch_dtype=dtype).eval()
 
 
-def _check_weights(model_class: Any, directory: Path) -> list[int]:
-    """See by its header that a file holds what a config describes; returns the numbers of its channel projections.
+def _with_own_parts(model_class: Any, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
+    """A model of a config with the projections and the routing of tensors, of which diffusers does not know."""
+    model = model_class.from_config(read_json(directory / "config.json"))
+    projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
+    if projected:
+        add_projections(model, projected)
+    if WINDOWS in tensors:
+        attach_routing(model, tensors[WINDOWS])
+    return model
+
+
+def _check_weights(model_class: Any, directory: Path) -> bool:
+    """See by its header that a file holds what a config describes; returns whether it has parts of ours.
 
     Raises:
         UserError: it is not there, broken, or of another model.
     """
     reader = TensorReader([directory / _WEIGHTS])
-    names = reader.names()
-    projected = [int(name.split(".")[-1]) for name in names if name.startswith(f"{PROJECTION}.")]
     with torch.device("meta"):
-        model = model_class.from_config(read_json(directory / "config.json"))
-        if projected:
-            add_projections(model, projected)
-    expected = {(name, tuple(value.shape)) for name, value in model.state_dict().items()}
-    found = {(name, reader.shape(name)) for name in names}
-    odd = sorted({name for name, _ in expected ^ found})
+        tensors = {name: torch.empty(reader.shape(name), dtype=reader.dtype(name)) for name in reader.names()}
+        model = _with_own_parts(model_class, directory, tensors)
+    expected, found = ({(key, value.shape) for key, value in each.items()} for each in (model.state_dict(), tensors))
+    odd = sorted({key for key, _ in expected ^ found})
     if odd:
         raise UserError(
             f"'{directory / _WEIGHTS}' does not hold the {model_class.__name__} that its config.json describes: "
             f"{len(odd)} tensors differ, first '{odd[0]}'."
         )
-    return projected
+    return _holds_own_parts(directory)
+
+
+def _holds_own_parts(directory: Path) -> bool:
+    """Whether a model's weights hold channel projections or routing, which diffusers' own loading leaves out."""
+    paths = directory.glob("diffusion_pytorch_model*.safetensors")
+    return any(name.startswith((f"{PROJECTION}.", WINDOWS)) for path in paths for name in TensorReader([path]).names())

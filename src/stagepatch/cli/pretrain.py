@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from stagepatch.checkpoints import lay_out_encoders, projection_width, save_config, save_denoiser
+from stagepatch.checkpoints import add_routing, lay_out_encoders, projection_width, save_config, save_denoiser
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
 from stagepatch.core import GLOBAL, UserError, processes, seed_for, write_text
@@ -21,6 +21,7 @@ from stagepatch.patch import with_condition
 from stagepatch.training import RUN_CONFIG, Run, TrainConfig
 
 _OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages")
+_OF_ROUTING = ("routed_share", "routing_shift")
 
 
 def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
@@ -30,8 +31,13 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     if config.parts and config.model.conditioning == "text":
         options["pooled_projection_dim"] = projection_width(config.parts)
     model: Any = _make_model(config.model, config.training.label_dropout, **options)
+    if config.model.routed_share != 1.0:
+        shift, num_train_timesteps = config.model.routing_shift, config.objective.num_train_timesteps
+        add_routing(model, config.model.routed_share, shift, num_train_timesteps)
     scheduler = make_scheduler(config.objective, config.model.learn_sigma)
     identity: dict[str, Any] = {"model": config.model, "objective": config.objective, "data": config.data}
+    if config.balancing.name != "none":
+        identity["balancing"] = config.balancing
     parts = ""
     if config.parts:
         identity["parts"] = config.parts
@@ -49,6 +55,7 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
         cache=config.cache,
         method=config.method,
         patch=config.patch,
+        balancing=config.balancing,
         data=config.data,
         training=config.training,
     )
@@ -87,7 +94,9 @@ def _check_size(shape: Sequence[int], model: Any, image_size: int) -> None:
 def _make_model(config: ModelConfig, label_dropout: float, **more: int) -> nn.Module:
     if config.block_out_channels:
         return _make_unet(config)
-    options = {key: value for key, value in asdict(config).items() if key not in (*_OF_UNETS, "name")} | more
+    options = {
+        key: value for key, value in asdict(config).items() if key not in (*_OF_UNETS, *_OF_ROUTING, "name")
+    } | more
     if not config.name:
         return DiT(class_dropout_prob=label_dropout, **options)  # type: ignore[no-any-return]
     options = {key: value for key, value in options.items() if key not in DIT_SIZES["DiT-S/2"]}

@@ -10,6 +10,7 @@ from .files import write_text as write_text
 from .process_state import processes as processes
 from .progress import progress_bar as progress_bar
 from .randomness import CAPTION as CAPTION
+from .randomness import CONFLICTS as CONFLICTS
 from .randomness import FAKES as FAKES
 from .randomness import GLOBAL as GLOBAL
 from .randomness import NOISE as NOISE

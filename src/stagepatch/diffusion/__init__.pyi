@@ -1,3 +1,7 @@
+from .clustering import cluster_intervals as cluster_intervals
+from .clustering import gradient_distances as gradient_distances
+from .clustering import log_snr_distances as log_snr_distances
+from .clustering import timestep_distances as timestep_distances
 from .config import ObjectiveConfig as ObjectiveConfig
 from .config import TimestepsConfig as TimestepsConfig
 from .config import WeightingConfig as WeightingConfig
@@ -8,6 +12,7 @@ from .samplers import pin_timesteps as pin_timesteps
 from .samplers import set_steps as set_steps
 from .samplers import takes_timesteps as takes_timesteps
 from .timesteps import DensitySampler as DensitySampler
+from .timesteps import IntervalSampler as IntervalSampler
 from .timesteps import TimestepSampler as TimestepSampler
 from .timesteps import equal_in_log_snr as equal_in_log_snr
 from .timesteps import equal_in_t as equal_in_t

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from stagepatch.core import UserError
 from stagepatch.diffusion.noise_schedule import at_timesteps, flow_sigmas, is_flow
-from stagepatch.diffusion.timesteps import DensitySampler, TimestepSampler
+from stagepatch.diffusion.timesteps import DensitySampler, IntervalSampler, TimestepSampler
 from stagepatch.diffusion.variational import Posterior
 from stagepatch.diffusion.weighting import ERROR_FACTORS, Weighting, constant
 
@@ -34,7 +34,7 @@ class Objective:
     scheduler: Any
     learn_sigma: bool = False
     weighting: Weighting = constant
-    timesteps: TimestepSampler | DensitySampler | None = None
+    timesteps: TimestepSampler | DensitySampler | IntervalSampler | None = None
 
     def __post_init__(self) -> None:
         scheduler = self.scheduler

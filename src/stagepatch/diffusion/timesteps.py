@@ -91,6 +91,25 @@ class DensitySampler:
         return timesteps.clamp(self._first, self._stop - 1)
 
 
+@dataclass(frozen=True)
+class IntervalSampler:
+    """Draws as many timesteps from each of k intervals (ANT, arXiv 2306.00354, released code).
+
+    Args:
+        intervals: [first, stop) of each. Row i of a batch is of interval i mod k, so that any part of a batch that
+            begins at a multiple of k, and divides by it, holds each alike.
+    """
+
+    intervals: tuple[tuple[int, int], ...]
+
+    def draw(self, batch: int, generator: Generator) -> Tensor:
+        """Timesteps [B] on the generator's device."""
+        ends = torch.tensor(self.intervals, device=generator.device)
+        first, stop = ends[torch.arange(batch, device=generator.device) % len(ends)].unbind(dim=1)
+        place = torch.rand(batch, generator=generator, device=generator.device)
+        return torch.minimum(first + (place * (stop - first)).long(), stop - 1)
+
+
 def make_timesteps(config: TimestepsConfig, levels: Tensor) -> DensitySampler | None:
     """What draws timesteps as a config says; None where that is all of them alike.
 
@@ -135,9 +154,14 @@ def equal_in_log_snr(snr: Tensor, count: int) -> list[tuple[int, int]]:
         snr: of every timestep, [T], falling.
     """
     _check_count(len(snr), count)
-    log_snr = snr.double().clamp_min(1e-12).log()
-    levels = torch.linspace(float(log_snr[0]), float(log_snr[-1]), count + 1, dtype=torch.float64)[1:-1]
-    return split_at(len(snr), [int((log_snr > level).sum()) for level in levels])
+    logarithm = log_snr(snr)
+    levels = torch.linspace(float(logarithm[0]), float(logarithm[-1]), count + 1, dtype=torch.float64)[1:-1]
+    return split_at(len(snr), [int((logarithm > level).sum()) for level in levels])
+
+
+def log_snr(snr: Tensor) -> Tensor:
+    """log SNR [T] in float64, finite at pure noise too."""
+    return snr.double().clamp_min(1e-12).log()
 
 
 def split_at(num_train_timesteps: int, boundaries: Sequence[int]) -> list[tuple[int, int]]:

@@ -21,6 +21,9 @@ class ModelConfig:
         conditioning: 'none', 'class' or 'text' (a pooled embedding).
         num_classes: classes, without the null label.
         learn_sigma: also predict the variance (improved DDPM, arXiv 2102.09672; DiT: on).
+        routed_share: share β of the channels that the blocks work on at a timestep (DTR, arXiv 2310.07138: 0.8); 1 is
+            all of them, without routing.
+        routing_shift: α of how the routed channels move with the timestep (DTR: 4).
         block_out_channels: channels of a U-Net's stages, from the finest on, in place of a DiT; it takes no condition
             and predicts no variance.
         layers_per_block: residual layers of a U-Net's stage.
@@ -38,6 +41,8 @@ class ModelConfig:
     conditioning: Literal["none", "class", "text"] = "class"
     num_classes: int = 1000
     learn_sigma: bool = True
+    routed_share: float = 1.0
+    routing_shift: float = 4.0
     block_out_channels: list[int] = field(default_factory=list)
     layers_per_block: int = 2
     attention_stages: list[int] = field(default_factory=lambda: [1])

@@ -21,6 +21,7 @@ class EntryConfig:
         objective: 'denoising', the model's own loss (the default), 'ddo', which tells training images from the
             model's samples, or 'samples', the model's own loss on its samples.
         timesteps: fields of the timesteps' config.
+        balancing: fields of the config that balances intervals of timesteps.
         ddo: fields of the DDO config. The samples are shared by all jobs on the comparison's model.
         training: fields of the training config that differ from the common one.
         sampling: fields of the sampling config that differ, such as more steps; not the number of images, nor the
@@ -40,6 +41,7 @@ class EntryConfig:
     lora: dict[str, Any] = field(default_factory=dict)
     weighting: dict[str, Any] = field(default_factory=dict)
     timesteps: dict[str, Any] = field(default_factory=dict)
+    balancing: dict[str, Any] = field(default_factory=dict)
     objective: Literal["denoising", "ddo", "samples"] = "denoising"
     ddo: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)

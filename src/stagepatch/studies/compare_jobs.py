@@ -25,7 +25,7 @@ from stagepatch.patch import PatchConfig, with_condition
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts, read_schedule
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.job import Job
-from stagepatch.training import BOOKKEEPING, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
+from stagepatch.training import BOOKKEEPING, BalancingConfig, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
 
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
 _RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data", "training")
@@ -40,6 +40,7 @@ _PARTS: dict[str, Any] = {
     "lora": LoRAConfig,
     "weighting": WeightingConfig,
     "timesteps": TimestepsConfig,
+    "balancing": BalancingConfig,
     "ddo": DDOConfig,
     "training": TrainingConfig,
     "sampling": SamplingConfig,

@@ -1,3 +1,4 @@
+from .balancing_config import BalancingConfig as BalancingConfig
 from .config import BOOKKEEPING as BOOKKEEPING
 from .config import TrainingConfig as TrainingConfig
 from .ddo_config import DDOConfig as DDOConfig

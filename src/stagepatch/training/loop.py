@@ -16,16 +16,27 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from stagepatch.core import GLOBAL, Interrupted, UserError, as_user_error, processes, seed_for
-from stagepatch.diffusion import Objective
+from stagepatch.core import (
+    CONFLICTS,
+    GLOBAL,
+    Interrupted,
+    UserError,
+    as_user_error,
+    generator_for,
+    processes,
+    seed_for,
+)
+from stagepatch.diffusion import IntervalSampler, Objective
 from stagepatch.methods import Method
 from stagepatch.sampling import Fakes
+from stagepatch.training.balancing import project_conflicts
+from stagepatch.training.balancing_config import BalancingConfig
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
 from stagepatch.training.draws import Conditions, Draws, draw, load_batches
 from stagepatch.training.log import RunLog
-from stagepatch.training.losses import DDOLoss, DenoisingLoss
+from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
 from stagepatch.training.signals import StopSignals
 
 _LOGGER = logging.getLogger("stagepatch")
@@ -51,6 +62,7 @@ def train(
     on_start: Callable[[], None] | None = None,
     start_from: Path | None = None,
     ddo: tuple[DDOConfig, Fakes] | None = None,
+    balancing: BalancingConfig | None = None,
 ) -> None:
     """Train, and write the method's result to `directory`. A run that was stopped goes on where it was.
 
@@ -63,13 +75,15 @@ def train(
         on_start: called by the main process when settings and checkpoint are accepted, before the first step.
         start_from: directory of what the same method learned before.
         ddo: tell training images from the model's own samples, in place of denoising alone.
+        balancing: of the losses of the intervals that the objective draws its timesteps from.
 
     Raises:
         UserError: sizes that do not divide, a loss that is not finite, or a checkpoint of other settings.
         Interrupted: SIGINT or SIGTERM came; a checkpoint is written.
     """
     accelerator = _accelerator(config)
-    _check_settings(config, accelerator.num_processes)
+    num_intervals = _num_intervals(objective, balancing)
+    _check_settings(config, accelerator.num_processes, num_intervals)
     torch.manual_seed(seed_for(GLOBAL, config.seed))
     model.to(accelerator.device)
     groups = method.prepare(model)
@@ -81,6 +95,16 @@ def train(
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
+    trained = nn.ParameterList(parameters)
+    fakes, of_loss = None, list[nn.Parameter]()
+    loss = DenoisingLoss(model, method, objective, trained)
+    if ddo is not None:  # before a checkpoint is loaded: it compares with where training started
+        loss, fakes = DDOLoss(model, method, objective, trained, ddo[0]), ddo[1]
+    elif balancing is not None and balancing.name == "uncertainty":
+        loss = UncertaintyLoss(model, method, objective, trained, num_intervals).to(accelerator.device)
+        of_loss = [loss.log_variances]
+        own_rate = balancing.log_variance_learning_rate
+        optimizer.add_param_group({"params": of_loss, "lr": own_rate, "weight_decay": 0.0})
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = config.lr_scheduler if config.lr_scheduler != "constant" else "constant_with_warmup"
     # Its function alone: the rate follows from the iteration, so nothing of it is saved.
@@ -89,13 +113,7 @@ def train(
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True, **warmup) if config.ema_decay else None
     scaler: Any = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     identity = {**(identity or {}), "training": config}
-    state = TrainingState(directory / CHECKPOINT_NAME, identity, parameters, optimizer, ema, scaler)
-    trained = nn.ParameterList(parameters)
-    loss: DenoisingLoss
-    if ddo is None:
-        loss, fakes = DenoisingLoss(model, method, objective, trained), None
-    else:  # before a checkpoint is loaded: it compares with where training started
-        loss, fakes = DDOLoss(model, method, objective, trained, ddo[0]), ddo[1]
+    state = TrainingState(directory / CHECKPOINT_NAME, identity, [*parameters, *of_loss], optimizer, ema, scaler)
     start = state.load()
     if config.compile:
         model.compile()
@@ -122,7 +140,12 @@ def train(
             method.progress = iteration / config.steps
             here = (accelerator.device, accelerator.process_index)
             draws = draw(batch, config, objective, conditions, iteration, horizontal_flip, *here, fakes)
-            logged = _backward(step, draws, config.gradient_accumulation_steps, accelerator)
+            parts = config.gradient_accumulation_steps
+            if balancing is not None and balancing.name == "pcgrad":
+                order = generator_for(torch.device("cpu"), CONFLICTS, config.seed, iteration)
+                logged = _backward_apart(step, draws, parts, accelerator, num_intervals, parameters, order)
+            else:
+                logged = _backward(step, draws, parts, accelerator)
             scaler.unscale_(optimizer)
             logged["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             scaler.step(optimizer)
@@ -181,7 +204,16 @@ def _accelerator(config: TrainingConfig) -> Accelerator:
         return Accelerator(mixed_precision=config.mixed_precision)
 
 
-def _check_settings(config: TrainingConfig, num_processes: int) -> None:
+def _num_intervals(objective: Objective, balancing: BalancingConfig | None) -> int:
+    """Intervals whose losses are balanced; 1 for none."""
+    if balancing is None or balancing.name == "none":
+        return 1
+    if not isinstance(objective.timesteps, IntervalSampler):
+        raise UserError(f"balancing='{balancing.name}' needs timesteps that are drawn by an IntervalSampler.")
+    return len(objective.timesteps.intervals)
+
+
+def _check_settings(config: TrainingConfig, num_processes: int, num_intervals: int) -> None:
     for names, lowest, highest in _LIMITS:
         for name in names:
             if not lowest <= getattr(config, name) <= highest:
@@ -192,6 +224,11 @@ def _check_settings(config: TrainingConfig, num_processes: int) -> None:
         raise UserError(
             f"batch_size={config.batch_size} does not divide by {num_processes} processes × "
             f"gradient_accumulation_steps={config.gradient_accumulation_steps}."
+        )
+    if config.batch_size // parts % num_intervals:
+        raise UserError(
+            f"batch_size={config.batch_size}, in {parts} part(s), holds no equal shares of {num_intervals} intervals: "
+            f"give a multiple of {parts * num_intervals}."
         )
 
 
@@ -205,6 +242,31 @@ def _backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerato
             accelerator.backward(loss / parts)
         for name, value in logged.items():
             totals[name] = totals.get(name, 0.0) + value / parts
+    return totals
+
+
+def _backward_apart(
+    step: nn.Module,
+    draws: Draws,
+    parts: int,
+    accelerator: Accelerator,
+    num_intervals: int,
+    parameters: list[nn.Parameter],
+    order: torch.Generator,
+) -> dict[str, Tensor]:
+    """`_backward` for each interval of timesteps alone; left are the gradients without what conflicts in them."""
+    gradients, totals = [], dict[str, Tensor]()
+    for interval in range(num_intervals):
+        own = draws.rows(slice(interval, None, num_intervals))
+        for name, value in _backward(step, own, parts, accelerator).items():
+            totals[name] = totals.get(name, 0.0) + value / num_intervals
+        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        for parameter in parameters:
+            parameter.grad = None
+    projected = project_conflicts(torch.stack(gradients), order)
+    for parameter, gradient in zip(parameters, projected.split([each.numel() for each in parameters]), strict=True):
+        parameter.grad = gradient.view_as(parameter)
     return totals
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from stagepatch.diffusion import Objective
 from stagepatch.families import input_dtype, predict
 from stagepatch.methods import Method
+from stagepatch.training.balancing import uncertainty_weighted
 from stagepatch.training.ddo_config import DDOConfig
 from stagepatch.training.draws import Draws
 
@@ -48,6 +49,30 @@ class DenoisingLoss(nn.Module):
         x_t = self.objective.add_noise(x_start, noise, timesteps).to(self.dtype)
         output = predict(self.model, x_t, self.objective.model_timesteps(timesteps), condition)
         return self.objective.loss(output, x_start, noise, timesteps)
+
+
+class UncertaintyLoss(DenoisingLoss):
+    """Denoising losses of k intervals of timesteps, weighed by log-variances that train with the rest.
+
+    Args:
+        num_intervals: k; row i of a batch is of interval i mod k, as `IntervalSampler` draws it.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Method, objective: Objective, trained: nn.ParameterList, num_intervals: int
+    ) -> None:
+        super().__init__(model, method, objective, trained)
+        self.log_variances = nn.Parameter(torch.zeros(num_intervals))
+
+    def forward(
+        self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `DenoisingLoss`."""
+        losses = self._denoising(x_start, noise, timesteps, condition)
+        loss = uncertainty_weighted(losses.view(-1, len(self.log_variances)).mean(dim=0), self.log_variances)
+        extra, logged = self.method.extra_loss()
+        variances = {f"log_variance_{number}": value for number, value in enumerate(self.log_variances.detach())}
+        return loss if extra is None else loss + extra, {"loss": losses.detach().mean(), **variances, **logged}
 
 
 class DDOLoss(DenoisingLoss):

@@ -17,6 +17,7 @@ from stagepatch.families import learns_sigma
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
 from stagepatch.patch import with_condition
 from stagepatch.sampling import Fakes, load_fakes
+from stagepatch.training.balancing import make_intervals
 from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
 
@@ -94,6 +95,8 @@ class Run:
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
         timesteps = _own_part(config.timesteps, config) if config.component else config.timesteps
         self.objective.timesteps = make_timesteps(timesteps, self.objective.levels)
+        if config.balancing.name != "none":
+            self._balance()
 
     def train(self, progress: bool = True) -> Any:
         """Train, and write the result to the run's directory; returns the method, whose result is on the model.
@@ -120,8 +123,21 @@ class Run:
             lambda: write_text(self.directory / RUN_CONFIG, self.config_text),
             self.start_from,
             ddo,
+            self.config.balancing,
         )
         return self.method
+
+    def _balance(self) -> None:
+        """Draw timesteps of each interval alike; a run that goes on must share the intervals."""
+        config = self.config
+        if config.objective == "ddo" or config.timesteps != TimestepsConfig():
+            raise UserError(
+                f"balancing='{config.balancing.name}' draws its own timesteps, for the denoising loss: leave out "
+                f"timesteps and objective='ddo'."
+            )
+        sampler = make_intervals(config.balancing, self.objective)
+        self.objective.timesteps = sampler
+        self.identity["intervals"] = sampler.intervals
 
     def load_fakes(self) -> Fakes:
         """Samples of the model as training finds it, made first if they are not there."""

@@ -8,6 +8,7 @@ from stagepatch.diffusion import ObjectiveConfig, TimestepsConfig, WeightingConf
 from stagepatch.methods import MethodConfig
 from stagepatch.models import ModelConfig
 from stagepatch.patch import PatchConfig
+from stagepatch.training.balancing_config import BalancingConfig
 from stagepatch.training.config import TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
 
@@ -32,6 +33,7 @@ class TrainConfig(MethodConfig):
         ddo: of objective 'ddo'; 'samples' takes its fakes and sampling.
         weighting: of timesteps in the loss.
         timesteps: which ones are trained on, and how often.
+        balancing: of the losses of intervals of timesteps; see docs/balancing.md.
         data: training images: the ones that the model was trained on.
         training: optimizer and bookkeeping.
     """
@@ -47,13 +49,16 @@ class TrainConfig(MethodConfig):
     ddo: DDOConfig = field(default_factory=DDOConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def learns_by(self) -> dict[str, Any]:
-        """The objective and its choices, as what a run must share to go on: wherever the samples are."""
+        """The objective and its choices, as what a run must share to go on: wherever its files are."""
         ddo = {"ddo": replace(self.ddo, fakes="")} if self.objective != "denoising" else {}
-        return {"objective": self.objective, **ddo}
+        is_balanced = self.balancing.name != "none"
+        balancing = {"balancing": replace(self.balancing, similarity="")} if is_balanced else {}
+        return {"objective": self.objective, **ddo, **balancing}
 
 
 @dataclass
@@ -70,6 +75,7 @@ class PretrainConfig:
         cache: directory of the latents and captions, made first; by default 'cache' in output_dir.
         model: size and conditioning.
         objective: noise schedule and prediction target.
+        balancing: of the losses of intervals of timesteps; see docs/balancing.md.
         data: training images.
         patch: of method 'joint'.
         training: optimizer and bookkeeping; with 0 steps the model is kept as it was drawn.
@@ -81,6 +87,7 @@ class PretrainConfig:
     cache: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     patch: PatchConfig = field(default_factory=PatchConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

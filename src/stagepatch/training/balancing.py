@@ -1,0 +1,85 @@
+"""Losses of intervals of timesteps, balanced as those of many tasks (ANT, arXiv 2306.00354)."""
+
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+
+from stagepatch.core import UserError, as_user_error, read_json
+from stagepatch.diffusion import (
+    IntervalSampler,
+    Objective,
+    cluster_intervals,
+    equal_in_t,
+    gradient_distances,
+    log_snr_distances,
+)
+from stagepatch.training.balancing_config import BalancingConfig
+
+
+def make_intervals(config: BalancingConfig, objective: Objective) -> IntervalSampler:
+    """What draws timesteps of each interval alike.
+
+    Raises:
+        UserError: too many intervals or fewer than 2, a rate that is negative, or no matrix of gradients of the
+            objective's timesteps.
+    """
+    total, count = objective.num_train_timesteps, config.num_intervals
+    if count < 2 or config.log_variance_learning_rate < 0.0:
+        raise UserError(
+            f"balancing.num_intervals={count} must be at least 2, and log_variance_learning_rate="
+            f"{config.log_variance_learning_rate} at least 0."
+        )
+    if config.clustering == "timestep":
+        return IntervalSampler(tuple(equal_in_t(total, count)))
+    if config.clustering == "snr":
+        return IntervalSampler(tuple(cluster_intervals(log_snr_distances(objective.snr(torch.arange(total))), count)))
+    cosine = _read_similarity(config.similarity, total)
+    edges = [round(place * total / len(cosine)) for place in range(len(cosine) + 1)]
+    clustered = cluster_intervals(gradient_distances(cosine), count)
+    return IntervalSampler(tuple((edges[first], edges[stop]) for first, stop in clustered))
+
+
+def _read_similarity(name: str, num_train_timesteps: int) -> Tensor:
+    """Cosines of the gradients in the middles of n equal ranges of timesteps, [n, n]."""
+    if not name:
+        raise UserError(
+            "balancing.clustering='gradient' needs balancing.similarity, the analysis.json that "
+            "'stagepatch analyze --gradients=true' writes."
+        )
+    with as_user_error(f"'{name}' holds no similarity of gradients", KeyError, TypeError, ValueError):
+        found = read_json(Path(name))["gradients"]
+        timesteps, cosine = found["timesteps"], torch.tensor(found["cosine"]["matrix"], dtype=torch.float64)
+    count = len(timesteps)
+    if timesteps != [int((place + 0.5) * num_train_timesteps / count) for place in range(count)]:
+        raise UserError(f"'{name}' is of other timesteps than the model's {num_train_timesteps}: analyse this model.")
+    return cosine
+
+
+def uncertainty_weighted(losses: Tensor, log_variances: Tensor) -> Tensor:
+    """Σ_i ½ (exp(−s_i) l_i + s_i) of losses l [k] and log-variances s [k] (arXiv 1705.07115, Eq. 10).
+
+    For a loss that stays what it is, the best s_i is log l_i. ANT's released code divides each l_i by k, which moves
+    every s_i by log k and changes nothing else.
+    """
+    return 0.5 * (torch.exp(-log_variances) * losses + log_variances).sum()
+
+
+def project_conflicts(gradients: Tensor, generator: Generator) -> Tensor:
+    """PCGrad (arXiv 2001.06782, Algorithm 1), the mean over tasks: [k, P] -> [P].
+
+    Where the gradient of a task points against another's, its part along that one is taken off; each task meets the
+    others in an order that is drawn. The sum of the algorithm is divided by k: without conflicts this is the gradient
+    of the mean loss.
+
+    Args:
+        generator: on the CPU.
+    """
+    projected = gradients.clone()
+    for number, own in enumerate(projected):
+        for other in torch.randperm(len(gradients), generator=generator).tolist():
+            if other != number:
+                normal = gradients[other]
+                against = (own @ normal).clamp_max(0.0) / (normal @ normal).clamp_min(torch.finfo(normal.dtype).tiny)
+                own.sub_(against * normal)
+    return projected.mean(dim=0)
