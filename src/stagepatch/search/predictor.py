@@ -1,8 +1,8 @@
 """A learned predictor of how good a model schedule is (OMS-DPM, arXiv 2306.08860), and evolution by what it says.
 
-As published: the model of each step as an embedding, its timestep as another, an LSTM over the steps, an MLP; it
-learns to rank evaluated schedules. Sizes, optimizer and the evolution's numbers are those of the authors' code, where
-nothing else is said.
+As in the authors' code for DDIM: the model of each step as an embedding, its timestep as another, an LSTM over the
+steps, an MLP; it learns to rank evaluated schedules. Sizes, optimizer and the evolution's numbers are that code's too,
+where nothing else is said.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def predicted_best(
     """The schedules within the budget that evolution finds besides those that are known, the lowest score first.
 
     A child is the better of two drawn parents with up to ten steps drawn anew. What is over the budget is repaired
-    (published: dropped), and the evolution starts from what is known (published: from one schedule drawn at random).
+    (the authors' code: dropped), and the evolution starts from what is known (theirs: from one schedule at random).
     """
     found: dict[Choices, float] = {}
 
@@ -135,7 +135,7 @@ def predicted_evolution(space: Space, timesteps: Sequence[float], evaluations: i
     """The strategy of OMS-DPM: schedules drawn at random are evaluated first, then those that the predictor takes for
     the best.
 
-    After every ten further evaluations the predictor learns anew (published: once, of the random schedules).
+    After every ten further evaluations the predictor learns anew (the authors' code: once, of the random schedules).
 
     Args:
         drawn: how many are drawn at random, after each model alone.

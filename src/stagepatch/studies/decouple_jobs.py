@@ -133,8 +133,9 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
 def plan_tree(levels: Sequence[int], split: Callable[[int], list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
     """The experts of a binary tree whose ends alone are grown (eDiff-I, arXiv 2211.01324, Section 4.1).
 
-    The paper halves the distribution of noise levels in training at each level, and serves with the outermost range at
-    each end and one expert for all between. That this one starts from the trunk is our reading.
+    The paper's experts are E³₀, E⁹₅₁₁ and one for all between, and a child starts from its parent: so says a summary
+    of it; its text we could not get. Our reading: each level halves the distribution of noise levels in training,
+    every level towards an end is trained, all alike, and the expert between starts from the trunk.
 
     Args:
         levels: of the image's end and of the noise's.
