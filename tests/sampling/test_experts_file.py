@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import yaml
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from stagepatch.checkpoints import save_denoiser
 from stagepatch.cli import main
@@ -14,7 +14,7 @@ from stagepatch.patch import patches_on
 from stagepatch.sampling import generate, load_experts
 from tests.runs import assert_same
 from tests.sampling.test_experts import answer, config, drawn_method, drawn_patch
-from tests.sampling.test_generate import SCHEDULER, sampled
+from tests.sampling.test_generate import SCHEDULER, by_hand, sampled, sampler_of
 from tests.tiny_pipelines import PIPELINES
 
 
@@ -211,6 +211,32 @@ def test_commands_sample_and_evaluate_a_schedule(stages, tmp_path, capsys):
         assert "Give --patch or --schedule" in capsys.readouterr().err
         assert main([command, *given, "--schedule=nowhere.yaml"]) == 2
         assert "No such schedule: 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def test_command_samples_with_experts_of_unequal_capacity(tiny_dit, tmp_path):
+    """Other widths, depths and classes of model, as MEME has (arXiv 2306.04990)."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4}
+    shape = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}
+    models = {
+        "base": tiny_dit(0, learn_sigma=False),
+        "wide": tiny_dit(1, learn_sigma=False, hidden_size=64, num_layers=1),
+        "deep": tiny_dit(2, learn_sigma=False, hidden_size=16, num_layers=5),
+        "unet": UNet2DModel(**shape, **blocks, layers_per_block=1, num_class_embeds=10).eval(),
+    }
+    for name, model in models.items():
+        save_denoiser(model, SCHEDULER, tmp_path / name)
+    experts = [{"from": 250 * place, "to": 250 * (place + 1), "model": name} for place, name in enumerate(models)]
+    path = write(tmp_path / "experts.yaml", experts=experts)
+    given = ["--sampling.num_images=3", "--sampling.num_inference_steps=8"]
+    images = sampled(tmp_path / "base", tmp_path / "out", f"--schedule={path}", *given)
+    sampler, names, labels, called = sampler_of("DDIM", SCHEDULER, 8), list(models), torch.arange(3), []
+
+    def output(sample, timesteps):
+        called.append(names[int(timesteps[0]) // 250])
+        return models[called[-1]](sample, timesteps, labels).sample
+
+    torch.testing.assert_close(images, by_hand(sampler, output, 3), atol=1e-4, rtol=1e-4)
+    assert called == ["unet"] * 2 + ["deep"] * 2 + ["wide"] * 2 + ["base"] * 2
 
 
 def test_command_samples_a_pipeline_by_ranges_and_by_steps(tmp_path, capsys):

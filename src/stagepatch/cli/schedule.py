@@ -25,7 +25,7 @@ def schedule(config: configs.ScheduleConfig, resolved: str) -> None:
     zoo = Zoo(config, model, scheduler, evaluator.latents)
     write_text(directory / RUN_CONFIG, resolved)
     costs = ", ".join(f"{cost:.3g} s with {name}" for name, cost in zip(zoo.names, zoo.space.costs, strict=True))
-    budget = f"{zoo.space.budget:.3g} s per image, {config.budget:.0%} of the base model's {zoo.space.steps} steps"
+    budget = f"{zoo.space.budget:.3g} s per image, {zoo.share:.0%} of the base model's {zoo.space.steps} steps"
     print(f"Budget: {budget}. A step takes {costs}.")
     evaluations = schedule_search.search_model_schedule(zoo, evaluator)
     try:

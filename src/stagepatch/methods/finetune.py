@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from stagepatch.checkpoints import save_denoiser
+from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.core import UserError, read_tensors, write_tensors
 from stagepatch.methods.base import Method
 
@@ -57,13 +57,16 @@ class Finetune(Method):
             UserError: no such file, or parameters that the model has not, or of other shapes.
         """
         path = directory / WEIGHTS_NAME
-        tensors, _ = read_tensors(path)
+        if self.scheduler is None or path.exists():
+            tensors, _ = read_tensors(path)
+        else:
+            tensors = dict(load_denoiser(directory)[0].named_parameters())
         parameters = dict(model.named_parameters())
         for name, value in tensors.items():
             if name not in parameters or parameters[name].shape != value.shape:
                 raise UserError(f"'{path}' is of another model: it holds '{name}' of shape {list(value.shape)}.")
         for name, value in tensors.items():
-            parameters[name].data.copy_(value)
+            parameters[name].data.copy_(value.data)
         self.model = model
 
 

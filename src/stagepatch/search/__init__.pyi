@@ -16,6 +16,10 @@ from .model_schedule import Space as Space
 from .model_schedule import evolution as evolution
 from .model_schedule import propose as propose
 from .objective import SampledMetric as SampledMetric
+from .predictor import SchedulePredictor as SchedulePredictor
+from .predictor import fit_predictor as fit_predictor
+from .predictor import predicted_evolution as predicted_evolution
+from .predictor import ranking_loss as ranking_loss
 from .schedule_search import Zoo as Zoo
 from .schedule_search import median_seconds as median_seconds
 from .schedule_search import search_model_schedule as search_model_schedule

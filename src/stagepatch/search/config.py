@@ -141,8 +141,13 @@ class ScheduleConfig(EvaluationConfig):
         model: the base: a model directory, a Hub id, 'digits' or 'fashion'.
         zoo: further models, each with a name, and `model` or `learned`.
         budget: seconds per image, as a share of the base model's at all steps; what a step costs is measured.
+        budget_ms: in place of `budget`, milliseconds per image at `sampling.batch_size` on this machine, all that
+            sampling does besides the models counted too; 0 for `budget`.
         drop_steps: let steps be left out too; needs a sampler that takes timesteps.
         evaluations: model schedules that are sampled and measured in the search.
+        predictor: what chooses the schedules to evaluate: 'ridge', a ridge regression, among children of the best;
+            'lstm', an LSTM that learns to rank schedules, and an evolution by what it says (OMS-DPM).
+        random_evaluations: of 'lstm': schedules that are drawn at random and evaluated before it proposes any.
         metric: that model schedules are chosen by, against the training images; FID and KID are to be low, the others
             high.
         seeds: sampling seeds of the final comparison with the base at the same budget; not the search's.
@@ -159,8 +164,11 @@ class ScheduleConfig(EvaluationConfig):
     model: str = "digits"
     zoo: list[ZooEntry] = field(default_factory=list)
     budget: float = 0.5
+    budget_ms: float = 0.0
     drop_steps: bool = True
     evaluations: int = 100
+    predictor: Literal["ridge", "lstm"] = "ridge"
+    random_evaluations: int = 40
     metric: Literal["fid_train", "kid", "precision", "recall"] = "fid_train"
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     storage: str = ""

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -97,10 +97,19 @@ class Space:
 
 
 def evolution(space: Space, evaluations: int, seed: int) -> Strategy:
+    """The strategy of so many evaluations that `propose` names."""
+    return one_by_one("evolution", evaluations, lambda known: propose(space, known, seed))
+
+
+def one_by_one(name: str, evaluations: int, propose: Callable[[Mapping[Choices, float]], Choices | None]) -> Strategy:
     """The strategy of so many evaluations, all of them within the budget and no two alike.
 
     What it proposes depends on the seed and on what is known alone, so that a search that was stopped goes on as it
     would have. What other processes are at counts as known, and as bad.
+
+    Args:
+        propose: the values of what is known [lower is better; infinite where there is none] → the next schedule, None
+            where there are no others.
     """
 
     def points(ended: Mapping[int, Evaluation], begun: Mapping[int, Point]) -> list[Point]:
@@ -108,10 +117,10 @@ def evolution(space: Space, evaluations: int, seed: int) -> Strategy:
             tuple(map(int, begun[slot])): ended[slot].value if slot in ended else math.inf
             for slot in sorted(begun)[:evaluations]
         }
-        proposed = propose(space, known, seed) if len(known) < evaluations else None
+        proposed = propose(known) if len(known) < evaluations else None
         return [*known, proposed] if proposed else list(known)
 
-    return Strategy("evolution", {}, points, evaluations=evaluations)
+    return Strategy(name, {}, points, evaluations=evaluations)
 
 
 def propose(space: Space, known: Mapping[Choices, float], seed: int) -> Choices | None:
@@ -128,11 +137,16 @@ def propose(space: Space, known: Mapping[Choices, float], seed: int) -> Choices 
             return start
     draw = random.Random(f"{seed} {len(known)}")
     if len(known) < len(space.starts()) + _PARENTS:
-        return _unknown(space, tuple(draw.choices(space.options(), k=space.steps)), known, draw)
+        return random_schedule(space, known, draw)
     parents = sorted(known, key=known.__getitem__)[:_PARENTS]
     children = [_unknown(space, _child(space, parents, draw), known, draw) for _ in range(_CHILDREN)]
     found = [child for child in children if child is not None]
     return found[int(np.argmin(_predicted(found, known, len(space.costs))))] if found else None
+
+
+def random_schedule(space: Space, known: Mapping[Choices, float], draw: random.Random) -> Choices | None:
+    """A schedule within the budget that is not known yet; None where there seem to be no others."""
+    return _unknown(space, tuple(draw.choices(space.options(), k=space.steps)), known, draw)
 
 
 def _child(space: Space, parents: list[Choices], draw: random.Random) -> Choices:

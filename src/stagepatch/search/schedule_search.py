@@ -30,10 +30,12 @@ from stagepatch.report import write_picture
 from stagepatch.sampling import Experts, ExpertSource, SamplingConfig, generate, load_expert, write_schedule
 from stagepatch.sampling.experts import BASE
 from stagepatch.sampling.generation import balanced_labels, conditions, guided
+from stagepatch.sampling.stand_in import StandIn
 from stagepatch.search.config import ScheduleConfig
 from stagepatch.search.engine import Evaluation, Point, Report, Search, best_of
 from stagepatch.search.model_schedule import NONE, Choices, Space, evolution
 from stagepatch.search.objective import SampledMetric, check_alone, run_search
+from stagepatch.search.predictor import predicted_evolution
 from stagepatch.search.results import PLOT, RESULT, evaluation_json
 
 SCHEDULE = "schedule.yaml"
@@ -59,6 +61,18 @@ def _now() -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+class _Answered(StandIn):
+    """Gives a model's first output for every later call, so that what else sampling does can be timed."""
+
+    noun = "answers"
+    _output: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._output is None:
+            self._output = self._forward(*args, **kwargs)
+        return self._output
 
 
 @dataclass(frozen=True)
@@ -121,8 +135,13 @@ class Zoo:
         self.timesteps = _timesteps(config, scheduler)
         self._batch = min(config.sampling.batch_size, config.sampling.num_images)
         costs = self._costs(Path(config.output_dir) / "costs.json")
-        budget = config.budget * costs[0] * len(self.timesteps)
+        budget = config.budget_ms / 1000.0 or config.budget * costs[0] * len(self.timesteps)
         self.space = Space(costs, len(self.timesteps), budget, config.drop_steps)
+
+    @property
+    def share(self) -> float:
+        """The budget, as a share of the base's time at all steps."""
+        return self.space.budget / (self.space.costs[0] * self.space.steps)
 
     def steps(self, choices: Choices) -> list[tuple[float, int]]:
         """The steps that a model schedule takes, and the model of each."""
@@ -140,20 +159,24 @@ class Zoo:
         return Sampled(replace(self.config.sampling, num_inference_steps=count), None, self.space.costs[0] * count)
 
     def _costs(self, path: Path) -> tuple[float, ...]:
-        """Seconds per image of a step with each model: out of a file, or measured and written to it.
+        """Seconds per image of a step with each model: out of a file, or measured and written to it. With a budget in
+        milliseconds, what else a step takes is part of them.
 
         Raises:
-            UserError: the file is of other models.
+            UserError: the file is of other models, or has not what else a step takes.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # processes that share a search must have the same
             if not path.exists():
                 facts = {"device": str(processes().device), "batch_size": self._batch}
-                write_json(path, {**facts, "seconds": self._step()})
-            seconds = read_json(path).get("seconds")
+                write_json(path, {**facts, "seconds": self._step(), "besides": self._besides()})
+            content = read_json(path)
+        seconds, more = content.get("seconds"), content.get("besides") if self.config.budget_ms else 0.0
         if not isinstance(seconds, dict) or list(seconds) != self.names:
             raise UserError(f"'{path}' has not the costs of {', '.join(self.names)}: delete it to measure them.")
-        return tuple(map(float, seconds.values()))
+        if more is None:
+            raise UserError(f"'{path}' has not what sampling takes besides the models: delete it to measure that too.")
+        return tuple(float(value) + float(more) for value in seconds.values())
 
     def _step(self) -> dict[str, float]:
         """Seconds per image of a step such as sampling's first batch makes, guidance included, with each model."""
@@ -166,6 +189,13 @@ class Zoo:
         models = zip(self.names, self._models, strict=True)
         calls = {name: partial(guided, model or self.base, *inputs) for name, model in models}
         return {name: value / self._batch for name, value in median_seconds(calls, _ROUNDS).items()}
+
+    def _besides(self) -> float:
+        """Seconds per image and step of all that sampling does besides the models: the sampler's own arithmetic, the
+        noise, and the loop."""
+        with _Answered(self.base):
+            (seconds,) = self.seconds({"": Sampled(self.config.sampling, None, 0.0)}, _ROUNDS).values()
+        return seconds / len(self.timesteps)
 
     def seconds(self, runs: Mapping[str, Sampled], rounds: int = 3) -> dict[str, float]:
         """Measured seconds per image of whole sampling runs, decoding left out."""
@@ -215,6 +245,15 @@ def check_config(config: ScheduleConfig) -> None:
     check_alone("schedule")
     if not config.budget > 0.0:
         raise UserError(f"budget={config.budget} must be above 0: a share of the base model's time at all steps.")
+    if not config.budget_ms >= 0.0:
+        raise UserError(f"budget_ms={config.budget_ms} must not be negative: milliseconds per image; 0 for `budget`.")
+    if config.predictor not in ("ridge", "lstm"):
+        raise UserError(f"predictor='{config.predictor}' is none of ridge, lstm.")
+    if config.predictor == "lstm" and not 0 < config.random_evaluations < config.evaluations:
+        raise UserError(
+            f"random_evaluations={config.random_evaluations} must be at least 1 and below evaluations="
+            f"{config.evaluations}: the LSTM learns of these, and proposes the rest."
+        )
     if config.evaluations < 1:
         raise UserError(f"evaluations={config.evaluations} must be at least 1.")
     if not config.seeds or config.sampling.seed in config.seeds:
@@ -246,7 +285,11 @@ def search_model_schedule(zoo: Zoo, evaluator: Evaluator) -> list[Evaluation]:
 
     space = [FloatDistribution(NONE, len(zoo.names) - 1, step=1)] * len(zoo.timesteps)
     search = Search(config, Path(config.output_dir), space, objective, zoo.identity())
-    (found,) = run_search(search, [evolution(zoo.space, config.evaluations, config.sampling.seed)], metric).values()
+    count, seed = config.evaluations, config.sampling.seed
+    strategy = evolution(zoo.space, count, seed)
+    if config.predictor == "lstm":
+        strategy = predicted_evolution(zoo.space, zoo.timesteps, count, config.random_evaluations, seed)
+    (found,) = run_search(search, [strategy], metric).values()
     return found
 
 
@@ -256,7 +299,7 @@ def write_results(zoo: Zoo, evaluations: list[Evaluation]) -> None:
     sign, best = METRICS[config.metric].sign, best_of(evaluations)
     steps = zoo.steps(choices_of(best.point))
     comment = (
-        f"Found by stagepatch schedule for '{config.model}', within {config.budget:g} of its time at "
+        f"Found by stagepatch schedule for '{config.model}', within {zoo.share:.4g} of its time at "
         f"{zoo.space.steps} steps: {config.metric} {sign * best.value:.4g} in the search."
     )
     write_schedule(directory / SCHEDULE, zoo.sources, steps, config.sampling.scheduler, comment)
@@ -310,7 +353,7 @@ def compare_with_base(zoo: Zoo, evaluator: Evaluator, best: Choices) -> tuple[li
         A table: columns, rows and title.
     """
     config, steps, evenly = zoo.config, zoo.space.steps, zoo.space.evenly(0)
-    count = min(steps, max(1, int(config.budget * steps + 1e-9)))
+    count = min(steps, max(1, int(zoo.share * steps + 1e-9)))
     runs = {f"base, {each} steps": zoo.alone(each) for each in dict.fromkeys((steps, count))}
     if config.drop_steps and 0 in evenly and count < steps:
         runs[f"base, {count} of the {steps}"] = zoo.with_schedule(evenly)

@@ -50,11 +50,16 @@ class DecoupleConfig(TrainConfig):
         num_stages: ranges N (DeMe: 4).
         split: ranges equal in timesteps ('t', DeMe), or in log-SNR.
         boundaries: first timesteps of the second and later ranges, in place of num_stages and split.
+        tree: levels of a binary tree of ranges (eDiff-I, arXiv 2211.01324, Section 4.1), at the image's end and at the
+            noise's, in place of num_stages: [3, 9] is an expert for the lowest of 2³ ranges, one for the highest of
+            2⁹ and one for all between. Each end is trained level by level, from 2¹ on, each from the one before; level
+            0 grows none there. Empty: every stage starts from the model.
         p: probability of a timestep from all of T instead of the range (DeMe: 0.3; CIFAR-10: 0.4).
         consistency: weight of the squared distance to the original's prediction (DeMe: 1).
         projection: a C×C map after each stage of a U-Net, or on the input of each block, the identity at first, that
             trains with all weights (DeMe). It is folded into the model's own weights where that is exact; where it is
-            not, it is kept in the model's file, and diffusers alone would leave it out. Only for method 'finetune'.
+            not, it is kept in the model's file, and diffusers alone would leave it out. Only for method 'finetune',
+            without `tree`.
         antithetic: mirror half of a batch's timesteps; null is as the preset says.
         stage: number of the one stage to train, in this process; -1 trains all, as jobs.
         training: of each stage; each draws images, noise and timesteps of its own, from `training.seed` and its
@@ -68,6 +73,7 @@ class DecoupleConfig(TrainConfig):
     num_stages: int = 4
     split: Literal["t", "log_snr"] = "t"
     boundaries: list[int] = field(default_factory=list)
+    tree: list[int] = field(default_factory=list)
     p: float = 0.3
     consistency: float = 1.0
     projection: bool | None = None
@@ -85,12 +91,27 @@ class DecoupleConfig(TrainConfig):
         if self.antithetic is None:
             self.antithetic = self.preset == "released"
         if self.projection is None:
-            self.projection = self.method == "finetune"
+            self.projection = self.method == "finetune" and not self.tree
         if self.projection and self.method != "finetune":
             raise UserError(
                 f"projection trains with all weights: set it to false, or method='{self.method}' to finetune."
             )
+        if self.tree:
+            self._check_tree()
         if self.timesteps != TimestepsConfig():
             raise UserError("timesteps are those of each stage: say with num_stages, split and boundaries which.")
         if self.consistency < 0.0:
             raise UserError(f"consistency={self.consistency} must not be negative.")
+
+    def _check_tree(self) -> None:
+        if len(self.tree) != 2 or min(self.tree) < 0 or max(self.tree) == 0:
+            raise UserError(
+                f"tree={self.tree} must be two levels, of the image's end and of the noise's, such as [3, 9]; 0 grows "
+                f"none there."
+            )
+        if self.boundaries:
+            raise UserError("boundaries say where ranges begin, and so does tree: give one of them.")
+        if self.projection:
+            raise UserError("projection does not go with tree: leave it out, or set it to false.")
+        if self.objective != "denoising":
+            raise UserError(f"tree trains by objective='denoising', not '{self.objective}'.")

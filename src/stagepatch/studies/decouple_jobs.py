@@ -1,5 +1,6 @@
 """From a config to stages, each a training job; everything that can be refused is refused before any starts."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from stagepatch.studies.decouple_config import DecoupleConfig
 from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, Run, TrainConfig
 
-STAGES, EXPERTS_NAME = "stages", "experts.yaml"
+STAGES, BRANCHES, EXPERTS_NAME = "stages", "branches", "experts.yaml"
 _OWN = ("preset", "p", "consistency", "projection", "antithetic")  # of a stage; the rest is its training run's
 _ELSEWHERE = ("output_dir", "cache", "cache_batch_size", "ddo")
 
@@ -28,6 +29,8 @@ class Stage(Job):
 
     Args:
         study: of all stages.
+        parent: the branch of a tree that it starts from, and trains first if need be; None where it starts from the
+            model.
     """
 
     number: int
@@ -35,8 +38,14 @@ class Stage(Job):
     stop: int
     config: TrainConfig
     study: DecoupleConfig
+    parent: "Stage | None" = None
     record = STAGE_NAME
     noun = "stage"
+
+    @property
+    def branches(self) -> list["Stage"]:
+        """What it stands on, from the trunk on."""
+        return [] if self.parent is None else [*self.parent.branches, self.parent]
 
     @property
     def directory(self) -> Path:  # type: ignore[override]
@@ -49,7 +58,8 @@ class Stage(Job):
     def identity(self) -> dict[str, Any]:
         own = {name: getattr(self.study, name) for name in _OWN}
         run = {name: value for name, value in vars(self.config).items() if name not in _ELSEWHERE}
-        return {**run, **self.config.learns_by(), **own, "first": self.first, "stop": self.stop}
+        tree = [[branch.first, branch.stop] for branch in self.branches]
+        return {**run, **self.config.learns_by(), **own, "first": self.first, "stop": self.stop, "tree": tree}
 
     def is_done(self) -> bool:
         return (self.directory / STAGE_NAME).exists()
@@ -59,11 +69,15 @@ class Stage(Job):
         return TimestepSampler(num_train_timesteps, self.first, self.stop, self.study.p, bool(self.study.antithetic))
 
     def work(self) -> None:
+        if self.parent is not None:
+            self.parent.run()
         run = Run(self.config, identity=self.identity())
         if self.study.projection:
             checkpoints.add_projections(run.model)
         if self.config.method == "finetune":
             run.method = Finetune(run.scheduler)
+        if self.parent is not None:
+            run.start_from = self.parent.directory
         run.objective.timesteps = self.timesteps(run.objective.num_train_timesteps)
         learned = run.method
         if self.study.consistency:
@@ -95,28 +109,75 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     make_method(config).prepare(model)
     objective = Objective(scheduler, weighting=make_weighting(config.weighting))
     total = objective.num_train_timesteps
-    if config.boundaries:
-        ranges = split_at(total, config.boundaries)
-    elif config.split == "log_snr":
-        ranges = equal_in_log_snr(objective.snr(torch.arange(total)), config.num_stages)
+
+    def split(count: int) -> list[tuple[int, int]]:
+        if config.split == "log_snr":
+            return equal_in_log_snr(objective.snr(torch.arange(total)), count)
+        return equal_in_t(total, count)
+
+    if config.tree:
+        grown = plan_tree(config.tree, split)
     else:
-        ranges = equal_in_t(total, config.num_stages)
-    if not -1 <= config.stage < len(ranges):
-        raise UserError(f"stage={config.stage} is none of 0 to {len(ranges) - 1}; -1 is all.")
-    stages = [Stage(number, *ends, _run_config(config, number), config) for number, ends in enumerate(ranges)]
+        ranges = split_at(total, config.boundaries) if config.boundaries else split(config.num_stages)
+        grown = [[ends] for ends in ranges]
+    if not -1 <= config.stage < len(grown):
+        raise UserError(f"stage={config.stage} is none of 0 to {len(grown) - 1}; -1 is all.")
+    stages = [_grow(config, number, ranges) for number, ranges in enumerate(grown)]
     for stage in stages:
-        stage.timesteps(total)
-        stage.check_directory(DecoupleConfig(), BOOKKEEPING)
+        for each in (*stage.branches, stage):
+            each.timesteps(total)
+            each.check_directory(DecoupleConfig(), BOOKKEEPING)
     return stages
 
 
-def _run_config(config: DecoupleConfig, number: int) -> TrainConfig:
-    """Of a stage. From common draws, task vectors would share their noise, which then does not average out in a merge:
-    each has a seed of its own."""
+def plan_tree(levels: Sequence[int], split: Callable[[int], list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """The experts of a binary tree whose ends alone are grown (eDiff-I, arXiv 2211.01324, Section 4.1).
+
+    The paper's experts are E³₀, E⁹₅₁₁ and one for all between, and a child starts from its parent: so says a summary
+    of it; its text we could not get. Our reading: each level halves the distribution of noise levels in training,
+    every level towards an end is trained, all alike, and the expert between starts from the trunk.
+
+    Args:
+        levels: of the image's end and of the noise's.
+        split: T in so many ranges.
+
+    Returns:
+        An expert's ranges, each within the one before, of which the last is its own; from the image's end to the
+        noise's.
+
+    Raises:
+        UserError: ranges that hold no timestep.
+    """
+
+    def ends(level: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        try:
+            ranges = split(2**level)
+        except UserError as error:
+            raise UserError(f"tree={list(levels)}: 2^{level} ranges are more than there is room for.") from error
+        return ranges[0], ranges[-1]
+
+    low = [ends(level)[0] for level in range(1, levels[0] + 1)]
+    high = [ends(level)[1] for level in range(1, levels[1] + 1)]
+    first, stop = (low[-1][1] if low else 0), (high[-1][0] if high else split(1)[0][1])
+    return [ranges for ranges in (low, [(first, stop)] if first < stop else [], high) if ranges]
+
+
+def _grow(config: DecoupleConfig, number: int, ranges: Sequence[tuple[int, int]]) -> Stage:
+    """A stage, on the branches that lead to it."""
+    stage = None
+    for level, ends in enumerate(ranges[:-1], 1):
+        place = f"{BRANCHES}/{number}-{level}"
+        stage = Stage(number, *ends, _run_config(config, place, number, level), config, stage)
+    return Stage(number, *ranges[-1], _run_config(config, f"{STAGES}/{number}", number), config, stage)
+
+
+def _run_config(config: DecoupleConfig, place: str, *numbers: int) -> TrainConfig:
+    """Of a stage or branch. From common draws, task vectors would share their noise, which then does not average out
+    in a merge: each has a seed of its own, of its numbers."""
     values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     training = config.training.resolve(config.preset)
-    training.snapshot_every, training.seed = 0, seed_for(STAGE, training.seed, number)
-    values |= {"output_dir": str(Path(config.output_dir) / STAGES / str(number)), "training": training}
+    training.snapshot_every, training.seed = 0, seed_for(STAGE, training.seed, *numbers)
+    values |= {"output_dir": str(Path(config.output_dir) / place), "training": training}
     values["ddo"] = replace(config.ddo, fakes=config.ddo.fakes or str(Path(config.output_dir) / "fakes"))  # for all
     return TrainConfig(**values | {"cache": str(cache_directory(config.cache, config.output_dir))})
 
