@@ -64,14 +64,17 @@ def test_weights_make_the_nearest_profile():
 
     saved = np.stack([on_grid(*one) for one in zip(steps, sigmas, strict=True)], axis=1)
     expected = np.linalg.lstsq(saved, on_grid(300, 0.08), rcond=None)[0]
-    weights = posthoc_weights(steps, sigmas, 300, 0.08)
+    weights, difference = posthoc_weights(steps, sigmas, 300, 0.08)
     np.testing.assert_allclose(weights, expected / expected.sum(), atol=2e-3)
     assert sum(weights) == pytest.approx(1.0)
+    made, wanted = saved @ weights, on_grid(300, 0.08)
+    assert difference == pytest.approx(np.linalg.norm(made - wanted) / np.linalg.norm(wanted), rel=1e-3)
 
 
 def test_a_saved_average_is_itself():
-    weights = posthoc_weights([100, 100, 200, 200], SIGMAS * 2, 200, 0.1)
+    weights, difference = posthoc_weights([100, 100, 200, 200], SIGMAS * 2, 200, 0.1)
     np.testing.assert_allclose(weights, [0, 0, 0, 1], atol=1e-9)
+    assert difference == pytest.approx(0.0, abs=1e-7)
 
 
 def test_tracked_average_is_the_integral_of_the_profile(tmp_path):

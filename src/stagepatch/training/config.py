@@ -26,9 +26,9 @@ class TrainingConfig:
         ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
         ema_power: let the decay rise to ema_decay as 1 − (1 + step)^−power (DeMe's released code: 0.75); 0 lets it
             rise as (1 + step)/(10 + step).
-        posthoc_ema: keep averages of these sigma_rel too, and save them under 'posthoc_ema/' with each snapshot and at the
-            end: the paper's are [0.05, 0.1] (arXiv 2312.02696). `stagepatch merge --run` then makes the average of any
-            other sigma_rel. Needs snapshot_every; empty keeps none.
+        posthoc_ema: keep averages of these sigma_rel too, and save them under 'posthoc_ema/' with each snapshot and at
+            the end: the paper's are [0.05, 0.1] (arXiv 2312.02696). `stagepatch merge --run` then makes the average of
+            any other sigma_rel. Needs snapshot_every; empty keeps none.
         label_dropout: share of class labels, or of captions, replaced by none, for guidance (DiT: 0.1).
         mixed_precision: precision of the forward and backward pass, by accelerate; what trains stays in float32.
         compile: run the denoiser through torch.compile.

@@ -16,6 +16,7 @@ from stagepatch.core import UserError
 
 # The greatest σ_rel: of γ = 0, the plain mean.
 _LONGEST = 12**-0.5
+_Numbers = np.ndarray | np.float64
 
 
 def relative_std(gamma: float) -> float:
@@ -38,29 +39,38 @@ def power_of(sigma_rel: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 
 
-def posthoc_weights(steps: Sequence[int], sigmas: Sequence[float], step: int, sigma_rel: float) -> list[float]:
-    """What to weigh saved averages by, so that their sum is near the average of another σ_rel; they sum to one.
+def posthoc_weights(
+    steps: Sequence[int], sigmas: Sequence[float], step: int, sigma_rel: float
+) -> tuple[list[float], float]:
+    """What to weigh saved averages by, so that their sum is near the average of another σ_rel.
 
-    The profiles' weighted sum is nearest to the wanted profile in the mean square (Algorithm 3). A profile's inner
-    product with another has a closed form (Eq. 151).
+    The profiles' weighted sum is nearest to the wanted profile in the mean square (Algorithm 3), and then scaled, as
+    in the authors' code, so that the weights sum to one. Two profiles' inner product has a closed form (Eq. 151).
 
     Args:
         steps: of each saved average.
         sigmas: their σ_rel.
         step: of the wanted average.
 
+    Returns:
+        The weights; and how far the profile that they make is from the wanted one: the norm of their difference over
+        the latter's.
+
     Raises:
         UserError: a σ_rel that cannot be.
     """
     times, powers = np.array(steps, dtype=np.float64), np.array([power_of(each) for each in sigmas])
+    time, power = np.float64(step), np.float64(power_of(sigma_rel))
     saved = _inner(times[:, None], powers[:, None], times, powers)
-    wanted = _inner(times, powers, float(step), power_of(sigma_rel))
-    # Least squares rather than a solution: averages of neighbouring steps may be as good as one.
+    wanted = _inner(times, powers, time, power)
     weights = np.linalg.lstsq(saved, wanted, rcond=None)[0]
-    return [float(weight) for weight in weights / weights.sum()]
+    weights /= weights.sum()
+    norm = _inner(time, power, time, power)
+    square = float((weights @ saved @ weights - 2 * weights @ wanted + norm) / norm)
+    return weights.tolist(), math.sqrt(max(square, 0.0))
 
 
-def _inner(time: np.ndarray, power: np.ndarray, other_time: np.ndarray | float, other: np.ndarray | float) -> np.ndarray:
+def _inner(time: _Numbers, power: _Numbers, other_time: _Numbers, other: _Numbers) -> np.ndarray:
     """∫ p(t) q(t) dt of two profiles, by their times and powers; all broadcast."""
     ratio = np.where(time < other_time, (time / other_time) ** other, (other_time / time) ** power)
     product: np.ndarray = (power + 1) * (other + 1) * ratio / ((power + other + 1) * np.maximum(time, other_time))
