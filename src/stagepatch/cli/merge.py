@@ -50,8 +50,8 @@ def _average(config: configs.MergeConfig) -> None:
         raise UserError("posthoc_ema takes a run alone: leave out stages, weights, ties_keep and search.")
     difference = merge_posthoc(Path(config.run), config.posthoc_ema, Path(config.output_dir))
     print(
-        f"The average with sigma_rel {config.posthoc_ema:g} is in '{config.output_dir}'. Its weights of the run's steps "
-        f"differ from those that were asked for by {difference:.2%}: more snapshots come nearer."
+        f"The average with sigma_rel {config.posthoc_ema:g} is in '{config.output_dir}'. The steps' weights in it "
+        f"are {difference:.2%} off: more snapshots come nearer."
     )
 
 

@@ -159,7 +159,7 @@ def weight_strategies(config: SearchConfig, count: int) -> list[Strategy]:
         raise UserError(f"search.strategies={config.strategies} must be some of {', '.join(NAMES)}, once each.")
     if not config.low <= 0.0 < config.high:
         raise UserError(f"search.low={config.low} and high={config.high} must have low ≤ 0 < high: 0 is the base.")
-    if not all(config.low <= weight <= config.high for weight in config.coarse):
+    if config.strategies != ["lcsc"] and not all(config.low <= weight <= config.high for weight in config.coarse):
         raise UserError(f"search.coarse={config.coarse} must be within low={config.low} and high={config.high}.")
     starts: list[Point] = [(0.0,) * count, (min(1.0 / count, config.high),) * count]
     if config.evaluations < len(starts):
