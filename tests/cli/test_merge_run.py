@@ -66,6 +66,15 @@ def test_the_mean_of_snapshots(pretrained, tmp_path):
     assert_same(load_file(tmp_path / WEIGHTS), {name: sum(p[name] for p in parts) / 4 for name in parts[0]}, 1e-6)
 
 
+def test_what_a_run_cannot_be_given(pretrained, finetuned, tmp_path, capsys):
+    output = f"--output_dir={tmp_path / 'out'}"
+    assert "leave out base" in refused(capsys, f"--run={pretrained}", "--base=digits", "--weights=[1, 1, 1]", output)
+    for more in (["--weights=[1, 1, 1]"], SEARCH):
+        refusal = refused(capsys, f"--run={finetuned}", "--ties_keep=0.5", *more, output)
+        assert "TIES-merging is for models" in refusal
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["pretrained", "finetuned"])
 def test_search_finds_a_known_combination(request, name, tmp_path, monkeypatch, capsys):
     # The objective is the distance from a combination that is beyond all averages.

@@ -5,9 +5,14 @@ import math
 import numpy as np
 import optuna
 import pytest
+import torch
 
+from stagepatch.checkpoints import save_denoiser
 from stagepatch.core import UserError
-from stagepatch.search import Evaluation, SearchConfig, best_of, lcsc
+from stagepatch.merging import find_snapshots
+from stagepatch.methods import DMP, Finetune, LoRA, load_learned
+from stagepatch.search import Evaluation, MergedLearned, SearchConfig, best_of, lcsc
+from tests.runs import make_model, make_objective, run
 from tests.search.searches import Counted, search
 
 WIDE = {"strategies": ["lcsc"], "low": -1.0}
@@ -55,6 +60,19 @@ def test_it_comes_near_the_best_and_below_all_averages(count, seed):
     assert best_of(found).value - value(best) < 0.5 * (starts - value(best))
     assert min(best_of(found).point) < 0.0
     assert best_of(found).value < by_nsga(value, [one.point for one in found[:10]], count, 100)
+
+
+def test_it_goes_on_from_the_best_of_what_it_begins_with():
+    for place in (0, 1, 7):
+        strategy = lcsc(SearchConfig(evaluations=100, low=-1.0), 6)
+        named = strategy.points({}, {})
+        assert len(named) == 10
+        ended = {slot: Evaluation(point, float(slot != place), 0.0) for slot, point in enumerate(named)}
+        generation = strategy.points(ended, {})[10:]
+        assert len(generation) == 4 + int(3 * math.log(6))
+        distances = np.abs(np.array(generation) - named[place])
+        assert 0.02 < distances.mean() < 0.08  # a standard deviation of 0.05: 0.04 on average
+        assert distances.max() < 0.25
 
 
 def test_it_begins_with_the_result_the_mean_and_exponential_averages(tmp_path):
@@ -109,3 +127,18 @@ def test_bounds_and_evaluations(tmp_path):
     found = search(tmp_path / "journal", lambda point: -max(point), evaluations=30, **narrow)["lcsc"]
     assert all(-0.1 <= weight <= 0.3 for one in found for weight in one.point)
     assert max(best_of(found).point) == 0.3
+
+
+@pytest.mark.parametrize("method", [DMP, LoRA, Finetune])
+def test_learned_in_memory_is_what_is_written(tmp_path, batch, method):
+    save_denoiser(make_model(), make_objective().scheduler, tmp_path / "base")
+    run(tmp_path / "run", method=method(), steps=6, snapshot_every=2)
+    snapshots = find_snapshots(tmp_path / "run", str(tmp_path / "base"))
+    merged, expected = MergedLearned(snapshots), make_model()
+    merged.at([3.0, -3.0])  # nothing of it stays
+    snapshots.merge([1.5, -0.5], tmp_path / "out")
+    load_learned(expected, tmp_path / "out")
+    with torch.no_grad():
+        outputs = [model(*batch, return_dict=False)[0] for model in (merged.at([1.5, -0.5]), expected, make_model())]
+    assert torch.equal(*outputs[:2])
+    assert not torch.allclose(outputs[0], outputs[2], atol=1e-3)

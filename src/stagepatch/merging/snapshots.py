@@ -112,9 +112,13 @@ class Snapshots:
             merge_models(self.run, self.directories, weights, output, ties_keep)
             return
         check_weights(self.directories, weights)
-        if ties_keep:
-            raise UserError("TIES-merging is for models: set ties_keep to 0 to merge snapshots of what was learned.")
+        self.check_ties(ties_keep)
         combine_directories(self.run, self.directories, weights, output)
+
+    def check_ties(self, ties_keep: float) -> None:
+        """Refuse TIES-merging of what was learned."""
+        if ties_keep and self.model:
+            raise UserError("TIES-merging is for models: set ties_keep to 0 to merge snapshots of what was learned.")
 
     def fingerprint(self, directory: Path) -> str:
         """Of the weights in the run's directory, or in a snapshot's."""
@@ -137,6 +141,8 @@ def find_snapshots(run: str | Path, base: str = "") -> Snapshots:
     found = [path for path in run.glob(f"{SNAPSHOTS}/*") if path.name.isdecimal() and _is_whole(path)]
     found.sort(key=lambda path: int(path.name))
     model = ""
+    if kind == "model" and base:
+        raise UserError(f"'{run}' trained a model of its own, which is the base: leave out base.")
     if kind in _LEARNED:
         config = read_yaml(run / RUN_CONFIG) if (run / RUN_CONFIG).exists() else {}
         model = base or str(config.get("model", ""))

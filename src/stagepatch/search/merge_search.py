@@ -105,6 +105,7 @@ class MergedLearned:
 
 def _merged(stages: Stages | Snapshots, ties_keep: float) -> MergedModel | MergedLoRA | MergedLearned:
     if isinstance(stages, Snapshots) and stages.model:
+        stages.check_ties(ties_keep)
         return MergedLearned(stages)
     return MergedLoRA(stages) if stages.are_loras else MergedModel(stages, ties_keep)
 
