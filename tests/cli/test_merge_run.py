@@ -97,10 +97,10 @@ def test_search_finds_a_known_combination(request, name, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(merge_search, "SampledMetric", Distance)
     out = tmp_path / "out"
-    assert merge(f"--run={directory}", f"--output_dir={out}", *SEARCH, "--search.evaluations=70") == 0
+    assert merge(f"--run={directory}", f"--output_dir={out}", *SEARCH, "--search.evaluations=120") == 0
     evaluations = json.loads((out / "search.json").read_text())["strategies"]["lcsc"]
     values = [one["value"] for one in evaluations]
-    assert len(values) == 70
+    assert len(values) == 120
     assert evaluations[0]["weights"] == [0.0, 0.0, 0.0]  # the training's result
     assert evaluations[1]["weights"] == pytest.approx([1 / 3] * 3)
     assert min(values) < min(values[:10]) / 50
