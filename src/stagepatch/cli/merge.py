@@ -11,25 +11,44 @@ from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over
 from stagepatch.core import UserError, write_text
 from stagepatch.data import check_channels, load_training_data
-from stagepatch.merging import Stages, check_lora_method, check_weights, find_stages, write_fisher
+from stagepatch.merging import (
+    MergeMethod,
+    Snapshots,
+    Stages,
+    check_lora_method,
+    check_weights,
+    find_snapshots,
+    find_stages,
+    merge_posthoc,
+    write_fisher,
+)
 
 
 def merge(config: configs.MergeConfig, resolved: str) -> None:
     """Merge stages, a tensor at a time; with a search, first find the weights."""
     output = Path(config.output_dir)
-    stages = find_stages(config.base, config.stages, needs_base=bool(config.search.strategies))
+    if config.posthoc_ema:
+        _average(config)
+        write_text(output / RUN_CONFIG, resolved)
+        return
+    stages = _find(config)
     if stages.are_loras:
         check_lora_method(config.method)
     if config.search.strategies:
         _search_and_merge(config, stages)
+    elif isinstance(stages, Snapshots):
+        stages.merge(config.weights, output, config.method)
     else:
         fishers = _write_fishers(config, stages) if config.method.kind == "fisher" else []
         stages.merge(config.weights, output, config.method, fishers)
     write_text(output / RUN_CONFIG, resolved)
-    print(f"The merged {'LoRA' if stages.are_loras else 'model'} is in '{output}'.")
+    if isinstance(stages, Snapshots) and stages.model:
+        print(f"The merged result of the run is in '{output}'.")
+    else:
+        print(f"The merged {'LoRA' if stages.are_loras else 'model'} is in '{output}'.")
 
 
-def _write_fishers(config: configs.MergeConfig, stages: Stages) -> list[Path]:
+def _write_fishers(config: configs.MergeConfig, stages: Stages | Snapshots) -> list[Path]:
     """Of each stage in turn, in 'fisher/'; those that are there already are taken."""
     check_weights(stages.directories, config.weights, config.method)
     dataset = load_training_data(stages.base, config.data, config.cache, config.output_dir)
@@ -42,7 +61,27 @@ def _write_fishers(config: configs.MergeConfig, stages: Stages) -> list[Path]:
     return paths
 
 
-def _search_and_merge(config: configs.MergeConfig, stages: Stages) -> None:
+def _find(config: configs.MergeConfig) -> Stages | Snapshots:
+    if not config.run:
+        return find_stages(config.base, config.stages, needs_base=bool(config.search.strategies))
+    if config.stages:
+        raise UserError("Give stages, or a run whose snapshots are the stages, not both.")
+    return find_snapshots(config.run, config.base)
+
+
+def _average(config: configs.MergeConfig) -> None:
+    if not config.run:
+        raise UserError(f"posthoc_ema={config.posthoc_ema} is of a training's averages: give run, its directory.")
+    if config.weights or config.stages or config.search.strategies or config.method != MergeMethod():
+        raise UserError("posthoc_ema takes a run alone: leave out stages, weights, search and merge_method's options.")
+    difference = merge_posthoc(Path(config.run), config.posthoc_ema, Path(config.output_dir))
+    print(
+        f"The average with sigma_rel {config.posthoc_ema:g} is in '{config.output_dir}'. The steps' weights in it "
+        f"are {difference:.2%} off: more snapshots come nearer."
+    )
+
+
+def _search_and_merge(config: configs.MergeConfig, stages: Stages | Snapshots) -> None:
     if config.weights:
         raise UserError("Give weights, or search.strategies to search for them, not both.")
     check_optuna()

@@ -11,6 +11,10 @@ from .lora import merge_loras as merge_loras
 from .models import ProjectedReader as ProjectedReader
 from .models import combine as combine
 from .models import merge_models as merge_models
+from .snapshots import Snapshots as Snapshots
+from .snapshots import combine_directories as combine_directories
+from .snapshots import find_snapshots as find_snapshots
+from .snapshots import merge_posthoc as merge_posthoc
 from .stages import Stages as Stages
 from .stages import find_stages as find_stages
 from .stages import merge as merge

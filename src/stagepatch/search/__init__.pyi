@@ -6,6 +6,8 @@ from .engine import Evaluation as Evaluation
 from .engine import Search as Search
 from .engine import Strategy as Strategy
 from .engine import best_of as best_of
+from .lcsc import lcsc as lcsc
+from .merge_search import MergedLearned as MergedLearned
 from .merge_search import MergedLoRA as MergedLoRA
 from .merge_search import MergedModel as MergedModel
 from .merge_search import search_weights as search_weights

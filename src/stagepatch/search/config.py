@@ -18,16 +18,17 @@ class SearchConfig:
 
     Args:
         strategies: any of 'grid', two levels (DeMe); 'tpe' (NeurIPS 2011, Bergstra et al.) and 'cma', CMA-ES
-            (arXiv 1604.00772), by Optuna. Empty for no search.
-        evaluations: of TPE and CMA-ES each. A grid takes as many as it has points: with the defaults and four stages
-            82 and then some 80 (`len(coarse) ** stages`, `len(fine) ** stages`).
+            (arXiv 1604.00772), by Optuna; 'lcsc', CMA-ES from the best of some averages, for the snapshots of a run
+            (arXiv 2404.02241, whose weights may be negative: set low to -1). Empty for no search.
+        evaluations: of each strategy but the grid, which takes as many as it has points: with the defaults and four
+            stages 82 and then some 80 (`len(coarse) ** stages`, `len(fine) ** stages`).
         coarse: weights of the grid's first level, for each stage.
         fine: what is added to the best weights of the first level, for each stage, to make the second.
         low: least weight of a stage; at most 0, which is the base.
         high: greatest weight of a stage.
         metric: FID against the training images, or against the held-out third of digits. Weights that were chosen on
             held-out images have seen them: FID against these then says nothing about new images.
-        seed: of TPE and CMA-ES; the noise of the samples is `sampling.seed`.
+        seed: of all strategies but the grid; the noise of the samples is `sampling.seed`.
         storage: where evaluations are kept: a database's URL as Optuna takes it (postgresql://..., sqlite:///...), or
             a journal file; empty for 'search.journal' in output_dir. Start the command again, on as many machines as
             see the storage, to share the work.
@@ -35,7 +36,7 @@ class SearchConfig:
         prune: give up an evaluation whose FID of the first quarter of the images is above the median of the others'.
     """
 
-    strategies: list[Literal["grid", "tpe", "cma"]] = field(default_factory=list)
+    strategies: list[Literal["grid", "tpe", "cma", "lcsc"]] = field(default_factory=list)
     evaluations: int = 60
     coarse: list[float] = field(default_factory=lambda: [0.0, 0.5, 1.0])
     fine: list[float] = field(default_factory=lambda: [-0.25, 0.0, 0.25])
@@ -60,6 +61,10 @@ class MergeConfig(EvaluationConfig):
             stages, which say so themselves.
         stages: model directories; or directories of LoRAs, and then all of them; or the one output_dir of
             `stagepatch decouple`, for all of its stages in order.
+        run: in place of base and stages, directory of a training with snapshots: these are the stages, and its result
+            the base. For a patch, LoRA or weights, base may still say which model they are for.
+        posthoc_ema: in place of weights, make the average with this sigma_rel out of those that the run kept
+            (arXiv 2312.02696; training.posthoc_ema); 0 for none.
         weights: of each stage's task vector; 1 takes it whole. Of 'fisher', shares of a mean.
         merge_method: 'sum' of weighted task vectors (DeMe); 'ties' (arXiv 2306.01708), which needs ties_keep; 'dare'
             (arXiv 2311.03099) and 'dare_ties', with signs elected as in TIES, which need dare_drop; 'fisher' (arXiv
@@ -81,6 +86,8 @@ class MergeConfig(EvaluationConfig):
 
     base: str = ""
     stages: list[str] = field(default_factory=list)
+    run: str = ""
+    posthoc_ema: float = 0.0
     weights: list[float] = field(default_factory=list)
     merge_method: Literal["sum", "ties", "dare", "dare_ties", "fisher"] | None = None
     ties_keep: float = 0.0

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
@@ -17,18 +18,19 @@ from stagepatch.checkpoints import add_projections, find_model, load_denoiser, m
 from stagepatch.checkpoints.projection import PROJECTION
 from stagepatch.core import TensorReader, UserError, processes
 from stagepatch.evaluation import Evaluator
-from stagepatch.merging import MergeMethod, Stages, combine, combine_loras
+from stagepatch.merging import MergeMethod, Snapshots, Stages, combine, combine_loras
 from stagepatch.merging.config import SUM
 from stagepatch.merging.lora import read_loras
 from stagepatch.merging.models import open_all, piece_size
-from stagepatch.methods import LoRA
+from stagepatch.methods import LoRA, load_learned
 from stagepatch.methods.lora import ADAPTER
 from stagepatch.methods.lora import FILE_NAME as LORA_FILE
 from stagepatch.search.config import MergeConfig, SearchConfig
 from stagepatch.search.engine import Evaluation, Point, Report, Search, Strategy
+from stagepatch.search.lcsc import lcsc
 from stagepatch.search.objective import SampledMetric, check_alone, run_search
 
-NAMES = ("grid", "tpe", "cma")
+NAMES = ("grid", "tpe", "cma", "lcsc")
 
 
 class MergedModel:
@@ -43,7 +45,7 @@ class MergedModel:
         UserError: a stage of another architecture, by name of what differs.
     """
 
-    def __init__(self, stages: Stages, method: MergeMethod = SUM) -> None:
+    def __init__(self, stages: Stages | Snapshots, method: MergeMethod = SUM) -> None:
         readers = open_all(find_model(stages.base), stages.directories)
         names = list(readers[0].shapes)
         model, self.scheduler = load_denoiser(stages.base)
@@ -69,7 +71,7 @@ class MergedModel:
 class MergedLoRA:
     """The base with one LoRA, which for each weights is what `merge_loras` would write."""
 
-    def __init__(self, stages: Stages, method: MergeMethod = SUM) -> None:
+    def __init__(self, stages: Stages | Snapshots, method: MergeMethod = SUM) -> None:
         self._method = method
         self._config, self._loras = read_loras(stages.directories)
         model, self.scheduler = load_denoiser(stages.base)
@@ -86,7 +88,31 @@ class MergedLoRA:
         return self._model
 
 
-def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evaluation]]:
+class MergedLearned:
+    """A model with what was learned on it, which for each weights is what `Snapshots.merge` would write."""
+
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+        model, self.scheduler = load_denoiser(snapshots.base)
+        self._model: nn.Module = model.to(processes().device)
+        self._method = load_learned(self._model, snapshots.run)
+
+    def at(self, weights: Sequence[float]) -> nn.Module:
+        """The model at these weights: always the same object."""
+        with TemporaryDirectory() as directory:
+            self._snapshots.merge(weights, Path(directory))
+            self._method.load(self._model, Path(directory))
+        return self._model
+
+
+def _merged(stages: Stages | Snapshots, method: MergeMethod) -> MergedModel | MergedLoRA | MergedLearned:
+    if isinstance(stages, Snapshots) and stages.model:
+        stages.check_method(method)
+        return MergedLearned(stages)
+    return (MergedLoRA if stages.are_loras else MergedModel)(stages, method)
+
+
+def search_weights(config: MergeConfig, stages: Stages | Snapshots) -> dict[str, list[Evaluation]]:
     """The evaluations of each strategy.
 
     Raises:
@@ -96,7 +122,7 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
     check_alone("merge")
     options, output, count = config.search, Path(config.output_dir), len(stages.directories)
     strategies = weight_strategies(options, count)
-    merged = (MergedLoRA if stages.are_loras else MergedModel)(stages, config.method)
+    merged = _merged(stages, config.method)
     cache = Path(config.cache or output / "cache")
     evaluator = Evaluator.load(stages.base, config.data, config.extractor, cache, config.held_out)
     metric = SampledMetric(evaluator, options.metric)
@@ -105,6 +131,8 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
         return metric(merged.at(weights), merged.scheduler, config.sampling, report)
 
     def fingerprint(stage: Path) -> str:
+        if isinstance(stages, Snapshots):
+            return stages.fingerprint(stage)
         is_lora = stages.are_loras
         return weights_fingerprint(TensorReader([stage / LORA_FILE])) if is_lora else model_fingerprint(stage)
 
@@ -115,6 +143,8 @@ def search_weights(config: MergeConfig, stages: Stages) -> dict[str, list[Evalua
         **({"dare": [config.method.kind, config.dare_drop, config.seed]} if config.dare_drop else {}),
         **{name: getattr(options, name) for name in ("metric", "low", "high")},
     }
+    if isinstance(stages, Snapshots):
+        identity["result"] = stages.fingerprint(stages.run)
     space = [FloatDistribution(options.low, options.high)] * count
     return run_search(Search(options, output, space, objective, identity), strategies, metric)
 
@@ -133,24 +163,28 @@ def weight_strategies(config: SearchConfig, count: int) -> list[Strategy]:
         raise UserError(f"search.strategies={config.strategies} must be some of {', '.join(NAMES)}, once each.")
     if not config.low <= 0.0 < config.high:
         raise UserError(f"search.low={config.low} and high={config.high} must have low ≤ 0 < high: 0 is the base.")
-    if not all(config.low <= weight <= config.high for weight in config.coarse):
+    if config.strategies != ["lcsc"] and not all(config.low <= weight <= config.high for weight in config.coarse):
         raise UserError(f"search.coarse={config.coarse} must be within low={config.low} and high={config.high}.")
     starts: list[Point] = [(0.0,) * count, (min(1.0 / count, config.high),) * count]
     if config.evaluations < len(starts):
         raise UserError(f"search.evaluations={config.evaluations} must be 2 or more: the base and the mean are two.")
-    if "cma" in config.strategies and importlib.util.find_spec("cmaes") is None:
-        raise UserError("The strategy 'cma' needs cmaes: pip install 'stagepatch[search]'.")
+    needs = [name for name in config.strategies if name in ("cma", "lcsc")]
+    if needs and importlib.util.find_spec("cmaes") is None:
+        raise UserError(f"The strategy '{needs[0]}' needs cmaes: pip install 'stagepatch[search]'.")
     points = [*starts, *[None] * (config.evaluations - len(starts))]
     samplers = {
         "tpe": _seeded(TPESampler, config.seed, multivariate=True, constant_liar=True),
         "cma": _seeded(CmaEsSampler, config.seed),
     }
-    return [
-        _grid(config, starts)
-        if name == "grid"
-        else Strategy(name, {"seed": config.seed}, lambda ended, begun: points, samplers[name])
-        for name in config.strategies
-    ]
+
+    def make(name: str) -> Strategy:
+        if name == "grid":
+            return _grid(config, starts)
+        if name == "lcsc":
+            return lcsc(config, count)
+        return Strategy(name, {"seed": config.seed}, lambda ended, begun: points, samplers[name])
+
+    return [make(name) for name in config.strategies]
 
 
 def _grid(config: SearchConfig, starts: list[Point]) -> Strategy:

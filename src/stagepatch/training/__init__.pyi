@@ -1,5 +1,7 @@
 from .balancing_config import BalancingConfig as BalancingConfig
 from .config import BOOKKEEPING as BOOKKEEPING
+from .config import POSTHOC_EMA as POSTHOC_EMA
+from .config import SNAPSHOTS as SNAPSHOTS
 from .config import TrainingConfig as TrainingConfig
 from .ddo_config import DDOConfig as DDOConfig
 from .draws import Conditions as Conditions
@@ -9,6 +11,9 @@ from .draws import load_batches as load_batches
 from .log import read_log as read_log
 from .loop import train as train
 from .losses import sample_losses as sample_losses
+from .posthoc_ema import posthoc_weights as posthoc_weights
+from .posthoc_ema import power_of as power_of
+from .posthoc_ema import relative_std as relative_std
 from .presets import PRESETS as PRESETS
 from .presets import apply_preset as apply_preset
 from .presets import preset_values as preset_values

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stagepatch.core import UserError, as_json, check_unchanged, read_tensors, write_tensors
 from stagepatch.training.config import BOOKKEEPING
+from stagepatch.training.posthoc_ema import PowerAverages
 from stagepatch.training.run_config import TrainConfig
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
@@ -25,6 +26,7 @@ class TrainingState:
         parameters: those that are trained.
         ema: their average, if there is one.
         scaler: of the loss; it may be one that is off.
+        posthoc: averages for post-hoc EMA, if there are some.
     """
 
     path: Path
@@ -33,12 +35,14 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     ema: Any | None
     scaler: torch.amp.GradScaler
+    posthoc: PowerAverages | None = None
 
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters and averages by their names in the file."""
         named: dict[str, Tensor] = {f"trained.{index}": value.data for index, value in enumerate(self.parameters)}
         averages = [] if self.ema is None else self.ema.shadow_params
-        return named | {f"ema.{index}": value for index, value in enumerate(averages)}
+        named |= {f"ema.{index}": value for index, value in enumerate(averages)}
+        return named if self.posthoc is None else named | self.posthoc.tensors()
 
     def save(self, iteration: int) -> None:
         """Write it, as of the end of an iteration."""

@@ -1,8 +1,10 @@
 """The choices of a training run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+# Where in a run's directory snapshots are, by step, and averages for post-hoc EMA, by sigma_rel and step.
+SNAPSHOTS, POSTHOC_EMA = "snapshots", "posthoc_ema"
 BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")  # changes nothing that is learned
 
 
@@ -24,6 +26,9 @@ class TrainingConfig:
         ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
         ema_power: let the decay rise to ema_decay as 1 − (1 + step)^−power (DeMe's released code: 0.75); 0 lets it
             rise as (1 + step)/(10 + step).
+        posthoc_ema: keep averages of these sigma_rel too, and save them under 'posthoc_ema/' with each snapshot and at
+            the end: the paper's are [0.05, 0.1] (arXiv 2312.02696). `stagepatch merge --run` then makes the average of
+            any other sigma_rel. Needs snapshot_every; empty keeps none.
         label_dropout: share of class labels, or of captions, replaced by none, for guidance (DiT: 0.1).
         mixed_precision: precision of the forward and backward pass, by accelerate; what trains stays in float32.
         compile: run the denoiser through torch.compile.
@@ -46,6 +51,7 @@ class TrainingConfig:
     max_grad_norm: float = 0.0
     ema_decay: float = 0.0
     ema_power: float = 0.0
+    posthoc_ema: list[float] = field(default_factory=list)
     label_dropout: float = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False

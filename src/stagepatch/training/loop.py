@@ -32,11 +32,12 @@ from stagepatch.sampling import Fakes
 from stagepatch.training.balancing import project_conflicts
 from stagepatch.training.balancing_config import BalancingConfig
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
-from stagepatch.training.config import TrainingConfig
+from stagepatch.training.config import POSTHOC_EMA, SNAPSHOTS, TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
 from stagepatch.training.draws import Conditions, Draws, draw, load_batches
 from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
+from stagepatch.training.posthoc_ema import PowerAverages
 from stagepatch.training.signals import StopSignals
 
 _LOGGER = logging.getLogger("stagepatch")
@@ -113,7 +114,9 @@ def train(
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True, **warmup) if config.ema_decay else None
     scaler: Any = accelerator.scaler or torch.amp.GradScaler(enabled=False)
     identity = {**(identity or {}), "training": config}
-    state = TrainingState(directory / CHECKPOINT_NAME, identity, [*parameters, *of_loss], optimizer, ema, scaler)
+    posthoc = PowerAverages(parameters, config.posthoc_ema)
+    learned = [*parameters, *of_loss]
+    state = TrainingState(directory / CHECKPOINT_NAME, identity, learned, optimizer, ema, scaler, posthoc)
     start = state.load()
     if config.compile:
         model.compile()
@@ -153,6 +156,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 ema.step(parameters)
+            posthoc.update(iteration + 1)
             totals = {name: totals.get(name, 0.0) + value for name, value in logged.items()}
             done = iteration + 1
             log.advance()
@@ -174,13 +178,15 @@ def train(
                     accelerator.wait_for_everyone()
                     break
             stop = _stop_requested(signals, done, config, accelerator)
-            if done % config.checkpoint_every == 0 or done == config.steps or stop:
+            is_due = done % config.checkpoint_every == 0 or done == config.steps or bool(stop)
+            if is_due:
                 _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)
+            if is_main:  # before the checkpoint: a run that goes on from it has the snapshots up to it
+                _save_snapshots(method, parameters, ema, posthoc, config, done, directory)
+            if is_due:
                 if is_main:
                     state.save(done)
                 accelerator.wait_for_everyone()
-            if config.snapshot_every and done % config.snapshot_every == 0 and is_main:
-                _save_result(method, parameters, ema, directory / "snapshots" / f"{done:07d}")
             if stop and done < config.steps:
                 raise Interrupted(
                     stop,
@@ -219,6 +225,11 @@ def _check_settings(config: TrainingConfig, num_processes: int, num_intervals: i
             if not lowest <= getattr(config, name) <= highest:
                 limits = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
                 raise UserError(f"{name}={getattr(config, name)} must be {limits}.")
+    if config.posthoc_ema and not config.snapshot_every:
+        raise UserError(
+            f"posthoc_ema={config.posthoc_ema} is saved with each snapshot, and there are none: set snapshot_every, "
+            f"such as to a twentieth of steps."
+        )
     parts = num_processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
         raise UserError(
@@ -293,12 +304,36 @@ def _stop_requested(signals: StopSignals, done: int, config: TrainingConfig, acc
     return int(accelerator.gather(received.view(1)).max())
 
 
-def _save_result(method: Method, parameters: list[nn.Parameter], ema: Any | None, directory: Path) -> None:
+def _save_snapshots(
+    method: Method,
+    parameters: list[nn.Parameter],
+    ema: Any | None,
+    posthoc: PowerAverages,
+    config: TrainingConfig,
+    done: int,
+    directory: Path,
+) -> None:
+    """What is to be kept of this step: the result so far, and each average for post-hoc EMA."""
+    is_due = config.snapshot_every > 0 and done % config.snapshot_every == 0
+    if is_due:
+        average = None if ema is None else ema.shadow_params
+        _save_result(method, parameters, average, directory / SNAPSHOTS / f"{done:07d}")
+    if is_due or done == config.steps:
+        for sigma, average in posthoc.averages.items():
+            _save_result(method, parameters, average, directory / POSTHOC_EMA / str(sigma) / f"{done:07d}")
+
+
+@torch.no_grad()
+def _save_result(
+    method: Method, parameters: list[nn.Parameter], average: Sequence[Tensor] | None, directory: Path
+) -> None:
     """Save the method's result, averaged where there is an average, and train on from where it was."""
-    if ema is None:
+    if average is None:
         method.save(directory)
         return
-    ema.store(parameters)
-    ema.copy_to(parameters)
+    kept = [parameter.cpu().clone() for parameter in parameters]
+    for parameter, value in zip(parameters, average, strict=True):
+        parameter.copy_(value)
     method.save(directory)
-    ema.restore(parameters)
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.copy_(value)
