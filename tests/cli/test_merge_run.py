@@ -71,7 +71,7 @@ def test_what_a_run_cannot_be_given(pretrained, finetuned, tmp_path, capsys):
     assert "leave out base" in refused(capsys, f"--run={pretrained}", "--base=digits", "--weights=[1, 1, 1]", output)
     for more in (["--weights=[1, 1, 1]"], SEARCH):
         refusal = refused(capsys, f"--run={finetuned}", "--ties_keep=0.5", *more, output)
-        assert "TIES-merging is for models" in refusal
+        assert "Snapshots are not merged by 'ties'" in refusal
     assert not (tmp_path / "out").exists()
 
 

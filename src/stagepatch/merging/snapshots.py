@@ -120,7 +120,7 @@ class Snapshots:
         """Refuse all but the sum for what was learned, and Fisher merging."""
         if method.kind == "fisher" or (self.model and method.kind != "sum"):
             raise UserError(
-                f"Snapshots are not merged by '{method.kind}': those of models can be by sum, ties, dare and dare_ties, "
+                f"Snapshots are not merged by '{method.kind}': those of models can be, by sum, ties or dare(_ties), "
                 f"those of what was learned by sum alone."
             )
 
