@@ -17,9 +17,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import shlex
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from stagepatch.cli import main as run
 from stagepatch.cli.app import _parse
@@ -72,26 +75,27 @@ class Study:
         elif done.read_text() != _parse("merge", self.options("merge", *options))[1]:
             raise SystemExit(f"'{output}' was merged by other options: give them, or another --output_dir.")
 
-    def train_and_merge(self, seed: int, count: int, p: float, is_control: bool) -> None:
-        """One decoupling, with what is made of it; of the control, the mean alone."""
-        stages = self.directory(seed, count, p)
-        ranges = [f"--num_stages={count}", f"--p={p:g}", f"--training.seed={seed}"]
-        self.call("decouple", *ranges, f"--output_dir={stages}")
-        mean = ["--search.strategies=[]", f"--weights={[1 / count] * count}"]
-        self.merge(f"--stages=['{stages}']", *mean, output=Path(f"{stages}-mean"))
-        if not is_control:
-            self.merge(f"--stages=['{stages}']", output=Path(f"{stages}-merged"))
+    def plan(self) -> Iterator[tuple[int, float, bool]]:
+        """Each N and p, and whether it is a row of the table, or the control of its N alone."""
+        for count in self.num_stages:
+            for p in sorted({*self.p, 1.0}) if count > 1 else [1.0]:
+                yield count, p, count == 1 or p in self.p
 
     def directory(self, seed: int | str, count: int, p: float) -> Path:
         return self.output / f"seed-{seed}" / f"n{count}-p{p:g}"
 
     def run(self) -> None:
         """All of it, and the table."""
-        for seed, count in itertools.product(self.given.seeds, self.num_stages):
-            for p in sorted({*self.p, 1.0}):
-                self.train_and_merge(seed, count, p, is_control=p not in self.p)
-        seeds = f"--training_seeds={self.given.seeds}"
-        more = [f"--entries={self.entries()}", seeds, f"--output_dir={self.output / 'compare'}"]
+        for seed, (count, p, is_row) in itertools.product(self.given.seeds, self.plan()):
+            stages = self.directory(seed, count, p)
+            ranges = [f"--num_stages={count}", f"--p={p:g}", f"--training.seed={seed}"]
+            self.call("decouple", *ranges, f"--output_dir={stages}")
+            mean = ["--search.strategies=[]", f"--weights={[1 / count] * count}"]
+            self.merge(f"--stages=['{stages}']", *mean, output=Path(f"{stages}-mean"))
+            if is_row:
+                self.merge(f"--stages=['{stages}']", output=Path(f"{stages}-merged"))
+        more = [f"--entries={self.entries()}", f"--training_seeds={self.given.seeds}"]
+        more.append(f"--output_dir={self.output / 'compare'}")
         self.call("compare", *more)
         config: Any = _parse("compare", self.options("compare", *more))[0]
         values: dict[str, list[list[float]]] = {}
@@ -103,55 +107,65 @@ class Study:
     def entries(self) -> list[dict[str, str]]:
         """The comparison's rows, by '{seed}'."""
         rows = [{"name": "base", "method": "none"}]
-        for count in self.num_stages:
-            for p in sorted({*self.p, 1.0}):
-                stages = self.directory("{seed}", count, p)
-                kinds = {"mean": {"model": f"{stages}-mean"}}
-                if p in self.p:
-                    kinds["experts"] = {"schedule": f"{stages}/experts.yaml"}
-                    kinds["merged"] = {"model": f"{stages}-merged"}
-                rows += [{"name": name_of(count, p, kind), "method": "none", **what} for kind, what in kinds.items()]
+        for count, p, is_row in self.plan():
+            stages = self.directory("{seed}", count, p)
+            kinds = {"mean": {"model": f"{stages}-mean"}}
+            if is_row:
+                kinds["experts"] = {"schedule": f"{stages}/experts.yaml"}
+                kinds["merged"] = {"model": f"{stages}-merged"}
+            rows += [{"name": name_of(count, p, kind), "method": "none", **what} for kind, what in kinds.items()]
         return rows
 
     def write(self, values: dict[str, list[list[float]]], label: str) -> None:
         """table.md, and a figure over N or p where there are several.
 
         Args:
-            values: of the metric, by row, training seed and sampling seed; the base has one training seed.
+            values: of the metric, by the comparison's row, training seed and sampling seed.
         """
-        mean = {name: sum(map(sum, of)) / sum(map(len, of)) for name, of in values.items()}
-        columns = ["N", "p", *KINDS.values(), CONTROL, "1/N − control", "searched − control"]
-        rows = []
-        for count, p in itertools.product(self.num_stages, self.p):
-            names, control = [name_of(count, p, kind) for kind in KINDS], name_of(count, 1.0, "mean")
-            found = [
-                difference_between(values[name_of(count, p, kind)], values[control]) for kind in ("mean", "merged")
-            ]
-            cells = [f"{mean[name]:.4f}" for name in (*names, control)]
-            rows.append([str(count), f"{p:g}", *cells, *(f"{each.mean:+.4f} ± {each.error:.4f}" for each in found)])
-        title, note = f"{label}; base: {mean['base']:.4f}", NOTE
-        write_text(self.output / "table.md", f"{title}\n\n{markdown_table(columns, rows)}\n{note}\n")
-        for axis, numbers, others in (("N", self.num_stages, self.p), ("p", self.p, self.num_stages)):
-            if len(numbers) == 1:
+        mean = {name: statistics.fmean(itertools.chain(*of)) for name, of in values.items()}
+        columns, rows = ["N", "p", *KINDS.values(), CONTROL, "1/N − control", "searched − control"], []
+        for count, p, is_row in self.plan():
+            if not is_row:
                 continue
-            series: dict[str, list[tuple[float, float]]] = {}
-            for number, other in itertools.product(sorted(numbers), others):
-                count, p = (number, other) if axis == "N" else (other, number)
-                which = f"p = {p:g}" if axis == "N" else f"N = {count}"
-                for kind, words in KINDS.items():
-                    series.setdefault(f"{words}, {which}", []).append((number, mean[name_of(count, p, kind)]))
-                of_control = CONTROL if axis == "N" else f"{CONTROL}, {which}"
-                series.setdefault(of_control, []).append((number, mean[name_of(count, 1.0, "mean")]))
-            series = {name: sorted(set(points)) for name, points in series.items()}
-            series["base"] = [(number, mean["base"]) for number in sorted(numbers)]
-            write_picture(self.output / f"over-{axis}.png", metric_curves(series, label, axis))
+            names = {kind: name_of(count, p, kind) for kind in KINDS}
+            control = name_of(count, 1.0, "mean")
+            cells = [f"{mean[name]:.4f}" for name in (*names.values(), control)]
+            for kind in ("mean", "merged"):
+                found = difference_between(values[names[kind]], values[control])
+                cells.append(f"{found.mean:+.4f} ± {found.error:.4f}")
+            rows.append([str(count), f"{p:g}" if count > 1 else "–", *cells])
+        title = f"{label}; base: {mean['base']:.4f}"
+        write_text(self.output / "table.md", f"{title}\n\n{markdown_table(columns, rows)}\n{NOTE}\n")
+        lines: dict[str, list[tuple[float, int, float]]]
+        if len(self.num_stages) > 1:
+            lines = {f"p = {p:g}": [(count, count, p) for count in sorted(self.num_stages)] for p in self.p}
+            write_picture(self.output / "over-N.png", curves(lines, mean, label, "N"))
+        if len(self.p) > 1:
+            lines = {f"N = {count}": [(p, count, p) for p in sorted(self.p)] for count in self.num_stages}
+            write_picture(self.output / "over-p.png", curves(lines, mean, label, "p"))
         print_table(columns, rows, title)
-        print(f"{note}\nTable: {self.output / 'table.md'}")
+        print(f"{NOTE}\nTable: {self.output / 'table.md'}")
+
+
+def curves(lines: dict[str, list[tuple[float, int, float]]], mean: dict[str, float], label: str, axis: str) -> Figure:
+    """Fig. 2: the metric over N or p, with the control and the base.
+
+    Args:
+        lines: by what they have in common, where a point is on the axis, its N and its p.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for which, points in lines.items():
+        for kind, words in KINDS.items():
+            series[f"{words}, {which}"] = [(x, mean[name_of(count, p, kind)]) for x, count, p in points]
+        of_control = CONTROL if axis == "N" else f"{CONTROL}, {which}"  # which knows no p
+        series[of_control] = [(x, mean[name_of(count, 1.0, "mean")]) for x, count, _ in points]
+        series["base"] = [(x, mean["base"]) for x, *_ in points]
+    return metric_curves(series, label, axis)
 
 
 def name_of(count: int, p: float, kind: str) -> str:
-    """A row of the comparison."""
-    return f"N={count}, p={p:g}: {kind}"
+    """A row of the comparison. A single copy's range is all of T: p says nothing of it."""
+    return f"N={count}, p={p if count > 1 else 1:g}: {kind}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -165,9 +179,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--output_dir", type=Path, help="by default the folder of compare.yaml's")
     for command in ("all", "decouple", "merge", "compare"):
         of = "the three commands" if command == "all" else f"stagepatch {command}"
-        options.add_argument(
-            f"--{command}", default="", metavar="OPTIONS", help=f"of {of}, as one word: '--key value'"
-        )
+        options.add_argument(f"--{command}", default="", metavar="OPTIONS", help=f"of {of}, as one: '--key value'")
     return options
 
 
