@@ -233,6 +233,7 @@ def test_the_control_s_copies_see_all_timesteps_from_draws_of_their_own(tmp_path
     first, second = seen[-4:-2], seen[-2:]
     noise = {tuple(draws.noise.flatten().tolist()) for draws in (*first, *second)}
     assert len(noise) == 4
+    assert read_json(tmp_path / "out" / "seed-0" / "n2-p1" / "stages" / "0" / "stage.json")["p"] == 1.0
     mean, _ = load_denoiser(tmp_path / "out" / "seed-0" / "n2-p1-mean")
     copies = [load_denoiser(tmp_path / "out" / "seed-0" / "n2-p1" / "stages" / name)[0] for name in "01"]
     for name, tensor in mean.state_dict().items():
