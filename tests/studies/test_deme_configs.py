@@ -228,17 +228,26 @@ def test_a_sweep_goes_on_with_more_values_and_draws_them(tmp_path, seen, capsys)
         small_study(folder, tmp_path, "--num_stages", "1", "--merge=--sampling.num_images 4")
 
 
-def test_the_control_s_copies_see_all_timesteps_from_draws_of_their_own(tmp_path, seen, pixels):
-    small_study(PAPER / "deme-cifar10", tmp_path, "--num_stages", "2", "--p", "0")
-    first, second = seen[-4:-2], seen[-2:]
-    noise = {tuple(draws.noise.flatten().tolist()) for draws in (*first, *second)}
-    assert len(noise) == 4
-    assert read_json(tmp_path / "out" / "seed-0" / "n2-p1" / "stages" / "0" / "stage.json")["p"] == 1.0
-    mean, _ = load_denoiser(tmp_path / "out" / "seed-0" / "n2-p1-mean")
-    copies = [load_denoiser(tmp_path / "out" / "seed-0" / "n2-p1" / "stages" / name)[0] for name in "01"]
-    for name, tensor in mean.state_dict().items():
-        average = torch.stack([copy.state_dict()[name] for copy in copies]).double().mean(dim=0)
-        torch.testing.assert_close(tensor.double(), average, rtol=1e-4, atol=1e-6)
+@pytest.mark.usefixtures("pixels")
+def test_the_control_is_the_mean_of_copies_that_see_all_timesteps_by_draws_of_their_own(tmp_path, seen):
+    small_study(PAPER / "deme-cifar10", tmp_path, "--num_stages", "2", "--p", "0", "--seeds", "0", "1")
+    copies = seen[2:]  # two steps each, after the base's: by seed DeMe's two copies, then the control's
+    noise = [tuple(draws.noise.flatten().tolist()) for draws in copies]
+    assert len(set(noise)) == 8
+    assert noise[:4] == noise[4:8] != noise[8:12] == noise[12:]  # the same noise as DeMe's, at other timesteps
+    own = [int(draws.timesteps.max()) < 500 for draws in copies]
+    assert own[:2] == own[8:10] == [True, True]  # with p = 0, what the first copy of each seed sees
+    out = tmp_path / "out"
+    for seed in ("seed-0", "seed-1"):
+        assert read_json(out / seed / "n2-p1" / "stages" / "0" / "stage.json")["p"] == 1.0
+        mean, _ = load_denoiser(out / seed / "n2-p1-mean")
+        states = [load_denoiser(out / seed / "n2-p1" / "stages" / name)[0].state_dict() for name in "01"]
+        for name, tensor in mean.state_dict().items():
+            average = torch.stack([state[name] for state in states]).double().mean(dim=0)
+            torch.testing.assert_close(tensor.double(), average, rtol=1e-4, atol=1e-6)
+    rows = json.loads((out / "compare" / "results.json").read_text())
+    values = {row["name"]: row["metrics"]["fid_train"] for row in rows if row["runs"] == 2}
+    assert f" {values['N=2, p=1: mean']:.4f} " in (out / "table.md").read_text()  # over both seeds
 
 
 def test_gradients_over_a_run_by_the_paper_s_config(tmp_path, capsys):
