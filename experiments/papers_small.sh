@@ -1,5 +1,5 @@
 #!/bin/bash
-# Every table of DMP and the steps of DeMe (docs/papers.md), small: by the papers' own configs, on Fashion-MNIST at 16x16, from
+# Every table of DMP, and DeMe's study and figures (docs/papers.md), small: by the papers' own configs, on Fashion-MNIST at 16x16, from
 # pretraining its bases. It shows that a command runs and what it prints; at this size no figure says anything of a method.
 # The same command again goes on where it stopped; names of tables, such as table4a-gate, take these alone.
 #   make papers-small       bash experiments/papers_small.sh [TABLE...]
@@ -25,13 +25,21 @@ fi
 for name in "$@"; do
   case $name in
     table2-sd15) table "$name" $out/unet --sampling.guidance_scale 1 ;; # a U-Net, without text
-    deme)
-      stagepatch decouple --model $out/dit $shared --training.steps "$steps" --training.batch_size 64 \
-        --training.learning_rate 3e-4 --output_dir $out/deme
-      stagepatch merge --base $out/dit --stages "[$out/deme]" --weights '[0.25,0.25,0.25,0.25]' --output_dir $out/merged
-      stagepatch evaluate --model $out/merged --data.source fashion --extractor fashion --sampling.num_images "$images" \
-        --output_dir $out/evaluated
-      stagepatch analyze --model $out/dit $shared --stages "[$out/deme]" --samples 32 --output_dir $out/analyzed
+    deme) # by the configs of CIFAR-10: Fig. 2's sweep of N with the control beside it, then Fig. 1's task vectors and gradients
+      folder=configs/paper/deme-cifar10 training="--training.steps $steps --training.batch_size 64" few="--sampling.num_inference_steps 10"
+      stagepatch pretrain --config configs/paper/pretrain/ddpm-cifar10.yaml --model.sample_size 16 --model.in_channels 1 \
+        --model.block_out_channels '[32,64]' $shared --training.steps $((steps * 2)) --training.batch_size 64 \
+        --training.learning_rate 1e-3 --training.warmup_steps 0 --training.ema_decay 0.99 --output_dir $out/ddpm
+      python experiments/deme.py $folder --num_stages 2 4 --model $out/ddpm --output_dir $out/deme --all "$shared" \
+        --decouple "$training --launch.workers 2" \
+        --merge "--extractor fashion --search.coarse [0,0.5] --search.fine [0,0.25] --sampling.num_images $((images / 5)) $few" \
+        --compare "--extractor fashion --metric fid_held_out --sampling.num_images $images $few --launch.workers 2"
+      stagepatch analyze --model $out/ddpm $shared --stages "[$out/deme/seed-0/n4-p0.4]" --gradients false --losses false \
+        --output_dir $out/task-vectors
+      stagepatch train --config $folder/finetune.yaml --model $out/ddpm $shared $training --training.snapshot_every $((steps / 2)) \
+        --output_dir $out/finetune
+      stagepatch analyze --config $folder/analyze.yaml --model $out/ddpm $shared --snapshots $out/finetune --timesteps 20 \
+        --samples 32 --projection 4096 --output_dir $out/gradients
       ;;
     *) table "$name" $out/dit ;;
   esac

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -87,6 +88,34 @@ def test_no_learned_gives_the_curve_of_the_base(trained, tmp_path):
     assert losses["training images"]["base"] != losses["held-out images"]["base"]
 
 
+def matrix_of(trained, output, model, *more):
+    numbers = analysed(trained, output, f"--model={model}", "--losses=false", *more)
+    return numbers["gradients"]["cosine"]
+
+
+@pytest.mark.parametrize("method", ["pretrain", "dmp"])
+def test_snapshots_of_a_run_are_compared_each_as_alone(trained, tmp_path, method):
+    base = load_denoiser(trained / "base")[0]
+    run(tmp_path / "run", method=method, model=base, steps=4, snapshot_every=2, learning_rate=0.1)
+    given = ["--losses=false", "--timesteps=8", f"--snapshots={tmp_path / 'run'}"]
+    numbers = analysed(trained, tmp_path / "out", *given)["snapshots"]
+    assert list(numbers["iterations"]) == ["2", "4"]
+    for name in ("all", "neighbours", "far", "first_quarter", "lowest"):
+        assert numbers["iterations"]["2"][name] != numbers["iterations"]["4"][name]
+    if method == "pretrain":  # whole models, which can be analysed alone
+        singles = []
+        for iteration, found in numbers["iterations"].items():
+            snapshot = tmp_path / "run" / "snapshots" / f"{int(iteration):07d}"
+            alone = matrix_of(trained, tmp_path / iteration, snapshot, "--timesteps=8")
+            cosines = np.array(alone["matrix"])
+            singles.append(cosines)
+            assert found["all"] == pytest.approx(cosines[np.triu_indices(8, 1)].mean(), rel=1e-5)
+            assert found["first_quarter"] == pytest.approx(cosines[0, 1], rel=1e-5)
+            assert (found["neighbours"], found["far"]) == pytest.approx((alone["neighbours"], alone["far"]))
+        np.testing.assert_allclose(numbers["mean"], np.mean(singles, axis=0), rtol=1e-5)
+    assert Image.open(tmp_path / "out" / "snapshots.png").size[0] > 900  # first, last, and the mean
+
+
 def test_a_latent_model_of_captions(tmp_path):
     PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "model")
     images = draw_images(tmp_path / "images", count=4, size=(32, 32))
@@ -114,6 +143,8 @@ def test_a_latent_model_of_captions(tmp_path):
         (["--learned=[nowhere]"], "No directory 'nowhere', given as one of `learned`"),
         (["--learned=[x=nowhere]"], "No directory 'nowhere', given as one of `learned`"),
         (["--stages=[nowhere]"], "No directory 'nowhere', given as one of `stages`"),
+        (["--snapshots=TRAINED/patch"], "has no snapshots: train it with --training.snapshot_every"),
+        (["--snapshots=TRAINED", "--gradients=false"], "set gradients to true"),
         (["--learned=[TRAINED/patch, TRAINED/patch]"], "Two of `learned` are called 'patch'"),
         (["--learned=[TRAINED/base]"], "is called 'base'"),
         (["--learned=[TRAINED/patch]", "--losses=false"], "set losses to true"),

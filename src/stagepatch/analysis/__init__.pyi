@@ -22,6 +22,8 @@ from .result import Analysis as Analysis
 from .result import as_plain as as_plain
 from .samples import Samples as Samples
 from .samples import even_timesteps as even_timesteps
+from .snapshots import analyze_snapshots as analyze_snapshots
+from .snapshots import find_snapshots as find_snapshots
 from .stage_vectors import TaskVectors as TaskVectors
 from .stage_vectors import analyze_task_vectors as analyze_task_vectors
 from .stage_vectors import task_vectors as task_vectors

@@ -15,6 +15,8 @@ class AnalyzeConfig:
         model: a model directory as diffusers writes it, a Hub id, or 'digits' or 'fashion', bundled models.
         gradients: cosine between the timesteps' mean gradients (DeMe, arXiv 2410.06664, Fig. 1a).
         losses: the loss at every timestep, of the model and of each of `learned`.
+        snapshots: directory of a run that kept some (`training.snapshot_every`): the gradients are those of each of
+            its snapshots in place of the model's.
         learned: directories of what methods learned on the model, or of whole models, each 'directory' or
             'name=directory'.
         stages: two or more of what was trained on from the model, to compare their task vectors: model directories,
@@ -47,6 +49,7 @@ class AnalyzeConfig:
     model: str = "digits"
     gradients: bool = True
     losses: bool = True
+    snapshots: str = ""
     learned: list[str] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
     patch: str = ""

@@ -84,7 +84,7 @@ def analyze_losses(
     """
     losses: dict[str, dict[str, Tensor]] = {images: {} for images in samples}
     for name, path in [("base", None), *learned.items()]:
-        measured = base if path is None else _load(model, path, objective)
+        measured = base if path is None else load_other(model, path, objective)
         for images, source in samples.items():
             losses[images][name] = loss_at_timesteps(measured, objective, source)
     first = next(iter(samples.values()))
@@ -109,8 +109,12 @@ def analyze_losses(
     )
 
 
-def _load(model: str, directory: Path, objective: Objective) -> nn.Module:
-    """The base with what was learned on it, or the whole model that lies there."""
+def load_other(model: str, directory: Path, objective: Objective) -> nn.Module:
+    """The base with what was learned on it, or the whole model that lies there.
+
+    Raises:
+        UserError: a directory that holds neither, or a model of another objective.
+    """
     artifact = open_artifact(directory)
     is_model = artifact.kind == "model"
     other, scheduler = load_denoiser(directory if is_model else model)
@@ -122,7 +126,7 @@ def _load(model: str, directory: Path, objective: Objective) -> nn.Module:
     for name in ("prediction_type", "learn_sigma", "num_train_timesteps"):
         if getattr(theirs, name) != getattr(objective, name):
             raise UserError(
-                f"The losses of '{directory}' and of '{model}' cannot be compared: {name} is {getattr(theirs, name)}, "
+                f"'{directory}' and '{model}' cannot be compared: {name} is {getattr(theirs, name)}, "
                 f"not {getattr(objective, name)}."
             )
     return loaded

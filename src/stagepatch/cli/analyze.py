@@ -45,6 +45,8 @@ def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:
         )
     if config.learned and not config.losses:
         raise UserError("What was learned is compared by its losses: set losses to true, or leave `learned` out.")
+    if config.snapshots and not config.gradients:
+        raise UserError("Snapshots are compared by their gradients: set gradients to true, or leave `snapshots` out.")
     learned, analyses = _by_name(config.learned, "learned"), []
     if "base" in learned:
         raise UserError(f"One of `learned` is called 'base', as the model is: name it, as 'other={learned['base']}'.")
@@ -93,7 +95,8 @@ def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
     model, scheduler = load_on_device(config.model)
     objective = Objective(scheduler, learns_sigma(model))
     timesteps = analysis.even_timesteps(objective.num_train_timesteps, config.timesteps)
-    measures = config.gradients + config.losses * len(datasets) * (1 + len(learned))
+    of_gradients = len(analysis.find_snapshots(Path(config.snapshots))) if config.snapshots else config.gradients
+    measures = of_gradients + config.losses * len(datasets) * (1 + len(learned))
     with bar_over(measures * len(timesteps) * config.samples, "samples") as on_batch:
         options = (config.batch_size, config.seed, data.horizontal_flip, data.num_workers)
         samples = {
@@ -101,7 +104,9 @@ def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
             for images, dataset in datasets.items()
         }
         analyses = []
-        if config.gradients:
+        if config.snapshots:
+            analyses.append(analysis.analyze_snapshots(config, objective, samples["training images"]))
+        elif config.gradients:
             analyses.append(analysis.analyze_gradients(config, model, objective, samples["training images"]))
         if config.losses:
             analyses.append(analysis.analyze_losses(config.model, learned, model, objective, samples))

@@ -13,14 +13,14 @@ from torch import nn
 from stagepatch.checkpoints import add_routing, lay_out_encoders, projection_width, save_config, save_denoiser
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
-from stagepatch.core import GLOBAL, UserError, processes, seed_for, write_text
+from stagepatch.core import GLOBAL, UserError, as_user_error, processes, seed_for, write_text
 from stagepatch.diffusion import make_scheduler
 from stagepatch.methods import Finetune
 from stagepatch.models import DIT_SIZES, DiT, ModelConfig
 from stagepatch.patch import with_condition
 from stagepatch.training import RUN_CONFIG, Run, TrainConfig
 
-_OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages")
+_OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages", "unet_options")
 _OF_ROUTING = ("routed_share", "routing_shift")
 
 
@@ -94,6 +94,8 @@ def _check_size(shape: Sequence[int], model: Any, image_size: int) -> None:
 def _make_model(config: ModelConfig, label_dropout: float, **more: int) -> nn.Module:
     if config.block_out_channels:
         return _make_unet(config)
+    if config.unet_options:
+        raise UserError(f"unet_options={config.unet_options} are a U-Net's: give block_out_channels, which makes one.")
     options = {
         key: value for key, value in asdict(config).items() if key not in (*_OF_UNETS, *_OF_ROUTING, "name")
     } | more
@@ -114,14 +116,16 @@ def _make_unet(config: ModelConfig) -> nn.Module:
     if config.sample_size % 2 ** (stages - 1):
         raise UserError(f"sample_size={config.sample_size} cannot be halved {stages - 1} times, once between stages.")
     kinds = ["Attn" if stage in config.attention_stages else "" for stage in range(stages)]
-    model: nn.Module = UNet2DModel(
-        sample_size=config.sample_size,
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        block_out_channels=tuple(channels),
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=math.gcd(32, *channels),
-        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
-        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
-    )
+    options: dict[str, Any] = {
+        "sample_size": config.sample_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "block_out_channels": tuple(channels),
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": math.gcd(32, *channels),
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+    }
+    with as_user_error(f"model.unet_options={config.unet_options} make no UNet2DModel", TypeError, ValueError):
+        model: nn.Module = UNet2DModel(**options | config.unet_options)
     return model

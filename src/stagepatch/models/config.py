@@ -1,7 +1,7 @@
 """The size of a model that is trained from scratch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -28,6 +28,7 @@ class ModelConfig:
             and predicts no variance.
         layers_per_block: residual layers of a U-Net's stage.
         attention_stages: numbers of the U-Net's stages that have attention, the finest 0.
+        unet_options: more arguments of diffusers' UNet2DModel, such as {attention_head_dim: null}, one head.
     """
 
     name: str = ""
@@ -46,3 +47,4 @@ class ModelConfig:
     block_out_channels: list[int] = field(default_factory=list)
     layers_per_block: int = 2
     attention_stages: list[int] = field(default_factory=lambda: [1])
+    unet_options: dict[str, Any] = field(default_factory=dict)

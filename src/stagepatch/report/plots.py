@@ -42,8 +42,10 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
     return [float(np.nanmean(values[max(0, i - window) : i + window + 1])) for i in range(len(values))]
 
 
-def metric_curves(series: Mapping[str, Sequence[tuple[int, float]]], ylabel: str, xlabel: str = "iteration") -> Figure:
-    """Labelled lines of (iteration, value)."""
+def metric_curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], ylabel: str, xlabel: str = "iteration"
+) -> Figure:
+    """Labelled lines of (x, value)."""
     figure = Figure(figsize=(7.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for label, points in series.items():
