@@ -20,11 +20,20 @@ table() { # by its config, on a base
     --output_dir "$out/$1" "${@:3}"
 }
 if [ $# -eq 0 ]; then
-  set -- $(cd configs/paper && ls *.yaml | sed 's/\.yaml//') deme
+  set -- $(cd configs/paper && ls *.yaml | sed 's/\.yaml//') gate deme
 fi
 for name in "$@"; do
   case $name in
     table2-sd15) table "$name" $out/unet --sampling.guidance_scale 1 ;; # a U-Net, without text
+    table6-scratch) # of a model as it was drawn
+      stagepatch pretrain --config configs/fashion/pretrain.yaml --training.steps 0 --training.label_dropout 0.1 --output_dir $out/drawn
+      table "$name" $out/drawn
+      ;;
+    gate) # Fig. 5 and 7, Table 5
+      stagepatch train --model $out/dit $shared --training.steps "$steps" --training.batch_size 64 --output_dir $out/patch
+      stagepatch analyze --model $out/dit $shared --gradients false --losses false --patch $out/patch --gate_timesteps 100 \
+        --structure_samples $((images / 2)) --output_dir $out/gate
+      ;;
     deme) # by the configs of CIFAR-10: Fig. 2's sweep of N with the control beside it, then Fig. 1's task vectors and gradients
       folder=configs/paper/deme-cifar10 training="--training.steps $steps --training.batch_size 64" few="--sampling.num_inference_steps 10"
       stagepatch pretrain --config configs/paper/pretrain/ddpm-cifar10.yaml --model.sample_size 16 --model.in_channels 1 \
