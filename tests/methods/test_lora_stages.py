@@ -17,7 +17,7 @@ from stagepatch.methods.lora import ADAPTER, FILE_NAME
 from stagepatch.methods.lora_stages import GATES, Ranks, StageGate
 from stagepatch.sampling import SamplingConfig, generate
 from tests.runs import draw_weights, run
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, FRAMES
 
 STAGED = LoRAConfig(rank=2, num_stages=3)
 
@@ -396,3 +396,23 @@ def test_what_fusing_would_lose_stays_an_adapter(tiny_dit, dtype, choices):
     count = len(maps_of(model))
     method.fuse()
     assert len(maps_of(model)) == count > 0
+
+
+def test_a_timestep_a_token_counts_as_the_highest_of_the_sample():
+    """As Wan 2.2 TI2V tells it, whose first frame may be given and clean."""
+    family = FAMILIES["WanTransformer3DModel"]
+    model = family.model()
+    method = LoRA(LoRAConfig(rank=2, num_stages=2, stage_gate="ranges"))
+    method.prepare(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    timesteps = torch.tensor([300.0, 700.0])
+    tokens = timesteps.unsqueeze(1).expand(2, FRAMES * 4 * 4).clone()
+    whole = family.call(model, timestep=timesteps)
+    torch.testing.assert_close(family.call(model, timestep=tokens), whole)
+    weights = method.ranks.weights
+    tokens[:, : 4 * 4] = 0.0
+    family.call(model, timestep=tokens)
+    assert torch.equal(method.ranks.weights, weights)
+    assert weights.tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]

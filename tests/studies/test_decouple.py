@@ -1,6 +1,7 @@
 """`stagepatch decouple`: what each stage sees, what it saves, how it goes on."""
 
 import signal
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -10,9 +11,11 @@ import yaml
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.cli import main
 from stagepatch.cli.config import DecoupleConfig
-from stagepatch.core import read_json
+from stagepatch.core import UserError, as_json, read_json, write_json
+from stagepatch.diffusion import Objective
 from stagepatch.methods import load_learned
-from stagepatch.studies import StageTrainingConfig, plan_stages
+from stagepatch.sampling import read_schedule
+from stagepatch.studies import StageTrainingConfig, plan_stages, write_experts
 from stagepatch.training import TrainingConfig
 from tests.runs import Strike, iteration_of
 from tests.studies.conftest import study, write_config
@@ -227,3 +230,53 @@ def test_a_stage_that_was_trained_is_not_trained_again(tmp_path, model, stage, m
 
 def test_a_stage_that_another_process_trains_is_waited_for(stage, works_after_another):
     assert not works_after_another(stage, lambda: (stage.directory / "stage.json").write_text("{}"))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+@pytest.mark.parametrize(
+    "ranges",
+    [{"num_stages": 4}, {"num_stages": 3, "split": "log_snr"}, {"boundaries": [200, 875]}, {"tree": [2, 3]}],
+    ids=str,
+)
+def test_a_flow_samples_each_timestep_with_the_stage_that_was_trained_on_it(tmp_path, tiny_dit, shift, ranges):
+    """Trained by timesteps that the schedule shifts, sampled by what diffusers' scheduler tells the model."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    save_denoiser(tiny_dit(learn_sigma=False), scheduler, tmp_path / "model")
+    stages = plan_stages(DecoupleConfig(model=str(tmp_path / "model"), output_dir=str(tmp_path), p=0.0, **ranges))
+    objective = Objective(scheduler)
+    write_experts(stages, tmp_path / "experts.yaml")
+    model, _ = load_denoiser(tmp_path / "model")
+    experts = read_schedule(tmp_path / "experts.yaml", 1000)
+    of_base = replace(experts, ranges=[replace(each, denoiser=None) for each in experts.ranges])
+    with of_base.attach(model) as attached:
+
+        def dispatched(timesteps):
+            return attached._choose(timesteps)
+
+        trained = torch.empty(1000, dtype=torch.long)
+        for number, stage in enumerate(stages):
+            sampler = stage.timesteps(objective.levels)
+            trained[sampler.first : sampler.stop] = number
+        every = torch.arange(1000)
+        assert dispatched(objective.model_timesteps(every)) == trained.tolist()
+        assert len(set(trained.tolist())) == len(stages)
+        scheduler.set_timesteps(40)
+        nearest = (objective.levels - (scheduler.timesteps.double() / 1000).unsqueeze(1)).abs().argmin(dim=1)
+        away = [abs(float(t) - stage.first) > 1.0 for t in scheduler.timesteps for stage in stages]
+        clear = torch.tensor(away).view(40, -1).all(dim=1)
+        expected = trained[nearest][clear].tolist()
+        assert dispatched(scheduler.timesteps[clear]) == expected
+    if "boundaries" in ranges:
+        assert [(stage.first, stage.stop) for stage in stages] == [(0, 200), (200, 875), (875, 1000)]
+
+
+def test_stages_of_a_flow_that_meant_its_unshifted_timesteps_are_not_gone_on_with(tmp_path, tiny_dit):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    save_denoiser(tiny_dit(learn_sigma=False), scheduler, tmp_path / "model")
+    config = DecoupleConfig(model=str(tmp_path / "model"), output_dir=str(tmp_path / "out"))
+    stage = plan_stages(config)[0]
+    former = {**as_json(stage.identity()), "number": 0, "from": 0, "to": 250, "base": {}}
+    del former["ranges_of"]
+    write_json(stage.directory / "stage.json", former)
+    with pytest.raises(UserError, match="ranges_of"):
+        plan_stages(config)

@@ -14,6 +14,7 @@ from .samplers import takes_timesteps as takes_timesteps
 from .timesteps import DensitySampler as DensitySampler
 from .timesteps import IntervalSampler as IntervalSampler
 from .timesteps import TimestepSampler as TimestepSampler
+from .timesteps import between_levels as between_levels
 from .timesteps import equal_in_log_snr as equal_in_log_snr
 from .timesteps import equal_in_t as equal_in_t
 from .timesteps import make_timesteps as make_timesteps

@@ -124,6 +124,7 @@ def make_timesteps(config: TimestepsConfig, levels: Tensor) -> DensitySampler | 
 
 def between_levels(levels: Tensor, low: float, high: float) -> tuple[int, int]:
     """The first timestep with low ≤ noise level < high, and the one behind the last; a level of 1 is within high = 1.
+    Levels are compared to a millionth.
 
     In the shifted schedule of a flow, a noise level of a quarter is not a quarter of T: a range means what the model
     is told, in training as in sampling.
@@ -134,8 +135,8 @@ def between_levels(levels: Tensor, low: float, high: float) -> tuple[int, int]:
     Raises:
         UserError: none is in between.
     """
-    first = int((levels < low).sum())
-    stop = len(levels) if high >= 1.0 else int((levels < high).sum())
+    first = int((levels < low - 1e-6).sum())
+    stop = len(levels) if high >= 1.0 else int((levels < high - 1e-6).sum())
     if first >= stop:
         raise UserError(f"None of the {len(levels)} timesteps has a noise level from {low:g} to {high:g}.")
     return first, stop
@@ -160,8 +161,8 @@ def equal_in_log_snr(snr: Tensor, count: int) -> list[tuple[int, int]]:
 
 
 def log_snr(snr: Tensor) -> Tensor:
-    """log SNR [T] in float64, finite at pure noise too."""
-    return snr.double().clamp_min(1e-12).log()
+    """log SNR [T] in float64; at pure noise, whose SNR is 0, that of the least that is above it."""
+    return snr.double().clamp_min(float(snr[snr > 0.0].min())).log()
 
 
 def split_at(num_train_timesteps: int, boundaries: Sequence[int]) -> list[tuple[int, int]]:

@@ -75,6 +75,11 @@ class Family:
         start, end = self.timestep_range
         return (timestep - start) / (end - start)
 
+    def sample_levels(self, timestep: Tensor) -> Tensor:
+        """The noise level of each sample, [B], of one or more; of one that is told a timestep a token, the highest."""
+        level = self.noise_level(timestep)
+        return level.flatten(1).amax(dim=1) if level.ndim > 1 else level.reshape(-1)
+
     def own_timesteps(self, timesteps: Tensor) -> Tensor:
         """The model's `timestep` for timesteps of 0 to 1000, as schedulers have them."""
         start, end = self.timestep_range

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stagepatch.checkpoints import load_denoiser, model_fingerprint
 from stagepatch.core import UserError, processes, read_tensors, seed_for, write_tensors
 from stagepatch.data import DataConfig
-from stagepatch.diffusion import Objective, TimestepSampler
+from stagepatch.diffusion import Objective, TimestepSampler, between_levels
 from stagepatch.families import learns_sigma
 from stagepatch.methods import open_artifact
 from stagepatch.training import Conditions, TrainingConfig, draw, load_batches, sample_losses
@@ -101,7 +101,8 @@ def write_fisher(
     model = model.to(processes().device)
     objective = Objective(scheduler, learns_sigma(model))
     total = objective.num_train_timesteps
-    objective.timesteps = TimestepSampler(total, record.get("from", 0), record.get("to", total))
+    ends = between_levels(objective.levels, record.get("from", 0) / total, record.get("to", total) / total)
+    objective.timesteps = TimestepSampler(total, *ends)
     loading = (data.horizontal_flip, data.num_workers, on_sample)
     fisher = diagonal_fisher(model, objective, dataset, samples, seed, *loading)
     write_tensors(path, fisher, {_FACTS: json.dumps(facts)})

@@ -133,7 +133,7 @@ class AttachedExperts(StandIn):
     def __init__(self, experts: Experts, model: nn.Module) -> None:
         super().__init__(model)
         self.experts = experts
-        self._noise_level = family_of(type(model)).noise_level
+        self._levels = family_of(type(model)).sample_levels
         self._starts = [expert.start for expert in experts.ranges]
         self._takes_whole_batch = True
 
@@ -158,10 +158,9 @@ class AttachedExperts(StandIn):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _choose(self, timestep: Any) -> list[int]:
         """The number of each sample's range; of one for all where one timestep is for all."""
-        values = torch.as_tensor(timestep).detach().cpu().double()
-        values = values.flatten(1).amax(dim=1) if values.ndim > 1 else values.reshape(-1)
+        levels = self._levels(torch.as_tensor(timestep).detach().cpu().double())
         # Rounded, since float32 loses some digits where a model takes timesteps divided by 1000.
-        timesteps = (self._noise_level(values) * 1000.0).round(decimals=3).tolist()
+        timesteps = (levels * 1000.0).round(decimals=3).tolist()
         return [max(0, bisect.bisect_right(self._starts, value) - 1) for value in timesteps]
 
     def _call(self, number: int, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

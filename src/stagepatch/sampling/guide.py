@@ -43,7 +43,7 @@ class Guide(StandIn):
         self.worse = worse.eval()
         self.scale = scale
         self.interval = interval
-        self._noise_level = family_of(type(model)).noise_level
+        self._levels = family_of(type(model)).sample_levels
         self._channels = sample_shape(model)[0] if learns_sigma(model) else 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ class Guide(StandIn):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _acts_at(self, timestep: Any) -> bool:
-        level = float(self._noise_level(torch.as_tensor(timestep).double().max()))
+        level = float(self._levels(torch.as_tensor(timestep).double()).max())
         return self.interval[0] <= level <= self.interval[1]
 
     def _away(self, own: Any, worse: Any) -> Any:

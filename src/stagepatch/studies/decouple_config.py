@@ -48,7 +48,7 @@ class DecoupleConfig(TrainConfig):
             and for fields of `training` that are left out AdamW betas .95/.999, weight decay 1e-6, clipping at 1, an
             average with power 3/4 up to .9999.
         num_stages: ranges N (DeMe: 4).
-        split: ranges equal in timesteps ('t', DeMe), or in log-SNR.
+        split: ranges equal in timesteps as the model is told them ('t', DeMe), or in log-SNR.
         boundaries: first timesteps of the second and later ranges, in place of num_stages and split.
         tree: levels of a binary tree of ranges (eDiff-I, arXiv 2211.01324, Section 4.1), at the image's end and at the
             noise's, in place of num_stages: [3, 9] is an expert for the lowest of 2³ ranges, one for the highest of

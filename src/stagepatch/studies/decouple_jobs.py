@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from stagepatch import checkpoints
 from stagepatch.core import STAGE, UserError, as_json, processes, seed_for, write_json, write_text
 from stagepatch.data import cache_directory, with_channels
-from stagepatch.diffusion import Objective, TimestepSampler, equal_in_log_snr, equal_in_t, make_weighting, split_at
+from stagepatch.diffusion import (
+    Objective,
+    TimestepSampler,
+    between_levels,
+    equal_in_log_snr,
+    equal_in_t,
+    make_weighting,
+    split_at,
+)
 from stagepatch.methods import STAGE_NAME, Consistent, Finetune, make_method
 from stagepatch.patch import with_condition
 from stagepatch.studies.decouple_config import DecoupleConfig
@@ -20,22 +29,25 @@ from stagepatch.training import BOOKKEEPING, Run, TrainConfig
 
 STAGES, BRANCHES, EXPERTS_NAME = "stages", "branches", "experts.yaml"
 _OWN = ("preset", "p", "consistency", "projection", "antithetic")  # of a stage; the rest is its training run's
+Range = tuple[float, float]  # of timesteps as the model is told them
 _ELSEWHERE = ("output_dir", "cache", "cache_batch_size", "ddo")
 
 
 @dataclass
 class Stage(Job):
-    """A range of timesteps, from `first` to `stop` − 1, and how its copy is trained.
+    """A range of timesteps as the model is told them, `first` ≤ t < `stop`, and how its copy is trained.
 
     Args:
+        is_flow: they are a flow's, which are told after its shift.
         study: of all stages.
         parent: the branch of a tree that it starts from, and trains first if need be; None where it starts from the
             model.
     """
 
     number: int
-    first: int
-    stop: int
+    first: float
+    stop: float
+    is_flow: bool
     config: TrainConfig
     study: DecoupleConfig
     parent: "Stage | None" = None
@@ -53,20 +65,28 @@ class Stage(Job):
         return Path(self.config.output_dir)
 
     def __str__(self) -> str:
-        return f"stage {self.number} (timesteps {self.first} to {self.stop - 1})"
+        return f"stage {self.number} (timesteps {self.first:g} to {self.stop - 1:g})"
 
     def identity(self) -> dict[str, Any]:
         own = {name: getattr(self.study, name) for name in _OWN}
         run = {name: value for name, value in vars(self.config).items() if name not in _ELSEWHERE}
         tree = [[branch.first, branch.stop] for branch in self.branches]
-        return {**run, **self.config.learns_by(), **own, "first": self.first, "stop": self.stop, "tree": tree}
+        # A flow's stages were once ranges of T before the shift: what was begun so is not gone on with.
+        unit = {"ranges_of": "noise level"} if self.is_flow else {}
+        return {**unit, **run, **self.config.learns_by(), **own, "first": self.first, "stop": self.stop, "tree": tree}
 
     def is_done(self) -> bool:
         return (self.directory / STAGE_NAME).exists()
 
-    def timesteps(self, num_train_timesteps: int) -> TimestepSampler:
-        """What it trains on."""
-        return TimestepSampler(num_train_timesteps, self.first, self.stop, self.study.p, bool(self.study.antithetic))
+    def timesteps(self, levels: Tensor) -> TimestepSampler:
+        """What it trains on.
+
+        Args:
+            levels: noise level of every timestep, [T]: `Objective.levels`.
+        """
+        total = len(levels)
+        ends = between_levels(levels, self.first / total, self.stop / total)
+        return TimestepSampler(total, *ends, self.study.p, bool(self.study.antithetic))
 
     def work(self) -> None:
         if self.parent is not None:
@@ -78,7 +98,7 @@ class Stage(Job):
             run.method = Finetune(run.scheduler)
         if self.parent is not None:
             run.start_from = self.parent.directory
-        run.objective.timesteps = self.timesteps(run.objective.num_train_timesteps)
+        run.objective.timesteps = self.timesteps(run.objective.levels)
         learned = run.method
         if self.study.consistency:
             run.method = Consistent(learned, self.study.consistency)
@@ -110,27 +130,33 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     objective = Objective(scheduler, weighting=make_weighting(config.weighting))
     total = objective.num_train_timesteps
 
-    def split(count: int) -> list[tuple[int, int]]:
+    def told(timestep: int) -> float:
+        if timestep in (0, total) or not objective.is_flow:
+            return timestep
+        return round(float(objective.levels[timestep]) * total, 3)  # as exactly as experts look
+
+    def split(count: int) -> list[Range]:
         if config.split == "log_snr":
-            return equal_in_log_snr(objective.snr(torch.arange(total)), count)
-        return equal_in_t(total, count)
+            ranges = equal_in_log_snr(objective.snr(torch.arange(total)), count)
+            return [(told(first), told(stop)) for first, stop in ranges]
+        return list(equal_in_t(total, count))
 
     if config.tree:
         grown = plan_tree(config.tree, split)
     else:
-        ranges = split_at(total, config.boundaries) if config.boundaries else split(config.num_stages)
+        ranges = list(split_at(total, config.boundaries)) if config.boundaries else split(config.num_stages)
         grown = [[ends] for ends in ranges]
     if not -1 <= config.stage < len(grown):
         raise UserError(f"stage={config.stage} is none of 0 to {len(grown) - 1}; -1 is all.")
-    stages = [_grow(config, number, ranges) for number, ranges in enumerate(grown)]
+    stages = [_grow(config, number, ranges, objective.is_flow) for number, ranges in enumerate(grown)]
     for stage in stages:
         for each in (*stage.branches, stage):
-            each.timesteps(total)
+            each.timesteps(objective.levels)
             each.check_directory(DecoupleConfig(), BOOKKEEPING)
     return stages
 
 
-def plan_tree(levels: Sequence[int], split: Callable[[int], list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+def plan_tree(levels: Sequence[int], split: Callable[[int], list[Range]]) -> list[list[Range]]:
     """The experts of a binary tree whose ends alone are grown (eDiff-I, arXiv 2211.01324, Section 4.1).
 
     The paper's experts are E³₀, E⁹₅₁₁ and one for all between, and a child starts from its parent: so says a summary
@@ -149,7 +175,7 @@ def plan_tree(levels: Sequence[int], split: Callable[[int], list[tuple[int, int]
         UserError: ranges that hold no timestep.
     """
 
-    def ends(level: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    def ends(level: int) -> tuple[Range, Range]:
         try:
             ranges = split(2**level)
         except UserError as error:
@@ -162,13 +188,13 @@ def plan_tree(levels: Sequence[int], split: Callable[[int], list[tuple[int, int]
     return [ranges for ranges in (low, [(first, stop)] if first < stop else [], high) if ranges]
 
 
-def _grow(config: DecoupleConfig, number: int, ranges: Sequence[tuple[int, int]]) -> Stage:
+def _grow(config: DecoupleConfig, number: int, ranges: Sequence[Range], is_flow: bool) -> Stage:
     """A stage, on the branches that lead to it."""
     stage = None
     for level, ends in enumerate(ranges[:-1], 1):
         place = f"{BRANCHES}/{number}-{level}"
-        stage = Stage(number, *ends, _run_config(config, place, number, level), config, stage)
-    return Stage(number, *ranges[-1], _run_config(config, f"{STAGES}/{number}", number), config, stage)
+        stage = Stage(number, *ends, is_flow, _run_config(config, place, number, level), config, stage)
+    return Stage(number, *ranges[-1], is_flow, _run_config(config, f"{STAGES}/{number}", number), config, stage)
 
 
 def _run_config(config: DecoupleConfig, place: str, *numbers: int) -> TrainConfig:
