@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,8 @@ from stagepatch.families.registry import Family, family_of
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What libraries raise on files that they cannot load.
 _UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError)
+# While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
+_ONE_AT_A_TIME = Lock()
 # What a pipeline does without to encode captions.
 _HEAVY = ("transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker")
 
@@ -134,7 +137,7 @@ def load_pipeline(source: str | Path, **options: Any) -> Any:
     for name in DENOISERS:
         if name not in options and _holds_own_parts(directory / name):
             options[name] = _load_model(directory / name, options.get("torch_dtype") or torch.float32)
-    with as_user_error(f"The pipeline in '{directory}' cannot be loaded", *_UNLOADABLE):
+    with _ONE_AT_A_TIME, as_user_error(f"The pipeline in '{directory}' cannot be loaded", *_UNLOADABLE):
         return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
 
 
@@ -215,7 +218,7 @@ def _load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     # Several files, or a variant or format that diffusers knows.
     variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
     variant = next((name for name in ("fp16", "bf16") if name in variants), None)
-    with as_user_error(f"The weights in '{directory}' cannot be loaded", *_UNLOADABLE):
+    with _ONE_AT_A_TIME, as_user_error(f"The weights in '{directory}' cannot be loaded", *_UNLOADABLE):
         return model_class.from_pretrained(directory, variant=variant, torch_dtype=dtype).eval()
 
 
