@@ -166,7 +166,7 @@ def test_loras_merge_into_one_of_the_summed_rank(tmp_path):
     stages = [tmp_path / str(number) for number in range(3)]
     for stage, lora in zip(stages, loras, strict=True):
         write_tensors(stage / LORA_FILE, lora)
-        write_json(stage / LORA_CONFIG, {"rank": 2, "min_rank": 1})
+        write_json(stage / LORA_CONFIG, {"rank": 2, "min_rank": 2})  # as good as none
     weights = [0.5, -1.0, 2.0]
     merge_loras(stages, weights, tmp_path / "merged")
     one = load_file(tmp_path / "merged" / LORA_FILE)
@@ -181,10 +181,11 @@ def test_loras_merge_into_one_of_the_summed_rank(tmp_path):
     write_tensors(stages[1] / LORA_FILE, {"y.lora_A.weight": torch.ones(1, 1)})
     with pytest.raises(UserError, match="is on other layers"):
         merge_loras(stages, weights, tmp_path / "merged")
-    write_json(stages[1] / LORA_CONFIG, {"rank": 1, "num_stages": 2})
     write_tensors(stages[1] / LORA_FILE, loras[1])
-    with pytest.raises(UserError, match="mixed over the noise level"):
-        merge_loras(stages, weights, tmp_path / "merged")
+    for weighed in ({"rank": 1, "num_stages": 2}, {"rank": 2, "min_rank": 1}):
+        write_json(stages[1] / LORA_CONFIG, weighed)
+        with pytest.raises(UserError, match="weighed by the noise level"):
+            merge_loras(stages, weights, tmp_path / "merged")
 
 
 def test_a_projection_that_the_base_has_not_is_the_identity_there(tmp_path):

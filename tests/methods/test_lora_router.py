@@ -264,7 +264,7 @@ def test_experts_side_by_side_are_each_scales_finest_until_a_router_learns(tiny_
         torch.testing.assert_close(output[row], expected[row], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match=r"LoRAs of ranks \[2, 2\] are not the 7 of rank 2 that lora scales="):
         assemble_loras(directories[:2], config, tiny_dit(), tmp_path / "other")
-    with pytest.raises(UserError, match="is mixed over the noise level"):
+    with pytest.raises(UserError, match="is weighed by the noise level"):
         assemble_loras([tmp_path / "start"], config, tiny_dit(), tmp_path / "other")
 
 

@@ -30,11 +30,9 @@ def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tenso
         if odd:
             raise UserError(f"'{stage}' is on other layers than '{stages[0]}': first '{odd[0]}'.")
     choices = [LoRAConfig(**read_json(stage / CONFIG_NAME)) for stage in stages]
-    mixed = [stage for stage, choice in zip(stages, choices, strict=True) if choice.num_maps > 1]
+    mixed = [stage for stage, choice in zip(stages, choices, strict=True) if choice.is_weighed]
     if mixed:
-        raise UserError(
-            f"'{mixed[0]}' is mixed over the noise level: its maps are not of one weight, and do not add up."
-        )
+        raise UserError(f"'{mixed[0]}' is weighed by the noise level: its ranks do not add up to others'.")
     return replace(choices[0], rank=sum(choice.rank for choice in choices), min_rank=0), loras
 
 

@@ -61,6 +61,11 @@ class LoRAConfig:
         """Low-rank maps of a layer."""
         return sum(self.scales) or self.num_stages
 
+    @property
+    def is_weighed(self) -> bool:
+        """Whether its ranks count by the noise level."""
+        return self.num_maps > 1 or 0 < self.min_rank < self.rank
+
 
 @dataclass
 class MethodConfig:

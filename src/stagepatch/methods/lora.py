@@ -30,6 +30,8 @@ ADAPTER = "stagepatch"
 # The name that `pipe.load_lora_weights` looks for.
 FILE_NAME, CONFIG_NAME = "pytorch_lora_weights.safetensors", "lora.json"
 _GATE = "stage_gate."
+# In a file whose ranks are weighed by timestep: loaders that would run them unweighed refuse a name without "lora".
+_WEIGHED = "weighed_by_timestep"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj")
 
 
@@ -120,6 +122,9 @@ class LoRA(Method):
         state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
         if self.gate is not None and self._learned_by_gate():
             state |= {f"{_GATE}{name}": value for name, value in self.gate.state_dict().items()}
+        assert self.ranks is not None
+        if self.ranks.weigh is not None:
+            state[_WEIGHED] = torch.ones(1)
         prefix = component_for(self.model)
         write_tensors(directory / FILE_NAME, {f"{prefix}.{name}": value for name, value in state.items()})
         write_json(directory / CONFIG_NAME, asdict(self.config))
@@ -146,7 +151,7 @@ class LoRA(Method):
         """
         from peft.utils import set_peft_model_state_dict
 
-        state = {name.split(".", 1)[1]: value for name, value in tensors.items()}
+        state = {name.split(".", 1)[1]: value for name, value in tensors.items() if not name.endswith(_WEIGHED)}
         odd: Any = set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
         if odd.unexpected_keys:
             raise UserError(f"'{path}' is of another model: it holds '{odd.unexpected_keys[0]}'.")
