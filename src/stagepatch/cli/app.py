@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "train and measure many methods alike, in one table",
     "decouple": "train one copy of a model for each range of timesteps",
     "assemble": "train LoRA experts for ranges of timesteps, and a router that mixes them",
+    "experts": "limit LoRAs to ranges of timesteps, in one file for `sample`",
     "merge": "merge models of one architecture, or LoRAs, into one",
     "analyze": "show where over the timesteps a model has room, and a patch used it",
     "schedule": "search which model of a zoo to use for each step, under a time budget",

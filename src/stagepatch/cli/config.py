@@ -52,7 +52,7 @@ class SampleConfig:
         patch: directory of a patch, or of what another method learned; empty for the base model.
         component: name of the denoiser that a patch of one goes on, in a pipeline that has several.
         patch_scale: factor on the patch's prompts; 1 as trained.
-        schedule: YAML file of experts by range of timesteps, in place of a patch; see docs/experts.md.
+        schedule: YAML file of experts, or of LoRAs, by range of timesteps, in place of a patch; see docs/experts.md.
         call: further arguments of the pipeline's call, such as {height: 512, width: 768, num_frames: 1}.
         sampling: sampler, guidance, count and seed.
     """
@@ -68,6 +68,25 @@ class SampleConfig:
     schedule: str = ""
     call: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass
+class ExpertsConfig:
+    """Write a file of LoRAs, each for a range of timesteps: for `sample --schedule`, or a pipeline of yours.
+
+    Ranges may overlap, and leave gaps, where the model is alone; see docs/experts.md.
+
+    Args:
+        output: the file.
+        loras: .safetensors files, directories or Hub ids, whatever the pipeline's `load_lora_weights` takes.
+        ranges: of each, from and to, 0 at the image's end and 1000 at pure noise: [[500, 1000], [0, 500]].
+        weights: factor on each; 1 by default.
+    """
+
+    output: str = "experts.yaml"
+    loras: list[str] = field(default_factory=list)
+    ranges: list[list[float]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
 
 @dataclass

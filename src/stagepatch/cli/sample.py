@@ -8,7 +8,7 @@ import torch
 from stagepatch.checkpoints import is_pipeline, load_pipeline
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
-from stagepatch.core import UserError, processes, write_tensors, write_text
+from stagepatch.core import UserError, processes, read_yaml, write_tensors, write_text
 from stagepatch.diffusion import make_sampler, pin_timesteps
 from stagepatch.evaluation import prompted_latents
 from stagepatch.families import find_denoiser
@@ -20,6 +20,7 @@ from stagepatch.sampling import (
     generate,
     generate_with_pipeline,
     load_experts,
+    load_limited_loras,
 )
 
 
@@ -54,7 +55,11 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
 
 
 def _put_experts_on(config: configs.SampleConfig, model: Any, scheduler: Any) -> SamplingConfig:
-    """The model schedule's experts, on a denoiser or on a pipeline's; returns how it is to be sampled."""
+    """The model schedule's experts, or LoRAs, on a denoiser or on a pipeline's; returns how it is to be sampled."""
+    content = read_yaml(Path(config.schedule), "schedule")
+    if isinstance(content, dict) and "loras" in content:
+        load_limited_loras(config.schedule, model, config.component)
+        return config.sampling
     experts = load_experts(config.schedule, find_denoiser(model), scheduler or model.scheduler)
     experts.attach(model)
     if scheduler is None and experts.timesteps is not None:

@@ -190,7 +190,7 @@ def _open_directory(path: Path) -> Artifact:
 def _open_file(path: Path) -> Artifact:
     if path.suffix in (".yaml", ".yml"):
         content = read_yaml(path)
-        if isinstance(content, dict) and "experts" in content:
+        if isinstance(content, dict) and {"experts", "loras"} & set(content):
             return Artifact(path, "experts")
     if path.suffix in _SUFFIXES:
         return Artifact(path, _SUFFIXES[path.suffix])

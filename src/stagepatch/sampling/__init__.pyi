@@ -17,4 +17,8 @@ from .generation import spread as spread
 from .guide import Guide as Guide
 from .guide import attach_guide as attach_guide
 from .guide import guide_on as guide_on
+from .limited_loras import LimitedLoRA as LimitedLoRA
+from .limited_loras import LimitedLoRAs as LimitedLoRAs
+from .limited_loras import load_limited_loras as load_limited_loras
+from .limited_loras import write_limited_loras as write_limited_loras
 from .pipeline import generate_with_pipeline as generate_with_pipeline

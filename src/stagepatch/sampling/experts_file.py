@@ -17,12 +17,12 @@ from stagepatch.methods import open_learned
 from stagepatch.patch import patches_on
 from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, experts_on
 
-_NUMBER, _TEXT, _LIST = "a number", "a text", "a list of at least one entry"
-_TYPES = {_NUMBER: (int, float), _TEXT: (str,), _LIST: (list,)}
-_FILE = {"experts": _LIST, "steps": _LIST, "scheduler": _TEXT}
-_NAMED = {"name": _TEXT, "learned": _TEXT, "model": _TEXT}
-_RANGE = {"from": _NUMBER, "to": _NUMBER, **_NAMED}
-_STEP = {"timestep": _NUMBER, "expert": _TEXT}
+NUMBER, TEXT, _LIST = "a number", "a text", "a list of at least one entry"
+_TYPES = {NUMBER: (int, float), TEXT: (str,), _LIST: (list,)}
+_FILE = {"experts": _LIST, "steps": _LIST, "scheduler": TEXT}
+_NAMED = {"name": TEXT, "learned": TEXT, "model": TEXT}
+_RANGE = {"from": NUMBER, "to": NUMBER, **_NAMED}
+_STEP = {"timestep": NUMBER, "expert": TEXT}
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def read_schedule(path: Path, total: float) -> Experts:
 
 
 def _parse(content: Any, directory: Path, total: float) -> Experts:
-    values = _check_keys(content, _FILE, "the file", "experts")
+    values = check_keys(content, _FILE, "the file", "experts")
     has_steps = "steps" in values
     if "scheduler" in values and not has_steps:
         raise UserError("`scheduler` goes with `steps`; with ranges, --sampling.scheduler chooses the sampler.")
@@ -139,7 +139,7 @@ def _parse(content: Any, directory: Path, total: float) -> Experts:
         if has_steps and isinstance(entry, dict) and {"from", "to"} & set(entry):
             raise UserError(f"expert {number} has a range, and the file has steps: give one or the other.")
         keys, required = (_NAMED, ("name",)) if has_steps else (_RANGE, ("from", "to"))
-        sources.append(_source(_check_keys(entry, keys, f"expert {number}", *required), directory, number))
+        sources.append(_source(check_keys(entry, keys, f"expert {number}", *required), directory, number))
     if has_steps:
         return Experts.at_steps(_steps(values["steps"], sources, total), total, values.get("scheduler", ""))
     bounds = [(entry["from"], entry["to"]) for entry in values["experts"]]
@@ -157,7 +157,7 @@ def _steps(entries: list[Any], sources: list[ExpertSource], total: float) -> lis
         raise UserError("two experts have one name.")
     steps: list[tuple[float, ExpertSource, str]] = []
     for number, entry in enumerate(entries, 1):
-        step = _check_keys(entry, _STEP, f"step {number}", *_STEP)
+        step = check_keys(entry, _STEP, f"step {number}", *_STEP)
         timestep, name = step["timestep"], step["expert"]
         if name not in experts:
             raise UserError(f"step {number} has no expert '{name}' to go to. Experts: {', '.join(experts)}.")
@@ -167,7 +167,7 @@ def _steps(entries: list[Any], sources: list[ExpertSource], total: float) -> lis
     return steps
 
 
-def _check_keys(entry: Any, keys: dict[str, str], where: str, *required: str) -> dict[str, Any]:
+def check_keys(entry: Any, keys: dict[str, str], where: str, *required: str) -> dict[str, Any]:
     """An entry of the file whose keys, and the types of their values, are those of a table.
 
     Raises:
