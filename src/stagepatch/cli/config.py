@@ -77,7 +77,7 @@ class ExpertsConfig:
     Ranges may overlap, and leave gaps, where the model is alone; see docs/experts.md.
 
     Args:
-        output: the file.
+        output: the file that is written.
         loras: .safetensors files, directories or Hub ids, whatever the pipeline's `load_lora_weights` takes.
         ranges: of each, from and to, 0 at the image's end and 1000 at pure noise: [[500, 1000], [0, 500]].
         weights: factor on each; 1 by default.
