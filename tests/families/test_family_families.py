@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from stagepatch.core.errors import UserError
 from stagepatch.families import describe, registry
 from stagepatch.patch import Patch, PatchConfig
+from stagepatch.training.loop import _checkpoint_gradients
 from tests.tiny import FAMILIES, FRAMES
 
 SIZES = {
@@ -245,3 +246,24 @@ def test_a_timestep_a_token_is_taken_where_the_first_frame_is_given():
     torch.testing.assert_close(seen["all"], seen["whole"])
     torch.testing.assert_close(seen["given", "gate"], seen["whole", "gate"])
     assert not torch.allclose(seen["given"], base["given"], atol=1e-3)
+
+
+def test_blocks_recomputed_in_the_backward_pass_give_the_same_gradients(name, family, model):
+    """Gradient checkpointing on every family, as `training.gradient_checkpointing` switches it on."""
+    patch = drawn(fresh(name, model)).train()
+    patch.attach(model)
+    site = model.get_submodule(patch.backbone.sites[-1].module)
+    calls = []
+    site.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            _checkpoint_gradients(model, is_alone=True)
+        calls.clear()
+        patch.zero_grad()
+        (family.call(model).square().mean() + patch.balance_loss()).backward()
+        gradients.append({learned: parameter.grad.clone() for learned, parameter in patch.named_parameters()})
+        times = 2 if checkpoints and not name.startswith("UNet") else 1  # a U-Net's stage recomputes its parts
+        assert len(calls) == times
+    for learned, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][learned], expected, msg=learned)

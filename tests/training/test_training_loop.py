@@ -9,12 +9,14 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from stagepatch.checkpoints import load_denoiser
+from stagepatch.core.errors import UserError
 from stagepatch.core.randomness import GLOBAL, NOISE, BatchOrder, generator_for, seed_for
 from stagepatch.core.tensors import read_tensors
 from stagepatch.diffusion import Objective
 from stagepatch.families import predict
 from stagepatch.methods import DMP
 from stagepatch.patch import Patch, PatchConfig
+from stagepatch.training.loop import _checkpoint_gradients
 from tests import runs
 from tests.runs import RELEASED, TRAINING, assert_same, log_of, make_model, make_objective, patch_of, run
 
@@ -373,3 +375,19 @@ def test_labels_are_dropped_at_the_rate_asked_for(tmp_path, rate):
     share = (torch.cat(seen) == 10).float().mean().item()
     # Four standard errors.
     assert abs(share - rate) <= 4 * (rate * (1 - rate) / 1000) ** 0.5
+
+
+def test_gradient_checkpointing_trains_the_same(tmp_path):
+    for checkpoints in (False, True):
+        run(tmp_path / str(checkpoints), steps=3, gradient_checkpointing=checkpoints)
+    for name, expected in patch_of(tmp_path / "False").items():
+        torch.testing.assert_close(patch_of(tmp_path / "True")[name], expected)
+
+
+def test_gradient_checkpointing_is_refused_where_it_cannot_be(tmp_path):
+    model = make_model()
+    model._supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match="DiT has no gradient checkpointing"):
+        run(tmp_path, steps=1, model=model, gradient_checkpointing=True)
+    with pytest.raises(UserError, match="needs a loss of one forward"):
+        _checkpoint_gradients(make_model(), is_alone=False)

@@ -31,6 +31,8 @@ class TrainingConfig:
             any other sigma_rel. Needs snapshot_every; empty keeps none.
         label_dropout: share of class labels, or of captions, replaced by none, for guidance (DiT: 0.1).
         mixed_precision: precision of the forward and backward pass, by accelerate; what trains stays in float32.
+        gradient_checkpointing: keep the activations of one block at a time and compute the others' anew in the
+            backward pass: less memory, a third more time.
         compile: run the denoiser through torch.compile.
         seed: of data order, noise, timesteps and initialisation.
         log_every: steps between log records.
@@ -54,6 +56,7 @@ class TrainingConfig:
     posthoc_ema: list[float] = field(default_factory=list)
     label_dropout: float = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
     log_every: int = 50

@@ -87,6 +87,8 @@ def train(
     _check_settings(config, accelerator.num_processes, num_intervals)
     torch.manual_seed(seed_for(GLOBAL, config.seed))
     model.to(accelerator.device)
+    if config.gradient_checkpointing:
+        _checkpoint_gradients(model, is_alone=ddo is None)
     groups = method.prepare(model)
     if start_from is not None:
         method.start_from(model, start_from)
@@ -217,6 +219,22 @@ def _num_intervals(objective: Objective, balancing: BalancingConfig | None) -> i
     if not isinstance(objective.timesteps, IntervalSampler):
         raise UserError(f"balancing='{balancing.name}' needs timesteps that are drawn by an IntervalSampler.")
     return len(objective.timesteps.intervals)
+
+
+def _checkpoint_gradients(model: Any, is_alone: bool) -> None:
+    """Let a model recompute its blocks in the backward pass.
+
+    Raises:
+        UserError: it cannot, or its forward is not the only one before the backward pass.
+    """
+    if not is_alone:
+        raise UserError(
+            "training.gradient_checkpointing needs a loss of one forward: objective='ddo' has several, after which "
+            "blocks would be recomputed with another one's gate. Leave one out."
+        )
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave it out.")
+    model.enable_gradient_checkpointing()
 
 
 def _check_settings(config: TrainingConfig, num_processes: int, num_intervals: int) -> None:
