@@ -12,7 +12,7 @@ from stagepatch.checkpoints import load_captioner
 from stagepatch.cli import main
 from stagepatch.core import BatchOrder, UserError
 from stagepatch.data import CachedLatents, DataConfig, FolderSource, HuggingFaceSource, WebDatasetSource, make_cache
-from stagepatch.evaluation.latents import latent_sampling
+from stagepatch.sampling import latent_sampling
 from stagepatch.training import load_batches
 from stagepatch.training.draws import WithCaptions
 from tests.data.reading import encoded, picture

@@ -16,13 +16,12 @@ from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_shar
 from stagepatch.core import UserError, processes, progress_bar, write_json, write_tensors, write_text
 from stagepatch.data import BUNDLED, cache_directory, load_dataset, load_training_data
 from stagepatch.diffusion import Objective
-from stagepatch.evaluation import LatentSampling, latent_sampling, prompted_latents
 from stagepatch.families import learns_sigma, num_classes
 from stagepatch.merging import numbered_stages
 from stagepatch.methods import open_learned
 from stagepatch.patch import Patch
 from stagepatch.report import Picture, Section, print_table, provenance, write_page, write_picture
-from stagepatch.sampling import attach_guide, generate, spread
+from stagepatch.sampling import LatentSampling, attach_guide, generate, latent_sampling, prompted_latents, spread
 
 
 def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:

@@ -10,7 +10,6 @@ from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
 from stagepatch.core import UserError, processes, read_yaml, write_tensors, write_text
 from stagepatch.diffusion import make_sampler, pin_timesteps
-from stagepatch.evaluation import prompted_latents
 from stagepatch.families import find_denoiser
 from stagepatch.report import image_grid, write_picture
 from stagepatch.sampling import (
@@ -21,6 +20,7 @@ from stagepatch.sampling import (
     generate_with_pipeline,
     load_experts,
     load_limited_loras,
+    prompted_latents,
 )
 
 

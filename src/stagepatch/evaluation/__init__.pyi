@@ -6,9 +6,6 @@ from .evaluator import Measured as Measured
 from .evaluator import evaluate as evaluate
 from .features import FeatureExtractor as FeatureExtractor
 from .features import load_extractor as load_extractor
-from .latents import LatentSampling as LatentSampling
-from .latents import latent_sampling as latent_sampling
-from .latents import prompted_latents as prompted_latents
 from .metrics import METRICS as METRICS
 from .metrics import Metric as Metric
 from .metrics import direction_note as direction_note

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from stagepatch.data import DataConfig, ImageDataset, with_channels
 from stagepatch.evaluation.features import ClassifierFeatures, FeatureExtractor, extract_features, load_extractor
-from stagepatch.evaluation.latents import LatentSampling, latent_sampling
 from stagepatch.evaluation.metrics import METRICS, Reference
 from stagepatch.evaluation.references import References, load_references, reference_features
-from stagepatch.sampling import SamplingConfig, generate, spread
+from stagepatch.sampling import LatentSampling, SamplingConfig, generate, latent_sampling, spread
 
 OnBatch = Callable[[int], None]
 

@@ -13,10 +13,14 @@ from .fakes import load_fakes as load_fakes
 from .generation import Captions as Captions
 from .generation import balanced_labels as balanced_labels
 from .generation import generate as generate
+from .generation import sampled_as_trained as sampled_as_trained
 from .generation import spread as spread
 from .guide import Guide as Guide
 from .guide import attach_guide as attach_guide
 from .guide import guide_on as guide_on
+from .latents import LatentSampling as LatentSampling
+from .latents import latent_sampling as latent_sampling
+from .latents import prompted_latents as prompted_latents
 from .limited_loras import LimitedLoRA as LimitedLoRA
 from .limited_loras import LimitedLoRAs as LimitedLoRAs
 from .limited_loras import load_limited_loras as load_limited_loras

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Generator, Tensor, nn
 
 from stagepatch.core import UserError, generator_for, processes
-from stagepatch.diffusion import make_sampler, pin_timesteps, set_steps
+from stagepatch.diffusion import is_flow, make_sampler, pin_timesteps, set_steps
 from stagepatch.families import (
     find_denoiser,
     input_dtype,
@@ -70,6 +70,12 @@ def spread(total: int, count: int) -> Tensor:
         step for step in itertools.count(max(1, round(total * (5**0.5 - 1) / 2))) if math.gcd(step, total) == 1
     )
     return torch.arange(count) * stride % total
+
+
+def sampled_as_trained(config: SamplingConfig, scheduler: Any) -> SamplingConfig:
+    """A config whose sampler is the model's own scheduler's, for a flow that it has left at the default, DDIM."""
+    is_open = config.scheduler == SamplingConfig.scheduler
+    return replace(config, scheduler=type(scheduler).__name__) if is_open and is_flow(scheduler) else config
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.core import UserError, processes, progress_bar
-from stagepatch.evaluation import METRICS, Evaluator, LatentSampling
+from stagepatch.evaluation import METRICS, Evaluator
 from stagepatch.evaluation.features import extract_features
 from stagepatch.families import sample_shape
-from stagepatch.sampling import SamplingConfig
+from stagepatch.sampling import LatentSampling, SamplingConfig
 from stagepatch.search.engine import Evaluation, Report, Search, Strategy, best_of
 
 _PARTS = 4  # an intermediate value is of the first of so many parts of the images

@@ -24,10 +24,18 @@ from torch import nn
 from stagepatch.checkpoints import files_fingerprint, find_model
 from stagepatch.core import UserError, as_json, processes, progress_bar, read_json, write_json
 from stagepatch.diffusion import make_sampler, set_steps, takes_timesteps
-from stagepatch.evaluation import METRICS, Evaluator, LatentSampling, comparison_table
+from stagepatch.evaluation import METRICS, Evaluator, comparison_table
 from stagepatch.families import sample_shape
 from stagepatch.report import write_picture
-from stagepatch.sampling import Experts, ExpertSource, SamplingConfig, generate, load_expert, write_schedule
+from stagepatch.sampling import (
+    Experts,
+    ExpertSource,
+    LatentSampling,
+    SamplingConfig,
+    generate,
+    load_expert,
+    write_schedule,
+)
 from stagepatch.sampling.experts import BASE
 from stagepatch.sampling.generation import balanced_labels, conditions, guided
 from stagepatch.sampling.stand_in import StandIn

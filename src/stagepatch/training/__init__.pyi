@@ -22,3 +22,4 @@ from .run import Run as Run
 from .run_config import PretrainConfig as PretrainConfig
 from .run_config import TrainConfig as TrainConfig
 from .several import train_all as train_all
+from .validation_config import ValidationConfig as ValidationConfig

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
 from stagepatch.training.posthoc_ema import PowerAverages
 from stagepatch.training.signals import StopSignals
+from stagepatch.training.validation import Validation
 
 _LOGGER = logging.getLogger("stagepatch")
 # Settings, the least and the most that they may be.
@@ -64,6 +65,7 @@ def train(
     start_from: Path | None = None,
     ddo: tuple[DDOConfig, Fakes] | None = None,
     balancing: BalancingConfig | None = None,
+    validation: Validation | None = None,
 ) -> None:
     """Train, and write the method's result to `directory`. A run that was stopped goes on where it was.
 
@@ -77,6 +79,7 @@ def train(
         start_from: directory of what the same method learned before.
         ddo: tell training images from the model's own samples, in place of denoising alone.
         balancing: of the losses of the intervals that the objective draws its timesteps from.
+        validation: makes pictures now and then.
 
     Raises:
         UserError: sizes that do not divide, a loss that is not finite, or a checkpoint of other settings.
@@ -185,6 +188,9 @@ def train(
                 _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)
             if is_main:  # before the checkpoint: a run that goes on from it has the snapshots up to it
                 _save_snapshots(method, parameters, ema, posthoc, config, done, directory)
+            if validation is not None and validation.is_due(done, config.steps):
+                with _averaged(parameters, None if ema is None else ema.shadow_params), _at_rest(method):
+                    validation(model, done)
             if is_due:
                 if is_main:
                     state.save(done)
@@ -341,17 +347,43 @@ def _save_snapshots(
             _save_result(method, parameters, average, directory / POSTHOC_EMA / str(sigma) / f"{done:07d}")
 
 
-@torch.no_grad()
 def _save_result(
     method: Method, parameters: list[nn.Parameter], average: Sequence[Tensor] | None, directory: Path
 ) -> None:
     """Save the method's result, averaged where there is an average, and train on from where it was."""
-    if average is None:
+    with _averaged(parameters, average):
         method.save(directory)
+
+
+@contextlib.contextmanager
+def _averaged(parameters: list[nn.Parameter], average: Sequence[Tensor] | None) -> Iterator[None]:
+    """What is trained is the average meanwhile, where there is one."""
+    if average is None:
+        yield
         return
-    kept = [parameter.cpu().clone() for parameter in parameters]
-    for parameter, value in zip(parameters, average, strict=True):
+    kept = [parameter.detach().cpu().clone() for parameter in parameters]
+    _copy_to(parameters, average)
+    try:
+        yield
+    finally:
+        _copy_to(parameters, kept)
+
+
+@torch.no_grad()
+def _copy_to(parameters: list[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-    method.save(directory)
-    for parameter, value in zip(parameters, kept, strict=True):
-        parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def _at_rest(method: Method) -> Iterator[None]:
+    """A patch is in eval mode meanwhile, without its gate's noise."""
+    patch: Any = getattr(method, "patch", None)
+    if patch is None:
+        yield
+        return
+    patch.eval()
+    try:
+        yield
+    finally:
+        patch.train()

@@ -16,10 +16,11 @@ from stagepatch.diffusion import Objective, TimestepsConfig, make_timesteps, mak
 from stagepatch.families import learns_sigma
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
 from stagepatch.patch import with_condition
-from stagepatch.sampling import Fakes, load_fakes
+from stagepatch.sampling import Fakes, load_fakes, sampled_as_trained
 from stagepatch.training.balancing import make_intervals
 from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
+from stagepatch.training.validation import Validation
 
 RUN_CONFIG = "run.yaml"
 _IDENTITY = ("model", "component", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data")
@@ -83,7 +84,7 @@ class Run:
                 "objective='ddo' compares with the model as it is, from which this patch departs before it has "
                 "learned: leave out patch.initialization and patch.prepending."
             )
-        named = parts or (config.model if model is None else "")  # first the cache, then the model
+        self._source = named = parts or (config.model if model is None else "")  # first the cache, then the model
         cache = (config.cache, config.output_dir, config.cache_batch_size)
         dtype = getattr(torch, config.dtype)
         self.dataset: Any = load_training_data(named, config.data, *cache, dtype)
@@ -124,8 +125,17 @@ class Run:
             self.start_from,
             ddo,
             self.config.balancing,
+            self._validation(),
         )
         return self.method
+
+    def _validation(self) -> Validation | None:
+        """What makes pictures while it trains, of the base as it is now."""
+        config = self.config
+        if not config.validation.every:
+            return None
+        model, dtype = self.model.to(processes().device), getattr(torch, config.dtype)
+        return Validation(config.validation, self._source, model, self.scheduler, self.directory, dtype)
 
     def _balance(self) -> None:
         """Draw timesteps of each interval alike; a run that goes on must share the intervals."""
@@ -146,9 +156,7 @@ class Run:
             model = copy.deepcopy(model)
             load_learned(model, self.start_from)
         directory = Path(self.config.ddo.fakes or self.directory / "fakes")
-        sampling = self.config.ddo.sampling
-        if self.objective.is_flow and sampling.scheduler == "ddim":  # the default, which knows no flow
-            sampling = replace(sampling, scheduler=type(self.scheduler).__name__)
+        sampling = sampled_as_trained(self.config.ddo.sampling, self.scheduler)
         return load_fakes(directory, model, self.scheduler, self.dataset, sampling)
 
 

@@ -11,6 +11,7 @@ from stagepatch.patch import PatchConfig
 from stagepatch.training.balancing_config import BalancingConfig
 from stagepatch.training.config import TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
+from stagepatch.training.validation_config import ValidationConfig
 
 
 @dataclass
@@ -34,6 +35,7 @@ class TrainConfig(MethodConfig):
         weighting: of timesteps in the loss.
         timesteps: which ones are trained on, and how often.
         balancing: of the losses of intervals of timesteps; see docs/balancing.md.
+        validation: pictures while it trains.
         data: training images: the ones that the model was trained on.
         training: optimizer and bookkeeping.
     """
@@ -50,6 +52,7 @@ class TrainConfig(MethodConfig):
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     timesteps: TimestepsConfig = field(default_factory=TimestepsConfig)
     balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 

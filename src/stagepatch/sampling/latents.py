@@ -12,7 +12,7 @@ from stagepatch.checkpoints import has_vae, load_captioner, load_vae, takes_capt
 from stagepatch.core import UserError, processes
 from stagepatch.data import CachedLatents, DataConfig, decode_latents, make_cache
 from stagepatch.families import sample_shape
-from stagepatch.sampling import Captions, spread
+from stagepatch.sampling.generation import Captions, spread
 
 
 @dataclass
