@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from scipy import special, stats
 
 from stagepatch.core.errors import UserError
@@ -128,6 +129,40 @@ def test_a_range_without_a_timestep_is_refused():
         make_timesteps(TimestepsConfig([0.41, 0.45]), torch.arange(10) / 10)
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("density", ["uniform", "cosmap"])
+def test_cosmap_and_a_shift_are_those_of_the_paper(density, shift):
+    """Against the closed form: CosMap's density is 2/(π − 2πt + 2πt²) (arXiv 2403.03206, Eq. 21), and its integral."""
+    config = TimestepsConfig(density=density, shift=shift)
+    sampler = make_timesteps(config, torch.arange(10**6).double() / 10**6) if config != TimestepsConfig() else None
+    if sampler is None:
+        return
+    drawn = sampler.draw(20_000, torch.Generator().manual_seed(0)).double().numpy() / 10**6
+
+    def cumulated(level):
+        level = level / (shift - (shift - 1) * level)  # before the shift
+        return level if density == "uniform" else 2 / np.pi * np.arctan2(level, 1 - level)
+
+    assert stats.kstest(drawn, cumulated).pvalue > 1e-3
+    grid = np.linspace(0.01, 0.99, 50)
+    if density == "cosmap" and shift == 1.0:
+        np.testing.assert_allclose(
+            np.gradient(cumulated(grid), grid)[1:-1],
+            compute_loss_weighting_for_sd3("cosmap", torch.from_numpy(grid))[1:-1].numpy(),
+            rtol=1e-2,
+        )
+
+
+def test_a_flows_own_shift_is_a_shift_of_what_is_drawn():
+    """Eq. 23, as diffusers' scheduler has it in its sigmas."""
+    config = TimestepsConfig(shift=3.0)
+    plain = Objective(FlowMatchEulerDiscreteScheduler(), timesteps=make_timesteps(config, LEVELS))
+    drawn = plain.model_timesteps(plain.draw_timesteps(20_000, torch.Generator().manual_seed(0))) / T
+    own = Objective(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    shifted = own.model_timesteps(own.draw_timesteps(20_000, torch.Generator().manual_seed(1))) / T
+    assert stats.ks_2samp(drawn.numpy(), shifted.numpy()).pvalue > 1e-3
+
+
 def test_all_alike_is_drawn_as_before():
     assert make_timesteps(TimestepsConfig(), LEVELS) is None
 
@@ -138,7 +173,8 @@ def test_all_alike_is_drawn_as_before():
         ({"range": [0.5, 0.5]}, r"range=\[0.5, 0.5\] must be two noise levels"),
         ({"range": [0.5]}, "two noise levels"),
         ({"range": [0.0, 1.5]}, "two noise levels"),
-        ({"density": "normal"}, "none of uniform, logit_normal, mode"),
+        ({"density": "normal"}, "none of uniform, logit_normal, mode, cosmap"),
+        ({"shift": 0.0}, r"shift=0.0 must be above 0"),
         ({"density": "logit_normal", "logit_std": 0.0}, "logit_std=0.0 must be above 0"),
     ],
 )

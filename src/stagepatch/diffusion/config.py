@@ -55,14 +55,18 @@ class TimestepsConfig:
 
     Args:
         range: least and most noise level that the model is told: t/T, and for a flow its sigma, after any shift.
-        density: 'uniform' in t; 'logit_normal' or 'mode' in t/T before a flow's shift (arXiv 2403.03206, Section 3.1).
+        density: 'uniform' in t; 'logit_normal', 'mode' or 'cosmap' in t/T before a flow's shift (arXiv 2403.03206,
+            Section 3.1).
         logit_mean: of logit_normal; below 0 is more often near the image.
         logit_std: spread of logit_normal, in the logit of the noise level.
         mode_scale: s of mode; above 0 is more often in the middle.
+        shift: s of what is drawn, t to s·t/(1 + (s − 1)·t); above 1 is more often near the noise, as larger images
+            want it: √(m/n) for m tokens where n need none (the same paper, Eq. 23). A flow's own shift comes on top.
     """
 
     range: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    density: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    density: Literal["uniform", "logit_normal", "mode", "cosmap"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
+    shift: float = 1.0

@@ -1,6 +1,7 @@
 """Which timesteps a run trains on: all of them, or one range of several (DeMe, arXiv 2410.06664, supplement)."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Generator, Tensor
 from stagepatch.core import UserError
 from stagepatch.diffusion.config import TimestepsConfig
 
-_DENSITIES = ("uniform", "logit_normal", "mode")
+_DENSITIES = ("uniform", "logit_normal", "mode", "cosmap")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class DensitySampler:
             raise UserError(f"timesteps.density='{config.density}' is none of {', '.join(_DENSITIES)}.")
         if config.logit_std <= 0.0:
             raise UserError(f"timesteps.logit_std={config.logit_std} must be above 0.")
+        if config.shift <= 0.0:
+            raise UserError(f"timesteps.shift={config.shift} must be above 0.")
         self._first, self._stop = between_levels(self.levels, config.range[0], config.range[1])
 
     def draw(self, batch: int, generator: Generator) -> Tensor:
@@ -87,6 +90,10 @@ class DensitySampler:
         level: Tensor = compute_density_for_timestep_sampling(
             config.density, batch, *shape, generator.device, generator
         )
+        if config.density == "cosmap":  # which diffusers has as a weight of the loss, not as a density
+            level = 1.0 - 1.0 / (torch.tan(level * math.pi / 2.0) + 1.0)
+        if config.shift != 1.0:
+            level = config.shift * level / (1.0 + (config.shift - 1.0) * level)
         timesteps = (self._first + (self._stop - self._first) * level).long()
         return timesteps.clamp(self._first, self._stop - 1)
 
