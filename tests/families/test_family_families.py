@@ -15,7 +15,11 @@ SIZES = {
     "FluxTransformer2DModel": [8, 8],
     "QwenImageTransformer2DModel": [8, 8],
     "WanTransformer3DModel": [FRAMES, 8, 8],
+    "Flux2Transformer2DModel": [8, 8],
+    "Flux2Transformer2DModel of klein": [8, 8],
 }
+# Tokens before the image's, where it follows its text, of a batch of two.
+TEXT_LENGTHS = {"Lumina2Transformer2DModel": [5, 2]}
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -176,7 +180,7 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
             continue
         family.call(model)
         count = math.prod(patch.extent.grid)
-        lengths = [5, 2] if site.image_tokens == "after_text" else [13, 13]
+        lengths = TEXT_LENGTHS.get(name, [5, 5]) if site.image_tokens == "after_text" else [13, 13]
         hidden_states = torch.zeros(2, max(lengths) + count, site.channels)
         touched = patch.enter(position, hidden_states).abs().sum(-1) > 0
         expected = torch.zeros_like(touched)
@@ -185,20 +189,31 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
         assert torch.equal(touched, expected)
 
 
-def test_images_to_edit_behind_the_image_are_left_alone():
-    family = FAMILIES["FluxTransformer2DModel"]
-    model = family.model()
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+def test_images_to_edit_behind_the_image_are_left_alone(name, family, model):
     inputs = family.inputs(model, 2, 8, 8)
     ids = inputs["img_ids"].clone()
-    ids[:, 0] = 1
-    both = {"img_ids": torch.cat([inputs["img_ids"], ids]), "hidden_states": inputs["hidden_states"].repeat(1, 2, 1)}
-    patch = drawn(fresh("FluxTransformer2DModel", model))
+    ids[..., 0] = 10
+    both = {
+        "img_ids": torch.cat([inputs["img_ids"], ids], dim=-2),
+        "hidden_states": inputs["hidden_states"].repeat(1, 2, 1),
+    }
+    patch = drawn(fresh(name, model))
     patch.attach(model)
     family.call(model, **both)
     assert patch.extent.grid == (4, 4)
-    touched = patch.enter(0, torch.zeros(2, 32, 32)).abs().sum(-1) > 0
-    assert touched[:, :16].all()
-    assert not touched[:, 16:].any()
+    for position, site in enumerate(patch.backbone.sites):
+        before = 5 if site.image_tokens == "after_text" else 0
+        touched = patch.enter(position, torch.zeros(2, before + 32, 32)).abs().sum(-1) > 0
+        assert touched[:, before : before + 16].all()
+        assert touched.sum() == 2 * 16
+
+
+def test_flux2_that_takes_images_to_edit_first_is_refused():
+    family = FAMILIES["Flux2Transformer2DModel of klein"]
+    model = family.model()
+    with fresh("Flux2Transformer2DModel of klein", model).attach(model), pytest.raises(UserError, match="KleinKV"):
+        family.call(model, kv_cache_mode="extract", num_ref_tokens=4)
 
 
 def test_every_family_that_is_registered_is_tested_here():

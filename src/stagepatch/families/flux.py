@@ -14,14 +14,14 @@ from stagepatch.families.transformer import Blocks, Transformer
 
 def flux_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     """Rows and columns, read off the tokens' positions."""
-    return Extent(_grid(arguments["img_ids"]))
+    return Extent(grid_of(arguments["img_ids"]))
 
 
 # A pipeline gives the same tensor at every step, so that an accelerator is waited for but once.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=1)
-def _grid(ids: Tensor) -> Grid:
-    """Of the image that is made, from positions [N, 3]; tokens of images to edit have another first number."""
+def grid_of(ids: Tensor) -> Grid:
+    """Of the image that is made, from positions [N, 3 or 4]; tokens of images to edit have another first number."""
     ids = ids[0] if ids.ndim == 3 else ids
     own = ids[ids[:, 0] == 0]
     return tuple(int(last) + 1 for last in own[:, 1:3].amax(dim=0).tolist())
