@@ -131,6 +131,8 @@ CAPTIONS = {"cross_attention_dim": 32, "caption_channels": TEXT_CHANNELS}
 ROPE = {"axes_dims_rope": (4, 4, 8)}
 UNET_INPUTS = {"sample": latents, "timestep": whole_timesteps}
 PACKED_INPUTS = {"hidden_states": packed, "timestep": fractions, "encoder_hidden_states": text}
+FLUX = {**HEADS, **ROPE, **JOINT, "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+FLUX_INPUTS = {**PACKED_INPUTS, "img_ids": positions, "txt_ids": lambda *_: torch.zeros(TEXT, 3)}
 FLUX2 = {**HEADS, **JOINT, "axes_dims_rope": (4, 4, 4, 4), "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
 FLUX2_INPUTS = {
     **PACKED_INPUTS,
@@ -276,5 +278,10 @@ FAMILIES = {
     ),
     "Flux2Transformer2DModel of klein": Family(
         diffusers.Flux2Transformer2DModel, config(FLUX2, guidance_embeds=False), FLUX2_INPUTS
+    ),
+    "ChromaTransformer2DModel": Family(
+        diffusers.ChromaTransformer2DModel,
+        config(FLUX, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1),
+        {**FLUX_INPUTS, "attention_mask": lambda batch, height, width: torch.ones(batch, TEXT + height * width // 4)},
     ),
 }

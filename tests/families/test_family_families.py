@@ -17,9 +17,10 @@ SIZES = {
     "WanTransformer3DModel": [FRAMES, 8, 8],
     "Flux2Transformer2DModel": [8, 8],
     "Flux2Transformer2DModel of klein": [8, 8],
+    "ChromaTransformer2DModel": [8, 8],
 }
-# Tokens before the image's, where it follows its text, of a batch of two.
-TEXT_LENGTHS = {"Lumina2Transformer2DModel": [5, 2]}
+# Tokens before the image's, where it does not come first, of a batch of two.
+LENGTHS = {"Lumina2Transformer2DModel": [5, 2], "AuraFlowTransformer2DModel": [13, 13]}
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -118,7 +119,7 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape == (2, site.channels, *site.grid), site
         else:
             assert shape[2] == site.channels
-            more = {"first": 0, "last": 8 + 5, "after_text": 5}[site.image_tokens]
+            more = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
             assert shape[1] == site.num_tokens + more, site
 
 
@@ -128,7 +129,8 @@ def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, f
     model.get_submodule(describe(model).time_tap).register_forward_hook(lambda *call: taps.append(call[2]))
     with patch.attach(model):
         family.call(model)
-    expected = F.linear(torch.cat([taps[0], torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
+    embedding = taps[0].mean(dim=1) if taps[0].ndim == 3 else taps[0]
+    expected = F.linear(torch.cat([embedding, torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
     torch.testing.assert_close(patch.last.logits[0], expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(patch.last.logits[0, 0], patch.last.logits[0, 1])
 
@@ -180,7 +182,7 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
             continue
         family.call(model)
         count = math.prod(patch.extent.grid)
-        lengths = TEXT_LENGTHS.get(name, [5, 5]) if site.image_tokens == "after_text" else [13, 13]
+        lengths = LENGTHS.get(name, [5, 5])
         hidden_states = torch.zeros(2, max(lengths) + count, site.channels)
         touched = patch.enter(position, hidden_states).abs().sum(-1) > 0
         expected = torch.zeros_like(touched)
