@@ -104,6 +104,11 @@ def mask_of_different_lengths(batch: int, height: int, width: int) -> Tensor:
     return torch.arange(TEXT) < torch.tensor([TEXT] * (batch - 1) + [2])[:, None]
 
 
+def mask_over_the_image(batch: int, height: int, width: int) -> Tensor:
+    image = torch.ones(batch, height // 2 * (width // 2))
+    return torch.cat([mask_of_different_lengths(batch, height, width).float(), image], dim=1)
+
+
 def conditions_of_sdxl(batch: int, height: int, width: int) -> dict[str, Tensor]:
     return {"text_embeds": torch.randn(batch, 12), "time_ids": torch.arange(6.0).repeat(batch, 1)}
 
@@ -282,6 +287,6 @@ FAMILIES = {
     "ChromaTransformer2DModel": Family(
         diffusers.ChromaTransformer2DModel,
         config(FLUX, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1),
-        {**FLUX_INPUTS, "attention_mask": lambda batch, height, width: torch.ones(batch, TEXT + height * width // 4)},
+        {**FLUX_INPUTS, "attention_mask": mask_over_the_image},
     ),
 }
