@@ -289,4 +289,28 @@ FAMILIES = {
         config(FLUX, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1),
         {**FLUX_INPUTS, "attention_mask": mask_over_the_image},
     ),
+    "HiDreamImageTransformer2DModel": Family(
+        diffusers.HiDreamImageTransformer2DModel,
+        config(
+            HEADS,
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            caption_channels=[TEXT_CHANNELS, TEXT_CHANNELS],
+            text_emb_dim=12,
+            num_routed_experts=4,
+            num_activated_experts=2,
+            axes_dims_rope=(4, 6, 6),
+            max_resolution=(16, 16),
+            llama_layers=[0, 1],
+        ),
+        {
+            "hidden_states": latents,
+            "timesteps": timesteps,
+            "encoder_hidden_states_t5": text,
+            "encoder_hidden_states_llama3": lambda batch, *_: torch.randn(2, batch, TEXT, TEXT_CHANNELS),
+            "pooled_embeds": pooled,
+        },
+    ),
 }

@@ -65,7 +65,7 @@ class Tiny:
 
     def _make(self) -> Any:
         parts = dict(self.more)
-        for (make_tokenizer, make_encoder), number in zip(self.encoders, ("", "_2", "_3"), strict=False):
+        for (make_tokenizer, make_encoder), number in zip(self.encoders, ("", "_2", "_3", "_4"), strict=False):
             parts[f"tokenizer{number}"] = make_tokenizer()
             parts[f"text_encoder{number}"] = make_encoder(parts[f"tokenizer{number}"])
         denoiser = "unet" if self.family.startswith("UNet") else "transformer"
@@ -123,11 +123,11 @@ CAPTION_WORDS = (
 WORDS = sorted({word.strip(",.:") for text in (CAPTION_WORDS, QWEN_SYSTEM, LUMINA_SYSTEM) for word in text.split()})
 
 
-def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+def clip_tokenizer(pad_token: str = "<|endoftext|>", length: int = 77) -> Any:
     """A token a letter. The second ones of SDXL and SD3 pad with '!'."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer(vocab=_numbered(tokens), merges=[], pad_token=pad_token, model_max_length=77)
+    return transformers.CLIPTokenizer(vocab=_numbered(tokens), merges=[], pad_token=pad_token, model_max_length=length)
 
 
 def t5_tokenizer() -> Any:
@@ -188,7 +188,7 @@ def clip(tokenizer: Any, hidden_size: int, projection: int | None = None) -> Any
     """With `projection` the class with a projected pooled output of that width."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     widths = {"hidden_size": hidden_size, "intermediate_size": 32, "projection_dim": projection or hidden_size}
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length}
     config = transformers.CLIPTextConfig(vocab_size=len(tokenizer), **ids, **widths, **sizes)
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 
@@ -209,6 +209,10 @@ _DEEP = {**_HEADS, "hidden_size": TEXT_CHANNELS // 3, "intermediate_size": 16, "
 def gemma(tokenizer: Any) -> Any:
     config = transformers.Gemma2Config(vocab_size=len(tokenizer), head_dim=12, query_pre_attn_scalar=12, **_SMALL)
     return transformers.Gemma2Model(config)
+
+
+def llama(tokenizer: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, vocab_size=len(tokenizer)))
 
 
 def mistral(tokenizer: Any) -> Any:
@@ -298,6 +302,7 @@ _DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5}
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 flow_match = partial(partial, diffusers.FlowMatchEulerDiscreteScheduler)
 
+long_clip_tokenizer = partial(clip_tokenizer, length=248)
 second_clip_tokenizer = partial(clip_tokenizer, pad_token="!")
 # FLUX.2 dev has a PixtralProcessor around its tokenizer, which only images need.
 PARTS = "{% for message in messages %}{{ message.content[0].text }} {% endfor %}"
@@ -435,6 +440,21 @@ PIPELINES: dict[str, Tiny] = {
         [T5],
         arguments=prompted(32),
         sample_size=[8, 8],
+    ),
+    "HiDreamImageTransformer2DModel": Tiny(
+        diffusers.HiDreamImagePipeline,
+        flow_match(shift=3.0),
+        partial(kl, 0.3611, 0.1159, levels=1),  # the pipeline makes images of 128×128 latent pixels, whatever is asked
+        [
+            (long_clip_tokenizer, partial(clip, hidden_size=8, projection=4)),
+            (long_clip_tokenizer, partial(clip, hidden_size=12, projection=8)),
+            T5,
+            (llama_tokenizer, llama),
+        ],
+        changes={"max_resolution": (128, 128)},
+        pixels=(128, 128),
+        other_pixels=(256, 64),
+        arguments=prompted(32),
     ),
 }
 for name, tiny in PIPELINES.items():

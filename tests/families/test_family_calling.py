@@ -91,6 +91,23 @@ def test_packing_is_the_pipelines():
     assert torch.equal(unpack(packed, 6, 8), latents)
 
 
+def test_gradients_pass_through_the_experts_of_hidream():
+    """Against finite differences, in float64."""
+    family = FAMILIES["HiDreamImageTransformer2DModel"]
+    model = family.model().double().eval()
+    sample = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    condition = {
+        "encoder_hidden_states_t5": torch.randn(1, 5, 24),
+        "encoder_hidden_states_llama3": torch.randn(1, 2, 5, 24),
+        "pooled_embeds": torch.randn(1, 12),
+    }
+    condition = {name: value.double() for name, value in condition.items()}
+    timesteps = torch.tensor([300.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda sample: predict(model, sample, timesteps, condition), sample.requires_grad_(), atol=1e-4, fast_mode=True
+    )
+
+
 # Told to the pipeline where its default is not what training does.
 CALLS = {
     "UNet2DConditionModel of SDXL": {"original_size": (64, 64), "target_size": (64, 64)},

@@ -18,7 +18,10 @@ SIZES = {
     "Flux2Transformer2DModel": [8, 8],
     "Flux2Transformer2DModel of klein": [8, 8],
     "ChromaTransformer2DModel": [8, 8],
+    "HiDreamImageTransformer2DModel": [8, 8],
 }
+# Tokens behind the image's at some sites.
+BEHIND = {"HiDreamImageTransformer2DModel": {"single_stream_blocks.0": 3 * 5}}
 # Tokens before the image's, where it does not come first, of a batch of two.
 LENGTHS = {"Lumina2Transformer2DModel": [5, 2], "AuraFlowTransformer2DModel": [13, 13]}
 
@@ -119,8 +122,8 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape == (2, site.channels, *site.grid), site
         else:
             assert shape[2] == site.channels
-            more = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
-            assert shape[1] == site.num_tokens + more, site
+            before = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
+            assert shape[1] == before + site.num_tokens + BEHIND.get(name, {}).get(site.name, 0), site
 
 
 def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):

@@ -1,7 +1,7 @@
 """From a model's class to its description."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,11 @@ class Family:
         if (start, end) == (0.0, NUM_TIMESTEPS):
             return timesteps
         return start + timesteps / NUM_TIMESTEPS * (end - start)
+
+
+def given_timestep(arguments: Mapping[str, Any]) -> Any:
+    """Of a forward's arguments by name, `timestep` (HiDream's: `timesteps`); None where it is not given."""
+    return arguments.get("timestep", arguments.get("timesteps"))
 
 
 _FAMILIES: dict[str, Family] = {}

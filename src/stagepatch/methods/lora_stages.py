@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stagepatch.core import UserError
 from stagepatch.families import describe
-from stagepatch.families.registry import family_of
+from stagepatch.families.registry import family_of, given_timestep
 
 GATES = ("gaussian", "learned", "ranges")
 # noise levels [B] in 0…1 -> weights [B, R] of the ranks
@@ -179,7 +179,7 @@ class Ranks:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.weigh is not None
-        timestep = (dict(zip(self._names, args, strict=False)) | kwargs)["timestep"]
+        timestep = given_timestep(dict(zip(self._names, args, strict=False)) | kwargs)
         level = self._levels(torch.as_tensor(timestep).float()).clamp(0.0, 1.0)
         self._set_weights(level)
 
