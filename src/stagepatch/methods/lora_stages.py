@@ -252,11 +252,11 @@ def linear_layers_of_blocks(model: nn.Module) -> list[str]:
     """Paths of the linear layers inside a model's blocks: attention, MLP, and modulation by the condition.
 
     Blocks are the sites of the model's description (a U-Net's are its stages), so embedders and the final layer are
-    left out.
+    left out. So are the experts of a mixture (HiDream-I1), to which tokens of all samples come together.
 
     Raises:
         UserError: no family is registered for the model.
     """
     blocks = tuple(f"{site.module}." for site in describe(model).sites)
     linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [path for path in linear if path.startswith(blocks)]
+    return [path for path in linear if path.startswith(blocks) and ".experts." not in path]
