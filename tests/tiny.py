@@ -118,6 +118,11 @@ def positions(batch: int, height: int, width: int) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).float().flatten(0, 1)
 
 
+def diagonal(batch: int, height: int, width: int) -> Tensor:
+    """Positions of text."""
+    return torch.arange(TEXT)[:, None] * torch.tensor([0, 1, 1])
+
+
 def positions_with_text(batch: int, height: int, width: int) -> Tensor:
     """Of FLUX.2: image, row, column, place in the text."""
     return torch.nn.functional.pad(positions(batch, height, width), (0, 1)).expand(batch, -1, -1)
@@ -311,6 +316,18 @@ FAMILIES = {
             "encoder_hidden_states_t5": text,
             "encoder_hidden_states_llama3": lambda batch, *_: torch.randn(2, batch, TEXT, TEXT_CHANNELS),
             "pooled_embeds": pooled,
+        },
+    ),
+    "OvisImageTransformer2DModel": Family(
+        diffusers.OvisImageTransformer2DModel, config(FLUX, out_channels=16), {**FLUX_INPUTS, "txt_ids": diagonal}
+    ),
+    "LongCatImageTransformer2DModel": Family(
+        diffusers.LongCatImageTransformer2DModel,
+        config(FLUX),
+        {
+            **FLUX_INPUTS,
+            "img_ids": lambda *size: positions(*size) + torch.tensor([1, TEXT, TEXT]),
+            "txt_ids": diagonal,
         },
     ),
 }

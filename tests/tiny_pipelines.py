@@ -227,10 +227,14 @@ def mistral(tokenizer: Any) -> Any:
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
-def qwen3(tokenizer: Any) -> Any:
+def deep_qwen3(tokenizer: Any) -> Any:
     """Of FLUX.2 klein, which takes the states after layers 9, 18 and 27, side by side."""
     config = transformers.Qwen3Config(**_DEEP, num_hidden_layers=27, vocab_size=len(tokenizer), head_dim=4)
     return transformers.Qwen3ForCausalLM(config)
+
+
+def qwen3(tokenizer: Any) -> Any:
+    return transformers.Qwen3Model(transformers.Qwen3Config(**_SMALL, vocab_size=len(tokenizer), head_dim=12))
 
 
 def qwen_vl(tokenizer: Any) -> Any:
@@ -245,13 +249,13 @@ def qwen_vl(tokenizer: Any) -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-# VAEs, all of 4 latent channels.
+# VAEs, of 4 latent channels.
 
 
-def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3) -> Any:
+def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3, channels: int = 4) -> Any:
     """Smaller by 2 to the levels - 1."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    sizes = {"block_out_channels": (8, *(16,) * (levels - 1)), "norm_num_groups": 8, "latent_channels": 4}
+    sizes = {"block_out_channels": (8, *(16,) * (levels - 1)), "norm_num_groups": 8, "latent_channels": channels}
     factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     quantized = dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), shift_factor is None)
     return diffusers.AutoencoderKL(**blocks, **sizes, **factors, **quantized, sample_size=32)
@@ -429,7 +433,7 @@ PIPELINES: dict[str, Tiny] = {
         diffusers.Flux2KleinPipeline,
         flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
         flux2_vae,
-        [(chat_tokenizer, qwen3)],
+        [(chat_tokenizer, deep_qwen3)],
         arguments=prompted(32),
         sample_size=[8, 8],
     ),
@@ -455,6 +459,24 @@ PIPELINES: dict[str, Tiny] = {
         pixels=(128, 128),
         other_pixels=(256, 64),
         arguments=prompted(32),
+    ),
+    "OvisImageTransformer2DModel": Tiny(
+        diffusers.OvisImagePipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159),
+        [(chat_tokenizer, qwen3)],
+        arguments=prompted(64),
+        sample_size=[8, 8],
+    ),
+    "LongCatImageTransformer2DModel": Tiny(
+        diffusers.LongCatImagePipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159, channels=16),  # the pipeline takes it for granted that there are 16
+        [(qwen_tokenizer, qwen_vl)],
+        changes={"in_channels": 64},
+        more={"text_processor": qwen_tokenizer()},  # in place of a Qwen2VLProcessor, which only rewriting needs
+        arguments=prompted(negative_prompt=" ", enable_prompt_rewrite=False),
+        sample_size=[8, 8],
     ),
 }
 for name, tiny in PIPELINES.items():

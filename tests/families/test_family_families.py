@@ -19,6 +19,8 @@ SIZES = {
     "Flux2Transformer2DModel of klein": [8, 8],
     "ChromaTransformer2DModel": [8, 8],
     "HiDreamImageTransformer2DModel": [8, 8],
+    "OvisImageTransformer2DModel": [8, 8],
+    "LongCatImageTransformer2DModel": [8, 8],
 }
 # Tokens behind the image's at some sites.
 BEHIND = {"HiDreamImageTransformer2DModel": {"single_stream_blocks.0": 3 * 5}}

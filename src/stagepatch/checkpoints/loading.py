@@ -34,6 +34,7 @@ _UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError)
 _ONE_AT_A_TIME = Lock()
 # What a pipeline does without to encode captions.
 _HEAVY = ("transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker")
+_HEAVY += ("text_processor",)  # LongCat-Image's, which rewrites prompts
 
 
 def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32, component: str = "") -> tuple[Any, Any]:

@@ -53,6 +53,30 @@ def call_chroma(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[s
     return call_packed(model, sample, timesteps, {**condition, **added})
 
 
+def call_ovis(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. Tokens of text lie on the diagonal."""
+    return call_packed(model, sample, timesteps, {**condition, **_on_diagonal(sample, condition)})
+
+
+def call_longcat(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. Tokens of text lie on the diagonal, and the image, the first of images, goes on from its end."""
+    ids = _on_diagonal(sample, condition)
+    start = len(ids["txt_ids"])
+    ids["img_ids"] = ids["img_ids"] + ids["img_ids"].new_tensor([1, start, start])
+    return call_packed(model, sample, timesteps, {**condition, **ids})
+
+
+def encode_for_longcat(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`. Captions as they are: the pipeline's call has prompts rewritten, unless told not to."""
+    return {"encoder_hidden_states": pipe.encode_prompt(captions)[0]}
+
+
+def _on_diagonal(sample: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    ids = positions(sample, condition)
+    places = torch.arange(len(ids["txt_ids"]), device=sample.device)[:, None]
+    return {**ids, "txt_ids": ids["txt_ids"] + places * places.new_tensor([0, 1, 1])}
+
+
 def mean_modulation(output: Tensor) -> Tensor:
     """Chroma computes every block's shifts, scales and gates of the timestep, [B, M, C]; the mean of them is our
     reading of its embedding."""
@@ -87,6 +111,25 @@ FAMILIES = [
         ),
         call_chroma,
         prompt_encoder("encoder_hidden_states", "", "attention_mask"),
+        **_SHARED,
+    ),
+    # Text enters by attention alone, so t+c is t; so it is in LongCat-Image.
+    Family(
+        "OvisImageTransformer2DModel",
+        Transformer((Blocks("transformer_blocks"), Blocks("single_transformer_blocks")), "timestep_embedder", **_GRID),
+        call_ovis,
+        prompt_encoder("encoder_hidden_states"),
+        **_SHARED,
+    ),
+    Family(
+        "LongCatImageTransformer2DModel",
+        Transformer(
+            (Blocks("transformer_blocks"), Blocks("single_transformer_blocks")),
+            "time_embed.timestep_embedder",
+            **_GRID,
+        ),
+        call_longcat,
+        encode_for_longcat,
         **_SHARED,
     ),
 ]
