@@ -330,4 +330,5 @@ FAMILIES = {
             "txt_ids": diagonal,
         },
     ),
+    "BriaTransformer2DModel": Family(diffusers.BriaTransformer2DModel, FLUX, {**FLUX_INPUTS, "timestep": timesteps}),
 }

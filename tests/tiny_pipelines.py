@@ -478,6 +478,14 @@ PIPELINES: dict[str, Tiny] = {
         arguments=prompted(negative_prompt=" ", enable_prompt_rewrite=False),
         sample_size=[8, 8],
     ),
+    "BriaTransformer2DModel": Tiny(
+        diffusers.BriaPipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159),
+        [T5],
+        arguments=prompted(32),
+        sample_size=[8, 8],
+    ),
 }
 for name, tiny in PIPELINES.items():
     tiny.family = name

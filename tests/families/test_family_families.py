@@ -21,6 +21,7 @@ SIZES = {
     "HiDreamImageTransformer2DModel": [8, 8],
     "OvisImageTransformer2DModel": [8, 8],
     "LongCatImageTransformer2DModel": [8, 8],
+    "BriaTransformer2DModel": [8, 8],
 }
 # Tokens behind the image's at some sites.
 BEHIND = {"HiDreamImageTransformer2DModel": {"single_stream_blocks.0": 3 * 5}}

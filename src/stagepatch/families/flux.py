@@ -1,6 +1,7 @@
 """FLUX.1 and models built like it: a site before every double and every single block, of the image's tokens alone."""
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,6 +52,21 @@ def call_chroma(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[s
     cells = sample.shape[2] // 2 * (sample.shape[3] // 2)
     added = {**positions(sample, condition), "attention_mask": F.pad(mask, (0, cells), value=1.0)}
     return call_packed(model, sample, timesteps, {**condition, **added})
+
+
+def call_bria(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`."""
+    return call_packed(model, sample, timesteps, {**condition, **positions(sample, condition)})
+
+
+_ENCODE_FOR_BRIA = prompt_encoder("encoder_hidden_states")
+
+
+def encode_for_bria(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`. The pipeline asks its denoiser for the dtype."""
+    if pipe.transformer is None:
+        pipe.transformer = SimpleNamespace(dtype=pipe.text_encoder.dtype)
+    return _ENCODE_FOR_BRIA(pipe, captions)
 
 
 def call_ovis(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -131,5 +147,19 @@ FAMILIES = [
         call_longcat,
         encode_for_longcat,
         **_SHARED,
+    ),
+    # Bria 3; padding of text is zeroed, not masked. Its pipeline cannot be put together without a VAE.
+    Family(
+        "BriaTransformer2DModel",
+        Transformer(
+            (Blocks("transformer_blocks"), Blocks("single_transformer_blocks")),
+            "time_embed.timestep_embedder",
+            **_GRID,
+        ),
+        call_bria,
+        encode_for_bria,
+        sample_size=SAMPLE_SIZE,
+        is_packed=True,
+        caption_parts=("vae",),
     ),
 ]
