@@ -109,6 +109,10 @@ def mask_over_the_image(batch: int, height: int, width: int) -> Tensor:
     return torch.cat([mask_of_different_lengths(batch, height, width).float(), image], dim=1)
 
 
+def mask_of_fibo(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    return {"attention_mask": mask_over_the_image(batch, 2 * height, 2 * width).bool()[:, None, None]}
+
+
 def conditions_of_sdxl(batch: int, height: int, width: int) -> dict[str, Tensor]:
     return {"text_embeds": torch.randn(batch, 12), "time_ids": torch.arange(6.0).repeat(batch, 1)}
 
@@ -331,4 +335,17 @@ FAMILIES = {
         },
     ),
     "BriaTransformer2DModel": Family(diffusers.BriaTransformer2DModel, FLUX, {**FLUX_INPUTS, "timestep": timesteps}),
+    "BriaFiboTransformer2DModel": Family(
+        diffusers.BriaFiboTransformer2DModel,
+        config(FLUX, in_channels=4, joint_attention_dim=2 * TEXT_CHANNELS, text_encoder_dim=TEXT_CHANNELS),
+        {
+            "hidden_states": lambda batch, height, width: torch.randn(batch, height * width, 4),
+            "timestep": timesteps,
+            "encoder_hidden_states": draw(TEXT, 2 * TEXT_CHANNELS),
+            "text_encoder_layers": lambda batch, *_: [torch.randn(batch, TEXT, TEXT_CHANNELS) for _ in range(2)],
+            "img_ids": lambda batch, height, width: positions(batch, 2 * height, 2 * width),
+            "txt_ids": lambda *_: torch.zeros(TEXT, 3),
+            "joint_attention_kwargs": mask_of_fibo,
+        },
+    ),
 }

@@ -153,7 +153,7 @@ def llama_tokenizer(chat_template: str | None = None) -> Any:
     bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
     merges, merged = _merges([f"▁{word}" for word in WORDS])
     vocab = _numbered(["<unk>", "<s>", "</s>", *bytewise, "▁", *_printable(), *merged])
-    more = {"pad_token": "</s>", "model_max_length": 512, "chat_template": chat_template}
+    more = {"pad_token": "</s>", "padding_side": "right", "model_max_length": 512, "chat_template": chat_template}
     return transformers.LlamaTokenizer(vocab=vocab, merges=merges, **more)
 
 
@@ -237,6 +237,12 @@ def qwen3(tokenizer: Any) -> Any:
     return transformers.Qwen3Model(transformers.Qwen3Config(**_SMALL, vocab_size=len(tokenizer), head_dim=12))
 
 
+def smollm3(tokenizer: Any) -> Any:
+    """Bria FIBO takes it for granted that 128000 is the token of an empty prompt."""
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**_SMALL, **ends, vocab_size=128001))
+
+
 def qwen_vl(tokenizer: Any) -> Any:
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
@@ -297,6 +303,14 @@ _VIDEO_VAE = {
 # Smaller by 4; that of Wan by 2 over time too.
 qwen_vae = partial(diffusers.AutoencoderKLQwenImage, **_VIDEO_VAE)
 wan_vae = partial(diffusers.AutoencoderKLWan, **_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=4)
+
+# Smaller by 16.
+fibo_vae = partial(
+    diffusers.AutoencoderKLWan,
+    **{**_VIDEO_VAE, "dim_mult": [1, 1, 1, 1, 1], "temperal_downsample": [False] * 4},
+    scale_factor_temporal=1,
+    scale_factor_spatial=16,
+)
 
 
 # Pipelines.
@@ -484,6 +498,16 @@ PIPELINES: dict[str, Tiny] = {
         partial(kl, 0.3611, 0.1159),
         [T5],
         arguments=prompted(32),
+        sample_size=[8, 8],
+    ),
+    "BriaFiboTransformer2DModel": Tiny(
+        diffusers.BriaFiboPipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        fibo_vae,
+        [(llama_tokenizer, smollm3)],
+        pixels=(128, 128),
+        other_pixels=(192, 128),
+        arguments=prompted(64),
         sample_size=[8, 8],
     ),
 }

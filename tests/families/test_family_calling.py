@@ -140,6 +140,8 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     output, timestep, sample = seen[0]
     if "Euler" in type(pipe.scheduler).__name__ and hasattr(pipe.scheduler, "scale_model_input"):
         sample = sample / (pipe.scheduler.sigmas[0] ** 2 + 1) ** 0.5
+    if name.startswith("BriaFibo"):
+        sample, output = (tokens.transpose(1, 2).unflatten(2, (8, 8)) for tokens in (sample, output))
     if sample.ndim == 3:
         sample, output = (unpack(tokens, 8, 8) for tokens in (sample, output))
     ours = predict(model, sample.float(), timestep.float().expand(len(sample)), condition)

@@ -22,6 +22,7 @@ SIZES = {
     "OvisImageTransformer2DModel": [8, 8],
     "LongCatImageTransformer2DModel": [8, 8],
     "BriaTransformer2DModel": [8, 8],
+    "BriaFiboTransformer2DModel": [8, 8],
 }
 # Tokens behind the image's at some sites.
 BEHIND = {"HiDreamImageTransformer2DModel": {"single_stream_blocks.0": 3 * 5}}
@@ -197,7 +198,7 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
         assert torch.equal(touched, expected)
 
 
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel", "BriaFiboTransformer2DModel"])
 def test_images_to_edit_behind_the_image_are_left_alone(name, family, model):
     inputs = family.inputs(model, 2, 8, 8)
     ids = inputs["img_ids"].clone()
@@ -205,16 +206,19 @@ def test_images_to_edit_behind_the_image_are_left_alone(name, family, model):
     both = {
         "img_ids": torch.cat([inputs["img_ids"], ids], dim=-2),
         "hidden_states": inputs["hidden_states"].repeat(1, 2, 1),
+        "joint_attention_kwargs": {},
     }
     patch = drawn(fresh(name, model))
     patch.attach(model)
     family.call(model, **both)
-    assert patch.extent.grid == (4, 4)
+    grid = (8, 8) if name.startswith("BriaFibo") else (4, 4)
+    assert patch.extent.grid == grid
+    count = math.prod(grid)
     for position, site in enumerate(patch.backbone.sites):
         before = 5 if site.image_tokens == "after_text" else 0
-        touched = patch.enter(position, torch.zeros(2, before + 32, 32)).abs().sum(-1) > 0
-        assert touched[:, before : before + 16].all()
-        assert touched.sum() == 2 * 16
+        touched = patch.enter(position, torch.zeros(2, before + 2 * count, 32)).abs().sum(-1) > 0
+        assert touched[:, before : before + count].all()
+        assert touched.sum() == 2 * count
 
 
 def test_flux2_that_takes_images_to_edit_first_is_refused():

@@ -19,6 +19,13 @@ def flux_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     return Extent(grid_of(arguments["img_ids"]))
 
 
+def joint_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """Of a model whose single blocks take the text first, then the image that is made, then images to edit."""
+    text = arguments["encoder_hidden_states"]
+    lengths = torch.full((len(text),), text.shape[1], device=text.device)
+    return Extent(grid_of(arguments["img_ids"]), lengths)
+
+
 # A pipeline gives the same tensor at every step, so that an accelerator is waited for but once.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=1)
@@ -29,9 +36,9 @@ def grid_of(ids: Tensor) -> Grid:
     return tuple((own.amax(dim=0) - own.amin(dim=0) + 1).tolist())
 
 
-def positions(sample: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+def positions(sample: Tensor, condition: dict[str, Tensor], cell: int = 2) -> dict[str, Tensor]:
     """Of the cells of a sample [B, C, H, W]: nought, row and column, [N, 3]; noughts for the text's tokens."""
-    height, width = (length // 2 for length in sample.shape[2:])
+    height, width = (length // cell for length in sample.shape[2:])
     ids = sample.new_zeros(height, width, 3)
     ids[..., 1] += torch.arange(height, device=sample.device)[:, None]
     ids[..., 2] += torch.arange(width, device=sample.device)

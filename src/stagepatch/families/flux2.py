@@ -7,14 +7,14 @@ from torch import Tensor
 
 from stagepatch.core import UserError
 from stagepatch.families.base import Extent
-from stagepatch.families.flux import grid_of
+from stagepatch.families.flux import joint_extent
 from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
 from stagepatch.families.registry import Family, prompt_encoder
 from stagepatch.families.transformer import Blocks, Transformer
 
 
 def flux2_extent(model: Any, arguments: dict[str, Any]) -> Extent:
-    """In the single blocks the text is first, then the image that is made, then images to edit.
+    """See `joint_extent`.
 
     Raises:
         UserError: a call that puts images to edit before the image that is made.
@@ -24,9 +24,7 @@ def flux2_extent(model: Any, arguments: dict[str, Any]) -> Extent:
             "Flux2KleinKVPipeline puts images to edit before the image that is made, and so it cannot be patched yet: "
             "give it no images to edit, or take Flux2KleinPipeline."
         )
-    text = arguments["encoder_hidden_states"]
-    lengths = torch.full((len(text),), text.shape[1], device=text.device)
-    return Extent(grid_of(arguments["img_ids"]), lengths)
+    return joint_extent(model, arguments)
 
 
 def call_flux2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
