@@ -348,4 +348,30 @@ FAMILIES = {
             "joint_attention_kwargs": mask_of_fibo,
         },
     ),
+    "OmniGenTransformer2DModel": Family(
+        diffusers.OmniGenTransformer2DModel,
+        {
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "num_layers": 2,
+            "pad_token_id": 0,
+            "vocab_size": 50,
+            "rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+            "pos_embed_max_size": 16,
+        },
+        {
+            "hidden_states": latents,
+            "timestep": fractions,
+            "input_ids": lambda batch, *_: torch.arange(1, TEXT + 1).expand(batch, -1),
+            "input_img_latents": lambda *_: [],
+            "input_image_sizes": lambda *_: {},
+            "attention_mask": lambda batch, height, width: torch.ones(batch, *[TEXT + 1 + height * width // 4] * 2),
+            "position_ids": lambda batch, height, width: torch.arange(TEXT + 1 + height * width // 4).expand(
+                batch, -1
+            ),
+        },
+    ),
 }

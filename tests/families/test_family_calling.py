@@ -91,6 +91,12 @@ def test_packing_is_the_pipelines():
     assert torch.equal(unpack(packed, 6, 8), latents)
 
 
+def test_omnigen_says_that_it_cannot_be_trained():
+    model = FAMILIES["OmniGenTransformer2DModel"].model()
+    with pytest.raises(UserError, match="can be patched, but"):
+        predict(model, torch.zeros(1, 4, 8, 8), torch.zeros(1), {})
+
+
 def test_gradients_pass_through_the_experts_of_hidream():
     """Against finite differences, in float64."""
     family = FAMILIES["HiDreamImageTransformer2DModel"]
