@@ -104,6 +104,15 @@ def mask_of_different_lengths(batch: int, height: int, width: int) -> Tensor:
     return torch.arange(TEXT) < torch.tensor([TEXT] * (batch - 1) + [2])[:, None]
 
 
+def mask_over_the_image(batch: int, height: int, width: int) -> Tensor:
+    image = torch.ones(batch, height // 2 * (width // 2))
+    return torch.cat([mask_of_different_lengths(batch, height, width).float(), image], dim=1)
+
+
+def mask_of_fibo(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    return {"attention_mask": mask_over_the_image(batch, 2 * height, 2 * width).bool()[:, None, None]}
+
+
 def conditions_of_sdxl(batch: int, height: int, width: int) -> dict[str, Tensor]:
     return {"text_embeds": torch.randn(batch, 12), "time_ids": torch.arange(6.0).repeat(batch, 1)}
 
@@ -111,6 +120,16 @@ def conditions_of_sdxl(batch: int, height: int, width: int) -> dict[str, Tensor]
 def positions(batch: int, height: int, width: int) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).float().flatten(0, 1)
+
+
+def diagonal(batch: int, height: int, width: int) -> Tensor:
+    """Positions of text."""
+    return torch.arange(TEXT)[:, None] * torch.tensor([0, 1, 1])
+
+
+def positions_with_text(batch: int, height: int, width: int) -> Tensor:
+    """Of FLUX.2: image, row, column, place in the text."""
+    return torch.nn.functional.pad(positions(batch, height, width), (0, 1)).expand(batch, -1, -1)
 
 
 text = draw(TEXT, TEXT_CHANNELS)
@@ -125,6 +144,15 @@ JOINT = {"joint_attention_dim": TEXT_CHANNELS}
 CAPTIONS = {"cross_attention_dim": 32, "caption_channels": TEXT_CHANNELS}
 ROPE = {"axes_dims_rope": (4, 4, 8)}
 UNET_INPUTS = {"sample": latents, "timestep": whole_timesteps}
+PACKED_INPUTS = {"hidden_states": packed, "timestep": fractions, "encoder_hidden_states": text}
+FLUX = {**HEADS, **ROPE, **JOINT, "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+FLUX_INPUTS = {**PACKED_INPUTS, "img_ids": positions, "txt_ids": lambda *_: torch.zeros(TEXT, 3)}
+FLUX2 = {**HEADS, **JOINT, "axes_dims_rope": (4, 4, 4, 4), "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+FLUX2_INPUTS = {
+    **PACKED_INPUTS,
+    "img_ids": positions_with_text,
+    "txt_ids": lambda batch, *_: torch.nn.functional.pad(torch.arange(TEXT)[:, None], (3, 0)).expand(batch, -1, -1),
+}
 TEXT_INPUTS = {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}
 
 
@@ -255,6 +283,95 @@ FAMILIES = {
             **TEXT_INPUTS,
             "hidden_states": lambda batch, *size: torch.randn(batch, 4, FRAMES, *size),
             "timestep": whole_timesteps,
+        },
+    ),
+    "Flux2Transformer2DModel": Family(
+        diffusers.Flux2Transformer2DModel,
+        config(FLUX2, guidance_embeds=True),
+        {**FLUX2_INPUTS, "guidance": lambda batch, *_: torch.full((batch,), 3.5)},
+    ),
+    "Flux2Transformer2DModel of klein": Family(
+        diffusers.Flux2Transformer2DModel, config(FLUX2, guidance_embeds=False), FLUX2_INPUTS
+    ),
+    "ChromaTransformer2DModel": Family(
+        diffusers.ChromaTransformer2DModel,
+        config(FLUX, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1),
+        {**FLUX_INPUTS, "attention_mask": mask_over_the_image},
+    ),
+    "HiDreamImageTransformer2DModel": Family(
+        diffusers.HiDreamImageTransformer2DModel,
+        config(
+            HEADS,
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            caption_channels=[TEXT_CHANNELS, TEXT_CHANNELS],
+            text_emb_dim=12,
+            num_routed_experts=4,
+            num_activated_experts=2,
+            axes_dims_rope=(4, 6, 6),
+            max_resolution=(16, 16),
+            llama_layers=[0, 1],
+        ),
+        {
+            "hidden_states": latents,
+            "timesteps": timesteps,
+            "encoder_hidden_states_t5": text,
+            "encoder_hidden_states_llama3": lambda batch, *_: torch.randn(2, batch, TEXT, TEXT_CHANNELS),
+            "pooled_embeds": pooled,
+        },
+    ),
+    "OvisImageTransformer2DModel": Family(
+        diffusers.OvisImageTransformer2DModel, config(FLUX, out_channels=16), {**FLUX_INPUTS, "txt_ids": diagonal}
+    ),
+    "LongCatImageTransformer2DModel": Family(
+        diffusers.LongCatImageTransformer2DModel,
+        config(FLUX),
+        {
+            **FLUX_INPUTS,
+            "img_ids": lambda *size: positions(*size) + torch.tensor([1, TEXT, TEXT]),
+            "txt_ids": diagonal,
+        },
+    ),
+    "BriaTransformer2DModel": Family(diffusers.BriaTransformer2DModel, FLUX, {**FLUX_INPUTS, "timestep": timesteps}),
+    "BriaFiboTransformer2DModel": Family(
+        diffusers.BriaFiboTransformer2DModel,
+        config(FLUX, in_channels=4, joint_attention_dim=2 * TEXT_CHANNELS, text_encoder_dim=TEXT_CHANNELS),
+        {
+            "hidden_states": lambda batch, height, width: torch.randn(batch, height * width, 4),
+            "timestep": timesteps,
+            "encoder_hidden_states": draw(TEXT, 2 * TEXT_CHANNELS),
+            "text_encoder_layers": lambda batch, *_: [torch.randn(batch, TEXT, TEXT_CHANNELS) for _ in range(2)],
+            "img_ids": lambda batch, height, width: positions(batch, 2 * height, 2 * width),
+            "txt_ids": lambda *_: torch.zeros(TEXT, 3),
+            "joint_attention_kwargs": mask_of_fibo,
+        },
+    ),
+    "OmniGenTransformer2DModel": Family(
+        diffusers.OmniGenTransformer2DModel,
+        {
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 32,
+            "num_layers": 2,
+            "pad_token_id": 0,
+            "vocab_size": 50,
+            "rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+            "pos_embed_max_size": 16,
+        },
+        {
+            "hidden_states": latents,
+            "timestep": fractions,
+            "input_ids": lambda batch, *_: torch.arange(1, TEXT + 1).expand(batch, -1),
+            "input_img_latents": lambda *_: [],
+            "input_image_sizes": lambda *_: {},
+            "attention_mask": lambda batch, height, width: torch.ones(batch, *[TEXT + 1 + height * width // 4] * 2),
+            "position_ids": lambda batch, height, width: torch.arange(TEXT + 1 + height * width // 4).expand(
+                batch, -1
+            ),
         },
     ),
 }

@@ -65,7 +65,7 @@ class Tiny:
 
     def _make(self) -> Any:
         parts = dict(self.more)
-        for (make_tokenizer, make_encoder), number in zip(self.encoders, ("", "_2", "_3"), strict=False):
+        for (make_tokenizer, make_encoder), number in zip(self.encoders, ("", "_2", "_3", "_4"), strict=False):
             parts[f"tokenizer{number}"] = make_tokenizer()
             parts[f"text_encoder{number}"] = make_encoder(parts[f"tokenizer{number}"])
         denoiser = "unet" if self.family.startswith("UNet") else "transformer"
@@ -123,11 +123,11 @@ CAPTION_WORDS = (
 WORDS = sorted({word.strip(",.:") for text in (CAPTION_WORDS, QWEN_SYSTEM, LUMINA_SYSTEM) for word in text.split()})
 
 
-def clip_tokenizer(pad_token: str = "<|endoftext|>") -> Any:
+def clip_tokenizer(pad_token: str = "<|endoftext|>", length: int = 77) -> Any:
     """A token a letter. The second ones of SDXL and SD3 pad with '!'."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer(vocab=_numbered(tokens), merges=[], pad_token=pad_token, model_max_length=77)
+    return transformers.CLIPTokenizer(vocab=_numbered(tokens), merges=[], pad_token=pad_token, model_max_length=length)
 
 
 def t5_tokenizer() -> Any:
@@ -148,15 +148,23 @@ def gemma_tokenizer() -> Any:
     return transformers.GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True, model_max_length=8192)
 
 
-def qwen_tokenizer() -> Any:
+def llama_tokenizer(chat_template: str | None = None) -> Any:
+    """A token a word for WORDS, else a token a letter or byte."""
+    bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
+    merges, merged = _merges([f"▁{word}" for word in WORDS])
+    vocab = _numbered(["<unk>", "<s>", "</s>", *bytewise, "▁", *_printable(), *merged])
+    more = {"pad_token": "</s>", "padding_side": "right", "model_max_length": 512, "chat_template": chat_template}
+    return transformers.LlamaTokenizer(vocab=vocab, merges=merges, **more)
+
+
+def qwen_tokenizer(chat_template: str | None = None) -> Any:
     """A token a word for WORDS, else a token a byte: Qwen-Image drops the 34 tokens of its template."""
     roles = ["system", "user", "assistant", "Describe"]
     merges, merged = _merges([*(f"Ġ{word}" for word in WORDS), *roles])
     vocab = _numbered([*sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, "<|endoftext|>"])
     special = ["<|im_start|>", "<|im_end|>"]
-    return transformers.Qwen2Tokenizer(
-        vocab=vocab, merges=merges, additional_special_tokens=special, model_max_length=2048
-    )
+    more = {"additional_special_tokens": special, "model_max_length": 2048, "chat_template": chat_template}
+    return transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, **more)
 
 
 def _printable() -> list[str]:
@@ -180,7 +188,7 @@ def clip(tokenizer: Any, hidden_size: int, projection: int | None = None) -> Any
     """With `projection` the class with a projected pooled output of that width."""
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     widths = {"hidden_size": hidden_size, "intermediate_size": 32, "projection_dim": projection or hidden_size}
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": tokenizer.model_max_length}
     config = transformers.CLIPTextConfig(vocab_size=len(tokenizer), **ids, **widths, **sizes)
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 
@@ -195,11 +203,44 @@ def t5(tokenizer: Any, kind: str = "T5") -> Any:
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 _WIDTHS = {"hidden_size": TEXT_CHANNELS, "intermediate_size": 32}
 _SMALL = {**_HEADS, **_WIDTHS, "num_hidden_layers": 2, "initializer_range": 0.2}
+_DEEP = {**_HEADS, "hidden_size": TEXT_CHANNELS // 3, "intermediate_size": 16, "initializer_range": 0.2}
 
 
 def gemma(tokenizer: Any) -> Any:
     config = transformers.Gemma2Config(vocab_size=len(tokenizer), head_dim=12, query_pre_attn_scalar=12, **_SMALL)
     return transformers.Gemma2Model(config)
+
+
+def llama(tokenizer: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, vocab_size=len(tokenizer)))
+
+
+def mistral(tokenizer: Any) -> Any:
+    """Of FLUX.2 dev, which takes the states after layers 10, 20 and 30, side by side."""
+    text = {**_DEEP, "num_hidden_layers": 30, "vocab_size": len(tokenizer), "head_dim": 4}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **text},
+        vision_config={"model_type": "pixtral", **vision, "image_size": 32, "patch_size": 4},
+        image_token_index=len(tokenizer) - 1,
+    )
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+def deep_qwen3(tokenizer: Any) -> Any:
+    """Of FLUX.2 klein, which takes the states after layers 9, 18 and 27, side by side."""
+    config = transformers.Qwen3Config(**_DEEP, num_hidden_layers=27, vocab_size=len(tokenizer), head_dim=4)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def qwen3(tokenizer: Any) -> Any:
+    return transformers.Qwen3Model(transformers.Qwen3Config(**_SMALL, vocab_size=len(tokenizer), head_dim=12))
+
+
+def smollm3(tokenizer: Any) -> Any:
+    """Bria FIBO takes it for granted that 128000 is the token of an empty prompt."""
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**_SMALL, **ends, vocab_size=128001))
 
 
 def qwen_vl(tokenizer: Any) -> Any:
@@ -214,16 +255,26 @@ def qwen_vl(tokenizer: Any) -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-# VAEs, all of 4 latent channels.
+# VAEs, of 4 latent channels.
 
 
-def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3) -> Any:
+def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3, channels: int = 4) -> Any:
     """Smaller by 2 to the levels - 1."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
-    sizes = {"block_out_channels": (8, *(16,) * (levels - 1)), "norm_num_groups": 8, "latent_channels": 4}
+    sizes = {"block_out_channels": (8, *(16,) * (levels - 1)), "norm_num_groups": 8, "latent_channels": channels}
     factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     quantized = dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), shift_factor is None)
     return diffusers.AutoencoderKL(**blocks, **sizes, **factors, **quantized, sample_size=32)
+
+
+def flux2_vae() -> Any:
+    """Smaller by 4; the statistics of its latents are drawn."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    sizes = {"block_out_channels": (8, 16, 16), "norm_num_groups": 8, "latent_channels": 4, "sample_size": 32}
+    vae = diffusers.AutoencoderKLFlux2(**blocks, **sizes)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
 
 
 def dc() -> Any:
@@ -253,6 +304,14 @@ _VIDEO_VAE = {
 qwen_vae = partial(diffusers.AutoencoderKLQwenImage, **_VIDEO_VAE)
 wan_vae = partial(diffusers.AutoencoderKLWan, **_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=4)
 
+# Smaller by 16.
+fibo_vae = partial(
+    diffusers.AutoencoderKLWan,
+    **{**_VIDEO_VAE, "dim_mult": [1, 1, 1, 1, 1], "temperal_downsample": [False] * 4},
+    scale_factor_temporal=1,
+    scale_factor_spatial=16,
+)
+
 
 # Pipelines.
 
@@ -261,7 +320,12 @@ _DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5}
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 flow_match = partial(partial, diffusers.FlowMatchEulerDiscreteScheduler)
 
+long_clip_tokenizer = partial(clip_tokenizer, length=248)
 second_clip_tokenizer = partial(clip_tokenizer, pad_token="!")
+# FLUX.2 dev has a PixtralProcessor around its tokenizer, which only images need.
+PARTS = "{% for message in messages %}{{ message.content[0].text }} {% endfor %}"
+CHAT = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+chat_tokenizer = partial(qwen_tokenizer, chat_template=CHAT)
 T5 = (t5_tokenizer, t5)
 UMT5 = (t5_tokenizer, partial(t5, kind="UMT5"))
 GEMMA = (gemma_tokenizer, gemma)
@@ -370,6 +434,81 @@ PIPELINES: dict[str, Tiny] = {
         [UMT5],
         arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
+    ),
+    "Flux2Transformer2DModel": Tiny(
+        diffusers.Flux2Pipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        flux2_vae,
+        [(partial(llama_tokenizer, PARTS), mistral)],
+        arguments=prompted(300),  # the system's message is in front
+        sample_size=[8, 8],
+    ),
+    "Flux2Transformer2DModel of klein": Tiny(
+        diffusers.Flux2KleinPipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        flux2_vae,
+        [(chat_tokenizer, deep_qwen3)],
+        arguments=prompted(32),
+        sample_size=[8, 8],
+    ),
+    "ChromaTransformer2DModel": Tiny(
+        diffusers.ChromaPipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159),
+        [T5],
+        arguments=prompted(32),
+        sample_size=[8, 8],
+    ),
+    "HiDreamImageTransformer2DModel": Tiny(
+        diffusers.HiDreamImagePipeline,
+        flow_match(shift=3.0),
+        partial(kl, 0.3611, 0.1159, levels=1),  # the pipeline makes images of 128×128 latent pixels, whatever is asked
+        [
+            (long_clip_tokenizer, partial(clip, hidden_size=8, projection=4)),
+            (long_clip_tokenizer, partial(clip, hidden_size=12, projection=8)),
+            T5,
+            (llama_tokenizer, llama),
+        ],
+        changes={"max_resolution": (128, 128)},
+        pixels=(128, 128),
+        other_pixels=(256, 64),
+        arguments=prompted(32),
+    ),
+    "OvisImageTransformer2DModel": Tiny(
+        diffusers.OvisImagePipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159),
+        [(chat_tokenizer, qwen3)],
+        arguments=prompted(64),
+        sample_size=[8, 8],
+    ),
+    "LongCatImageTransformer2DModel": Tiny(
+        diffusers.LongCatImagePipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159, channels=16),  # the pipeline takes it for granted that there are 16
+        [(qwen_tokenizer, qwen_vl)],
+        changes={"in_channels": 64},
+        more={"text_processor": qwen_tokenizer()},  # in place of a Qwen2VLProcessor, which only rewriting needs
+        arguments=prompted(negative_prompt=" ", enable_prompt_rewrite=False),
+        sample_size=[8, 8],
+    ),
+    "BriaTransformer2DModel": Tiny(
+        diffusers.BriaPipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159),
+        [T5],
+        arguments=prompted(32),
+        sample_size=[8, 8],
+    ),
+    "BriaFiboTransformer2DModel": Tiny(
+        diffusers.BriaFiboPipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        fibo_vae,
+        [(llama_tokenizer, smollm3)],
+        pixels=(128, 128),
+        other_pixels=(192, 128),
+        arguments=prompted(64),
+        sample_size=[8, 8],
     ),
 }
 for name, tiny in PIPELINES.items():

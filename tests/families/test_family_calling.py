@@ -49,6 +49,7 @@ def test_null_label_and_sample_shape_are_the_models(tiny_dit):
     [
         ("FluxTransformer2DModel", (4, 128, 128)),
         ("QwenImageTransformer2DModel", (4, 128, 128)),
+        ("Flux2Transformer2DModel", (4, 128, 128)),
         ("WanTransformer3DModel", (4, 60, 104)),
         ("SanaTransformer2DModel", (4, 4, 4)),
         ("UNet2DConditionModel", (4, 8, 8)),
@@ -90,10 +91,34 @@ def test_packing_is_the_pipelines():
     assert torch.equal(unpack(packed, 6, 8), latents)
 
 
+def test_omnigen_says_that_it_cannot_be_trained():
+    model = FAMILIES["OmniGenTransformer2DModel"].model()
+    with pytest.raises(UserError, match="can be patched, but"):
+        predict(model, torch.zeros(1, 4, 8, 8), torch.zeros(1), {})
+
+
+def test_gradients_pass_through_the_experts_of_hidream():
+    """Against finite differences, in float64."""
+    family = FAMILIES["HiDreamImageTransformer2DModel"]
+    model = family.model().double().eval()
+    sample = torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    condition = {
+        "encoder_hidden_states_t5": torch.randn(1, 5, 24),
+        "encoder_hidden_states_llama3": torch.randn(1, 2, 5, 24),
+        "pooled_embeds": torch.randn(1, 12),
+    }
+    condition = {name: value.double() for name, value in condition.items()}
+    timesteps = torch.tensor([300.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda sample: predict(model, sample, timesteps, condition), sample.requires_grad_(), atol=1e-4, fast_mode=True
+    )
+
+
 # Told to the pipeline where its default is not what training does.
 CALLS = {
     "UNet2DConditionModel of SDXL": {"original_size": (64, 64), "target_size": (64, 64)},
     "FluxTransformer2DModel": {"guidance_scale": 1.0},
+    "Flux2Transformer2DModel": {"guidance_scale": 1.0},
     "QwenImageTransformer2DModel": {"true_cfg_scale": 1.0},
     "SanaTransformer2DModel": {"use_resolution_binning": False},
     "PixArtTransformer2DModel": {"use_resolution_binning": False},
@@ -121,6 +146,8 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     output, timestep, sample = seen[0]
     if "Euler" in type(pipe.scheduler).__name__ and hasattr(pipe.scheduler, "scale_model_input"):
         sample = sample / (pipe.scheduler.sigmas[0] ** 2 + 1) ** 0.5
+    if name.startswith("BriaFibo"):
+        sample, output = (tokens.transpose(1, 2).unflatten(2, (8, 8)) for tokens in (sample, output))
     if sample.ndim == 3:
         sample, output = (unpack(tokens, 8, 8) for tokens in (sample, output))
     ours = predict(model, sample.float(), timestep.float().expand(len(sample)), condition)

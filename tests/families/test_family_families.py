@@ -16,6 +16,23 @@ SIZES = {
     "FluxTransformer2DModel": [8, 8],
     "QwenImageTransformer2DModel": [8, 8],
     "WanTransformer3DModel": [FRAMES, 8, 8],
+    "Flux2Transformer2DModel": [8, 8],
+    "Flux2Transformer2DModel of klein": [8, 8],
+    "ChromaTransformer2DModel": [8, 8],
+    "HiDreamImageTransformer2DModel": [8, 8],
+    "OvisImageTransformer2DModel": [8, 8],
+    "LongCatImageTransformer2DModel": [8, 8],
+    "BriaTransformer2DModel": [8, 8],
+    "BriaFiboTransformer2DModel": [8, 8],
+    "OmniGenTransformer2DModel": [8, 8],
+}
+# Tokens behind the image's at some sites.
+BEHIND = {"HiDreamImageTransformer2DModel": {"single_stream_blocks.0": 3 * 5}}
+# Tokens before the image's, where it does not come first, of a batch of two.
+LENGTHS = {
+    "Lumina2Transformer2DModel": [5, 2],
+    "AuraFlowTransformer2DModel": [13, 13],
+    "OmniGenTransformer2DModel": [6, 6],
 }
 
 
@@ -115,8 +132,8 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape == (2, site.channels, *site.grid), site
         else:
             assert shape[2] == site.channels
-            more = {"first": 0, "last": 8 + 5, "after_text": 5}[site.image_tokens]
-            assert shape[1] == site.num_tokens + more, site
+            before = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
+            assert shape[1] == before + site.num_tokens + BEHIND.get(name, {}).get(site.name, 0), site
 
 
 def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):
@@ -125,7 +142,8 @@ def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, f
     model.get_submodule(describe(model).time_tap).register_forward_hook(lambda *call: taps.append(call[2]))
     with patch.attach(model):
         family.call(model)
-    expected = F.linear(torch.cat([taps[0], torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
+    embedding = taps[0].mean(dim=1) if taps[0].ndim == 3 else taps[0]
+    expected = F.linear(torch.cat([embedding, torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
     torch.testing.assert_close(patch.last.logits[0], expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(patch.last.logits[0, 0], patch.last.logits[0, 1])
 
@@ -165,7 +183,9 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
         added.clear()
         family.call(model, size=size)
         before, after = added
-        expected = (layout / site.num_tokens).expand_as(before)
+        expected = (layout / site.num_tokens).expand_as(before).clone()
+        if site.image_tokens != "first":
+            expected[:, : LENGTHS[name][0]] = 0.0
         torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -177,7 +197,7 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
             continue
         family.call(model)
         count = math.prod(patch.extent.grid)
-        lengths = [5, 2] if site.image_tokens == "after_text" else [13, 13]
+        lengths = LENGTHS.get(name, [5, 5])
         hidden_states = torch.zeros(2, max(lengths) + count, site.channels)
         touched = patch.enter(position, hidden_states).abs().sum(-1) > 0
         expected = torch.zeros_like(touched)
@@ -186,20 +206,34 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
         assert torch.equal(touched, expected)
 
 
-def test_images_to_edit_behind_the_image_are_left_alone():
-    family = FAMILIES["FluxTransformer2DModel"]
-    model = family.model()
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel", "BriaFiboTransformer2DModel"])
+def test_images_to_edit_behind_the_image_are_left_alone(name, family, model):
     inputs = family.inputs(model, 2, 8, 8)
     ids = inputs["img_ids"].clone()
-    ids[:, 0] = 1
-    both = {"img_ids": torch.cat([inputs["img_ids"], ids]), "hidden_states": inputs["hidden_states"].repeat(1, 2, 1)}
-    patch = drawn(fresh("FluxTransformer2DModel", model))
+    ids[..., 0] = 10
+    both = {
+        "img_ids": torch.cat([inputs["img_ids"], ids], dim=-2),
+        "hidden_states": inputs["hidden_states"].repeat(1, 2, 1),
+        "joint_attention_kwargs": {},
+    }
+    patch = drawn(fresh(name, model))
     patch.attach(model)
     family.call(model, **both)
-    assert patch.extent.grid == (4, 4)
-    touched = patch.enter(0, torch.zeros(2, 32, 32)).abs().sum(-1) > 0
-    assert touched[:, :16].all()
-    assert not touched[:, 16:].any()
+    grid = (8, 8) if name.startswith("BriaFibo") else (4, 4)
+    assert patch.extent.grid == grid
+    count = math.prod(grid)
+    for position, site in enumerate(patch.backbone.sites):
+        before = 5 if site.image_tokens == "after_text" else 0
+        touched = patch.enter(position, torch.zeros(2, before + 2 * count, 32)).abs().sum(-1) > 0
+        assert touched[:, before : before + count].all()
+        assert touched.sum() == 2 * count
+
+
+def test_flux2_that_takes_images_to_edit_first_is_refused():
+    family = FAMILIES["Flux2Transformer2DModel of klein"]
+    model = family.model()
+    with fresh("Flux2Transformer2DModel of klein", model).attach(model), pytest.raises(UserError, match="KleinKV"):
+        family.call(model, kv_cache_mode="extract", num_ref_tokens=4)
 
 
 def test_every_family_that_is_registered_is_tested_here():

@@ -10,7 +10,7 @@ from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
 OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
-MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask"]
+MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask"]
 
 
 @pytest.mark.parametrize("name", OF_TEXT)
@@ -20,17 +20,19 @@ def test_gate_sees_the_timestep_and_the_mean_of_the_tokens_that_count(name):
     base = family.call(model)
     patch = Patch.create(model, PatchConfig(condition="t+text"))
     t_channels = Patch.create(model, PatchConfig(condition="t")).gate.channels
-    assert patch.gate.channels == t_channels + TEXT_CHANNELS
+    assert patch.gate.channels == t_channels + TEXT_CHANNELS * (2 if name.startswith("BriaFibo") else 1)
     seen = {}
     model.get_submodule(patch.backbone.time_tap).register_forward_hook(lambda m, a, out: seen.update(t=out))
     model.register_forward_pre_hook(lambda m, a, kwargs: seen.update(kwargs), with_kwargs=True)
     patch.gate.register_forward_pre_hook(lambda m, args: seen.update(gate=args[0]))
     with patch.attach(model):
         assert torch.equal(family.call(model), base)  # a fresh one changes nothing
-    mask = next((seen[mask] for mask in MASKS if seen.get(mask) is not None), torch.ones(2, 5))
+    seen |= seen.get("joint_attention_kwargs") or {}
+    mask = next((seen[mask].flatten(1) for mask in MASKS if seen.get(mask) is not None), torch.ones(2, 5))[:, :5]
     rows = [tokens[kept.bool()].mean(dim=0) for tokens, kept in zip(seen["encoder_hidden_states"], mask, strict=True)]
-    assert len({int(kept.sum()) for kept in mask}) == (2 if name.startswith("Lumina") else 1)
-    torch.testing.assert_close(seen["gate"], torch.cat([seen["t"], torch.stack(rows)], dim=1))
+    assert len({int(kept.sum()) for kept in mask}) == (2 if name.startswith(("Lumina", "Chroma", "BriaFibo")) else 1)
+    t = seen["t"].mean(dim=1) if seen["t"].ndim == 3 else seen["t"]
+    torch.testing.assert_close(seen["gate"], torch.cat([t, torch.stack(rows)], dim=1))
 
 
 def test_models_without_text_refuse_it():

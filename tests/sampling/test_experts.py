@@ -95,14 +95,15 @@ def test_every_family_is_dispatched_by_the_noise_that_its_timestep_means(name):
     """Also those that count time in 0…1, or from noise to image."""
     family: Family = FAMILIES[name]
     base, clean, noisy = (family.model(seed) for seed in range(3))
-    time = family.inputs(base, 2, *family.size)["timestep"]
+    argument = "timesteps" if name.startswith("HiDream") else "timestep"
+    time = family.inputs(base, 2, *family.size)[argument]
     is_ones = float(time.max()) <= 1
     for level, expert in ((0.4999, clean), (0.5, noisy)):
-        told = 1 - level if name.startswith("Lumina2") else level
-        timestep = torch.full((2,), told if is_ones else told * 1000)
-        expected = family.call(expert, timestep=timestep)
+        told = 1 - level if name.startswith(("Lumina2", "OmniGen")) else level
+        timestep = {argument: torch.full((2,), told if is_ones else told * 1000)}
+        expected = family.call(expert, **timestep)
         with at((500, clean), (1000, noisy)).attach(base):
-            assert torch.equal(family.call(base, timestep=timestep), expected)
+            assert torch.equal(family.call(base, **timestep), expected)
 
 
 def test_borders_survive_the_division_by_1000_in_float32():

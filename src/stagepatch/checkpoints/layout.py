@@ -12,7 +12,7 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = {name: _ASSETS / f"{name}-dit" for name in ("digits", "fashion")}
 DENOISERS = ("transformer", "unet")
 SECOND = "transformer_2"  # of a model that its makers split by noise level
-TEXT_PARTS = [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3")]
+TEXT_PARTS = [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3", "_4")]
 
 
 def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, SECOND, "scheduler")) -> Path:

@@ -32,8 +32,9 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError)
 # While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
 _ONE_AT_A_TIME = Lock()
-# What a pipeline does without to encode captions.
-_HEAVY = ("transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker")
+# What a pipeline does without to encode captions; the last is LongCat-Image's, which rewrites prompts.
+_HEAVY = {"transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker"}
+_HEAVY |= {"text_processor"}
 
 
 def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32, component: str = "") -> tuple[Any, Any]:
@@ -103,7 +104,10 @@ def load_captioner(
     if family.encode_captions is None:
         raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
     if (directory / "model_index.json").exists():
-        absent = {name: None for name in read_json(directory / "model_index.json") if name in _HEAVY}
+        if family.caption_parts:
+            directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS, *family.caption_parts])
+        heavy = _HEAVY - set(family.caption_parts)
+        absent = {name: None for name in read_json(directory / "model_index.json") if name in heavy}
         pipe: Any = load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
     elif _class_of(denoiser_directory(directory)) is models.DiT:
         pipe = _load_clip(directory, dtype, device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stagepatch.core import UserError
 from stagepatch.families import describe
-from stagepatch.families.registry import NUM_TIMESTEPS, family_of
+from stagepatch.families.registry import NUM_TIMESTEPS, family_of, given_timestep
 
 ROUTING = "stagepatch_routing"
 # Their name in the file of the model's weights.
@@ -96,7 +96,7 @@ class ChannelRouting(nn.Module):
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look up the window of each sample's timestep, the nearest of 0 to T − 1."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        level = self._levels(torch.as_tensor(given["timestep"], device=self.windows.device).float())
+        level = self._levels(torch.as_tensor(given_timestep(given), device=self.windows.device).float())
         timesteps = (level * NUM_TIMESTEPS).round().long().clamp(0, len(self.windows) - 1)
         first, stop = self.windows[timesteps].view(-1, 1, 1, 2).unbind(dim=-1)
         channels = torch.arange(self._channels, device=first.device)

@@ -2,9 +2,20 @@
 
 import lazy_loader
 
-from stagepatch.families import dit, flux, qwenimage, table, unet
+from stagepatch.families import briafibo, dit, flux, flux2, hidream, qwenimage, table, unet
 from stagepatch.families.registry import add_families
 
-add_families([*dit.FAMILIES, *unet.FAMILIES, *table.FAMILIES, flux.FAMILY, qwenimage.FAMILY])
+add_families(
+    [
+        *dit.FAMILIES,
+        *unet.FAMILIES,
+        *table.FAMILIES,
+        *flux.FAMILIES,
+        flux2.FAMILY,
+        hidream.FAMILY,
+        briafibo.FAMILY,
+        qwenimage.FAMILY,
+    ]
+)
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -56,11 +56,16 @@ def text_channels(model: Any) -> int:
 
 
 def pooled_text(arguments: Mapping[str, Any]) -> Tensor:
-    """The mean of a forward's text tokens that are not masked, [B, C], of its arguments by name."""
+    """The mean of a forward's text tokens that are not masked, [B, C], of its arguments by name.
+
+    The `attention_mask` of Chroma, and that of Bria FIBO, [B, 1, 1, N], go on over the image.
+    """
     tokens: Tensor = arguments["encoder_hidden_states"]
-    masks = (arguments.get(name) for name in ("encoder_attention_mask", "encoder_hidden_states_mask"))
+    names = ("encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask")
+    given = {**(arguments.get("joint_attention_kwargs") or {}), **arguments}
+    masks = (given.get(name) for name in names)
     mask = next((mask for mask in masks if mask is not None), tokens.new_ones(tokens.shape[:2]))
-    mask = mask.unsqueeze(-1).to(tokens.dtype)
+    mask = mask.flatten(1)[:, : tokens.shape[1]].unsqueeze(-1).to(tokens.dtype)
     return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1.0)
 
 

@@ -1,14 +1,14 @@
 """From a model's class to its description."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from stagepatch.core import UserError
-from stagepatch.families.base import Backbone, Begin, Grid, Site
+from stagepatch.families.base import Backbone, Begin, Grid, Reduce, Site, last_token
 
 NUM_TIMESTEPS = 1000.0  # of schedulers
 
@@ -60,6 +60,7 @@ class Family:
         timestep_range: the model's `timestep` for an image and for pure noise.
         sample_size: height and width of a sample [latent pixels], where the model's config has none.
         is_packed: cells of 2×2 latent pixels are the model's tokens, with four times the latents' channels.
+        caption_parts: of the pipeline, which it cannot do without to encode captions, besides its text encoders.
     """
 
     model_class: str
@@ -69,6 +70,7 @@ class Family:
     timestep_range: tuple[float, float] = (0.0, NUM_TIMESTEPS)
     sample_size: tuple[int, int] | None = None
     is_packed: bool = False
+    caption_parts: tuple[str, ...] = ()
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0 (an image) to 1 (noise), of the model's `timestep`."""
@@ -86,6 +88,11 @@ class Family:
         if (start, end) == (0.0, NUM_TIMESTEPS):
             return timesteps
         return start + timesteps / NUM_TIMESTEPS * (end - start)
+
+
+def given_timestep(arguments: Mapping[str, Any]) -> Any:
+    """Of a forward's arguments by name, `timestep` (HiDream's: `timesteps`); None where it is not given."""
+    return arguments.get("timestep", arguments.get("timesteps"))
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -137,6 +144,7 @@ def make_backbone(
     time_tap: str,
     condition_taps: Sequence[str] = (),
     optional_taps: Sequence[str] = (),
+    reduce: Reduce = last_token,
 ) -> Backbone:
     """A model's description; its class and the width of its embeddings are read off the model.
 
@@ -147,7 +155,7 @@ def make_backbone(
     taps = (*condition_taps, *(path for path in optional_taps if path in modules))
     *_, last = (layer for layer in modules[time_tap].modules() if isinstance(layer, nn.Linear))
     model_class = family_of(type(model)).model_class
-    return Backbone(model_class, tuple(sites), time_tap, taps, last.out_features, grid, begin)
+    return Backbone(model_class, tuple(sites), time_tap, taps, last.out_features, grid, begin, reduce)
 
 
 DENOISERS = ("transformer", "unet", "transformer_2", "prior", "decoder")

@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from stagepatch.core import UserError
 from stagepatch.families.base import Backbone, Extent
+from stagepatch.families.packing import SAMPLE_SIZE
 from stagepatch.families.registry import Family, call_by_keywords, prompt_encoder
 from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
@@ -49,6 +51,17 @@ def call_wan(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str,
     if sample.ndim == 5:
         return call_by_keywords(model, sample, timesteps, condition)
     return call_by_keywords(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
+
+
+def call_omnigen(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """Its own embedding of text, and a mask and positions of text and image together: training does not make them.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        "OmniGenTransformer2DModel can be patched, but training cannot call it yet: put the patch on its pipeline."
+    )
 
 
 FAMILIES = [
@@ -106,5 +119,13 @@ FAMILIES = [
         call_wan,
         prompt_encoder("encoder_hidden_states", max_sequence_length=512),
         sample_size=(60, 104),
+    ),
+    # OmniGen: text, with images to edit among it, a token of the time, then the image. Time runs from noise to image.
+    Family(
+        "OmniGenTransformer2DModel",
+        Transformer((Blocks("layers", "last"),), "t_embedder", sample_size=SAMPLE_SIZE),
+        call_omnigen,
+        timestep_range=(1.0, 0.0),
+        sample_size=SAMPLE_SIZE,
     ),
 ]

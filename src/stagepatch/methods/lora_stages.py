@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stagepatch.core import UserError
 from stagepatch.families import describe
-from stagepatch.families.registry import family_of
+from stagepatch.families.registry import family_of, given_timestep
 
 GATES = ("gaussian", "learned", "ranges")
 # noise levels [B] in 0…1 -> weights [B, R] of the ranks
@@ -179,7 +179,7 @@ class Ranks:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.weigh is not None
-        timestep = (dict(zip(self._names, args, strict=False)) | kwargs)["timestep"]
+        timestep = given_timestep(dict(zip(self._names, args, strict=False)) | kwargs)
         level = self._levels(torch.as_tensor(timestep).float()).clamp(0.0, 1.0)
         self._set_weights(level)
 
@@ -252,11 +252,11 @@ def linear_layers_of_blocks(model: nn.Module) -> list[str]:
     """Paths of the linear layers inside a model's blocks: attention, MLP, and modulation by the condition.
 
     Blocks are the sites of the model's description (a U-Net's are its stages), so embedders and the final layer are
-    left out.
+    left out. So are the experts of a mixture (HiDream-I1), to which tokens of all samples come together.
 
     Raises:
         UserError: no family is registered for the model.
     """
     blocks = tuple(f"{site.module}." for site in describe(model).sites)
     linear = (path for path, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [path for path in linear if path.startswith(blocks)]
+    return [path for path in linear if path.startswith(blocks) and ".experts." not in path]

@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from stagepatch.core import UserError
+from stagepatch.families.registry import given_timestep
 
 
 # An object rather than a closure, so that copy.deepcopy(model) copies with it what stands behind the model.
@@ -61,7 +62,7 @@ class StandIn(AbstractContextManager["StandIn"]):
 
     def timestep_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward's argument of that name, None where it is not given."""
-        return (dict(zip(self._names, args, strict=False)) | kwargs).get("timestep")
+        return given_timestep(dict(zip(self._names, args, strict=False)) | kwargs)
 
 
 def check_free(model: nn.Module) -> None:
