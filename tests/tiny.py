@@ -40,6 +40,11 @@ class Family:
     size: tuple[int, int] = (8, 8)
     only_square: bool = False
 
+    @property
+    def timestep(self) -> str:
+        """What the forward calls it."""
+        return "timestep" if "timestep" in self.draws else "t"
+
     def build(self, **changes: Any) -> nn.Module:
         """The model as its class initialises it, its config changed."""
         model = self.model_class(**self.config)
@@ -69,7 +74,10 @@ class Family:
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 inputs[name] = value.to(dtype)
-        return model(**inputs, return_dict=False)[0]
+            elif isinstance(value, list) and isinstance(value[0], Tensor):
+                inputs[name] = [row.to(dtype) for row in value]
+        output = model(**inputs, return_dict=False)[0]
+        return torch.stack(output) if isinstance(output, list) else output
 
 
 def draw(*shape: int) -> Draw:
@@ -256,5 +264,25 @@ FAMILIES = {
             "hidden_states": lambda batch, *size: torch.randn(batch, 4, FRAMES, *size),
             "timestep": whole_timesteps,
         },
+    ),
+    "ZImageTransformer2DModel": Family(
+        diffusers.ZImageTransformer2DModel,
+        {
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": TEXT_CHANNELS,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [256, 32, 32],
+        },
+        {
+            "x": lambda batch, *size: list(torch.randn(batch, 4, 1, *size)),
+            "t": fractions,
+            "cap_feats": lambda batch, *_: [torch.randn(TEXT - row % 3, TEXT_CHANNELS) for row in range(batch)],
+        },
+        blocks=3,
     ),
 }

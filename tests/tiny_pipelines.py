@@ -100,6 +100,8 @@ class Tiny:
         pipe.set_progress_bar_config(disable=True)
         size = dict(zip(("height", "width"), self.pixels, strict=True))
         arguments = {"output_type": "pt", **self.arguments, **size, "num_inference_steps": steps, **more}
+        # Z-Image's pipeline writes into the list of prompts that it is given.
+        arguments = {name: value[:] if isinstance(value, list) else value for name, value in arguments.items()}
         if self.other_pixels is None and (arguments.pop("height"), arguments.pop("width")) != self.pixels:
             raise ValueError(f"{type(pipe).__name__} makes images of {self.pixels} alone.")
         images: Tensor = pipe(generator=torch.Generator().manual_seed(seed), return_dict=False, **arguments)[0]
@@ -159,6 +161,16 @@ def qwen_tokenizer() -> Any:
     )
 
 
+def chat_tokenizer() -> Any:
+    """That of Qwen, with a template for chats."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
+    return tokenizer
+
+
 def _printable() -> list[str]:
     return [letter for letter in string.printable if letter not in string.whitespace]
 
@@ -200,6 +212,10 @@ _SMALL = {**_HEADS, **_WIDTHS, "num_hidden_layers": 2, "initializer_range": 0.2}
 def gemma(tokenizer: Any) -> Any:
     config = transformers.Gemma2Config(vocab_size=len(tokenizer), head_dim=12, query_pre_attn_scalar=12, **_SMALL)
     return transformers.Gemma2Model(config)
+
+
+def qwen3(tokenizer: Any) -> Any:
+    return transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=12, **_SMALL))
 
 
 def qwen_vl(tokenizer: Any) -> Any:
@@ -370,6 +386,14 @@ PIPELINES: dict[str, Tiny] = {
         [UMT5],
         arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
+    ),
+    "ZImageTransformer2DModel": Tiny(
+        diffusers.ZImagePipeline,
+        flow_match(shift=3.0),
+        partial(kl, 0.3611, 0.1159),
+        [(chat_tokenizer, qwen3)],
+        arguments=prompted(64),
+        sample_size=[8, 8],
     ),
 }
 for name, tiny in PIPELINES.items():

@@ -97,6 +97,7 @@ CALLS = {
     "QwenImageTransformer2DModel": {"true_cfg_scale": 1.0},
     "SanaTransformer2DModel": {"use_resolution_binning": False},
     "PixArtTransformer2DModel": {"use_resolution_binning": False},
+    "ZImageTransformer2DModel": {"guidance_scale": 0.0},
 }
 
 

@@ -15,6 +15,15 @@ SIZES = {
     "FluxTransformer2DModel": [8, 8],
     "QwenImageTransformer2DModel": [8, 8],
     "WanTransformer3DModel": [FRAMES, 8, 8],
+    "ZImageTransformer2DModel": [8, 8],
+}
+
+# Tokens of a block beside the image's: text, registers, fill.
+OTHERS = {
+    ("AuraFlowTransformer2DModel", "single_transformer_blocks"): 5 + 8,
+    ("Lumina2Transformer2DModel", "layers"): 5,
+    ("ZImageTransformer2DModel", "noise_refiner"): 16,
+    ("ZImageTransformer2DModel", "layers"): 16 + 32,
 }
 
 
@@ -114,8 +123,7 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape == (2, site.channels, *site.grid), site
         else:
             assert shape[2] == site.channels
-            more = {"first": 0, "last": 8 + 5, "after_text": 5}[site.image_tokens]
-            assert shape[1] == site.num_tokens + more, site
+            assert shape[1] == site.num_tokens + OTHERS.get((name, site.module.split(".")[0]), 0), site
 
 
 def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):
@@ -164,8 +172,14 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
         added.clear()
         family.call(model, size=size)
         before, after = added
-        expected = (layout / site.num_tokens).expand_as(before)
-        torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-5)
+        added_to_all = after - before
+        if site.layout == "tokens":
+            count = math.prod(patch.extent.grid)
+            others = added_to_all[:, count:] if site.image_tokens == "first" else added_to_all[:, :-count]
+            assert not others.any()
+            added_to_all = added_to_all[:, :count] if site.image_tokens == "first" else added_to_all[:, -count:]
+        expected = (layout / site.num_tokens).expand_as(added_to_all)
+        torch.testing.assert_close(added_to_all, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_only_tokens_of_the_image_are_prompted(name, family, model):
@@ -245,3 +259,14 @@ def test_a_timestep_a_token_is_taken_where_the_first_frame_is_given():
     torch.testing.assert_close(seen["all"], seen["whole"])
     torch.testing.assert_close(seen["given", "gate"], seen["whole", "gate"])
     assert not torch.allclose(seen["given"], base["given"], atol=1e-3)
+
+
+def test_lists_of_samples_are_patched_where_they_are_of_one_size_and_hold_one_image_each():
+    family = FAMILIES["ZImageTransformer2DModel"]
+    model = family.model()
+    inputs = family.inputs(model, 2, 8, 8)
+    drawn(fresh("ZImageTransformer2DModel", model)).attach(model)
+    with pytest.raises(UserError, match=r"one size, and got \[\(1, 8, 8\), \(1, 8, 12\)\]"):
+        family.call(model, x=[inputs["x"][0], torch.randn(4, 1, 8, 12)])
+    with pytest.raises(UserError, match="images to edit"):
+        model([[image] for image in inputs["x"]], inputs["t"], [[text] for text in inputs["cap_feats"]])

@@ -301,7 +301,7 @@ def test_all_targets_the_linear_layers_of_blocks(family):
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     outside = linear - adapted
     assert adapted < linear
-    assert any("attn" in name or "attentions" in name for name in adapted)
+    assert any("attn" in name or "attention" in name for name in adapted)
     prefixes = (
         "blocks.",
         "transformer_blocks.",

@@ -2,9 +2,9 @@
 
 import lazy_loader
 
-from stagepatch.families import dit, flux, qwenimage, table, unet
+from stagepatch.families import dit, flux, qwenimage, table, unet, zimage
 from stagepatch.families.registry import add_families
 
-add_families([*dit.FAMILIES, *unet.FAMILIES, *table.FAMILIES, flux.FAMILY, qwenimage.FAMILY])
+add_families([*dit.FAMILIES, *unet.FAMILIES, *table.FAMILIES, flux.FAMILY, qwenimage.FAMILY, zimage.FAMILY])
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

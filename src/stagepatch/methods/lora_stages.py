@@ -141,7 +141,8 @@ class Ranks:
         if any(adapter in getattr(part, "lora_embedding_A", ()) for part in model.modules()):
             raise UserError("Ranks that differ by timestep cannot be had on embeddings: leave them out of targets.")
         self._names = list(inspect.signature(model.forward).parameters)
-        self._levels = family_of(type(model)).sample_levels
+        family = family_of(type(model))
+        self._timestep, self._levels = family.timestep_argument, family.sample_levels
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for number, layer in enumerate(self._layers):
             layer.lora_A[adapter].register_forward_hook(self._hook(number))
@@ -179,7 +180,7 @@ class Ranks:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.weigh is not None
-        timestep = (dict(zip(self._names, args, strict=False)) | kwargs)["timestep"]
+        timestep = (dict(zip(self._names, args, strict=False)) | kwargs)[self._timestep]
         level = self._levels(torch.as_tensor(timestep).float()).clamp(0.0, 1.0)
         self._set_weights(level)
 
