@@ -230,6 +230,14 @@ def qwen_vl(tokenizer: Any) -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def qwen3_vl(tokenizer: Any, layers: int = 2) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
+    text = {**_SMALL, "num_hidden_layers": layers, "vocab_size": len(tokenizer), "head_dim": 12, "rope_parameters": rope}
+    widths = {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": TEXT_CHANNELS}
+    vision = {**widths, "depth": 1, "num_heads": 2, "patch_size": 4, "deepstack_visual_indexes": [0]}
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
 # VAEs, all of 4 latent channels.
 
 
@@ -392,6 +400,15 @@ PIPELINES: dict[str, Tiny] = {
         flow_match(shift=3.0),
         partial(kl, 0.3611, 0.1159),
         [(chat_tokenizer, qwen3)],
+        arguments=prompted(64),
+        sample_size=[8, 8],
+    ),
+    "Krea2Transformer2DModel": Tiny(
+        diffusers.Krea2Pipeline,
+        flow_match(**_DYNAMIC, max_shift=1.15, max_image_seq_len=6400),
+        qwen_vae,
+        [(qwen_tokenizer, qwen3_vl)],
+        more={"text_encoder_select_layers": (1, 2)},
         arguments=prompted(64),
         sample_size=[8, 8],
     ),

@@ -63,7 +63,7 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
     """The mean of the posterior, through the pipeline's own decoding, is the VAE's own reconstruction."""
     pipe, cached, images = of_pipeline
     pixels, latents = images[1]["image"].unsqueeze(0), cached[1]["image"].float().unsqueeze(0)
-    is_video, vae = type(pipe).__name__.startswith(("Wan", "Qwen")), pipe.vae
+    is_video, vae = type(pipe).__name__.startswith(("Wan", "Qwen", "Krea2")), pipe.vae
     with torch.no_grad():
         encoded = vae.encode(pixels.unsqueeze(2) if is_video else pixels)
         raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent

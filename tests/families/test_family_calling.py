@@ -98,6 +98,7 @@ CALLS = {
     "SanaTransformer2DModel": {"use_resolution_binning": False},
     "PixArtTransformer2DModel": {"use_resolution_binning": False},
     "ZImageTransformer2DModel": {"guidance_scale": 0.0},
+    "Krea2Transformer2DModel": {"guidance_scale": 0.0},
 }
 
 

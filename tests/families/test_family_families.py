@@ -16,6 +16,7 @@ SIZES = {
     "QwenImageTransformer2DModel": [8, 8],
     "WanTransformer3DModel": [FRAMES, 8, 8],
     "ZImageTransformer2DModel": [8, 8],
+    "Krea2Transformer2DModel": [8, 8],
 }
 
 # Tokens of a block beside the image's: text, registers, fill.
@@ -24,6 +25,7 @@ OTHERS = {
     ("Lumina2Transformer2DModel", "layers"): 5,
     ("ZImageTransformer2DModel", "noise_refiner"): 16,
     ("ZImageTransformer2DModel", "layers"): 16 + 32,
+    ("Krea2Transformer2DModel", "transformer_blocks"): 5,
 }
 
 
@@ -126,13 +128,34 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape[1] == site.num_tokens + OTHERS.get((name, site.module.split(".")[0]), 0), site
 
 
+def test_the_image_lies_where_the_first_site_says(name, family, model):
+    """Before the first block these tokens alone depend on the image."""
+    patch = fresh(name, model)
+    site = patch.backbone.sites[0]
+    if site.layout == "map":
+        pytest.skip("has no tokens")
+    patch.attach(model)
+    seen = []
+    module = model.get_submodule(site.module)
+    module.register_forward_pre_hook(lambda m, args, kwargs: seen.append((*args, *kwargs.values())[0]), with_kwargs=True)
+    key = next(key for key in ("hidden_states", "sample", "x") if key in family.draws)
+    torch.manual_seed(5)
+    other = family.draws[key](2, *family.size)
+    family.call(model)
+    family.call(model, **{key: other})
+    depends = (seen[0] != seen[1]).any(dim=-1)
+    count = math.prod(patch.extent.grid)
+    expected = torch.arange(depends.shape[1]) < count
+    assert torch.equal(depends, (expected if site.image_tokens == "first" else expected.flip(0)).expand_as(depends))
+
+
 def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):
     patch = drawn(fresh(name, model, condition="t")).train()
     taps = []
     model.get_submodule(describe(model).time_tap).register_forward_hook(lambda *call: taps.append(call[2]))
     with patch.attach(model):
         family.call(model)
-    expected = F.linear(torch.cat([taps[0], torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
+    expected = F.linear(torch.cat([taps[0].view(2, -1), torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
     torch.testing.assert_close(patch.last.logits[0], expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(patch.last.logits[0, 0], patch.last.logits[0, 1])
 

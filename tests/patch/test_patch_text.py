@@ -9,7 +9,8 @@ from tests.tiny import FAMILIES, TEXT_CHANNELS
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
-OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
+STACKED = ["Krea2Transformer2DModel"]  # takes the states of several layers of each token
+OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws and name not in STACKED]
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask"]
 
 
@@ -33,9 +34,13 @@ def test_gate_sees_the_timestep_and_the_mean_of_the_tokens_that_count(name):
     torch.testing.assert_close(seen["gate"], torch.cat([seen["t"], torch.stack(rows)], dim=1))
 
 
-def test_models_without_text_refuse_it():
-    with pytest.raises(UserError, match=r"'t\+text' needs a model that takes text.*UNet2DModel takes none"):
-        Patch.create(FAMILIES["UNet2DModel"].model(), PatchConfig(condition="t+text"))
+@pytest.mark.parametrize("name", ["UNet2DModel", "ZImageTransformer2DModel", *STACKED])
+def test_models_without_text_or_with_another_form_of_it_refuse_it(name):
+    with pytest.raises(UserError, match=rf"'t\+text' needs a model that takes text.*{name} takes none"):
+        Patch.create(FAMILIES[name].model(), PatchConfig(condition="t+text"))
+
+
+def test_a_patch_that_sees_no_text_is_not_made_to():
     t = Patch.create(FAMILIES["UNet2DConditionModel"].model(), PatchConfig(condition="t"))
     t.config.condition = "t+text"
     with pytest.raises(UserError, match="condition_channels"):

@@ -14,29 +14,34 @@ from stagepatch.families.transformer import Blocks, Transformer
 
 def flux_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     """Rows and columns, read off the tokens' positions."""
-    return Extent(_grid(arguments["img_ids"]))
+    return Extent(grid_of_positions(arguments["img_ids"]))
 
 
 # A pipeline gives the same tensor at every step, so that an accelerator is waited for but once.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=1)
-def _grid(ids: Tensor) -> Grid:
+def grid_of_positions(ids: Tensor) -> Grid:
     """Of the image that is made, from positions [N, 3]; tokens of images to edit have another first number."""
     ids = ids[0] if ids.ndim == 3 else ids
     own = ids[ids[:, 0] == 0]
     return tuple(int(last) + 1 for last in own[:, 1:3].amax(dim=0).tolist())
 
 
+def image_positions(sample: Tensor) -> Tensor:
+    """Zero, row and column of each token [N, 3], of latents [B, C, H, W] in cells of 2×2."""
+    height, width = (length // 2 for length in sample.shape[2:])
+    ids = sample.new_zeros(height, width, 3)
+    ids[..., 1] += torch.arange(height, device=sample.device)[:, None]
+    ids[..., 2] += torch.arange(width, device=sample.device)
+    return ids.flatten(0, 1)
+
+
 def call_flux(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """See `Call`. A model that was distilled under guidance is told a scale of 1, which is none."""
-    batch, _, height, width = sample.shape
-    ids = sample.new_zeros(height // 2, width // 2, 3)
-    ids[..., 1] += torch.arange(height // 2, device=sample.device)[:, None]
-    ids[..., 2] += torch.arange(width // 2, device=sample.device)
     added = {
-        "img_ids": ids.flatten(0, 1),
+        "img_ids": image_positions(sample),
         "txt_ids": sample.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
-        "guidance": sample.new_ones(batch) if model.config.guidance_embeds else None,
+        "guidance": sample.new_ones(len(sample)) if model.config.guidance_embeds else None,
     }
     return call_packed(model, sample, timesteps, {**condition, **added})
 

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def pad_texts(texts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Of tokens [L, C] each: `encoder_hidden_states` [B, N, C], zeros behind, and the mask that tells them apart."""
+    """Of tokens [L, …] each: `encoder_hidden_states` [B, N, …], zeros behind, and the mask that tells them apart."""
     lengths = torch.tensor([len(text) for text in texts], device=texts[0].device)
     tokens = pad_sequence(list(texts), batch_first=True)
     mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

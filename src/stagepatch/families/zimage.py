@@ -24,9 +24,7 @@ def zimage_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     """
     images, side = arguments["x"], arguments.get("patch_size", PATCH_SIZE[0])
     if isinstance(images[0], list):
-        raise UserError(
-            "ZImageTransformer2DModel with images to edit cannot be patched yet: give one image a sample."
-        )
+        raise UserError("ZImageTransformer2DModel with images to edit cannot be patched yet: give one image a sample.")
     shapes = {tuple(image.shape[1:]) for image in images}
     if len(shapes) > 1:
         raise UserError(f"A patched forward takes samples of one size, and got {sorted(shapes)}: call each by itself.")
