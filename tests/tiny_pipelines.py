@@ -232,7 +232,13 @@ def qwen_vl(tokenizer: Any) -> Any:
 
 def qwen3_vl(tokenizer: Any, layers: int = 2) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
-    text = {**_SMALL, "num_hidden_layers": layers, "vocab_size": len(tokenizer), "head_dim": 12, "rope_parameters": rope}
+    text = {
+        **_SMALL,
+        "num_hidden_layers": layers,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": rope,
+        "head_dim": 12,
+    }
     widths = {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": TEXT_CHANNELS}
     vision = {**widths, "depth": 1, "num_heads": 2, "patch_size": 4, "deepstack_visual_indexes": [0]}
     return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))

@@ -137,7 +137,11 @@ def test_the_image_lies_where_the_first_site_says(name, family, model):
     patch.attach(model)
     seen = []
     module = model.get_submodule(site.module)
-    module.register_forward_pre_hook(lambda m, args, kwargs: seen.append((*args, *kwargs.values())[0]), with_kwargs=True)
+
+    def note(module, args, kwargs):
+        seen.append(args[0] if args else kwargs[site.argument])
+
+    module.register_forward_pre_hook(note, with_kwargs=True)
     key = next(key for key in ("hidden_states", "sample", "x") if key in family.draws)
     torch.manual_seed(5)
     other = family.draws[key](2, *family.size)

@@ -10,7 +10,8 @@ from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
 STACKED = ["Krea2Transformer2DModel"]  # takes the states of several layers of each token
-OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws and name not in STACKED]
+OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
+OF_TEXT = [name for name in OF_TEXT if name not in STACKED]
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask"]
 
 
