@@ -121,6 +121,11 @@ def positions(batch: int, height: int, width: int) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).float().flatten(0, 1)
 
 
+def positions_with_text(batch: int, height: int, width: int) -> Tensor:
+    """Of FLUX.2: image, row, column, place in the text."""
+    return torch.nn.functional.pad(positions(batch, height, width), (0, 1)).expand(batch, -1, -1)
+
+
 text = draw(TEXT, TEXT_CHANNELS)
 pooled = draw(12)
 
@@ -133,6 +138,15 @@ JOINT = {"joint_attention_dim": TEXT_CHANNELS}
 CAPTIONS = {"cross_attention_dim": 32, "caption_channels": TEXT_CHANNELS}
 ROPE = {"axes_dims_rope": (4, 4, 8)}
 UNET_INPUTS = {"sample": latents, "timestep": whole_timesteps}
+PACKED_INPUTS = {"hidden_states": packed, "timestep": fractions, "encoder_hidden_states": text}
+FLUX = {**HEADS, **ROPE, **JOINT, "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+FLUX_INPUTS = {**PACKED_INPUTS, "img_ids": positions, "txt_ids": lambda *_: torch.zeros(TEXT, 3)}
+FLUX2 = {**HEADS, **JOINT, "axes_dims_rope": (4, 4, 4, 4), "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+FLUX2_INPUTS = {
+    **PACKED_INPUTS,
+    "img_ids": positions_with_text,
+    "txt_ids": lambda batch, *_: torch.nn.functional.pad(torch.arange(TEXT)[:, None], (3, 0)).expand(batch, -1, -1),
+}
 TEXT_INPUTS = {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}
 
 
@@ -264,6 +278,19 @@ FAMILIES = {
             "hidden_states": lambda batch, *size: torch.randn(batch, 4, FRAMES, *size),
             "timestep": whole_timesteps,
         },
+    ),
+    "Flux2Transformer2DModel": Family(
+        diffusers.Flux2Transformer2DModel,
+        config(FLUX2, guidance_embeds=True),
+        {**FLUX2_INPUTS, "guidance": lambda batch, *_: torch.full((batch,), 3.5)},
+    ),
+    "Flux2Transformer2DModel of klein": Family(
+        diffusers.Flux2Transformer2DModel, config(FLUX2, guidance_embeds=False), FLUX2_INPUTS
+    ),
+    "ChromaTransformer2DModel": Family(
+        diffusers.ChromaTransformer2DModel,
+        config(FLUX, approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1),
+        {**FLUX_INPUTS, "attention_mask": lambda batch, height, width: torch.ones(batch, TEXT + height * width // 4)},
     ),
     "ZImageTransformer2DModel": Family(
         diffusers.ZImageTransformer2DModel,

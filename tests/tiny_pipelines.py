@@ -150,25 +150,23 @@ def gemma_tokenizer() -> Any:
     return transformers.GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True, model_max_length=8192)
 
 
-def qwen_tokenizer() -> Any:
+def llama_tokenizer(chat_template: str | None = None) -> Any:
+    """A token a word for WORDS, else a token a letter or byte."""
+    bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
+    merges, merged = _merges([f"▁{word}" for word in WORDS])
+    vocab = _numbered(["<unk>", "<s>", "</s>", *bytewise, "▁", *_printable(), *merged])
+    more = {"pad_token": "</s>", "model_max_length": 512, "chat_template": chat_template}
+    return transformers.LlamaTokenizer(vocab=vocab, merges=merges, **more)
+
+
+def qwen_tokenizer(chat_template: str | None = None) -> Any:
     """A token a word for WORDS, else a token a byte: Qwen-Image drops the 34 tokens of its template."""
     roles = ["system", "user", "assistant", "Describe"]
     merges, merged = _merges([*(f"Ġ{word}" for word in WORDS), *roles])
     vocab = _numbered([*sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, "<|endoftext|>"])
     special = ["<|im_start|>", "<|im_end|>"]
-    return transformers.Qwen2Tokenizer(
-        vocab=vocab, merges=merges, additional_special_tokens=special, model_max_length=2048
-    )
-
-
-def chat_tokenizer() -> Any:
-    """That of Qwen, with a template for chats."""
-    tokenizer = qwen_tokenizer()
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "<|im_start|>assistant\n"
-    )
-    return tokenizer
+    more = {"additional_special_tokens": special, "model_max_length": 2048, "chat_template": chat_template}
+    return transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, **more)
 
 
 def _printable() -> list[str]:
@@ -207,6 +205,7 @@ def t5(tokenizer: Any, kind: str = "T5") -> Any:
 _HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 _WIDTHS = {"hidden_size": TEXT_CHANNELS, "intermediate_size": 32}
 _SMALL = {**_HEADS, **_WIDTHS, "num_hidden_layers": 2, "initializer_range": 0.2}
+_DEEP = {**_HEADS, "hidden_size": TEXT_CHANNELS // 3, "intermediate_size": 16, "initializer_range": 0.2}
 
 
 def gemma(tokenizer: Any) -> Any:
@@ -214,7 +213,26 @@ def gemma(tokenizer: Any) -> Any:
     return transformers.Gemma2Model(config)
 
 
+def mistral(tokenizer: Any) -> Any:
+    """Of FLUX.2 dev, which takes the states after layers 10, 20 and 30, side by side."""
+    text = {**_DEEP, "num_hidden_layers": 30, "vocab_size": len(tokenizer), "head_dim": 4}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **text},
+        vision_config={"model_type": "pixtral", **vision, "image_size": 32, "patch_size": 4},
+        image_token_index=len(tokenizer) - 1,
+    )
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
 def qwen3(tokenizer: Any) -> Any:
+    """Of FLUX.2 klein, which takes the states after layers 9, 18 and 27, side by side."""
+    config = transformers.Qwen3Config(**_DEEP, num_hidden_layers=27, vocab_size=len(tokenizer), head_dim=4)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def small_qwen3(tokenizer: Any) -> Any:
+    """Of Z-Image, which takes the states before the last layer."""
     return transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=12, **_SMALL))
 
 
@@ -256,6 +274,16 @@ def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3
     return diffusers.AutoencoderKL(**blocks, **sizes, **factors, **quantized, sample_size=32)
 
 
+def flux2_vae() -> Any:
+    """Smaller by 4; the statistics of its latents are drawn."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    sizes = {"block_out_channels": (8, 16, 16), "norm_num_groups": 8, "latent_channels": 4, "sample_size": 32}
+    vae = diffusers.AutoencoderKLFlux2(**blocks, **sizes)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    return vae
+
+
 def dc() -> Any:
     """Smaller by 8."""
     sides = {
@@ -292,6 +320,10 @@ _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_sh
 flow_match = partial(partial, diffusers.FlowMatchEulerDiscreteScheduler)
 
 second_clip_tokenizer = partial(clip_tokenizer, pad_token="!")
+# FLUX.2 dev has a PixtralProcessor around its tokenizer, which only images need.
+PARTS = "{% for message in messages %}{{ message.content[0].text }} {% endfor %}"
+CHAT = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+chat_tokenizer = partial(qwen_tokenizer, chat_template=CHAT)
 T5 = (t5_tokenizer, t5)
 UMT5 = (t5_tokenizer, partial(t5, kind="UMT5"))
 GEMMA = (gemma_tokenizer, gemma)
@@ -401,11 +433,35 @@ PIPELINES: dict[str, Tiny] = {
         arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
     ),
+    "Flux2Transformer2DModel": Tiny(
+        diffusers.Flux2Pipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        flux2_vae,
+        [(partial(llama_tokenizer, PARTS), mistral)],
+        arguments=prompted(300),  # the system's message is in front
+        sample_size=[8, 8],
+    ),
+    "Flux2Transformer2DModel of klein": Tiny(
+        diffusers.Flux2KleinPipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        flux2_vae,
+        [(chat_tokenizer, qwen3)],
+        arguments=prompted(32),
+        sample_size=[8, 8],
+    ),
+    "ChromaTransformer2DModel": Tiny(
+        diffusers.ChromaPipeline,
+        flow_match(**_DYNAMIC, shift=3.0, max_shift=1.15),
+        partial(kl, 0.3611, 0.1159),
+        [T5],
+        arguments=prompted(32),
+        sample_size=[8, 8],
+    ),
     "ZImageTransformer2DModel": Tiny(
         diffusers.ZImagePipeline,
         flow_match(shift=3.0),
         partial(kl, 0.3611, 0.1159),
-        [(chat_tokenizer, qwen3)],
+        [(chat_tokenizer, small_qwen3)],
         arguments=prompted(64),
         sample_size=[8, 8],
     ),

@@ -49,6 +49,7 @@ def test_null_label_and_sample_shape_are_the_models(tiny_dit):
     [
         ("FluxTransformer2DModel", (4, 128, 128)),
         ("QwenImageTransformer2DModel", (4, 128, 128)),
+        ("Flux2Transformer2DModel", (4, 128, 128)),
         ("WanTransformer3DModel", (4, 60, 104)),
         ("SanaTransformer2DModel", (4, 4, 4)),
         ("UNet2DConditionModel", (4, 8, 8)),
@@ -94,6 +95,7 @@ def test_packing_is_the_pipelines():
 CALLS = {
     "UNet2DConditionModel of SDXL": {"original_size": (64, 64), "target_size": (64, 64)},
     "FluxTransformer2DModel": {"guidance_scale": 1.0},
+    "Flux2Transformer2DModel": {"guidance_scale": 1.0},
     "QwenImageTransformer2DModel": {"true_cfg_scale": 1.0},
     "SanaTransformer2DModel": {"use_resolution_binning": False},
     "PixArtTransformer2DModel": {"use_resolution_binning": False},

@@ -15,18 +15,16 @@ SIZES = {
     "FluxTransformer2DModel": [8, 8],
     "QwenImageTransformer2DModel": [8, 8],
     "WanTransformer3DModel": [FRAMES, 8, 8],
+    "Flux2Transformer2DModel": [8, 8],
+    "Flux2Transformer2DModel of klein": [8, 8],
+    "ChromaTransformer2DModel": [8, 8],
     "ZImageTransformer2DModel": [8, 8],
     "Krea2Transformer2DModel": [8, 8],
 }
-
-# Tokens of a block beside the image's: text, registers, fill.
-OTHERS = {
-    ("AuraFlowTransformer2DModel", "single_transformer_blocks"): 5 + 8,
-    ("Lumina2Transformer2DModel", "layers"): 5,
-    ("ZImageTransformer2DModel", "noise_refiner"): 16,
-    ("ZImageTransformer2DModel", "layers"): 16 + 32,
-    ("Krea2Transformer2DModel", "transformer_blocks"): 5,
-}
+# Tokens before the image's, where it does not come first, of a batch of two.
+LENGTHS = {"Lumina2Transformer2DModel": [5, 2], "AuraFlowTransformer2DModel": [13, 13]}
+# Tokens behind the image's in a list of blocks, where it comes first but not alone.
+BEHIND = {("ZImageTransformer2DModel", "noise_refiner"): 16, ("ZImageTransformer2DModel", "layers"): 16 + 32}
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -125,7 +123,8 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape == (2, site.channels, *site.grid), site
         else:
             assert shape[2] == site.channels
-            assert shape[1] == site.num_tokens + OTHERS.get((name, site.module.split(".")[0]), 0), site
+            more = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
+            assert shape[1] == site.num_tokens + BEHIND.get((name, site.module.split(".")[0]), more), site
 
 
 def test_the_image_lies_where_the_first_site_says(name, family, model):
@@ -159,7 +158,8 @@ def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, f
     model.get_submodule(describe(model).time_tap).register_forward_hook(lambda *call: taps.append(call[2]))
     with patch.attach(model):
         family.call(model)
-    expected = F.linear(torch.cat([taps[0].view(2, -1), torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
+    embedding = taps[0].mean(dim=1) if taps[0].ndim == 3 else taps[0]
+    expected = F.linear(torch.cat([embedding, torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
     torch.testing.assert_close(patch.last.logits[0], expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(patch.last.logits[0, 0], patch.last.logits[0, 1])
 
@@ -217,7 +217,7 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
             continue
         family.call(model)
         count = math.prod(patch.extent.grid)
-        lengths = [5, 2] if site.image_tokens == "after_text" else [13, 13]
+        lengths = LENGTHS.get(name, [5, 5])
         hidden_states = torch.zeros(2, max(lengths) + count, site.channels)
         touched = patch.enter(position, hidden_states).abs().sum(-1) > 0
         expected = torch.zeros_like(touched)
@@ -226,20 +226,31 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
         assert torch.equal(touched, expected)
 
 
-def test_images_to_edit_behind_the_image_are_left_alone():
-    family = FAMILIES["FluxTransformer2DModel"]
-    model = family.model()
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Flux2Transformer2DModel"])
+def test_images_to_edit_behind_the_image_are_left_alone(name, family, model):
     inputs = family.inputs(model, 2, 8, 8)
     ids = inputs["img_ids"].clone()
-    ids[:, 0] = 1
-    both = {"img_ids": torch.cat([inputs["img_ids"], ids]), "hidden_states": inputs["hidden_states"].repeat(1, 2, 1)}
-    patch = drawn(fresh("FluxTransformer2DModel", model))
+    ids[..., 0] = 10
+    both = {
+        "img_ids": torch.cat([inputs["img_ids"], ids], dim=-2),
+        "hidden_states": inputs["hidden_states"].repeat(1, 2, 1),
+    }
+    patch = drawn(fresh(name, model))
     patch.attach(model)
     family.call(model, **both)
     assert patch.extent.grid == (4, 4)
-    touched = patch.enter(0, torch.zeros(2, 32, 32)).abs().sum(-1) > 0
-    assert touched[:, :16].all()
-    assert not touched[:, 16:].any()
+    for position, site in enumerate(patch.backbone.sites):
+        before = 5 if site.image_tokens == "after_text" else 0
+        touched = patch.enter(position, torch.zeros(2, before + 32, 32)).abs().sum(-1) > 0
+        assert touched[:, before : before + 16].all()
+        assert touched.sum() == 2 * 16
+
+
+def test_flux2_that_takes_images_to_edit_first_is_refused():
+    family = FAMILIES["Flux2Transformer2DModel of klein"]
+    model = family.model()
+    with fresh("Flux2Transformer2DModel of klein", model).attach(model), pytest.raises(UserError, match="KleinKV"):
+        family.call(model, kv_cache_mode="extract", num_ref_tokens=4)
 
 
 def test_every_family_that_is_registered_is_tested_here():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from stagepatch.patch import Patch, PatchConfig
 from tests.tiny import FAMILIES
@@ -106,6 +107,18 @@ def test_captions_of_different_lengths_are_patched_side_by_side(tiny, pipe):
         patched = tiny.call(pipe, **captions)
     for row in range(2):
         assert differ(patched[row], base[row])
+
+
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Flux2Transformer2DModel of klein"])
+def test_patch_works_where_images_are_edited(name, tiny, pipe):
+    one, other = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "black")
+    base = tiny.call(pipe, image=one)
+    assert differ(tiny.call(pipe, image=other), base)
+    patch = Patch.create(pipe, PatchConfig(sample_size=tiny.sample_size))
+    with patch.attach(pipe):
+        assert torch.equal(tiny.call(pipe, image=one), base)
+        draw(patch)
+        assert differ(tiny.call(pipe, image=one), base)
 
 
 def test_every_family_of_diffusers_has_a_pipeline_here():

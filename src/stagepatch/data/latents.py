@@ -10,8 +10,9 @@ from torch import Tensor, nn
 def encode_images(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [B, C, h, w] of the latents of images [B, 3, H, W], scaled as the denoiser's input.
 
-    Scaling and shift are the VAE's own (`scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`). An
-    autoencoder without a posterior has standard deviation 0. In a video VAE an image is a video of one frame.
+    Scaling and shift are the VAE's own (`scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`; in FLUX.2's,
+    statistics of a batch norm over cells of 2×2 latent pixels). An autoencoder without a posterior has standard
+    deviation 0. In a video VAE an image is a video of one frame.
     """
     is_video = _is_video(vae)
     images = images.to(vae.device, vae.dtype)
@@ -48,4 +49,14 @@ def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
     if config.get("latents_mean") is not None and config.get("latents_std") is not None:
         shift = like.new_tensor(config["latents_mean"]).view(1, -1, 1, 1)
         scale = scale / like.new_tensor(config["latents_std"]).view(1, -1, 1, 1)
+    if "batch_norm_eps" in config:
+        shift = _tiled(vae.bn.running_mean, like)
+        scale = 1.0 / _tiled((vae.bn.running_var + config["batch_norm_eps"]).sqrt(), like)
     return shift, scale
+
+
+def _tiled(values: Tensor, like: Tensor) -> Tensor:
+    """Numbers of a cell of 2×2 latent pixels, [4C], at every pixel of latents [B, C, H, W]: [1, C, H, W]."""
+    height, width = like.shape[2:]
+    cells = values.to(like).view(1, -1, 2, 2).repeat(1, 1, -(-height // 2), -(-width // 2))
+    return cells[:, :, :height, :width]

@@ -83,6 +83,14 @@ class Extent:
 
 # Called before each forward with the model and its arguments by name.
 Begin = Callable[[Any, dict[str, Any]], Extent]
+# A tap's output as one row a sample, [B, C].
+Reduce = Callable[[Tensor], Tensor]
+
+
+def last_token(output: Tensor) -> Tensor:
+    """A model that is told a timestep a token (Wan 2.2 TI2V, whose first frame may be given and clean) embeds each,
+    [B, N, C]: the last token's, which is never given, stands for all."""
+    return output[:, -1] if output.ndim == 3 else output
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ class Backbone:
         condition_channels: C.
         grid: reference grid of the gate's logits.
         begin: reads the extent of a forward off its arguments. It may run a tapped module early, in a model that
-            would run it too late for the first site. A patch's file does not hold it.
+            would run it too late for the first site.
+        reduce: of each tap's output. A patch's file does not hold it, nor `begin`.
     """
 
     model_class: str
@@ -107,6 +116,7 @@ class Backbone:
     condition_channels: int
     grid: Grid
     begin: Begin | None = field(default=None, compare=False, repr=False)
+    reduce: Reduce = field(default=last_token, compare=False, repr=False)
 
 
 Size = int | Sequence[int]

@@ -1,10 +1,11 @@
-"""FLUX.1: a site before every double and every single block; only the image's tokens are prompted."""
+"""FLUX.1 and what is built as it is: a site before every double and every single block, of the image's tokens alone."""
 
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stagepatch.families.base import Extent, Grid
 from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
@@ -14,52 +15,78 @@ from stagepatch.families.transformer import Blocks, Transformer
 
 def flux_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     """Rows and columns, read off the tokens' positions."""
-    return Extent(grid_of_positions(arguments["img_ids"]))
+    return Extent(grid_of(arguments["img_ids"]))
 
 
 # A pipeline gives the same tensor at every step, so that an accelerator is waited for but once.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=1)
-def grid_of_positions(ids: Tensor) -> Grid:
-    """Of the image that is made, from positions [N, 3]; tokens of images to edit have another first number."""
+def grid_of(ids: Tensor) -> Grid:
+    """Of the image that is made, from positions [N, 3 or 4]; tokens of images to edit have another first number."""
     ids = ids[0] if ids.ndim == 3 else ids
-    own = ids[ids[:, 0] == 0]
-    return tuple(int(last) + 1 for last in own[:, 1:3].amax(dim=0).tolist())
+    own = ids[ids[:, 0] == ids[0, 0], 1:3].int()
+    return tuple((own.amax(dim=0) - own.amin(dim=0) + 1).tolist())
 
 
-def image_positions(sample: Tensor) -> Tensor:
-    """Zero, row and column of each token [N, 3], of latents [B, C, H, W] in cells of 2×2."""
+def positions(sample: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the cells of a sample [B, C, H, W]: nought, row and column, [N, 3]; noughts for the text's tokens."""
     height, width = (length // 2 for length in sample.shape[2:])
     ids = sample.new_zeros(height, width, 3)
     ids[..., 1] += torch.arange(height, device=sample.device)[:, None]
     ids[..., 2] += torch.arange(width, device=sample.device)
-    return ids.flatten(0, 1)
+    return {"img_ids": ids.flatten(0, 1), "txt_ids": sample.new_zeros(condition["encoder_hidden_states"].shape[1], 3)}
 
 
 def call_flux(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """See `Call`. A model that was distilled under guidance is told a scale of 1, which is none."""
-    added = {
-        "img_ids": image_positions(sample),
-        "txt_ids": sample.new_zeros(condition["encoder_hidden_states"].shape[1], 3),
-        "guidance": sample.new_ones(len(sample)) if model.config.guidance_embeds else None,
-    }
+    guidance = sample.new_ones(len(sample)) if model.config.guidance_embeds else None
+    added = {**positions(sample, condition), "guidance": guidance}
     return call_packed(model, sample, timesteps, {**condition, **added})
 
 
-FAMILY = Family(
-    "FluxTransformer2DModel",
-    Transformer(
-        (Blocks("transformer_blocks"), Blocks("single_transformer_blocks")),
-        "time_text_embed.timestep_embedder",
-        ("time_text_embed.text_embedder",),
-        optional_taps=("time_text_embed.guidance_embedder",),
-        sample_size=SAMPLE_SIZE,
-        patch_size=PATCH_SIZE,
-        begin=flux_extent,
+def call_chroma(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. The mask of the text goes on over the image, in the sample's dtype: its numbers are added to the
+    attention's logits, as in the pipeline."""
+    mask = condition["attention_mask"].to(sample.dtype)
+    cells = sample.shape[2] // 2 * (sample.shape[3] // 2)
+    added = {**positions(sample, condition), "attention_mask": F.pad(mask, (0, cells), value=1.0)}
+    return call_packed(model, sample, timesteps, {**condition, **added})
+
+
+def mean_modulation(output: Tensor) -> Tensor:
+    """Chroma computes every block's shifts, scales and gates of the timestep, [B, M, C]; the mean of them is our
+    reading of its embedding."""
+    return output.mean(dim=1)
+
+
+_SHARED: dict[str, Any] = {"timestep_range": (0.0, 1.0), "sample_size": SAMPLE_SIZE, "is_packed": True}
+_GRID: dict[str, Any] = {"sample_size": SAMPLE_SIZE, "patch_size": PATCH_SIZE, "begin": flux_extent}
+
+FAMILIES = [
+    Family(
+        "FluxTransformer2DModel",
+        Transformer(
+            (Blocks("transformer_blocks"), Blocks("single_transformer_blocks")),
+            "time_text_embed.timestep_embedder",
+            ("time_text_embed.text_embedder",),
+            optional_taps=("time_text_embed.guidance_embedder",),
+            **_GRID,
+        ),
+        call_flux,
+        prompt_encoder("encoder_hidden_states", "pooled_projections"),
+        **_SHARED,
     ),
-    call_flux,
-    prompt_encoder("encoder_hidden_states", "pooled_projections"),
-    timestep_range=(0.0, 1.0),
-    sample_size=SAMPLE_SIZE,
-    is_packed=True,
-)
+    # FLUX.1 schnell without its pooled text, and so t+c is t.
+    Family(
+        "ChromaTransformer2DModel",
+        Transformer(
+            (Blocks("transformer_blocks"), Blocks("single_transformer_blocks", "last")),
+            "distilled_guidance_layer",
+            reduce=mean_modulation,
+            **_GRID,
+        ),
+        call_chroma,
+        prompt_encoder("encoder_hidden_states", "", "attention_mask"),
+        **_SHARED,
+    ),
+]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stagepatch.families.base import Extent
-from stagepatch.families.flux import grid_of_positions, image_positions
+from stagepatch.families.flux import grid_of, positions
 from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
 from stagepatch.families.registry import Family
 from stagepatch.families.texts import pad_texts
@@ -15,14 +15,14 @@ from stagepatch.families.transformer import Blocks, Transformer
 
 def krea2_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     """Rows and columns, read off the tokens' positions; those of text are zeros."""
-    return Extent(grid_of_positions(arguments["position_ids"]))
+    return Extent(grid_of(arguments["position_ids"]))
 
 
 def call_krea2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """See `Call`."""
-    text_positions = sample.new_zeros(condition["encoder_hidden_states"].shape[1], 3)
-    positions = torch.cat([text_positions, image_positions(sample)])
-    return call_packed(model, sample, timesteps, {**condition, "position_ids": positions})
+    ids = positions(sample, condition)
+    all_ids = torch.cat([ids["txt_ids"], ids["img_ids"]])
+    return call_packed(model, sample, timesteps, {**condition, "position_ids": all_ids})
 
 
 def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stagepatch.core import UserError
-from stagepatch.families.base import Backbone, Begin, Grid, Site
+from stagepatch.families.base import Backbone, Begin, Grid, Reduce, Site, last_token
 
 NUM_TIMESTEPS = 1000.0  # of schedulers
 
@@ -139,6 +139,7 @@ def make_backbone(
     time_tap: str,
     condition_taps: Sequence[str] = (),
     optional_taps: Sequence[str] = (),
+    reduce: Reduce = last_token,
 ) -> Backbone:
     """A model's description; its class and the width of its embeddings are read off the model.
 
@@ -149,7 +150,7 @@ def make_backbone(
     taps = (*condition_taps, *(path for path in optional_taps if path in modules))
     *_, last = (layer for layer in modules[time_tap].modules() if isinstance(layer, nn.Linear))
     model_class = family_of(type(model)).model_class
-    return Backbone(model_class, tuple(sites), time_tap, taps, last.out_features, grid, begin)
+    return Backbone(model_class, tuple(sites), time_tap, taps, last.out_features, grid, begin, reduce)
 
 
 DENOISERS = ("transformer", "unet", "transformer_2", "prior", "decoder")

@@ -3,7 +3,19 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stagepatch.families.base import Backbone, Begin, Extent, Grid, Site, Size, patches, reference_size, self_attention
+from stagepatch.families.base import (
+    Backbone,
+    Begin,
+    Extent,
+    Grid,
+    Reduce,
+    Site,
+    Size,
+    last_token,
+    patches,
+    reference_size,
+    self_attention,
+)
 from stagepatch.families.registry import make_backbone
 
 
@@ -36,7 +48,7 @@ class Transformer:
 
     Args:
         blocks: in the order of the forward.
-        time_tap, condition_taps, begin: see `Backbone`.
+        time_tap, condition_taps, begin, reduce: see `Backbone`.
         optional_taps: condition taps that only some models of the class have.
         sample_size: of the model's input [latent pixels], where its config has none.
         patch_size: of a token, where it is not the config's.
@@ -49,6 +61,7 @@ class Transformer:
     sample_size: Grid | None = None
     patch_size: Grid | None = None
     begin: Begin = image_extent
+    reduce: Reduce = last_token
 
     def __call__(self, model: Any, sample_size: Size | None = None) -> Backbone:
         config = model.config
@@ -63,4 +76,5 @@ class Transformer:
                 attention = self_attention(block, blocks.attention, path) if blocks.attention else None
                 tokens = blocks.image_tokens
                 sites.append(Site(path, path, len(sites), width, grid, image_tokens=tokens, attention=attention))
-        return make_backbone(model, sites, grid, self.begin, self.time_tap, self.condition_taps, self.optional_taps)
+        taps = (self.time_tap, self.condition_taps, self.optional_taps)
+        return make_backbone(model, sites, grid, self.begin, *taps, self.reduce)

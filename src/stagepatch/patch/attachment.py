@@ -29,6 +29,7 @@ class Attachment(AbstractContextManager["Attachment"]):
     def __init__(self, patch: MixtureOfPrompts, model: nn.Module, backbone: Backbone) -> None:
         self.patch = patch
         self._read_extent = backbone.begin
+        self._reduce = backbone.reduce
         self._names = list(inspect.signature(model.forward).parameters)
         modules = dict(model.named_modules())
         taps = [backbone.time_tap]
@@ -85,14 +86,10 @@ class Attachment(AbstractContextManager["Attachment"]):
             self.patch.extent = None  # the model will say itself which argument it misses
 
     def _tap(self, position: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Show the patch the sum of the taps' outputs when all have come, once a forward.
-
-        A model that is told a timestep a token (Wan 2.2 TI2V, whose first frame may be given and clean) embeds each,
-        [B, N, C]: the last token's, which is never given, stands for all.
-        """
+        """Show the patch the sum of the taps' outputs when all have come, once a forward."""
         if not self.patch.enabled or self._observed:
             return
-        self._conditions[position] = output[:, -1] if output.ndim == 3 else output
+        self._conditions[position] = self._reduce(output)
         outputs = [output for output in self._conditions if output is not None]
         if len(outputs) == len(self._conditions):
             self._observed = True

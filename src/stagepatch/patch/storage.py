@@ -18,6 +18,7 @@ from stagepatch.patch.prompts import MixtureOfPrompts
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+_FUNCTIONS = ("begin", "reduce")  # of a description, which a file does not hold
 _Patch = TypeVar("_Patch", bound=MixtureOfPrompts)
 
 
@@ -28,7 +29,7 @@ def save_patch(patch: MixtureOfPrompts, directory: Path) -> None:
         "patch": asdict(patch.config),
         "fingerprint": asdict(patch.fingerprint),
         "facts": patch.facts,
-        "backbone": {name: value for name, value in asdict(patch.backbone).items() if name != "begin"},
+        "backbone": {name: value for name, value in asdict(patch.backbone).items() if name not in _FUNCTIONS},
     }
     write_tensors(directory / WEIGHTS_NAME, patch.named_tensors())
     write_json(directory / CONFIG_NAME, config)
