@@ -337,4 +337,23 @@ FAMILIES = {
             "encoder_attention_mask": mask_of_different_lengths,
         },
     ),
+    "ErnieImageTransformer2DModel": Family(
+        diffusers.ErnieImageTransformer2DModel,
+        {
+            "in_channels": 16,
+            "out_channels": 16,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "ffn_hidden_size": 32,
+            "text_in_dim": TEXT_CHANNELS,
+            "rope_axes_dim": (4, 4, 8),
+        },
+        {
+            "hidden_states": lambda batch, height, width: torch.randn(batch, 16, height // 2, width // 2),
+            "timestep": timesteps,
+            "text_bth": text,
+            "text_lens": lambda *size: mask_of_different_lengths(*size).sum(dim=1),
+        },
+    ),
 }

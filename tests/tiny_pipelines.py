@@ -213,15 +213,18 @@ def gemma(tokenizer: Any) -> Any:
     return transformers.Gemma2Model(config)
 
 
-def mistral(tokenizer: Any) -> Any:
-    """Of FLUX.2 dev, which takes the states after layers 10, 20 and 30, side by side."""
-    text = {**_DEEP, "num_hidden_layers": 30, "vocab_size": len(tokenizer), "head_dim": 4}
+def _mistral_config(tokenizer: Any, **text: Any) -> Any:
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Mistral3Config(
-        text_config={"model_type": "mistral", **text},
+    return transformers.Mistral3Config(
+        text_config={"model_type": "mistral", "vocab_size": len(tokenizer), **text},
         vision_config={"model_type": "pixtral", **vision, "image_size": 32, "patch_size": 4},
         image_token_index=len(tokenizer) - 1,
     )
+
+
+def mistral(tokenizer: Any) -> Any:
+    """Of FLUX.2 dev, which takes the states after layers 10, 20 and 30, side by side."""
+    config = _mistral_config(tokenizer, **_DEEP, num_hidden_layers=30, head_dim=4)
     return transformers.Mistral3ForConditionalGeneration(config)
 
 
@@ -229,6 +232,11 @@ def qwen3(tokenizer: Any) -> Any:
     """Of FLUX.2 klein, which takes the states after layers 9, 18 and 27, side by side."""
     config = transformers.Qwen3Config(**_DEEP, num_hidden_layers=27, vocab_size=len(tokenizer), head_dim=4)
     return transformers.Qwen3ForCausalLM(config)
+
+
+def small_mistral(tokenizer: Any) -> Any:
+    """Of ERNIE-Image, which takes the states before the last layer."""
+    return transformers.Mistral3Model(_mistral_config(tokenizer, **_SMALL, head_dim=12))
 
 
 def small_qwen3(tokenizer: Any) -> Any:
@@ -472,6 +480,14 @@ PIPELINES: dict[str, Tiny] = {
         [(qwen_tokenizer, qwen3_vl)],
         more={"text_encoder_select_layers": (1, 2)},
         arguments=prompted(64),
+        sample_size=[8, 8],
+    ),
+    "ErnieImageTransformer2DModel": Tiny(
+        diffusers.ErnieImagePipeline,
+        flow_match(shift=3.0),
+        flux2_vae,
+        [(llama_tokenizer, small_mistral)],
+        arguments=prompted(),
         sample_size=[8, 8],
     ),
 }

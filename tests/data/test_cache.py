@@ -73,7 +73,7 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
             shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
             scale = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
             latents = latents.unsqueeze(2) * scale + shift
-        elif type(pipe).__name__.startswith("Flux2"):  # as Flux2Pipeline does
+        elif type(pipe).__name__.startswith(("Flux2", "Ernie")):  # as Flux2Pipeline does
             std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
             cells = pipe._patchify_latents(latents) * std + vae.bn.running_mean.view(1, -1, 1, 1)
             latents = pipe._unpatchify_latents(cells)

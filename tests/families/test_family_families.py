@@ -20,11 +20,16 @@ SIZES = {
     "ChromaTransformer2DModel": [8, 8],
     "ZImageTransformer2DModel": [8, 8],
     "Krea2Transformer2DModel": [8, 8],
+    "ErnieImageTransformer2DModel": [8, 8],
 }
 # Tokens before the image's, where it does not come first, of a batch of two.
 LENGTHS = {"Lumina2Transformer2DModel": [5, 2], "AuraFlowTransformer2DModel": [13, 13]}
 # Tokens behind the image's in a list of blocks, where it comes first but not alone.
-BEHIND = {("ZImageTransformer2DModel", "noise_refiner"): 16, ("ZImageTransformer2DModel", "layers"): 16 + 32}
+BEHIND = {
+    ("ZImageTransformer2DModel", "noise_refiner"): 16,
+    ("ZImageTransformer2DModel", "layers"): 16 + 32,
+    ("ErnieImageTransformer2DModel", "layers"): 5,
+}
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -54,6 +59,12 @@ def drawn(patch):
             std = 20.0 if name.startswith("prompts") else 0.1
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     return patch
+
+
+def entering(site, args, kwargs):
+    """Hidden states that enter a block, [B, N, D], or a map."""
+    hidden_states = args[0] if args else kwargs[site.argument]
+    return hidden_states.transpose(0, 1) if site.layout == "sequence" else hidden_states
 
 
 def choices_of(name):
@@ -111,7 +122,7 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
     for site in backbone.sites:
 
         def note(module, args, kwargs, site=site):
-            seen[site.name] = tuple((args[0] if args else kwargs[site.argument]).shape)
+            seen[site.name] = tuple(entering(site, args, kwargs).shape)
 
         model.get_submodule(site.module).register_forward_pre_hook(note, with_kwargs=True)
     family.call(model)
@@ -138,7 +149,7 @@ def test_the_image_lies_where_the_first_site_says(name, family, model):
     module = model.get_submodule(site.module)
 
     def note(module, args, kwargs):
-        seen.append(args[0] if args else kwargs[site.argument])
+        seen.append(entering(site, args, kwargs))
 
     module.register_forward_pre_hook(note, with_kwargs=True)
     key = next(key for key in ("hidden_states", "sample", "x") if key in family.draws)
@@ -189,7 +200,7 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
     added = []
 
     def note(module, args, kwargs):
-        added.append((args[0] if args else kwargs[site.argument]).clone())
+        added.append(entering(site, args, kwargs).clone())
 
     module = model.get_submodule(site.module)
     module.register_forward_pre_hook(note, with_kwargs=True)
@@ -200,7 +211,7 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
         family.call(model, size=size)
         before, after = added
         added_to_all = after - before
-        if site.layout == "tokens":
+        if site.layout != "map":
             count = math.prod(patch.extent.grid)
             others = added_to_all[:, count:] if site.image_tokens == "first" else added_to_all[:, :-count]
             assert not others.any()

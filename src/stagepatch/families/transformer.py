@@ -27,11 +27,13 @@ class Blocks:
         path: of the list in the model.
         image_tokens: where the image lies in the blocks' input; see `Site`.
         attention: path in a block of its self-attention, where prompts can be prepended to it.
+        layout: of the blocks' input; see `Site`.
     """
 
     path: str
     image_tokens: Literal["first", "last", "after_text"] = "first"
     attention: str = ""
+    layout: Literal["tokens", "sequence"] = "tokens"
 
 
 def image_extent(model: Any, arguments: dict[str, Any]) -> Extent:
@@ -75,6 +77,9 @@ class Transformer:
                 path = f"{blocks.path}.{number}"
                 attention = self_attention(block, blocks.attention, path) if blocks.attention else None
                 tokens = blocks.image_tokens
-                sites.append(Site(path, path, len(sites), width, grid, image_tokens=tokens, attention=attention))
+                site = Site(
+                    path, path, len(sites), width, grid, blocks.layout, image_tokens=tokens, attention=attention
+                )
+                sites.append(site)
         taps = (self.time_tap, self.condition_taps, self.optional_taps)
         return make_backbone(model, sites, grid, self.begin, *taps, self.reduce)

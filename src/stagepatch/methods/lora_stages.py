@@ -124,7 +124,8 @@ class Ranks:
         weigh: what the ranks count; None where it is 1 at all times.
 
     Raises:
-        UserError: adapters of embeddings, whose ranks cannot be weighed.
+        UserError: adapters of embeddings, whose ranks cannot be weighed, or a model with layers that take tokens
+            before samples.
     """
 
     # Hooks are methods rather than closures, so that copy.deepcopy(model) copies them with it.
@@ -140,6 +141,11 @@ class Ranks:
             return
         if any(adapter in getattr(part, "lora_embedding_A", ()) for part in model.modules()):
             raise UserError("Ranks that differ by timestep cannot be had on embeddings: leave them out of targets.")
+        if any(site.layout == "sequence" for site in describe(model).sites):
+            raise UserError(
+                f"Ranks that differ by timestep cannot be had on {type(model).__name__}, some of whose layers take "
+                f"tokens before samples: take one stage."
+            )
         self._names = list(inspect.signature(model.forward).parameters)
         family = family_of(type(model))
         self._timestep, self._levels = family.timestep_argument, family.sample_levels
