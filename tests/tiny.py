@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stagepatch.models import DiT
 
@@ -124,6 +125,12 @@ def positions(batch: int, height: int, width: int) -> Tensor:
 def positions_with_text(batch: int, height: int, width: int) -> Tensor:
     """Of FLUX.2: image, row, column, place in the text."""
     return torch.nn.functional.pad(positions(batch, height, width), (0, 1)).expand(batch, -1, -1)
+
+
+def text_before_image(batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, segments and roles, as Ideogram 4's pipeline makes them."""
+    lengths = [TEXT] * (batch - 1) + [2]
+    return diffusers.Ideogram4Pipeline._prepare_ids(lengths, height // 2, width // 2, TEXT, torch.device("cpu"))
 
 
 text = draw(TEXT, TEXT_CHANNELS)
@@ -354,6 +361,27 @@ FAMILIES = {
             "timestep": timesteps,
             "text_bth": text,
             "text_lens": lambda *size: mask_of_different_lengths(*size).sum(dim=1),
+        },
+    ),
+    "Ideogram4Transformer2DModel": Family(
+        diffusers.Ideogram4Transformer2DModel,
+        config(
+            LAYERS,
+            in_channels=16,
+            intermediate_size=32,
+            adaln_dim=16,
+            llm_features_dim=TEXT_CHANNELS,
+            mrope_section=(4, 2, 2),
+        ),
+        {
+            "hidden_states": lambda *size: F.pad(packed(*size), (0, 0, TEXT, 0)),
+            "timestep": fractions,
+            "encoder_hidden_states": lambda batch, height, width: torch.randn(
+                batch, TEXT + height * width // 4, TEXT_CHANNELS
+            ),
+            "position_ids": lambda *size: text_before_image(*size)[0],
+            "segment_ids": lambda *size: text_before_image(*size)[1],
+            "indicator": lambda *size: text_before_image(*size)[2],
         },
     ),
 }

@@ -30,6 +30,7 @@ class Tiny:
         encoders: for each text encoder what makes its tokenizer, and what makes it for a tokenizer.
         changes: of the config of the family's denoiser.
         more: of the pipeline's arguments.
+        made: of them, what is made anew.
         pixels: height and width that `call` makes by default, those of the denoiser's own sample size.
         other_pixels: another size, not square; None where the pipeline only makes its own.
         arguments: what a call takes besides size, steps and seed.
@@ -43,6 +44,7 @@ class Tiny:
     encoders: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, Callable[[], Any]] = field(default_factory=dict)
     pixels: tuple[int, int] = (32, 32)
     other_pixels: tuple[int, int] | None = (48, 32)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Tiny:
         return pipe
 
     def _make(self) -> Any:
-        parts = dict(self.more)
+        parts = self.more | {name: make() for name, make in self.made.items()}
         for (make_tokenizer, make_encoder), number in zip(self.encoders, ("", "_2", "_3"), strict=False):
             parts[f"tokenizer{number}"] = make_tokenizer()
             parts[f"text_encoder{number}"] = make_encoder(parts[f"tokenizer{number}"])
@@ -335,6 +337,7 @@ chat_tokenizer = partial(qwen_tokenizer, chat_template=CHAT)
 T5 = (t5_tokenizer, t5)
 UMT5 = (t5_tokenizer, partial(t5, kind="UMT5"))
 GEMMA = (gemma_tokenizer, gemma)
+OF_13_LAYERS = {"llm_features_dim": 13 * TEXT_CHANNELS}
 PLAIN_CAPTION = {"length": 32, "clean_caption": False, "use_resolution_binning": False}
 
 
@@ -488,6 +491,20 @@ PIPELINES: dict[str, Tiny] = {
         flux2_vae,
         [(llama_tokenizer, small_mistral)],
         arguments=prompted(),
+        sample_size=[8, 8],
+    ),
+    "Ideogram4Transformer2DModel": Tiny(
+        diffusers.Ideogram4Pipeline,
+        flow_match(shift=1.0),
+        flux2_vae,
+        [(partial(qwen_tokenizer, PARTS), partial(qwen3_vl, layers=36))],
+        changes=OF_13_LAYERS,
+        made={
+            "unconditional_transformer": lambda: FAMILIES["Ideogram4Transformer2DModel"].model(
+                7, llm_features_dim=13 * TEXT_CHANNELS
+            )
+        },
+        arguments=prompted(64, guidance_scale=3.0, guidance_schedule=None),
         sample_size=[8, 8],
     ),
 }

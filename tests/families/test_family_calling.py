@@ -125,7 +125,10 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     output, timestep, sample = seen[0]
     if "Euler" in type(pipe.scheduler).__name__ and hasattr(pipe.scheduler, "scale_model_input"):
         sample = sample / (pipe.scheduler.sigmas[0] ** 2 + 1) ** 0.5
-    if sample.ndim == 3:
+    if name == "Ideogram4Transformer2DModel":  # channels last
+        cells = (tokens.view(1, 4, 4, 2, 2, 4) for tokens in (sample, output))
+        sample, output = (each.permute(0, 5, 1, 3, 2, 4).reshape(1, 4, 8, 8) for each in cells)
+    elif sample.ndim == 3:
         sample, output = (unpack(tokens, 8, 8) for tokens in (sample, output))
     elif name == "ErnieImageTransformer2DModel":
         sample, output = (pipe._unpatchify_latents(cells) for cells in (sample, output))
@@ -133,3 +136,20 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     if ours.shape[1] == 2 * output.shape[1]:
         ours = ours.chunk(2, dim=1)[0]
     torch.testing.assert_close(ours, output.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{kind}Transformer2DModel" for kind in ("ZImage", "Krea2", "ErnieImage", "Ideogram4")]
+)
+def test_captions_of_different_lengths_are_told_side_by_side_as_alone(name):
+    pipe = PIPELINES[name].build()
+    encode = family_of(type(pipe.transformer)).encode_captions
+    captions = ["a cat", "an old painting of three small dogs"]
+    sample, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([300.0, 800.0])
+    condition = encode(pipe, captions)
+    assert len(set(condition["encoder_attention_mask"].sum(dim=1).tolist())) == 2
+    together = predict(pipe.transformer, sample, timesteps, condition)
+    for row, caption in enumerate(captions):
+        rows = slice(row, row + 1)
+        alone = predict(pipe.transformer, sample[rows], timesteps[rows], encode(pipe, [caption]))
+        torch.testing.assert_close(together[rows], alone, rtol=1e-4, atol=1e-4)

@@ -21,6 +21,7 @@ SIZES = {
     "ZImageTransformer2DModel": [8, 8],
     "Krea2Transformer2DModel": [8, 8],
     "ErnieImageTransformer2DModel": [8, 8],
+    "Ideogram4Transformer2DModel": [8, 8],
 }
 # Tokens before the image's, where it does not come first, of a batch of two.
 LENGTHS = {"Lumina2Transformer2DModel": [5, 2], "AuraFlowTransformer2DModel": [13, 13]}

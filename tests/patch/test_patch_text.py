@@ -9,7 +9,7 @@ from tests.tiny import FAMILIES, TEXT_CHANNELS
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
-STACKED = ["Krea2Transformer2DModel"]  # takes the states of several layers of each token
+STACKED = ["Krea2Transformer2DModel", "Ideogram4Transformer2DModel"]  # the states of several layers of each token
 OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
 OF_TEXT = [name for name in OF_TEXT if name not in STACKED]
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask"]

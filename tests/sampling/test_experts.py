@@ -90,7 +90,7 @@ def test_a_range_has_its_start_and_not_its_end(tiny_dit, batch, timestep):
         assert torch.equal(base(sample, torch.full((4,), timestep), labels, return_dict=False)[0], expected)
 
 
-FROM_NOISE = ("Lumina2Transformer2DModel", "ZImageTransformer2DModel")
+FROM_NOISE = ("Lumina2Transformer2DModel", "ZImageTransformer2DModel", "Ideogram4Transformer2DModel")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,4 +1,4 @@
-"""FLUX.1 and what is built as it is: a site before every double and every single block, of the image's tokens alone."""
+"""FLUX.1 and what is built as it is: a site before every double and every single block, of the image's tokens."""
 
 from functools import lru_cache
 from typing import Any

@@ -60,6 +60,8 @@ class Family:
         timestep_range: the model's `timestep` for an image and for pure noise.
         sample_size: height and width of a sample [latent pixels], where the model's config has none.
         is_packed: cells of 2×2 latent pixels are the model's tokens, with four times the latents' channels.
+        is_pixel_by_pixel: the cells' numbers, and the VAE's statistics of them, are in order of pixels and then of
+            channels.
         timestep_argument: what the model's forward calls its `timestep`.
     """
 
@@ -70,6 +72,7 @@ class Family:
     timestep_range: tuple[float, float] = (0.0, NUM_TIMESTEPS)
     sample_size: tuple[int, int] | None = None
     is_packed: bool = False
+    is_pixel_by_pixel: bool = False
     timestep_argument: str = "timestep"
 
     def noise_level(self, timestep: Tensor) -> Tensor:

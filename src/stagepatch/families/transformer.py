@@ -76,10 +76,7 @@ class Transformer:
             for number, block in enumerate(model.get_submodule(blocks.path)):
                 path = f"{blocks.path}.{number}"
                 attention = self_attention(block, blocks.attention, path) if blocks.attention else None
-                tokens = blocks.image_tokens
-                site = Site(
-                    path, path, len(sites), width, grid, blocks.layout, image_tokens=tokens, attention=attention
-                )
-                sites.append(site)
+                place = (path, path, len(sites), width, grid, blocks.layout)
+                sites.append(Site(*place, image_tokens=blocks.image_tokens, attention=attention))
         taps = (self.time_tap, self.condition_taps, self.optional_taps)
         return make_backbone(model, sites, grid, self.begin, *taps, self.reduce)
