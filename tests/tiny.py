@@ -156,6 +156,14 @@ FLUX2_INPUTS = {
 }
 TEXT_INPUTS = {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}
 
+COGVIEW = {**LATENTS, **LAYERS, "text_embed_dim": TEXT_CHANNELS, "time_embed_dim": 16, "condition_dim": 8}
+COGVIEW_INPUTS = {
+    **TEXT_INPUTS,
+    "original_size": lambda batch, *_: torch.tensor([[64.0, 48.0]]).repeat(batch, 1),
+    "target_size": lambda batch, *_: torch.tensor([[32.0, 64.0]]).repeat(batch, 1),
+    "crop_coords": lambda batch, *_: torch.tensor([[0.0, 8.0]]).repeat(batch, 1),
+}
+
 
 def config(*shared: dict[str, Any], **more: Any) -> dict[str, Any]:
     """What several models share, and what is this one's."""
@@ -383,5 +391,11 @@ FAMILIES = {
             "segment_ids": lambda *size: text_before_image(*size)[1],
             "indicator": lambda *size: text_before_image(*size)[2],
         },
+    ),
+    "CogView4Transformer2DModel": Family(
+        diffusers.CogView4Transformer2DModel, config(COGVIEW, rope_axes_dim=(8, 8)), COGVIEW_INPUTS
+    ),
+    "CogView3PlusTransformer2DModel": Family(
+        diffusers.CogView3PlusTransformer2DModel, config(COGVIEW, pos_embed_max_size=16), COGVIEW_INPUTS
     ),
 }

@@ -241,6 +241,11 @@ def small_mistral(tokenizer: Any) -> Any:
     return transformers.Mistral3Model(_mistral_config(tokenizer, **_SMALL, head_dim=12))
 
 
+def glm(tokenizer: Any) -> Any:
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
+    return transformers.GlmModel(transformers.GlmConfig(**ids, **_SMALL, head_dim=12))
+
+
 def small_qwen3(tokenizer: Any) -> Any:
     """Of Z-Image, which takes the states before the last layer."""
     return transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=12, **_SMALL))
@@ -506,6 +511,30 @@ PIPELINES: dict[str, Tiny] = {
         },
         arguments=prompted(64, guidance_scale=3.0, guidance_schedule=None),
         sample_size=[8, 8],
+    ),
+    "CogView4Transformer2DModel": Tiny(
+        diffusers.CogView4Pipeline,
+        flow_match(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"),
+        partial(kl, 1.0, 0.0, levels=4),  # the sizes of images are eight times those of latents
+        [(gemma_tokenizer, glm)],
+        pixels=(64, 64),
+        other_pixels=(96, 64),
+        arguments=prompted(64),
+    ),
+    "CogView3PlusTransformer2DModel": Tiny(
+        diffusers.CogView3PlusPipeline,
+        partial(
+            diffusers.CogVideoXDDIMScheduler,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=4.0,
+            timestep_spacing="trailing",
+        ),
+        partial(kl, 0.13025, levels=4),
+        [T5],
+        pixels=(64, 64),
+        other_pixels=(96, 64),
+        arguments=prompted(32),
     ),
 }
 for name, tiny in PIPELINES.items():

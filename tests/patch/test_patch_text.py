@@ -9,9 +9,10 @@ from tests.tiny import FAMILIES, TEXT_CHANNELS
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
+OTHERS = ["CogView4Transformer2DModel", "CogView3PlusTransformer2DModel"]  # whose text's width has another name
 STACKED = ["Krea2Transformer2DModel", "Ideogram4Transformer2DModel"]  # the states of several layers of each token
 OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
-OF_TEXT = [name for name in OF_TEXT if name not in STACKED]
+OF_TEXT = [name for name in OF_TEXT if name not in STACKED + OTHERS]
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask"]
 
 
@@ -35,7 +36,7 @@ def test_gate_sees_the_timestep_and_the_mean_of_the_tokens_that_count(name):
     torch.testing.assert_close(seen["gate"], torch.cat([seen["t"], torch.stack(rows)], dim=1))
 
 
-@pytest.mark.parametrize("name", ["UNet2DModel", "ZImageTransformer2DModel", *STACKED])
+@pytest.mark.parametrize("name", ["UNet2DModel", "ZImageTransformer2DModel", *STACKED, *OTHERS])
 def test_models_without_text_or_with_another_form_of_it_refuse_it(name):
     with pytest.raises(UserError, match=rf"'t\+text' needs a model that takes text.*{name} takes none"):
         Patch.create(FAMILIES[name].model(), PatchConfig(condition="t+text"))

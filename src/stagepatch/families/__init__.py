@@ -2,10 +2,10 @@
 
 import lazy_loader
 
-from stagepatch.families import dit, ernie, flux, flux2, ideogram4, krea2, qwenimage, table, unet, zimage
+from stagepatch.families import cogview, dit, ernie, flux, flux2, ideogram4, krea2, qwenimage, table, unet, zimage
 from stagepatch.families.registry import add_families
 
-add_families([*dit.FAMILIES, *unet.FAMILIES, *table.FAMILIES, *flux.FAMILIES])
+add_families([*dit.FAMILIES, *unet.FAMILIES, *table.FAMILIES, *flux.FAMILIES, *cogview.FAMILIES])
 add_families(family.FAMILY for family in (flux2, qwenimage, zimage, krea2, ernie, ideogram4))
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
