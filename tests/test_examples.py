@@ -88,7 +88,7 @@ def test_adding_a_family_as_the_page_does(monkeypatch, capsys):
 
     torch.manual_seed(0)
     sizes = {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
-    model = diffusers.LuminaNextDiT2DModel(**sizes, multiple_of=16, cross_attention_dim=24).eval()
+    model = diffusers.LuminaNextDiT2DModel(**sizes, num_kv_heads=2, multiple_of=16, cross_attention_dim=24).eval()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.1)  # the gates of its attention are zero at first
     inputs = {

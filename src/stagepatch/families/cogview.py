@@ -30,7 +30,7 @@ def before_shift(model: Any, sample: Tensor, timesteps: Tensor) -> Tensor:
     """What CogView4 is told at a noise level σ: T·t, where its pipeline's schedule has σ = m / (m + 1/t − 1), with
     m = ¼ + ¾ √(tokens / 256). Other flows are told T·σ."""
     height, width = (length // model.config.patch_size for length in sample.shape[2:])
-    shift = 0.25 + 0.75 * (height * width / 256) ** 0.5
+    shift: float = 0.25 + 0.75 * (height * width / 256) ** 0.5
     level = timesteps / NUM_TIMESTEPS
     return NUM_TIMESTEPS * level / (shift * (1.0 - level) + level)
 
