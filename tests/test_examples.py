@@ -97,6 +97,7 @@ def test_adding_a_family_as_the_page_does(monkeypatch, capsys):
         "encoder_hidden_states": torch.randn(2, 5, 24),
         "encoder_mask": torch.ones(2, 5),
         "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 16, 16),
+        "cross_attention_kwargs": {},
     }
     base = model(**inputs).sample
     patch = Patch.create(model)

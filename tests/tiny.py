@@ -398,4 +398,18 @@ FAMILIES = {
     "CogView3PlusTransformer2DModel": Family(
         diffusers.CogView3PlusTransformer2DModel, config(COGVIEW, pos_embed_max_size=16), COGVIEW_INPUTS
     ),
+    "PRXTransformer2DModel": Family(
+        diffusers.PRXTransformer2DModel,
+        {
+            "in_channels": 4,
+            "context_in_dim": TEXT_CHANNELS,
+            "hidden_size": 32,
+            "mlp_ratio": 2.0,
+            "num_heads": 2,
+            "depth": 2,
+            "axes_dim": [8, 8],
+            "resolution_embeds": True,
+        },
+        {**TEXT_INPUTS, "timestep": fractions, "attention_mask": mask_of_different_lengths},
+    ),
 }

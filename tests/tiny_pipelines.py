@@ -6,11 +6,13 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.prx import pipeline_prx
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ class Tiny:
         pixels: height and width that `call` makes by default, those of the denoiser's own sample size.
         other_pixels: another size, not square; None where the pipeline only makes its own.
         arguments: what a call takes besides size, steps and seed.
+        of_several: what a call of several captions takes besides.
         sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
         family: key of tests.tiny.FAMILIES.
     """
@@ -48,6 +51,7 @@ class Tiny:
     pixels: tuple[int, int] = (32, 32)
     other_pixels: tuple[int, int] | None = (48, 32)
     arguments: dict[str, Any] = field(default_factory=dict)
+    of_several: dict[str, Any] = field(default_factory=dict)
     sample_size: list[int] | None = None
     family: str = ""
 
@@ -79,7 +83,8 @@ class Tiny:
     def of(self, captions: list[str]) -> dict[str, Any]:
         """Arguments for an image of each caption, with a negative caption each where the pipeline asks for one."""
         negative = self.arguments.get("negative_prompt")
-        return {"prompt": captions} | ({} if negative is None else {"negative_prompt": [negative] * len(captions)})
+        negatives = {} if negative is None else {"negative_prompt": [negative] * len(captions)}
+        return {"prompt": captions} | negatives | self.of_several
 
     @staticmethod
     def load(directory: Any) -> Any:
@@ -143,13 +148,13 @@ def t5_tokenizer() -> Any:
     return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
-def gemma_tokenizer() -> Any:
+def gemma_tokenizer(length: int = 8192) -> Any:
     """A token a word for WORDS, else a token a letter or byte."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
     merges, merged = _merges([f"▁{word}" for word in WORDS])
     vocab = _numbered([*special, *bytewise, "▁", "\n", *_printable(), *merged])
-    return transformers.GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True, model_max_length=8192)
+    return transformers.GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True, model_max_length=length)
 
 
 def llama_tokenizer(chat_template: str | None = None) -> Any:
@@ -241,6 +246,12 @@ def small_mistral(tokenizer: Any) -> Any:
     return transformers.Mistral3Model(_mistral_config(tokenizer, **_SMALL, head_dim=12))
 
 
+def t5_gemma(tokenizer: Any) -> Any:
+    sizes = {**_SMALL, "vocab_size": len(tokenizer), "head_dim": 12, "query_pre_attn_scalar": 12}
+    config = transformers.T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False)
+    return transformers.T5GemmaEncoderModel(config)
+
+
 def glm(tokenizer: Any) -> Any:
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
     return transformers.GlmModel(transformers.GlmConfig(**ids, **_SMALL, head_dim=12))
@@ -328,6 +339,11 @@ wan_vae = partial(diffusers.AutoencoderKLWan, **_VIDEO_VAE, scale_factor_tempora
 
 
 # Pipelines.
+
+if not hasattr(
+    pipeline_prx, "ftfy"
+):  # which is not installed here; captions without faults of coding stay as they are
+    pipeline_prx.ftfy = SimpleNamespace(fix_text=lambda caption: caption)
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5}
@@ -535,6 +551,15 @@ PIPELINES: dict[str, Tiny] = {
         pixels=(64, 64),
         other_pixels=(96, 64),
         arguments=prompted(32),
+    ),
+    "PRXTransformer2DModel": Tiny(
+        diffusers.PRXPipeline,
+        flow_match(shift=3.0),
+        partial(kl, 0.3611, 0.1159),
+        [(partial(gemma_tokenizer, 32), t5_gemma)],
+        arguments=prompted(use_resolution_binning=False),
+        of_several={"guidance_scale": 1.0},  # guided, its pipeline takes one caption (diffusers 0.42)
+        sample_size=[8, 8],
     ),
 }
 for name, tiny in PIPELINES.items():

@@ -22,6 +22,7 @@ SIZES = {
     "Krea2Transformer2DModel": [8, 8],
     "ErnieImageTransformer2DModel": [8, 8],
     "Ideogram4Transformer2DModel": [8, 8],
+    "PRXTransformer2DModel": [8, 8],
 }
 # Tokens before the image's, where it does not come first, of a batch of two.
 LENGTHS = {"Lumina2Transformer2DModel": [5, 2], "AuraFlowTransformer2DModel": [13, 13]}

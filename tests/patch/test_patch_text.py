@@ -9,7 +9,8 @@ from tests.tiny import FAMILIES, TEXT_CHANNELS
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
-OTHERS = ["CogView4Transformer2DModel", "CogView3PlusTransformer2DModel"]  # whose text's width has another name
+# Whose text's width has another name.
+OTHERS = [f"{kind}Transformer2DModel" for kind in ("CogView4", "CogView3Plus", "PRX")]
 STACKED = ["Krea2Transformer2DModel", "Ideogram4Transformer2DModel"]  # the states of several layers of each token
 OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
 OF_TEXT = [name for name in OF_TEXT if name not in STACKED + OTHERS]
