@@ -412,4 +412,23 @@ FAMILIES = {
         },
         {**TEXT_INPUTS, "timestep": fractions, "attention_mask": mask_of_different_lengths},
     ),
+    "GlmImageTransformer2DModel": Family(
+        diffusers.GlmImageTransformer2DModel,
+        {
+            **LAYERS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": TEXT_CHANNELS,
+            "time_embed_dim": 16,
+            "condition_dim": 8,
+            "prior_vq_quantizer_codebook_size": 16,
+        },
+        {
+            **TEXT_INPUTS,
+            "prior_token_id": lambda batch, height, width: torch.randint(16, (batch, height * width // 4)),
+            "prior_token_drop": lambda batch, height, width: torch.rand(batch, height * width // 4) < 0.1,
+            "target_size": COGVIEW_INPUTS["target_size"],
+            "crop_coords": COGVIEW_INPUTS["crop_coords"],
+        },
+    ),
 }

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch.nn import functional as F
 
 from stagepatch.core.errors import UserError
-from stagepatch.families import describe, registry
+from stagepatch.families import describe, predict, registry
 from stagepatch.patch import Patch, PatchConfig
 from tests.tiny import FAMILIES, FRAMES
 
@@ -23,6 +24,7 @@ SIZES = {
     "ErnieImageTransformer2DModel": [8, 8],
     "Ideogram4Transformer2DModel": [8, 8],
     "PRXTransformer2DModel": [8, 8],
+    "GlmImageTransformer2DModel": [8, 8],
 }
 # Tokens before the image's, where it does not come first, of a batch of two.
 LENGTHS = {"Lumina2Transformer2DModel": [5, 2], "AuraFlowTransformer2DModel": [13, 13]}
@@ -321,3 +323,17 @@ def test_lists_of_samples_are_patched_where_they_are_of_one_size_and_hold_one_im
         family.call(model, x=[inputs["x"][0], torch.randn(4, 1, 8, 12)])
     with pytest.raises(UserError, match="images to edit"):
         model([[image] for image in inputs["x"]], inputs["t"], [[text] for text in inputs["cap_feats"]])
+
+
+def test_glm_image_is_patched_without_images_to_edit_and_not_trained():
+    family = FAMILIES["GlmImageTransformer2DModel"]
+    model = family.model()
+    caches = GlmImageKVCache(num_layers=2)
+    base = family.call(model, kv_caches=caches)
+    with fresh("GlmImageTransformer2DModel", model).attach(model):
+        assert torch.equal(family.call(model, kv_caches=caches), base)
+        caches.set_mode("write")
+        with pytest.raises(UserError, match="images to edit"):
+            family.call(model, kv_caches=caches)
+    with pytest.raises(UserError, match="cannot be trained on it yet"):
+        predict(model, torch.randn(2, 4, 8, 8), torch.tensor([900, 10]), {})

@@ -10,7 +10,7 @@ from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
 # Whose text's width has another name.
-OTHERS = [f"{kind}Transformer2DModel" for kind in ("CogView4", "CogView3Plus", "PRX")]
+OTHERS = [f"{kind}Transformer2DModel" for kind in ("CogView4", "CogView3Plus", "PRX", "GlmImage")]
 STACKED = ["Krea2Transformer2DModel", "Ideogram4Transformer2DModel"]  # the states of several layers of each token
 OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
 OF_TEXT = [name for name in OF_TEXT if name not in STACKED + OTHERS]

@@ -1,12 +1,16 @@
-"""CogView3-Plus and CogView4: a site before every joint block, of the image's tokens. They embed sizes of images."""
+"""CogView3-Plus, CogView4 and GLM-Image: a site before every joint block, of the image's tokens. They embed sizes."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from stagepatch.core import UserError
+from stagepatch.families.base import Extent
+from stagepatch.families.packing import SAMPLE_SIZE
 from stagepatch.families.registry import NUM_TIMESTEPS, Family, call_by_keywords, prompt_encoder
 from stagepatch.families.texts import pad_texts, unpad_texts
-from stagepatch.families.transformer import Blocks, Transformer
+from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
 _DESCRIBE = Transformer(
     (Blocks("transformer_blocks"),),
@@ -50,7 +54,34 @@ def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
     return pad_texts([encode(pipe, [caption])["text"][0] for caption in captions])
 
 
+def glm_image_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """See `image_extent`.
+
+    Raises:
+        UserError: images to edit, each of which is a forward of its own.
+    """
+    caches = arguments.get("kv_caches")
+    if caches is not None and caches[0].mode is not None:
+        raise UserError("GlmImageTransformer2DModel with images to edit cannot be patched yet: give a caption alone.")
+    return image_extent(model, arguments)
+
+
+def call_glm_image(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """Raises a UserError."""
+    raise UserError(
+        "GlmImageTransformer2DModel is told tokens that a language model draws for each caption and size, which is "
+        "not done here: a patch can be put on it, and cannot be trained on it yet."
+    )
+
+
 FAMILIES = [
     Family("CogView3PlusTransformer2DModel", _DESCRIBE, call_cogview3plus, prompt_encoder("encoder_hidden_states")),
     Family("CogView4Transformer2DModel", _DESCRIBE, call_cogview4, encode_captions),
+    Family(
+        "GlmImageTransformer2DModel",
+        replace(_DESCRIBE, sample_size=SAMPLE_SIZE, begin=glm_image_extent),
+        call_glm_image,
+        timestep_range=(-1.0, 999.0),
+        sample_size=SAMPLE_SIZE,
+    ),
 ]
