@@ -9,11 +9,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
 from stagepatch import Patch
 from stagepatch.families import registry
 from tests.runs import draw_weights
-from tests.tiny import LATENTS, LAYERS
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
 
@@ -84,19 +84,20 @@ def test_adding_a_family_as_the_page_does(monkeypatch, capsys):
     assert len(code.splitlines()) <= 40
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     exec(code, {})
-    assert "at 30 sites of 4096 tokens" in capsys.readouterr().out
+    assert "at 32 sites of 4096 tokens" in capsys.readouterr().out
 
     torch.manual_seed(0)
-    conditions = {"text_embed_dim": 24, "time_embed_dim": 16, "condition_dim": 8, "rope_axes_dim": (8, 8)}
-    model = diffusers.CogView4Transformer2DModel(**LATENTS, **LAYERS, **conditions).eval()
-    pairs = torch.tensor([[64.0, 64.0]] * 2)
+    sizes = {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
+    model = diffusers.LuminaNextDiT2DModel(**sizes, num_kv_heads=2, multiple_of=16, cross_attention_dim=24).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.1)  # the gates of its attention are zero at first
     inputs = {
         "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.tensor([0.9, 0.1]),
         "encoder_hidden_states": torch.randn(2, 5, 24),
-        "timestep": torch.tensor([900, 10]),
-        "original_size": pairs,
-        "target_size": pairs,
-        "crop_coords": torch.zeros(2, 2),
+        "encoder_mask": torch.ones(2, 5),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(16, 16, 16),
+        "cross_attention_kwargs": {},
     }
     base = model(**inputs).sample
     patch = Patch.create(model)

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stagepatch.models import DiT
 
@@ -40,6 +41,11 @@ class Family:
     size: tuple[int, int] = (8, 8)
     only_square: bool = False
 
+    @property
+    def timestep(self) -> str:
+        """What the forward calls it."""
+        return next(name for name in ("timestep", "timesteps", "t") if name in self.draws)
+
     def build(self, **changes: Any) -> nn.Module:
         """The model as its class initialises it, its config changed."""
         model = self.model_class(**self.config)
@@ -69,7 +75,10 @@ class Family:
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 inputs[name] = value.to(dtype)
-        return model(**inputs, return_dict=False)[0]
+            elif isinstance(value, list) and isinstance(value[0], Tensor):
+                inputs[name] = [row.to(dtype) for row in value]
+        output = model(**inputs, return_dict=False)[0]
+        return torch.stack(output) if isinstance(output, list) else output
 
 
 def draw(*shape: int) -> Draw:
@@ -132,6 +141,12 @@ def positions_with_text(batch: int, height: int, width: int) -> Tensor:
     return torch.nn.functional.pad(positions(batch, height, width), (0, 1)).expand(batch, -1, -1)
 
 
+def text_before_image(batch: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions, segments and roles, as Ideogram 4's pipeline makes them."""
+    lengths = [TEXT] * (batch - 1) + [2]
+    return diffusers.Ideogram4Pipeline._prepare_ids(lengths, height // 2, width // 2, TEXT, torch.device("cpu"))
+
+
 text = draw(TEXT, TEXT_CHANNELS)
 pooled = draw(12)
 
@@ -154,6 +169,14 @@ FLUX2_INPUTS = {
     "txt_ids": lambda batch, *_: torch.nn.functional.pad(torch.arange(TEXT)[:, None], (3, 0)).expand(batch, -1, -1),
 }
 TEXT_INPUTS = {"hidden_states": latents, "timestep": timesteps, "encoder_hidden_states": text}
+
+COGVIEW = {**LATENTS, **LAYERS, "text_embed_dim": TEXT_CHANNELS, "time_embed_dim": 16, "condition_dim": 8}
+COGVIEW_INPUTS = {
+    **TEXT_INPUTS,
+    "original_size": lambda batch, *_: torch.tensor([[64.0, 48.0]]).repeat(batch, 1),
+    "target_size": lambda batch, *_: torch.tensor([[32.0, 64.0]]).repeat(batch, 1),
+    "crop_coords": lambda batch, *_: torch.tensor([[0.0, 8.0]]).repeat(batch, 1),
+}
 
 
 def config(*shared: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -372,6 +395,130 @@ FAMILIES = {
             "position_ids": lambda batch, height, width: torch.arange(TEXT + 1 + height * width // 4).expand(
                 batch, -1
             ),
+        },
+    ),
+    "ZImageTransformer2DModel": Family(
+        diffusers.ZImageTransformer2DModel,
+        {
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": TEXT_CHANNELS,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [256, 32, 32],
+        },
+        {
+            "x": lambda batch, *size: list(torch.randn(batch, 4, 1, *size)),
+            "t": fractions,
+            "cap_feats": lambda batch, *_: [torch.randn(TEXT - row % 3, TEXT_CHANNELS) for row in range(batch)],
+        },
+        blocks=3,
+    ),
+    "Krea2Transformer2DModel": Family(
+        diffusers.Krea2Transformer2DModel,
+        config(
+            LAYERS,
+            ROPE,
+            in_channels=16,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            timestep_embed_dim=16,
+            text_hidden_dim=TEXT_CHANNELS,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            text_intermediate_size=32,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+        ),
+        {
+            "hidden_states": packed,
+            "encoder_hidden_states": draw(TEXT, 2, TEXT_CHANNELS),
+            "timestep": fractions,
+            "position_ids": lambda *size: torch.cat([torch.zeros(TEXT, 3), positions(*size)]),
+            "encoder_attention_mask": mask_of_different_lengths,
+        },
+    ),
+    "ErnieImageTransformer2DModel": Family(
+        diffusers.ErnieImageTransformer2DModel,
+        {
+            "in_channels": 16,
+            "out_channels": 16,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "ffn_hidden_size": 32,
+            "text_in_dim": TEXT_CHANNELS,
+            "rope_axes_dim": (4, 4, 8),
+        },
+        {
+            "hidden_states": lambda batch, height, width: torch.randn(batch, 16, height // 2, width // 2),
+            "timestep": timesteps,
+            "text_bth": text,
+            "text_lens": lambda *size: mask_of_different_lengths(*size).sum(dim=1),
+        },
+    ),
+    "Ideogram4Transformer2DModel": Family(
+        diffusers.Ideogram4Transformer2DModel,
+        config(
+            LAYERS,
+            in_channels=16,
+            intermediate_size=32,
+            adaln_dim=16,
+            llm_features_dim=TEXT_CHANNELS,
+            mrope_section=(4, 2, 2),
+        ),
+        {
+            "hidden_states": lambda *size: F.pad(packed(*size), (0, 0, TEXT, 0)),
+            "timestep": fractions,
+            "encoder_hidden_states": lambda batch, height, width: torch.randn(
+                batch, TEXT + height * width // 4, TEXT_CHANNELS
+            ),
+            "position_ids": lambda *size: text_before_image(*size)[0],
+            "segment_ids": lambda *size: text_before_image(*size)[1],
+            "indicator": lambda *size: text_before_image(*size)[2],
+        },
+    ),
+    "CogView4Transformer2DModel": Family(
+        diffusers.CogView4Transformer2DModel, config(COGVIEW, rope_axes_dim=(8, 8)), COGVIEW_INPUTS
+    ),
+    "CogView3PlusTransformer2DModel": Family(
+        diffusers.CogView3PlusTransformer2DModel, config(COGVIEW, pos_embed_max_size=16), COGVIEW_INPUTS
+    ),
+    "PRXTransformer2DModel": Family(
+        diffusers.PRXTransformer2DModel,
+        {
+            "in_channels": 4,
+            "context_in_dim": TEXT_CHANNELS,
+            "hidden_size": 32,
+            "mlp_ratio": 2.0,
+            "num_heads": 2,
+            "depth": 2,
+            "axes_dim": [8, 8],
+            "resolution_embeds": True,
+        },
+        {**TEXT_INPUTS, "timestep": fractions, "attention_mask": mask_of_different_lengths},
+    ),
+    "GlmImageTransformer2DModel": Family(
+        diffusers.GlmImageTransformer2DModel,
+        {
+            **LAYERS,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_embed_dim": TEXT_CHANNELS,
+            "time_embed_dim": 16,
+            "condition_dim": 8,
+            "prior_vq_quantizer_codebook_size": 16,
+        },
+        {
+            **TEXT_INPUTS,
+            "prior_token_id": lambda batch, height, width: torch.randint(16, (batch, height * width // 4)),
+            "prior_token_drop": lambda batch, height, width: torch.rand(batch, height * width // 4) < 0.1,
+            "target_size": COGVIEW_INPUTS["target_size"],
+            "crop_coords": COGVIEW_INPUTS["crop_coords"],
         },
     ),
 }

@@ -17,7 +17,7 @@ from stagepatch.analysis import (
     temporal_bias,
 )
 from stagepatch.core import UserError
-from stagepatch.families import find_denoiser, predict
+from stagepatch.families import find_denoiser, predict, text_channels
 from stagepatch.families.registry import family_of
 from stagepatch.patch import Patch, PatchConfig, gate_entropy
 from tests.runs import draw_weights
@@ -94,13 +94,14 @@ def test_every_model_of_text_is_asked_with_its_caption(name):
     model = find_denoiser(pipe)
     encode = family_of(type(model)).encode_captions
     one, other = (encode(pipe, [caption]) for caption in ("a cat", "a small red house"))
-    patch = patch_for(model, condition="t+text", sample_size=tiny.sample_size)
+    sees_text = bool(text_channels(model))
+    patch = patch_for(model, condition="t+text" if sees_text else "t", sample_size=tiny.sample_size)
     shape = (16 if name.startswith("LongCat") else 4, *FAMILIES[name].size)
     with patch.attach(model):
         weights = gate_activation(model, patch, TIMESTEPS, one, shape=shape)
         rows = {key: value.expand(4, *value.shape[1:]) for key, value in one.items()}
         expected = full_forward(model, patch, torch.randn(4, *shape), rows)
-        assert not torch.equal(weights, gate_activation(model, patch, TIMESTEPS, other, shape=shape))
+        assert sees_text != torch.equal(weights, gate_activation(model, patch, TIMESTEPS, other, shape=shape))
     torch.testing.assert_close(weights, expected)
     with patch.attach(model), pytest.raises(UserError, match="the model takes text"):
         gate_activation(model, patch, TIMESTEPS)

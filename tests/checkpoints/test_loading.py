@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKLFlux2, DDIMScheduler, DDPMScheduler, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from stagepatch.checkpoints import layout, load_denoiser, module_fingerprint, save_denoiser
+from stagepatch.checkpoints import layout, load_denoiser, load_vae, module_fingerprint, save_denoiser
 from stagepatch.core.errors import UserError
 from stagepatch.families import input_dtype, predict
 from tests.tiny import FAMILIES
@@ -155,3 +155,17 @@ def test_weights_of_another_model_are_refused(saved, change, name):
 def test_denoiser_in_another_precision(saved):
     model, _ = load_denoiser(saved, torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_statistics_of_cells_come_in_one_order_whatever_the_model(tmp_path):
+    """Ideogram 4's count pixels and then channels."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    sizes = {"block_out_channels": (8,), "norm_num_groups": 8, "latent_channels": 2}
+    vae = AutoencoderKLFlux2(**blocks, **sizes)
+    vae.bn.running_mean = torch.arange(8.0)
+    vae.save_pretrained(tmp_path / "vae")
+    orders = {"Ideogram4": [0.0, 2.0, 4.0, 6.0, 1.0, 3.0, 5.0, 7.0], "Flux2": list(range(8))}
+    for kind, order in orders.items():
+        index = {"transformer": ["diffusers", f"{kind}Transformer2DModel"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        assert load_vae(tmp_path).bn.running_mean.tolist() == order

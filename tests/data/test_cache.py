@@ -63,7 +63,7 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
     """The mean of the posterior, through the pipeline's own decoding, is the VAE's own reconstruction."""
     pipe, cached, images = of_pipeline
     pixels, latents = images[1]["image"].unsqueeze(0), cached[1]["image"].float().unsqueeze(0)
-    is_video, vae = type(pipe).__name__.startswith(("Wan", "Qwen", "BriaFibo")), pipe.vae
+    is_video, vae = type(pipe).__name__.startswith(("Wan", "Qwen", "Krea2", "BriaFibo")), pipe.vae
     with torch.no_grad():
         encoded = vae.encode(pixels.unsqueeze(2) if is_video else pixels)
         raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
@@ -73,10 +73,15 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
             shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
             scale = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
             latents = latents.unsqueeze(2) * scale + shift
-        elif type(pipe).__name__.startswith("Flux2"):  # as Flux2Pipeline does
+        elif type(pipe).__name__.startswith(("Flux2", "Ernie")):  # as Flux2Pipeline does
             std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
             cells = pipe._patchify_latents(latents) * std + vae.bn.running_mean.view(1, -1, 1, 1)
             latents = pipe._unpatchify_latents(cells)
+        elif type(pipe).__name__.startswith("Ideogram4"):  # as its pipeline does, channels last
+            std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+            cells = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 4, 5, 1)
+            cells = (cells.flatten(3) * std + vae.bn.running_mean).view_as(cells)
+            latents = cells.permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
         else:
             latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         decoded = vae.decode(latents, return_dict=False)[0]

@@ -1,11 +1,14 @@
 import inspect
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.cogview4 import pipeline_cogview4
 
 from stagepatch.core.errors import UserError
 from stagepatch.families import learns_sigma, null_label, num_classes, predict, sample_shape
+from stagepatch.families.cogview import before_shift
 from stagepatch.families.packing import pack, unpack
 from stagepatch.families.registry import family_of
 from tests.tiny import FAMILIES
@@ -122,6 +125,8 @@ CALLS = {
     "QwenImageTransformer2DModel": {"true_cfg_scale": 1.0},
     "SanaTransformer2DModel": {"use_resolution_binning": False},
     "PixArtTransformer2DModel": {"use_resolution_binning": False},
+    "ZImageTransformer2DModel": {"guidance_scale": 0.0},
+    "Krea2Transformer2DModel": {"guidance_scale": 0.0},
 }
 
 
@@ -148,9 +153,51 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
         sample = sample / (pipe.scheduler.sigmas[0] ** 2 + 1) ** 0.5
     if name.startswith("BriaFibo"):
         sample, output = (tokens.transpose(1, 2).unflatten(2, (8, 8)) for tokens in (sample, output))
-    if sample.ndim == 3:
+    if name == "Ideogram4Transformer2DModel":  # channels last
+        cells = (tokens.view(1, 4, 4, 2, 2, 4) for tokens in (sample, output))
+        sample, output = (each.permute(0, 5, 1, 3, 2, 4).reshape(1, 4, 8, 8) for each in cells)
+    elif sample.ndim == 3:
         sample, output = (unpack(tokens, 8, 8) for tokens in (sample, output))
+    elif name == "ErnieImageTransformer2DModel":
+        sample, output = (pipe._unpatchify_latents(cells) for cells in (sample, output))
     ours = predict(model, sample.float(), timestep.float().expand(len(sample)), condition)
     if ours.shape[1] == 2 * output.shape[1]:
         ours = ours.chunk(2, dim=1)[0]
     torch.testing.assert_close(ours, output.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{kind}Transformer2DModel" for kind in ("ZImage", "Krea2", "ErnieImage", "Ideogram4")]
+)
+def test_captions_of_different_lengths_are_told_side_by_side_as_alone(name):
+    pipe = PIPELINES[name].build()
+    encode = family_of(type(pipe.transformer)).encode_captions
+    captions = ["a cat", "an old painting of three small dogs"]
+    sample, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([300.0, 800.0])
+    condition = encode(pipe, captions)
+    assert len(set(condition["encoder_attention_mask"].sum(dim=1).tolist())) == 2
+    together = predict(pipe.transformer, sample, timesteps, condition)
+    for row, caption in enumerate(captions):
+        rows = slice(row, row + 1)
+        alone = predict(pipe.transformer, sample[rows], timesteps[rows], encode(pipe, [caption]))
+        torch.testing.assert_close(together[rows], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (64, 128)])
+def test_cogview4_is_told_the_timestep_before_its_schedules_shift(size):
+    """As the pipeline's steps have them: timesteps as they are, and levels that are shifted by the image's tokens."""
+    pipe = PIPELINES["CogView4Transformer2DModel"].build()
+    shift = pipeline_cogview4.calculate_shift(size[0] * size[1] // 4)
+    timesteps = np.linspace(1000, 1, 7).astype(np.int64).astype(np.float32)
+    pipe.scheduler.set_timesteps(timesteps=timesteps, sigmas=timesteps / 1000, mu=shift)
+    levels = 1000 * pipe.scheduler.sigmas[:-1]
+    assert size == (8, 8) or levels[3] > timesteps[3] + 100
+    told = before_shift(pipe.transformer, torch.zeros(1, 4, *size), levels)
+    torch.testing.assert_close(told, torch.from_numpy(timesteps), rtol=1e-3, atol=1e-2)
+    seen = {}
+    pipe.transformer.register_forward_pre_hook(lambda m, a, kwargs: seen.update(kwargs), with_kwargs=True)
+    condition = family_of(type(pipe.transformer)).encode_captions(pipe, ["a cat"])
+    predict(pipe.transformer, torch.zeros(1, 4, 8, 8), torch.tensor([500.0]), condition)
+    expected = before_shift(pipe.transformer, torch.zeros(1, 4, 8, 8), torch.tensor([500.0]))
+    assert torch.equal(seen["timestep"], expected)
+    assert expected != 500.0

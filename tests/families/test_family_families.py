@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch.nn import functional as F
 
 from stagepatch.core.errors import UserError
-from stagepatch.families import describe, registry
+from stagepatch.families import describe, predict, registry
 from stagepatch.patch import Patch, PatchConfig
 from stagepatch.training.loop import _checkpoint_gradients
 from tests.tiny import FAMILIES, FRAMES
@@ -25,14 +26,25 @@ SIZES = {
     "BriaTransformer2DModel": [8, 8],
     "BriaFiboTransformer2DModel": [8, 8],
     "OmniGenTransformer2DModel": [8, 8],
+    "ZImageTransformer2DModel": [8, 8],
+    "Krea2Transformer2DModel": [8, 8],
+    "ErnieImageTransformer2DModel": [8, 8],
+    "Ideogram4Transformer2DModel": [8, 8],
+    "PRXTransformer2DModel": [8, 8],
+    "GlmImageTransformer2DModel": [8, 8],
 }
-# Tokens behind the image's at some sites.
-BEHIND = {"HiDreamImageTransformer2DModel": {"single_stream_blocks.0": 3 * 5}}
 # Tokens before the image's, where it does not come first, of a batch of two.
 LENGTHS = {
     "Lumina2Transformer2DModel": [5, 2],
     "AuraFlowTransformer2DModel": [13, 13],
     "OmniGenTransformer2DModel": [6, 6],
+}
+# Tokens behind the image's in a list of blocks, where it comes first but not alone.
+BEHIND = {
+    ("HiDreamImageTransformer2DModel", "single_stream_blocks"): 3 * 5,
+    ("ZImageTransformer2DModel", "noise_refiner"): 16,
+    ("ZImageTransformer2DModel", "layers"): 16 + 32,
+    ("ErnieImageTransformer2DModel", "layers"): 5,
 }
 
 
@@ -63,6 +75,12 @@ def drawn(patch):
             std = 20.0 if name.startswith("prompts") else 0.1
             parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     return patch
+
+
+def entering(site, args, kwargs):
+    """Hidden states that enter a block, [B, N, D], or a map."""
+    hidden_states = args[0] if args else kwargs[site.argument]
+    return hidden_states.transpose(0, 1) if site.layout == "sequence" else hidden_states
 
 
 def choices_of(name):
@@ -120,7 +138,7 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
     for site in backbone.sites:
 
         def note(module, args, kwargs, site=site):
-            seen[site.name] = tuple((args[0] if args else kwargs[site.argument]).shape)
+            seen[site.name] = tuple(entering(site, args, kwargs).shape)
 
         model.get_submodule(site.module).register_forward_pre_hook(note, with_kwargs=True)
     family.call(model)
@@ -132,8 +150,33 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape == (2, site.channels, *site.grid), site
         else:
             assert shape[2] == site.channels
-            before = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
-            assert shape[1] == before + site.num_tokens + BEHIND.get(name, {}).get(site.name, 0), site
+            more = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
+            assert shape[1] == site.num_tokens + BEHIND.get((name, site.module.split(".")[0]), more), site
+
+
+def test_the_image_lies_where_the_first_site_says(name, family, model):
+    """Before the first block these tokens alone depend on the image."""
+    patch = fresh(name, model)
+    site = patch.backbone.sites[0]
+    if site.layout == "map":
+        pytest.skip("has no tokens")
+    patch.attach(model)
+    seen = []
+    module = model.get_submodule(site.module)
+
+    def note(module, args, kwargs):
+        seen.append(entering(site, args, kwargs))
+
+    module.register_forward_pre_hook(note, with_kwargs=True)
+    key = next(key for key in ("hidden_states", "sample", "x") if key in family.draws)
+    torch.manual_seed(5)
+    other = family.draws[key](2, *family.size)
+    family.call(model)
+    family.call(model, **{key: other})
+    depends = (seen[0] != seen[1]).any(dim=-1)
+    count = math.prod(patch.extent.grid)
+    expected = torch.arange(depends.shape[1]) < count
+    assert torch.equal(depends, (expected if site.image_tokens == "first" else expected.flip(0)).expand_as(depends))
 
 
 def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):
@@ -173,7 +216,7 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
     added = []
 
     def note(module, args, kwargs):
-        added.append((args[0] if args else kwargs[site.argument]).clone())
+        added.append(entering(site, args, kwargs).clone())
 
     module = model.get_submodule(site.module)
     module.register_forward_pre_hook(note, with_kwargs=True)
@@ -183,10 +226,14 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
         added.clear()
         family.call(model, size=size)
         before, after = added
-        expected = (layout / site.num_tokens).expand_as(before).clone()
-        if site.image_tokens != "first":
-            expected[:, : LENGTHS[name][0]] = 0.0
-        torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-5)
+        added_to_all = after - before
+        if site.layout != "map":
+            count = math.prod(patch.extent.grid)
+            others = added_to_all[:, count:] if site.image_tokens == "first" else added_to_all[:, :-count]
+            assert not others.any()
+            added_to_all = added_to_all[:, :count] if site.image_tokens == "first" else added_to_all[:, -count:]
+        expected = (layout / site.num_tokens).expand_as(added_to_all)
+        torch.testing.assert_close(added_to_all, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_only_tokens_of_the_image_are_prompted(name, family, model):
@@ -301,3 +348,28 @@ def test_blocks_recomputed_in_the_backward_pass_give_the_same_gradients(name, fa
         assert len(calls) == times
     for learned, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][learned], expected, msg=learned)
+
+
+def test_lists_of_samples_are_patched_where_they_are_of_one_size_and_hold_one_image_each():
+    family = FAMILIES["ZImageTransformer2DModel"]
+    model = family.model()
+    inputs = family.inputs(model, 2, 8, 8)
+    drawn(fresh("ZImageTransformer2DModel", model)).attach(model)
+    with pytest.raises(UserError, match=r"one size, and got \[\(1, 8, 8\), \(1, 8, 12\)\]"):
+        family.call(model, x=[inputs["x"][0], torch.randn(4, 1, 8, 12)])
+    with pytest.raises(UserError, match="images to edit"):
+        model([[image] for image in inputs["x"]], inputs["t"], [[text] for text in inputs["cap_feats"]])
+
+
+def test_glm_image_is_patched_without_images_to_edit_and_not_trained():
+    family = FAMILIES["GlmImageTransformer2DModel"]
+    model = family.model()
+    caches = GlmImageKVCache(num_layers=2)
+    base = family.call(model, kv_caches=caches)
+    with fresh("GlmImageTransformer2DModel", model).attach(model):
+        assert torch.equal(family.call(model, kv_caches=caches), base)
+        caches.set_mode("write")
+        with pytest.raises(UserError, match="images to edit"):
+            family.call(model, kv_caches=caches)
+    with pytest.raises(UserError, match="cannot be trained on it yet"):
+        predict(model, torch.randn(2, 4, 8, 8), torch.tensor([900, 10]), {})

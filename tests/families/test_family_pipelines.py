@@ -122,8 +122,8 @@ def test_patch_works_where_images_are_edited(name, tiny, pipe):
 
 
 def test_every_family_of_diffusers_has_a_pipeline_here():
-    """But for OmniGen's, which needs torchvision."""
-    assert set(PIPELINES) == set(FAMILIES) - {"DiT", "OmniGenTransformer2DModel"}
+    """But for OmniGen's, which needs torchvision, and GLM-Image's."""
+    assert set(PIPELINES) == set(FAMILIES) - {"DiT", "OmniGenTransformer2DModel", "GlmImageTransformer2DModel"}
 
 
 def test_qwenimage_drops_just_the_tokens_of_its_template():

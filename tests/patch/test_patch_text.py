@@ -9,7 +9,11 @@ from tests.tiny import FAMILIES, TEXT_CHANNELS
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
+# Whose text's width has another name.
+OTHERS = [f"{kind}Transformer2DModel" for kind in ("CogView4", "CogView3Plus", "PRX", "GlmImage")]
+STACKED = ["Krea2Transformer2DModel", "Ideogram4Transformer2DModel"]  # the states of several layers of each token
 OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
+OF_TEXT = [name for name in OF_TEXT if name not in STACKED + OTHERS]
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask"]
 
 
@@ -35,9 +39,13 @@ def test_gate_sees_the_timestep_and_the_mean_of_the_tokens_that_count(name):
     torch.testing.assert_close(seen["gate"], torch.cat([t, torch.stack(rows)], dim=1))
 
 
-def test_models_without_text_refuse_it():
-    with pytest.raises(UserError, match=r"'t\+text' needs a model that takes text.*UNet2DModel takes none"):
-        Patch.create(FAMILIES["UNet2DModel"].model(), PatchConfig(condition="t+text"))
+@pytest.mark.parametrize("name", ["UNet2DModel", "ZImageTransformer2DModel", *STACKED, *OTHERS])
+def test_models_without_text_or_with_another_form_of_it_refuse_it(name):
+    with pytest.raises(UserError, match=rf"'t\+text' needs a model that takes text.*{name} takes none"):
+        Patch.create(FAMILIES[name].model(), PatchConfig(condition="t+text"))
+
+
+def test_a_patch_that_sees_no_text_is_not_made_to():
     t = Patch.create(FAMILIES["UNet2DConditionModel"].model(), PatchConfig(condition="t"))
     t.config.condition = "t+text"
     with pytest.raises(UserError, match="condition_channels"):

@@ -90,17 +90,19 @@ def test_a_range_has_its_start_and_not_its_end(tiny_dit, batch, timestep):
         assert torch.equal(base(sample, torch.full((4,), timestep), labels, return_dict=False)[0], expected)
 
 
+FROM_NOISE = [f"{kind}Transformer2DModel" for kind in ("Lumina2", "ZImage", "Ideogram4", "OmniGen")]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_dispatched_by_the_noise_that_its_timestep_means(name):
     """Also those that count time in 0…1, or from noise to image."""
     family: Family = FAMILIES[name]
     base, clean, noisy = (family.model(seed) for seed in range(3))
-    argument = "timesteps" if name.startswith("HiDream") else "timestep"
-    time = family.inputs(base, 2, *family.size)[argument]
+    time = family.inputs(base, 2, *family.size)[family.timestep]
     is_ones = float(time.max()) <= 1
     for level, expert in ((0.4999, clean), (0.5, noisy)):
-        told = 1 - level if name.startswith(("Lumina2", "OmniGen")) else level
-        timestep = {argument: torch.full((2,), told if is_ones else told * 1000)}
+        told = 1 - level if name in FROM_NOISE else level
+        timestep = {family.timestep: torch.full((2,), told if is_ones else told * 1000 - name.startswith("GlmImage"))}
         expected = family.call(expert, **timestep)
         with at((500, clean), (1000, noisy)).attach(base):
             assert torch.equal(family.call(base, **timestep), expected)
@@ -141,6 +143,13 @@ def test_arguments_in_dicts_are_split_and_what_cannot_be_is_named():
     expected = torch.cat([family.call(base, timestep=timestep)[:1], family.call(other, timestep=timestep)[1:]])
     with at((500, other), (1000, None)).attach(base):
         torch.testing.assert_close(family.call(base, timestep=timestep), expected, atol=1e-5, rtol=1e-5)
+    family = FAMILIES["ZImageTransformer2DModel"]  # takes and gives lists
+    base, other = family.model(0), family.model(1)
+    timestep = torch.tensor([0.9, 0.1, 0.8])
+    own, others = family.call(base, 3, t=timestep), family.call(other, 3, t=timestep)
+    with at((500, other), (1000, None)).attach(base):
+        together = family.call(base, 3, t=timestep)
+    torch.testing.assert_close(together, torch.stack([others[0], own[1], others[2]]), atol=1e-5, rtol=1e-5)
     family = FAMILIES["FluxTransformer2DModel"]
     base, other = family.model(0), family.model(1)
     with at((500, other), (1000, None)).attach(base), pytest.raises(UserError, match=r"img_ids .* cannot be split"):

@@ -32,9 +32,9 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError)
 # While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
 _ONE_AT_A_TIME = Lock()
-# What a pipeline does without to encode captions; the last is LongCat-Image's, which rewrites prompts.
-_HEAVY = {"transformer", "transformer_2", "unet", "vae", "image_encoder", "feature_extractor", "safety_checker"}
-_HEAVY |= {"text_processor"}
+# What a pipeline does without to encode captions; the last three rewrite prompts.
+_HEAVY = {"transformer", "transformer_2", "unconditional_transformer", "unet", "vae"}
+_HEAVY |= {"image_encoder", "feature_extractor", "safety_checker", "text_processor", "pe", "prompt_enhancer_head"}
 
 
 def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32, component: str = "") -> tuple[Any, Any]:
@@ -86,9 +86,20 @@ def build_denoiser(source: str | Path, component: str = "") -> Any:
 
 
 def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model's VAE, frozen, in eval mode."""
-    directory = find_model(source, ["vae"]) / "vae"
-    return _load_model(directory, dtype).requires_grad_(False)
+    """The model's VAE, frozen, in eval mode. Statistics of cells are in order of channels and then of pixels."""
+    directory = find_model(source, ["vae"])
+    vae = _load_model(directory / "vae", dtype).requires_grad_(False)
+    if _is_pixel_by_pixel(directory):
+        for statistics in (vae.bn.running_mean, vae.bn.running_var):
+            statistics.copy_(statistics.view(4, -1).T.flatten())
+    return vae
+
+
+def _is_pixel_by_pixel(directory: Path) -> bool:
+    index = directory / "model_index.json"
+    _, class_name = (read_json(index) if index.exists() else {}).get("transformer") or ("", "")
+    model_class = getattr(diffusers, class_name or "", None)
+    return model_class is not None and family_of(model_class).is_pixel_by_pixel
 
 
 def load_captioner(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stagepatch.core import UserError
 from stagepatch.families import describe
-from stagepatch.families.registry import NUM_TIMESTEPS, family_of, given_timestep
+from stagepatch.families.registry import NUM_TIMESTEPS, family_of
 
 ROUTING = "stagepatch_routing"
 # Their name in the file of the model's weights.
@@ -87,7 +87,8 @@ class ChannelRouting(nn.Module):
         self.mask: Tensor | None = None  # active channels of the forward that is under way, [B or 1, 1, C]
         self._channels = sites[0].channels
         self._names = list(inspect.signature(model.forward).parameters)
-        self._levels = family_of(type(model)).sample_levels
+        family = family_of(type(model))
+        self._timestep, self._levels = family.timestep_argument, family.sample_levels
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for site in sites:
             block: Any = model.get_submodule(site.module)
@@ -96,7 +97,7 @@ class ChannelRouting(nn.Module):
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look up the window of each sample's timestep, the nearest of 0 to T − 1."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        level = self._levels(torch.as_tensor(given_timestep(given), device=self.windows.device).float())
+        level = self._levels(torch.as_tensor(given[self._timestep], device=self.windows.device).float())
         timesteps = (level * NUM_TIMESTEPS).round().long().clamp(0, len(self.windows) - 1)
         first, stop = self.windows[timesteps].view(-1, 1, 1, 2).unbind(dim=-1)
         channels = torch.arange(self._channels, device=first.device)

@@ -2,20 +2,24 @@
 
 import lazy_loader
 
-from stagepatch.families import briafibo, dit, flux, flux2, hidream, qwenimage, table, unet
+from stagepatch.families import (
+    briafibo,
+    cogview,
+    dit,
+    ernie,
+    flux,
+    flux2,
+    hidream,
+    ideogram4,
+    krea2,
+    qwenimage,
+    table,
+    unet,
+    zimage,
+)
 from stagepatch.families.registry import add_families
 
-add_families(
-    [
-        *dit.FAMILIES,
-        *unet.FAMILIES,
-        *table.FAMILIES,
-        *flux.FAMILIES,
-        flux2.FAMILY,
-        hidream.FAMILY,
-        briafibo.FAMILY,
-        qwenimage.FAMILY,
-    ]
-)
+add_families([*dit.FAMILIES, *unet.FAMILIES, *table.FAMILIES, *flux.FAMILIES, *cogview.FAMILIES])
+add_families(each.FAMILY for each in (flux2, hidream, briafibo, qwenimage, zimage, krea2, ernie, ideogram4))
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

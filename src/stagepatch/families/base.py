@@ -43,7 +43,8 @@ class Site:
         index: the block's number, which the gate sees.
         channels: D.
         grid: of the hidden states at the reference size.
-        layout: 'tokens' [B, N, D] with N = the product of the grid, or 'map' [B, D, height, width].
+        layout: 'tokens' [B, N, D] with N = the product of the grid, 'sequence' [N, B, D], or 'map' [B, D, height,
+            width].
         argument: the hidden states' name where the block takes them by keyword.
         kind: 'block' of a transformer; a U-Net has sites at each 'stage' and at each 'attention'.
         image_tokens: where the image lies among tokens of text and other images: 'first', 'last', or 'after_text',
@@ -56,7 +57,7 @@ class Site:
     index: int
     channels: int
     grid: Grid
-    layout: Literal["tokens", "map"] = "tokens"
+    layout: Literal["tokens", "sequence", "map"] = "tokens"
     argument: str = "hidden_states"
     kind: Literal["block", "stage", "attention"] = "block"
     image_tokens: Literal["first", "last", "after_text"] = "first"

@@ -45,4 +45,5 @@ FAMILY = Family(
     call_hidream,
     encode_captions,
     sample_size=SAMPLE_SIZE,
+    timestep_argument="timesteps",
 )

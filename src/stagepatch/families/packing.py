@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from stagepatch.families.registry import call_by_keywords
 
@@ -21,6 +22,11 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """[B, H/2 · W/2, 4C] -> [B, C, H, W]"""
     cells = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2)
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+
+def call_cells(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. Of a model that takes and gives maps of cells, [B, 4C, H/2, W/2]."""
+    return F.pixel_shuffle(call_by_keywords(model, F.pixel_unshuffle(sample, 2), timesteps, condition), 2)
 
 
 def call_packed(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """From a model's class to its description."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,9 @@ class Family:
         sample_size: height and width of a sample [latent pixels], where the model's config has none.
         is_packed: cells of 2×2 latent pixels are the model's tokens, with four times the latents' channels.
         caption_parts: of the pipeline, which it cannot do without to encode captions, besides its text encoders.
+        is_pixel_by_pixel: the cells' numbers, and the VAE's statistics of them, are in order of pixels and then of
+            channels.
+        timestep_argument: what the model's forward calls its `timestep`.
     """
 
     model_class: str
@@ -71,6 +74,8 @@ class Family:
     sample_size: tuple[int, int] | None = None
     is_packed: bool = False
     caption_parts: tuple[str, ...] = ()
+    is_pixel_by_pixel: bool = False
+    timestep_argument: str = "timestep"
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0 (an image) to 1 (noise), of the model's `timestep`."""
@@ -88,11 +93,6 @@ class Family:
         if (start, end) == (0.0, NUM_TIMESTEPS):
             return timesteps
         return start + timesteps / NUM_TIMESTEPS * (end - start)
-
-
-def given_timestep(arguments: Mapping[str, Any]) -> Any:
-    """Of a forward's arguments by name, `timestep` (HiDream's: `timesteps`); None where it is not given."""
-    return arguments.get("timestep", arguments.get("timesteps"))
 
 
 _FAMILIES: dict[str, Family] = {}

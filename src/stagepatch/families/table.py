@@ -128,4 +128,12 @@ FAMILIES = [
         timestep_range=(1.0, 0.0),
         sample_size=SAMPLE_SIZE,
     ),
+    # PRX, text by attention to other keys and values; the sample size is that of 512×512. PRX-7B embeds sizes.
+    Family(
+        "PRXTransformer2DModel",
+        Transformer((Blocks("blocks"),), "time_in", optional_taps=("resolution_embedder",), sample_size=(64, 64)),
+        encode_captions=prompt_encoder("encoder_hidden_states", "attention_mask"),
+        timestep_range=(0.0, 1.0),
+        sample_size=(64, 64),
+    ),
 ]

@@ -27,11 +27,13 @@ class Blocks:
         path: of the list in the model.
         image_tokens: where the image lies in the blocks' input; see `Site`.
         attention: path in a block of its self-attention, where prompts can be prepended to it.
+        layout: of the blocks' input; see `Site`.
     """
 
     path: str
     image_tokens: Literal["first", "last", "after_text"] = "first"
     attention: str = ""
+    layout: Literal["tokens", "sequence"] = "tokens"
 
 
 def image_extent(model: Any, arguments: dict[str, Any]) -> Extent:
@@ -44,7 +46,7 @@ def image_extent(model: Any, arguments: dict[str, Any]) -> Extent:
 class Transformer:
     """Describes the transformers of a class; see `Describe`.
 
-    Their config has `hidden_size`, or `num_attention_heads` and `attention_head_dim`.
+    Their config has `hidden_size`, `dim`, or `num_attention_heads` and `attention_head_dim`.
 
     Args:
         blocks: in the order of the forward.
@@ -67,13 +69,14 @@ class Transformer:
         config = model.config
         size = reference_size(sample_size, self.sample_size or config.sample_size)
         grid = patches(size, self.patch_size or config.patch_size)
-        width = config.get("hidden_size") or config.num_attention_heads * config.attention_head_dim
+        width = config.get("hidden_size") or config.get("dim")
+        width = width or config.num_attention_heads * config.attention_head_dim
         sites: list[Site] = []
         for blocks in self.blocks:
             for number, block in enumerate(model.get_submodule(blocks.path)):
                 path = f"{blocks.path}.{number}"
                 attention = self_attention(block, blocks.attention, path) if blocks.attention else None
-                tokens = blocks.image_tokens
-                sites.append(Site(path, path, len(sites), width, grid, image_tokens=tokens, attention=attention))
+                place = (path, path, len(sites), width, grid, blocks.layout)
+                sites.append(Site(*place, image_tokens=blocks.image_tokens, attention=attention))
         taps = (self.time_tap, self.condition_taps, self.optional_taps)
         return make_backbone(model, sites, grid, self.begin, *taps, self.reduce)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stagepatch.core import UserError
 from stagepatch.families import describe
-from stagepatch.families.registry import family_of, given_timestep
+from stagepatch.families.registry import family_of
 
 GATES = ("gaussian", "learned", "ranges")
 # noise levels [B] in 0…1 -> weights [B, R] of the ranks
@@ -124,7 +124,8 @@ class Ranks:
         weigh: what the ranks count; None where it is 1 at all times.
 
     Raises:
-        UserError: adapters of embeddings, whose ranks cannot be weighed.
+        UserError: adapters of embeddings, whose ranks cannot be weighed, or a model with layers that take tokens
+            before samples.
     """
 
     # Hooks are methods rather than closures, so that copy.deepcopy(model) copies them with it.
@@ -140,8 +141,14 @@ class Ranks:
             return
         if any(adapter in getattr(part, "lora_embedding_A", ()) for part in model.modules()):
             raise UserError("Ranks that differ by timestep cannot be had on embeddings: leave them out of targets.")
+        if any(site.layout == "sequence" for site in describe(model).sites):
+            raise UserError(
+                f"Ranks that differ by timestep cannot be had on {type(model).__name__}, some of whose layers take "
+                f"tokens before samples: take one stage."
+            )
         self._names = list(inspect.signature(model.forward).parameters)
-        self._levels = family_of(type(model)).sample_levels
+        family = family_of(type(model))
+        self._timestep, self._levels = family.timestep_argument, family.sample_levels
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         for number, layer in enumerate(self._layers):
             layer.lora_A[adapter].register_forward_hook(self._hook(number))
@@ -179,7 +186,7 @@ class Ranks:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.weigh is not None
-        timestep = given_timestep(dict(zip(self._names, args, strict=False)) | kwargs)
+        timestep = (dict(zip(self._names, args, strict=False)) | kwargs)[self._timestep]
         level = self._levels(torch.as_tensor(timestep).float()).clamp(0.0, 1.0)
         self._set_weights(level)
 

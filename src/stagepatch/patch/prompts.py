@@ -136,10 +136,13 @@ class MixtureOfPrompts(nn.Module):
         """Hidden states with the mixture of the position-th site added, or prepended.
 
         Args:
-            hidden_states: [B, N, D], or a map [B, D, H, W].
+            hidden_states: as the site's layout says.
         """
         if self.config.position == "add":
-            return self._add(position, self.backbone.sites[position], hidden_states)
+            site = self.backbone.sites[position]
+            if site.layout == "sequence":
+                return self._add(position, site, hidden_states.transpose(0, 1)).transpose(0, 1).contiguous()
+            return self._add(position, site, hidden_states)
         return torch.cat([self.mixture_like(hidden_states, position, self.scale), hidden_states], dim=1)
 
     def mixture_like(self, hidden_states: Tensor, position: int, scale: float = 1.0) -> Tensor:

@@ -188,13 +188,15 @@ def experts_on(model: nn.Module) -> Experts | None:
 
 
 def _take(value: Any, rows: list[int], batch: int, name: str) -> Any:
-    """Some samples' share of an argument: rows of tensors; what is one for all stays."""
+    """Some samples' share of an argument: rows of tensors and lists; what is one for all stays."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
         return {key: _take(part, rows, batch, f"{name}['{key}']") for key, part in value.items()}
     if isinstance(value, Tensor) and (value.ndim == 0 or len(value) in (1, batch)):
         return value[rows] if value.ndim and len(value) == batch else value
+    if isinstance(value, list) and len(value) == batch:
+        return [value[row] for row in rows]
     shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     raise UserError(
         f"A batch of {batch} samples is of several experts, and {name} ({shape}) cannot be split among them: call the "
@@ -209,6 +211,9 @@ def _join(outputs: list[Any], order: list[int]) -> Any:
         return None
     if isinstance(first, Tensor):
         return torch.cat(outputs)[torch.tensor(order, device=first.device).argsort()]
+    if isinstance(first, list):
+        rows = [row for output in outputs for row in output]
+        return [rows[order.index(number)] for number in range(len(rows))]
     if isinstance(first, dict):  # diffusers' outputs are
         return type(first)(**{name: _join([output[name] for output in outputs], order) for name in first})
     return tuple(_join(list(parts), order) for parts in zip(*outputs, strict=True))

@@ -81,7 +81,8 @@ class LimitedLoRAs(AbstractContextManager["LimitedLoRAs"]):
                     f"pipe.load_lora_weights(…, adapter_name='{lora.name}')."
                 )
         self._before: list[str] = list(self._active_adapters()) if loaded else []
-        self._levels = family_of(type(self._model)).sample_levels
+        family = family_of(type(self._model))
+        self._levels, self._timestep = family.sample_levels, family.timestep_argument
         self._names = list(inspect.signature(self._model.forward).parameters)
         self._active: list[LimitedLoRA] | None = None
         self._handle = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -102,7 +103,7 @@ class LimitedLoRAs(AbstractContextManager["LimitedLoRAs"]):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = (dict(zip(self._names, args, strict=False)) | kwargs).get("timestep")
+        timestep = (dict(zip(self._names, args, strict=False)) | kwargs).get(self._timestep)
         if timestep is None:
             return  # the model will say itself what it misses
         # Rounded, since float32 loses some digits where a model takes timesteps divided by 1000.

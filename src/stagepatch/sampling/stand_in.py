@@ -9,7 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from stagepatch.core import UserError
-from stagepatch.families.registry import given_timestep
+from stagepatch.families.registry import family_of
 
 
 # An object rather than a closure, so that copy.deepcopy(model) copies with it what stands behind the model.
@@ -29,6 +29,7 @@ class StandIn(AbstractContextManager["StandIn"]):
         # What reads the model's arguments by their names, as patches do, finds them as before.
         self.__signature__ = inspect.signature(model.forward)
         self._names = list(self.__signature__.parameters)
+        self._timestep = family_of(type(model)).timestep_argument
         # The instance's attribute hides the class's method, and `model(...)` looks it up on the instance.
         model.forward = self
         self._is_attached = True
@@ -61,8 +62,8 @@ class StandIn(AbstractContextManager["StandIn"]):
         self.detach()
 
     def timestep_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward's argument of that name, None where it is not given."""
-        return given_timestep(dict(zip(self._names, args, strict=False)) | kwargs)
+        """What the forward is told, None where it is not given."""
+        return (dict(zip(self._names, args, strict=False)) | kwargs).get(self._timestep)
 
 
 def check_free(model: nn.Module) -> None:
