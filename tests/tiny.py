@@ -75,7 +75,7 @@ class Family:
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 inputs[name] = value.to(dtype)
-            elif isinstance(value, list) and isinstance(value[0], Tensor):
+            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
                 inputs[name] = [row.to(dtype) for row in value]
         output = model(**inputs, return_dict=False)[0]
         return torch.stack(output) if isinstance(output, list) else output

@@ -331,6 +331,10 @@ def test_a_timestep_a_token_is_taken_where_the_first_frame_is_given():
 
 def test_blocks_recomputed_in_the_backward_pass_give_the_same_gradients(name, family, model):
     """Gradient checkpointing on every family, as `training.gradient_checkpointing` switches it on."""
+    if name.startswith("Chroma"):
+        with pytest.raises(UserError, match="that computes the same"):
+            _checkpoint_gradients(model, is_alone=True)
+        return
     patch = drawn(fresh(name, model)).train()
     patch.attach(model)
     site = model.get_submodule(patch.backbone.sites[-1].module)

@@ -387,7 +387,7 @@ def test_gradient_checkpointing_trains_the_same(tmp_path):
 def test_gradient_checkpointing_is_refused_where_it_cannot_be(tmp_path):
     model = make_model()
     model._supports_gradient_checkpointing = False
-    with pytest.raises(UserError, match="DiT has no gradient checkpointing"):
+    with pytest.raises(UserError, match="DiT has no gradient checkpointing that computes the same"):
         run(tmp_path, steps=1, model=model, gradient_checkpointing=True)
     with pytest.raises(UserError, match="needs a loss of one forward"):
         _checkpoint_gradients(make_model(), is_alone=False)

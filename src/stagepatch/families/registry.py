@@ -64,6 +64,7 @@ class Family:
         is_pixel_by_pixel: the cells' numbers, and the VAE's statistics of them, are in order of pixels and then of
             channels.
         timestep_argument: what the model's forward calls its `timestep`.
+        recomputes: whether diffusers' gradient checkpointing computes what the model does without it.
     """
 
     model_class: str
@@ -76,6 +77,7 @@ class Family:
     caption_parts: tuple[str, ...] = ()
     is_pixel_by_pixel: bool = False
     timestep_argument: str = "timestep"
+    recomputes: bool = True
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0 (an image) to 1 (noise), of the model's `timestep`."""

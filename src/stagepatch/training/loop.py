@@ -27,6 +27,7 @@ from stagepatch.core import (
     seed_for,
 )
 from stagepatch.diffusion import IntervalSampler, Objective
+from stagepatch.families.registry import family_of
 from stagepatch.methods import Method
 from stagepatch.sampling import Fakes
 from stagepatch.training.balancing import project_conflicts
@@ -238,8 +239,8 @@ def _checkpoint_gradients(model: Any, is_alone: bool) -> None:
             "training.gradient_checkpointing needs a loss of one forward: objective='ddo' has several, after which "
             "blocks would be recomputed with another one's gate. Leave one out."
         )
-    if not getattr(model, "_supports_gradient_checkpointing", False):
-        raise UserError(f"{type(model).__name__} has no gradient checkpointing: leave it out.")
+    if not getattr(model, "_supports_gradient_checkpointing", False) or not family_of(type(model)).recomputes:
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing that computes the same: leave it out.")
     model.enable_gradient_checkpointing()
 
 
