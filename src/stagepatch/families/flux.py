@@ -123,7 +123,7 @@ FAMILIES = [
         prompt_encoder("encoder_hidden_states", "pooled_projections"),
         **_SHARED,
     ),
-    # FLUX.1 schnell without its pooled text, and so t+c is t. With gradient checkpointing, diffusers 0.42 does not tell
+    # FLUX.1 schnell without its pooled text, so t+c is t. With gradient checkpointing, diffusers 0.42 does not tell
     # its single blocks the text's mask.
     Family(
         "ChromaTransformer2DModel",
