@@ -98,6 +98,8 @@ class Backbone:
         grid: reference grid of the gate's logits.
         begin: reads the extent of a forward off its arguments. It may run a tapped module early, in a model that
             would run it too late for the first site. A patch's file does not hold it.
+        is_found: the description was found in the model's structure, not written: what arrives at each site is held
+            against it.
     """
 
     model_class: str
@@ -107,6 +109,7 @@ class Backbone:
     condition_channels: int
     grid: Grid
     begin: Begin | None = field(default=None, compare=False, repr=False)
+    is_found: bool = False
 
 
 Size = int | Sequence[int]

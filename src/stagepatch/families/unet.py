@@ -59,8 +59,8 @@ def _attention_site(path: str, index: int, module: Any, grid: Grid) -> Site:
     has_blocks = hasattr(module, "transformer_blocks")
     channels = module.in_channels if has_blocks else module.query_dim
     name = "transformer_blocks.0.attn1" if has_blocks else ""
-    own = module.get_submodule(name)
-    is_self = not own.is_cross_attention and own.added_kv_proj_dim is None
+    own = module.transformer_blocks[0].attn1 if has_blocks else module
+    is_self = own is not None and not own.is_cross_attention and own.added_kv_proj_dim is None
     attention = self_attention(module, name, path) if is_self else None
     return Site(path, path, index, channels, grid, "map", kind="attention", attention=attention)
 
