@@ -27,6 +27,7 @@ from stagepatch.patch import Patch, PatchConfig
 from tests import tiny
 from tests.families.test_family_families import SIZES, drawn
 from tests.tiny import FAMILIES, Family
+from tests.tiny_pipelines import wan_vae
 
 # Of classes that cannot be built of their defaults.
 CONFIGS = {
@@ -439,6 +440,7 @@ def test_the_command_says_that_the_class_has_to_be_described_to_be_trained(tmp_p
     name = "SkyReelsV2Transformer3DModel"
     TAKEN[name].model().save_pretrained(tmp_path / "model" / "transformer")
     diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "model" / "scheduler")
+    wan_vae().save_pretrained(tmp_path / "model" / "vae")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "images" / "0.png")
     paths = [f"--model={tmp_path / 'model'}", f"--data.source={tmp_path / 'images'}", f"--output_dir={tmp_path}"]
