@@ -95,7 +95,7 @@ def test_every_model_of_text_is_asked_with_its_caption(name):
     encode = family_of(type(model)).encode_captions
     one, other = (encode(pipe, [caption]) for caption in ("a cat", "a small red house"))
     patch = patch_for(model, condition="t+text", sample_size=tiny.sample_size)
-    shape = (4, *FAMILIES[name].size)
+    shape = (tiny.changes.get("in_channels", 4), *FAMILIES[name].size)
     with patch.attach(model):
         weights = gate_activation(model, patch, TIMESTEPS, one, shape=shape)
         rows = {key: value.expand(4, *value.shape[1:]) for key, value in one.items()}

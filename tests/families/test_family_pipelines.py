@@ -10,7 +10,7 @@ from tests.tiny_pipelines import PIPELINES, PROMPT
 WOLVES = "Seven wölves, howling!"
 
 # Reference sizes [latent pixels] other than their own, for pipelines that make images of one size alone.
-OTHER_REFERENCE = {"DiTTransformer2DModel": [12, 12], "UNet2DModel": [12, 8]}
+OTHER_REFERENCE = {"DiTTransformer2DModel": [12, 12], "UNet2DModel": [12, 8], "UNet2DModel of ADM": [12, 8]}
 
 
 @pytest.fixture(params=list(PIPELINES))
@@ -109,7 +109,7 @@ def test_captions_of_different_lengths_are_patched_side_by_side(tiny, pipe):
 
 
 def test_every_family_of_diffusers_has_a_pipeline_here():
-    assert set(PIPELINES) == set(FAMILIES) - {"DiT"}
+    assert set(PIPELINES) == set(FAMILIES) - {"DiT", "UNet2DModel of Fourier features"}
 
 
 def test_qwenimage_drops_just_the_tokens_of_its_template():

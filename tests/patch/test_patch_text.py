@@ -5,11 +5,11 @@ import torch
 
 from stagepatch.core import UserError
 from stagepatch.patch import Patch, PatchConfig
-from tests.tiny import FAMILIES, TEXT_CHANNELS
+from tests.tiny import FAMILIES, TEXT_CHANNELS, text
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
-OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
+OF_TEXT = [name for name, family in FAMILIES.items() if family.draws.get("encoder_hidden_states") is text]
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask"]
 
 
