@@ -126,6 +126,10 @@ def conditions_of_sdxl(batch: int, height: int, width: int) -> dict[str, Tensor]
     return {"text_embeds": torch.randn(batch, 12), "time_ids": torch.arange(6.0).repeat(batch, 1)}
 
 
+def embeds_of_images(batch: int, height: int, width: int) -> dict[str, Tensor]:
+    return {"image_embeds": torch.randn(batch, 12)}
+
+
 def positions(batch: int, height: int, width: int) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).float().flatten(0, 1)
@@ -193,6 +197,14 @@ def unet(*kinds: str, **more: Any) -> dict[str, Any]:
 
 
 text_unet = partial(unet, "CrossAttn", "", cross_attention_dim=TEXT_CHANNELS)
+
+# Text, or an image's embedding, is among the keys of self-attention, as in DeepFloyd IF and Kandinsky 2.2.
+added_unet = {
+    **unet(out_channels=8, cross_attention_dim=16, resnet_time_scale_shift="scale_shift"),
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+}
 
 FAMILIES = {
     "DiT": Family(DiT, {**DIT, "num_classes": 10}, {"sample": latents, "timestep": timesteps, "class_labels": labels}),
@@ -520,5 +532,50 @@ FAMILIES = {
             "target_size": COGVIEW_INPUTS["target_size"],
             "crop_coords": COGVIEW_INPUTS["crop_coords"],
         },
+    ),
+    # As ADM is built: classes, variances, residual blocks that change the size, scale and shift by the embedding.
+    "UNet2DModel of ADM": Family(
+        diffusers.UNet2DModel,
+        unet(
+            "",
+            "Attn",
+            out_channels=8,
+            num_class_embeds=10,
+            resnet_time_scale_shift="scale_shift",
+            downsample_type="resnet",
+            upsample_type="resnet",
+        ),
+        {**UNET_INPUTS, "class_labels": labels},
+        blocks=5,
+    ),
+    # Fourier features of a noise level, as in NCSN++ and EDM2.
+    "UNet2DModel of Fourier features": Family(
+        diffusers.UNet2DModel,
+        unet("", "Attn", time_embedding_type="fourier", num_class_embeds=10),
+        {"sample": latents, "timestep": lambda batch, *_: torch.linspace(30.0, 0.3, batch), "class_labels": labels},
+        blocks=5,
+    ),
+    "UNet2DConditionModel of Kandinsky 2.2": Family(
+        diffusers.UNet2DConditionModel,
+        {
+            **added_unet,
+            "addition_embed_type": "image",
+            "encoder_hid_dim": 12,
+            "encoder_hid_dim_type": "image_proj",
+        },
+        {**UNET_INPUTS, "encoder_hidden_states": lambda *_: None, "added_cond_kwargs": embeds_of_images},
+        blocks=5,
+    ),
+    "UNet2DConditionModel of DeepFloyd IF": Family(
+        diffusers.UNet2DConditionModel,
+        {
+            **added_unet,
+            "addition_embed_type": "text",
+            "addition_embed_type_num_heads": 2,
+            "encoder_hid_dim": TEXT_CHANNELS,
+            "encoder_hid_dim_type": "text_proj",
+        },
+        {**UNET_INPUTS, "encoder_hidden_states": text},
+        blocks=5,
     ),
 }

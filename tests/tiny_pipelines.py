@@ -37,6 +37,8 @@ class Tiny:
         other_pixels: another size, not square; None where the pipeline only makes its own.
         arguments: what a call takes besides size, steps and seed.
         of_several: what a call of several captions takes besides.
+        vae_name: of its VAE among the pipeline's parts.
+        is_trained: stagepatch trains on what it has; else it is only sampled here.
         sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
         family: key of tests.tiny.FAMILIES.
     """
@@ -53,6 +55,8 @@ class Tiny:
     arguments: dict[str, Any] = field(default_factory=dict)
     of_several: dict[str, Any] = field(default_factory=dict)
     sample_size: list[int] | None = None
+    vae_name: str = "vae"
+    is_trained: bool = True
     family: str = ""
 
     @property
@@ -77,7 +81,7 @@ class Tiny:
         denoiser = "unet" if self.family.startswith("UNet") else "transformer"
         parts[denoiser] = FAMILIES[self.family].model(int(torch.randint(2**31, ())), **self.changes)
         if self.vae:
-            parts["vae"] = self.vae()
+            parts[self.vae_name] = self.vae()
         return self.pipeline(**parts, scheduler=self.scheduler())
 
     def of(self, captions: list[str]) -> dict[str, Any]:
@@ -347,6 +351,13 @@ _VIDEO_VAE = {
 }
 
 
+def movq() -> Any:
+    """Kandinsky's, smaller by 4."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    codes = {"latent_channels": 4, "vq_embed_dim": 4, "num_vq_embeddings": 12, "norm_type": "spatial"}
+    return diffusers.VQModel(**blocks, **codes, block_out_channels=(32, 32, 32), norm_num_groups=32)
+
+
 # Smaller by 4; that of Wan by 2 over time too.
 qwen_vae = partial(diffusers.AutoencoderKLQwenImage, **_VIDEO_VAE)
 wan_vae = partial(diffusers.AutoencoderKLWan, **_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=4)
@@ -368,6 +379,7 @@ if not hasattr(
     pipeline_prx.ftfy = SimpleNamespace(fix_text=lambda caption: caption)
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+_KANDINSKY_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, "variance_type": "learned_range"}
 _DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5}
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 flow_match = partial(partial, diffusers.FlowMatchEulerDiscreteScheduler)
@@ -634,6 +646,45 @@ PIPELINES: dict[str, Tiny] = {
         arguments=prompted(use_resolution_binning=False),
         of_several={"guidance_scale": 1.0},  # guided, its pipeline takes one caption (diffusers 0.42)
         sample_size=[8, 8],
+    ),
+    # What was distilled of ADM, with its classes; it predicts no variances.
+    "UNet2DModel of ADM": Tiny(
+        diffusers.ConsistencyModelPipeline,
+        diffusers.CMStochasticIterativeScheduler,
+        None,
+        changes={"in_channels": 3, "out_channels": 3, "sample_size": 16},
+        pixels=(16, 16),
+        other_pixels=None,
+        arguments={"class_labels": [3]},
+        is_trained=False,
+    ),
+    "UNet2DConditionModel of Kandinsky 2.2": Tiny(
+        diffusers.KandinskyV22Pipeline,
+        partial(diffusers.DDPMScheduler, **_KANDINSKY_BETAS),
+        movq,
+        arguments={
+            "image_embeds": torch.linspace(-1, 1, 12)[None],
+            "negative_image_embeds": torch.zeros(1, 12),
+        },
+        vae_name="movq",
+        is_trained=False,
+    ),
+    "UNet2DConditionModel of DeepFloyd IF": Tiny(
+        diffusers.IFPipeline,
+        partial(diffusers.DDPMScheduler, beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
+        None,
+        [T5],
+        changes={"in_channels": 3, "out_channels": 6, "sample_size": 16},
+        more={
+            "safety_checker": None,
+            "feature_extractor": None,
+            "watermarker": None,
+            "requires_safety_checker": False,
+        },
+        pixels=(16, 16),
+        other_pixels=(24, 16),
+        arguments=prompted(clean_caption=False),
+        is_trained=False,
     ),
 }
 for name, tiny in PIPELINES.items():

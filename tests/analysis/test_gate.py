@@ -96,7 +96,7 @@ def test_every_model_of_text_is_asked_with_its_caption(name):
     one, other = (encode(pipe, [caption]) for caption in ("a cat", "a small red house"))
     sees_text = bool(text_channels(model))
     patch = patch_for(model, condition="t+text" if sees_text else "t", sample_size=tiny.sample_size)
-    shape = (16 if name.startswith("LongCat") else 4, *FAMILIES[name].size)
+    shape = (16 if name.startswith("LongCat") else tiny.changes.get("in_channels", 4), *FAMILIES[name].size)
     with patch.attach(model):
         weights = gate_activation(model, patch, TIMESTEPS, one, shape=shape)
         rows = {key: value.expand(4, *value.shape[1:]) for key, value in one.items()}

@@ -7,10 +7,11 @@ import torch
 from diffusers.pipelines.cogview4 import pipeline_cogview4
 
 from stagepatch.core.errors import UserError
-from stagepatch.families import learns_sigma, null_label, num_classes, predict, sample_shape
+from stagepatch.families import learns_sigma, null_label, num_classes, predict, sample_shape, takes_text
 from stagepatch.families.cogview import before_shift
 from stagepatch.families.packing import pack, unpack
 from stagepatch.families.registry import family_of
+from stagepatch.patch import Patch, PatchConfig
 from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
@@ -84,7 +85,8 @@ def test_classes_of_diffusers_models(name, changes, classes, null):
 
 def test_learned_variance_of_diffusers_models_shows_in_their_channels():
     learned = {name for name, family in FAMILIES.items() if learns_sigma(family.build())}
-    assert learned == {"DiT", "PixArtTransformer2DModel"}
+    unets = {"UNet2DModel of ADM", "UNet2DConditionModel of Kandinsky 2.2", "UNet2DConditionModel of DeepFloyd IF"}
+    assert learned == {"DiT", "PixArtTransformer2DModel", *unets}
 
 
 def test_packing_is_the_pipelines():
@@ -130,7 +132,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("DiTTransformer2DModel", "UNet2DModel")])
+@pytest.mark.parametrize("name", [name for name, tiny in PIPELINES.items() if tiny.is_prompted])
 def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     """What the pipeline's scheduler is given, from the sample and the timestep that it was given with."""
     tiny = PIPELINES[name]
@@ -201,3 +203,42 @@ def test_cogview4_is_told_the_timestep_before_its_schedules_shift(size):
     expected = before_shift(pipe.transformer, torch.zeros(1, 4, 8, 8), torch.tensor([500.0]))
     assert torch.equal(seen["timestep"], expected)
     assert expected != 500.0
+
+
+def test_kandinsky_is_called_as_its_own_pipeline_calls_it():
+    tiny = PIPELINES["UNet2DConditionModel of Kandinsky 2.2"]
+    pipe = tiny.build()
+    seen = []
+    pipe.unet.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((kwargs, output)), with_kwargs=True
+    )
+    tiny.call(pipe)
+    kwargs, output = seen[0]
+    assert not takes_text(pipe.unet)
+    embeds = torch.cat([tiny.arguments["negative_image_embeds"], tiny.arguments["image_embeds"]])
+    ours = predict(pipe.unet, kwargs["sample"], kwargs["timestep"].float().expand(2), {"image_embeds": embeds})
+    assert torch.equal(ours, output[0])
+
+
+def test_kandinsky_without_an_image_is_refused():
+    model = FAMILIES["UNet2DConditionModel of Kandinsky 2.2"].model()
+    arguments = torch.zeros(1, 4, 8, 8), torch.ones(1)
+    with pytest.raises(UserError, match="takes image_embeds, which a prior makes"):
+        predict(model, *arguments, {"encoder_hidden_states": torch.zeros(1, 5, 16)})
+    with pytest.raises(UserError, match="takes none"):
+        Patch.create(model, PatchConfig(condition="t+text"))
+
+
+def test_classes_of_adm_reach_it_and_its_variances_are_learned():
+    model = FAMILIES["UNet2DModel of ADM"].model()
+    sample, timesteps, labels = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 10.0]), torch.tensor([3, 4])
+    expected = model(sample, timesteps, class_labels=labels, return_dict=False)[0]
+    assert expected.shape == (2, 8, 8, 8)
+    assert torch.equal(predict(model, sample, timesteps, labels), expected)
+    assert (num_classes(model), null_label(model), learns_sigma(model)) == (10, None, True)
+
+
+def test_a_u_net_that_is_told_noise_levels_is_not_told_timesteps():
+    model = FAMILIES["UNet2DModel of Fourier features"].model()
+    with pytest.raises(UserError, match=r"time_embedding_type='fourier'.*it is told a noise level"):
+        predict(model, torch.zeros(1, 4, 8, 8), torch.ones(1), torch.zeros(1).long())

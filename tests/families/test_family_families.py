@@ -87,7 +87,9 @@ def choices_of(name):
     grid = [2] * len(SIZES.get(name, [8, 8]))
     everywhere = [{}, {"num_experts": 2}, {"condition": "t+c"}, {"grid": grid}, {"gate": "none"}]
     if name.startswith("UNet"):
-        everywhere += [{"sites": "attention"}, {"sites": "attention", "position": "prepend"}]
+        everywhere.append({"sites": "attention"})
+        if all(site.attention for site in describe(FAMILIES[name].model()).sites if site.kind == "attention"):
+            everywhere.append({"sites": "attention", "position": "prepend"})
     if describe(FAMILIES[name].model()).sites[0].attention:
         everywhere.append({"position": "prepend"})
     return everywhere

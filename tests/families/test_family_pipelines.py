@@ -11,7 +11,7 @@ from tests.tiny_pipelines import PIPELINES, PROMPT
 WOLVES = "Seven wölves, howling!"
 
 # Reference sizes [latent pixels] other than their own, for pipelines that make images of one size alone.
-OTHER_REFERENCE = {"DiTTransformer2DModel": [12, 12], "UNet2DModel": [12, 8]}
+OTHER_REFERENCE = {"DiTTransformer2DModel": [12, 12], "UNet2DModel": [12, 8], "UNet2DModel of ADM": [12, 8]}
 
 
 @pytest.fixture(params=list(PIPELINES))
@@ -122,8 +122,9 @@ def test_patch_works_where_images_are_edited(name, tiny, pipe):
 
 
 def test_every_family_of_diffusers_has_a_pipeline_here():
-    """But for OmniGen's, which needs torchvision, and GLM-Image's."""
-    assert set(PIPELINES) == set(FAMILIES) - {"DiT", "OmniGenTransformer2DModel", "GlmImageTransformer2DModel"}
+    """But for OmniGen's, which needs torchvision, GLM-Image's, and where there is none."""
+    without = {"DiT", "OmniGenTransformer2DModel", "GlmImageTransformer2DModel", "UNet2DModel of Fourier features"}
+    assert set(PIPELINES) == set(FAMILIES) - without
 
 
 def test_qwenimage_drops_just_the_tokens_of_its_template():

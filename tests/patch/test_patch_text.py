@@ -12,8 +12,9 @@ from tests.training.test_train_on_pipelines import draw_images, train
 # Whose text's width has another name.
 OTHERS = [f"{kind}Transformer2DModel" for kind in ("CogView4", "CogView3Plus", "PRX", "GlmImage")]
 STACKED = ["Krea2Transformer2DModel", "Ideogram4Transformer2DModel"]  # the states of several layers of each token
+UNETS = ("UNet2DConditionModel of",)  # of DeepFloyd IF and Kandinsky 2.2
 OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
-OF_TEXT = [name for name in OF_TEXT if name not in STACKED + OTHERS]
+OF_TEXT = [name for name in OF_TEXT if name not in STACKED + OTHERS and not name.startswith(UNETS)]
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask"]
 
 

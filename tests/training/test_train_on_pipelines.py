@@ -4,11 +4,13 @@ import json
 import math
 import weakref
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
 
 import stagepatch.training.run as run
+from stagepatch.checkpoints import save_denoiser
 from stagepatch.cli import main
 from stagepatch.data import model_cache
 from stagepatch.patch import Patch, PatchConfig
@@ -50,7 +52,7 @@ def sd(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", list(PIPELINES))
+@pytest.mark.parametrize("name", [name for name, tiny in PIPELINES.items() if tiny.is_trained])
 def test_patch_is_trained_on_every_pipeline_and_changes_its_images(name, tmp_path):
     tiny = PIPELINES[name]
     pipe = tiny.build()
@@ -165,3 +167,20 @@ def test_half_precision_backbone_and_the_digits_are_refused_for_a_vae(sd, capsys
     assert all(parameter.dtype == torch.float32 for parameter in Patch.from_pretrained(sd / "run").parameters())
     assert train(sd, "--data.source=digits", output="other") == 2
     assert "need no VAE" in capsys.readouterr().err
+
+
+def test_a_model_of_text_in_pixels_is_refused_in_words(tmp_path, capsys):
+    PIPELINES["UNet2DConditionModel of DeepFloyd IF"].build().save_pretrained(tmp_path / "model")
+    draw_images(tmp_path / "images", size=(16, 16))
+    assert train(tmp_path, size=16) == 2
+    assert "takes text and has no VAE" in " ".join(capsys.readouterr().err.split())
+
+
+def test_classes_and_variances_of_adm_are_trained_on_in_pixels(tmp_path):
+    model = FAMILIES["UNet2DModel of ADM"].model(in_channels=1, out_channels=2)
+    save_denoiser(model, diffusers.DDPMScheduler(variance_type="learned_range"), tmp_path / "model")
+    digits = ["--data.source=digits", "--patch.initialization=normal", "--patch.condition=t+c"]
+    assert train(tmp_path, *digits, size=8) == 0
+    assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in read_log(tmp_path / "run"))
+    patch = Patch.from_pretrained(tmp_path / "run")
+    assert patch.backbone.condition_taps == ("class_embedding",)

@@ -21,6 +21,7 @@ from stagepatch.data.cache_writer import build_cache, cache_key
 from stagepatch.data.config import DataConfig
 from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
 from stagepatch.data.images import Images
+from stagepatch.families import takes_text
 
 # What of a data config decides the latents.
 _PREPROCESSING = ("image_size", "channels", "crop", "bucket_step", "caption_column", "label_column")
@@ -124,6 +125,11 @@ def load_training_data(
         model: empty for images in pixels.
     """
     if not model or not has_vae(model):
+        if model and takes_text(build_denoiser(model)):
+            raise UserError(
+                f"The model '{model}' takes text and has no VAE, in 'vae/', beside it: images in pixels are trained "
+                f"on with classes or with nothing, not with captions."
+            )
         return load_dataset(with_channels(data, model) if model else data)
     directory = cache_directory(cache, output_dir)
     make_cache(directory, model, data, batch_size, text_dtype=text_dtype)

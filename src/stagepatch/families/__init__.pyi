@@ -16,7 +16,10 @@ from .named_models import NAMED_MODELS as NAMED_MODELS
 from .named_models import build_named as build_named
 from .registry import describe as describe
 from .registry import find_denoiser as find_denoiser
+from .registry import has_family as has_family
 from .registry import prompt_encoder as prompt_encoder
 from .registry import register as register
+from .structure import check_found as check_found
+from .structure import describe_structure as describe_structure
 from .transformer import Blocks as Blocks
 from .transformer import Transformer as Transformer

@@ -108,6 +108,8 @@ class Backbone:
         begin: reads the extent of a forward off its arguments. It may run a tapped module early, in a model that
             would run it too late for the first site.
         reduce: of each tap's output. A patch's file does not hold it, nor `begin`.
+        is_found: the description was found in the model's structure, not written: what arrives at each site is held
+            against it.
     """
 
     model_class: str
@@ -118,6 +120,7 @@ class Backbone:
     grid: Grid
     begin: Begin | None = field(default=None, compare=False, repr=False)
     reduce: Reduce = field(default=last_token, compare=False, repr=False)
+    is_found: bool = False
 
 
 Size = int | Sequence[int]

@@ -43,12 +43,20 @@ def null_label(model: Any) -> int | None:
 def takes_text(model: Any) -> bool:
     """Whether the model's condition is text."""
     family = family_of(type(uncompiled(model)))
-    return family.encode_captions is not None and model.config.get("conditioning", "text") == "text"
+    if family.encode_captions is None or takes_image_embeds(model):
+        return False
+    return bool(model.config.get("conditioning", "text") == "text")
+
+
+def takes_image_embeds(model: Any) -> bool:
+    """Whether a U-Net's condition is an image's embedding, which a prior makes of text (Kandinsky 2.2)."""
+    return bool(model.config.get("encoder_hid_dim_type") == "image_proj")
 
 
 def text_channels(model: Any) -> int:
     """Width of the text's tokens, `encoder_hidden_states`, as the model takes them; 0 where it takes none."""
-    if "encoder_hidden_states" not in inspect.signature(type(uncompiled(model)).forward).parameters:
+    arguments = inspect.signature(type(uncompiled(model)).forward).parameters
+    if "encoder_hidden_states" not in arguments or takes_image_embeds(model):
         return 0
     names = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "text_dim", "cap_feat_dim")
     widths = (model.config.get(name) for name in (*names, "cross_attention_dim"))

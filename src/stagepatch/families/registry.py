@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stagepatch.core import UserError
 from stagepatch.families.base import Backbone, Begin, Grid, Reduce, Site, last_token
+from stagepatch.families.structure import describe_structure
 
 NUM_TIMESTEPS = 1000.0  # of schedulers
 
@@ -110,32 +111,43 @@ def register(class_name: str, describe: Describe, **options: Any) -> None:
     add_families([Family(class_name, describe, **options)])
 
 
+def has_family(model_class: type) -> bool:
+    """Whether a class or one of its parents is registered."""
+    return any(parent.__name__ in _FAMILIES for parent in model_class.__mro__)
+
+
 def family_of(model_class: type) -> Family:
     """What is registered for a class or the nearest of its parents.
 
     Raises:
-        UserError: nothing is.
+        UserError: nothing is. How a class is called, what its timesteps run from and to, and how captions become its
+            condition do not show in its structure, so what needs them (training, experts) is refused.
     """
     for parent in model_class.__mro__:
         if parent.__name__ in _FAMILIES:
             return _FAMILIES[parent.__name__]
     name = model_class.__name__
     raise UserError(
-        f"No description of {name} is known, so its sites cannot be found. Known: {', '.join(sorted(_FAMILIES))}. "
-        f"Describe it with stagepatch.families.register('{name}', function), as docs/adding-a-family.md shows."
+        f"No description of {name} is known: its sites, how it is called, what its timesteps run from and to. Known: "
+        f"{', '.join(sorted(_FAMILIES))}. Describe it with stagepatch.families.register('{name}', function), as "
+        f"docs/adding-a-family.md shows; where Patch.create(model) finds its sites and it is called as most are, with "
+        f"register('{name}', describe_structure)."
     )
 
 
 def describe(model: nn.Module, sample_size: Any = None) -> Backbone:
-    """The description of a model.
+    """The description of a model; of a class that is not registered, what its structure shows.
 
     Args:
         sample_size: size of the model's input [latent pixels] at which grids are counted, by default its own.
 
     Raises:
-        UserError: no family is registered for the model's class or one of its parents.
+        UserError: no family is registered for the model's class or one of its parents, and its structure does not show
+            enough.
     """
-    return family_of(type(model)).describe(model, sample_size)
+    if has_family(type(model)) or not hasattr(model, "config"):
+        return family_of(type(model)).describe(model, sample_size)
+    return describe_structure(model, sample_size)
 
 
 def make_backbone(

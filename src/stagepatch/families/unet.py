@@ -4,7 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from stagepatch.core import UserError
 from stagepatch.families.base import Backbone, Extent, Grid, Site, reference_size, self_attention
+from stagepatch.families.calling import takes_image_embeds
 from stagepatch.families.registry import Family, call_by_keywords, make_backbone, prompt_encoder
 
 _SAMPLE_SIZE = (64, 64)  # of Stable Diffusion 1.x, where a config has none
@@ -59,15 +61,34 @@ def _attention_site(path: str, index: int, module: Any, grid: Grid) -> Site:
     has_blocks = hasattr(module, "transformer_blocks")
     channels = module.in_channels if has_blocks else module.query_dim
     name = "transformer_blocks.0.attn1" if has_blocks else ""
-    own = module.get_submodule(name)
-    is_self = not own.is_cross_attention and own.added_kv_proj_dim is None
+    own = module.transformer_blocks[0].attn1 if has_blocks else module
+    is_self = own is not None and not own.is_cross_attention and own.added_kv_proj_dim is None
     attention = self_attention(module, name, path) if is_self else None
     return Site(path, path, index, channels, grid, "map", kind="attention", attention=attention)
 
 
 def call_unet(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """See `Call`. SDXL is told the sample's own size, uncropped, as an image of eight times its size."""
+    """See `Call`. SDXL is told the sample's own size, uncropped, as an image of eight times its size. Kandinsky 2.2
+    takes `image_embeds` [B, C] for a condition.
+
+    Raises:
+        UserError: a model whose timestep is a noise level σ of a variance-exploding process, or one that lacks its
+            `image_embeds`.
+    """
     arguments: dict[str, Any] = dict(condition)
+    name = type(model).__name__
+    if model.config.get("time_embedding_type") == "fourier":
+        raise UserError(
+            f"This {name} embeds its timestep by Fourier features (time_embedding_type='fourier'): it is told a noise "
+            f"level, not a timestep of 0 to 1000. It can be patched in Python, but not trained or sampled here."
+        )
+    if takes_image_embeds(model):
+        if "image_embeds" not in arguments:
+            raise UserError(
+                f"This {name} takes image_embeds, which a prior makes of captions and stagepatch does not: give them "
+                f"as its condition, a row a sample."
+            )
+        arguments = {"encoder_hidden_states": None, "added_cond_kwargs": arguments}
     if "text_embeds" in arguments:
         size = [8.0 * length for length in sample.shape[2:]]
         time_ids = sample.new_tensor([*size, 0.0, 0.0, *size]).repeat(len(sample), 1)

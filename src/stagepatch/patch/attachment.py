@@ -75,6 +75,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             return
         self._conditions = [None] * len(self._conditions)
         self._observed = False
+        self.patch.observed_rows = 0
         self._text = None
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         try:

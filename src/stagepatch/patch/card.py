@@ -33,9 +33,11 @@ def model_card(patch: MixtureOfPrompts) -> str:
 def describe_patch(patch: MixtureOfPrompts) -> dict[str, str]:
     """What a patch is, in words."""
     sites, config = patch.backbone.sites, patch.config
+    found = {"description": "found in the model's structure, not written"} if patch.backbone.is_found else {}
     return {
         "base model": patch.fingerprint.model_id or "not recorded",
         "architecture": f"{patch.backbone.model_class}, {patch.fingerprint.architecture[:12]}",
+        **found,
         "sites": f"{len(sites)}: {sites[0].name} … {sites[-1].name}, {sites[0].channels} channels at the first",
         "reference grid": "×".join(map(str, patch.gate_grid)),
         "parameters": f"{patch.num_parameters():,}",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.core import UserError
-from stagepatch.families import Backbone, Extent, Site
+from stagepatch.families import Backbone, Extent, Site, check_found
 from stagepatch.families.base import Grid
 from stagepatch.patch import balance, mixture
 from stagepatch.patch.config import PatchConfig
@@ -44,6 +44,7 @@ class MixtureOfPrompts(nn.Module):
         self.last: Mixture | None = None
         self.sources: Tensor | None = None
         self.extent: Extent | None = None
+        self.observed_rows = 0
         self.fingerprint = Fingerprint()
         self.facts: dict[str, str] = {}
         sites = backbone.sites
@@ -105,6 +106,8 @@ class MixtureOfPrompts(nn.Module):
 
     def observe(self, condition: Tensor) -> None:
         """Compute the weights of all sites for a condition embedding [B, C], once per forward."""
+        if self.backbone.is_found:
+            self.observed_rows = len(condition)
         if self.prompts[0].device != condition.device:
             self.to(condition.device)  # the model was moved, or is offloaded and computes elsewhere
         if self.gate is None:
@@ -138,8 +141,11 @@ class MixtureOfPrompts(nn.Module):
         Args:
             hidden_states: as the site's layout says.
         """
+        site = self.backbone.sites[position]
+        if self.backbone.is_found:
+            grid = site.grid if self.extent is None else self.extent.grid
+            check_found(self.backbone.model_class, site, hidden_states, grid, self.observed_rows)
         if self.config.position == "add":
-            site = self.backbone.sites[position]
             if site.layout == "sequence":
                 return self._add(position, site, hidden_states.transpose(0, 1)).transpose(0, 1).contiguous()
             return self._add(position, site, hidden_states)

@@ -5,13 +5,18 @@ from dataclasses import replace
 from typing import Any
 
 from stagepatch.core import UserError
-from stagepatch.families import Backbone, Site, describe, takes_text, text_channels
+from stagepatch.families import Backbone, Site, describe, has_family, takes_text, text_channels
 from stagepatch.patch.config import PatchConfig
 
 
 def with_condition(config: PatchConfig, model: Any) -> PatchConfig:
-    """The config, its gate's condition that of the model's kind where the preset leaves it to that (DMP, Table 9)."""
-    return config if config.condition else replace(config, condition="t+c" if takes_text(model) else "t")
+    """The config, its gate's condition that of the model's kind where the preset leaves it to that (DMP, Table 9).
+
+    Of a model whose description is found, not written, t+c is not known, and it is t.
+    """
+    if config.condition:
+        return config
+    return replace(config, condition="t+c" if has_family(type(model)) and takes_text(model) else "t")
 
 
 def describe_for(model: Any, config: PatchConfig) -> Backbone:
@@ -22,6 +27,11 @@ def describe_for(model: Any, config: PatchConfig) -> Backbone:
             whose text the gate should see.
     """
     backbone = _select_sites(describe(model, config.sample_size), config)
+    if backbone.is_found and config.condition == "t+c":
+        raise UserError(
+            f"condition='t+c' needs to know which modules of {backbone.model_class} embed its class or text, which "
+            f"its structure does not show. Take 't' or 't+text', or describe it as docs/adding-a-family.md shows."
+        )
     if config.condition != "t+text":
         return backbone
     if not (channels := text_channels(model)):

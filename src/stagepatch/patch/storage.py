@@ -29,7 +29,7 @@ def save_patch(patch: MixtureOfPrompts, directory: Path) -> None:
         "patch": asdict(patch.config),
         "fingerprint": asdict(patch.fingerprint),
         "facts": patch.facts,
-        "backbone": {name: value for name, value in asdict(patch.backbone).items() if name not in _FUNCTIONS},
+        "backbone": _backbone_to_dict(patch.backbone),
     }
     write_tensors(directory / WEIGHTS_NAME, patch.named_tensors())
     write_json(directory / CONFIG_NAME, config)
@@ -72,6 +72,12 @@ def load_patch(patch_class: type[_Patch], directory: Path) -> _Patch:
         patch.fingerprint = Fingerprint(**config.get("fingerprint", {}))
     patch.facts = {str(name): str(value) for name, value in config.get("facts", {}).items()}
     return patch.eval()
+
+
+def _backbone_to_dict(backbone: Backbone) -> dict[str, Any]:
+    """`is_found` is there where it is so."""
+    values = {name: value for name, value in asdict(backbone).items() if name not in _FUNCTIONS}
+    return values if backbone.is_found else {name: value for name, value in values.items() if name != "is_found"}
 
 
 def _backbone_from_dict(values: dict[str, Any]) -> Backbone:
