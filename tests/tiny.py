@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ class Family:
         blocks: number of sites that 'all' means.
         size: height and width of the model's own latents.
         only_square: the model itself takes no other shapes.
+        others: tokens before the image's at sites where it is the last.
     """
 
     model_class: Any
@@ -39,11 +40,12 @@ class Family:
     blocks: int = 2
     size: tuple[int, int] = (8, 8)
     only_square: bool = False
+    others: int = 0
 
     def build(self, **changes: Any) -> nn.Module:
         """The model as its class initialises it, its config changed."""
         model = self.model_class(**self.config)
-        return self.model_class.from_config({**model.config, **changes}) if changes else model
+        return self.model_class.from_config({**model.config, "_use_default_values": [], **changes}) if changes else model
 
     def model(self, seed: int = 0, **changes: Any) -> nn.Module:
         """Frozen, in eval mode; every weight is drawn, since zeros at the end of blocks would hide them."""
@@ -86,6 +88,15 @@ def packed(batch: int, height: int, width: int) -> Tensor:
 
 def timesteps(batch: int, height: int = 0, width: int = 0) -> Tensor:
     return torch.linspace(900, 10, batch).round()
+
+
+def flat(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, height * width, 4)
+
+
+def text_and_slots(batch: int, height: int, width: int) -> Tensor:
+    """False for each token of text, then True for every four of the image's."""
+    return (torch.arange(TEXT + height * width // 4) >= TEXT).expand(batch, -1)
 
 
 def whole_timesteps(batch: int, height: int, width: int) -> Tensor:
@@ -234,6 +245,7 @@ FAMILIES = {
             pos_embed_max_size=64,
         ),
         {**TEXT_INPUTS, "timestep": fractions},
+        others=8 + TEXT,
     ),
     "QwenImageTransformer2DModel": Family(
         diffusers.QwenImageTransformer2DModel,
@@ -257,4 +269,20 @@ FAMILIES = {
             "timestep": whole_timesteps,
         },
     ),
+    "QwenImage21Transformer2DModel": Family(
+        diffusers.QwenImage21Transformer2DModel,
+        config(LAYERS, in_channels=4, out_channels=4, context_in_dim=TEXT_CHANNELS, axes_dims_rope=(4, 4, 8)),
+        {
+            "hidden_states": flat,
+            "timestep": fractions,
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": mask_of_different_lengths,
+            "img_shapes": lambda batch, height, width: [[(1, height, width)]] * batch,
+            "img_mask": text_and_slots,
+        },
+        others=TEXT,
+    ),
 }
+# As Qwen-Image-Edit-2511.
+_QWEN = FAMILIES["QwenImageTransformer2DModel"]
+FAMILIES["QwenImageTransformer2DModel of edits"] = replace(_QWEN, config={**_QWEN.config, "zero_cond_t": True})

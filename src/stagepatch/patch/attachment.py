@@ -92,6 +92,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         """
         if not self.patch.enabled or self._observed:
             return
+        extent = self.patch.extent
+        if extent is not None and extent.rows is not None:
+            output = output[extent.rows]
         self._conditions[position] = output[:, -1] if output.ndim == 3 else output
         outputs = [output for output in self._conditions if output is not None]
         if len(outputs) == len(self._conditions):
