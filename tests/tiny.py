@@ -111,6 +111,10 @@ def labels(batch: int, height: int, width: int) -> Tensor:
     return torch.arange(batch) % 10
 
 
+def videos(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 4, FRAMES, height, width)
+
+
 def mask_of_different_lengths(batch: int, height: int, width: int) -> Tensor:
     return torch.arange(TEXT) < torch.tensor([TEXT] * (batch - 1) + [2])[:, None]
 
@@ -281,6 +285,88 @@ FAMILIES = {
             "img_mask": text_and_slots,
         },
         others=TEXT,
+    ),
+}
+FAMILIES |= {
+    "CogVideoXTransformer3DModel": Family(
+        diffusers.CogVideoXTransformer3DModel,
+        config(
+            LAYERS,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=16,
+            text_embed_dim=TEXT_CHANNELS,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=9,
+            max_text_seq_length=TEXT,
+        ),
+        {**TEXT_INPUTS, "hidden_states": lambda *size: videos(*size).transpose(1, 2)},
+    ),
+    "HunyuanVideoTransformer3DModel": Family(
+        diffusers.HunyuanVideoTransformer3DModel,
+        config(
+            HEADS,
+            POOLED,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_CHANNELS,
+            rope_axes_dim=(4, 4, 8),
+        ),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": videos,
+            "encoder_attention_mask": mask_of_different_lengths,
+            "pooled_projections": pooled,
+            "guidance": lambda batch, *_: torch.full((batch,), 3500.0),
+        },
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        diffusers.HunyuanVideo15Transformer3DModel,
+        config(
+            LAYERS,
+            in_channels=9,
+            out_channels=4,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_CHANNELS,
+            text_embed_2_dim=20,
+            image_embed_dim=12,
+            rope_axes_dim=(4, 4, 8),
+            task_type="t2v",
+        ),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": lambda batch, *size: torch.randn(batch, 9, FRAMES, *size),
+            "encoder_attention_mask": mask_of_different_lengths,
+            "encoder_hidden_states_2": draw(TEXT, 20),
+            "encoder_attention_mask_2": mask_of_different_lengths,
+            "image_embeds": lambda batch, *_: torch.zeros(batch, 3, 12),
+        },
+    ),
+    "HunyuanImageTransformer2DModel": Family(
+        diffusers.HunyuanImageTransformer2DModel,
+        config(
+            HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_CHANNELS,
+            text_embed_2_dim=20,
+            rope_axes_dim=(8, 8),
+            guidance_embeds=True,
+        ),
+        {
+            **TEXT_INPUTS,
+            "encoder_attention_mask": mask_of_different_lengths,
+            "encoder_hidden_states_2": draw(TEXT, 20),
+            "encoder_attention_mask_2": mask_of_different_lengths,
+            "guidance": lambda batch, *_: torch.full((batch,), 3500.0),
+        },
     ),
 }
 # As Qwen-Image-Edit-2511.

@@ -18,6 +18,10 @@ SIZES = {
     "WanTransformer3DModel": [FRAMES, 8, 8],
     "QwenImage21Transformer2DModel": [8, 8],
     "QwenImageTransformer2DModel of edits": [8, 8],
+    "CogVideoXTransformer3DModel": [FRAMES, 8, 8],
+    "HunyuanVideoTransformer3DModel": [FRAMES, 8, 8],
+    "HunyuanVideo15Transformer3DModel": [FRAMES, 8, 8],
+    "HunyuanImageTransformer2DModel": [8, 8],
 }
 
 

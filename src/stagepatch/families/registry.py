@@ -26,8 +26,25 @@ def call_by_keywords(model: Any, sample: Tensor, timesteps: Tensor, condition: d
     return output[0]
 
 
+def of_videos(call: Call) -> Call:
+    """The way a model of videos [B, C, F, H, W] is called with pictures [B, C, H, W] too: as videos of one frame."""
+
+    def call_of_videos(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+        if sample.ndim == 5:
+            return call(model, sample, timesteps, condition)
+        return call(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
+
+    return call_of_videos
+
+
 # How every pipeline's `encode_prompt` is called, as far as it has these: for captions alone, one row each.
-_USUAL = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+_USUAL = {
+    "prompt_2": None,
+    "prompt_3": None,
+    "num_images_per_prompt": 1,
+    "num_videos_per_prompt": 1,
+    "do_classifier_free_guidance": False,
+}
 
 
 def prompt_encoder(*names: str, **arguments: Any) -> EncodeCaptions:
@@ -59,6 +76,7 @@ class Family:
         encode_captions: how training makes its condition of text; see `EncodeCaptions`.
         timestep_range: the model's `timestep` for an image and for pure noise.
         sample_size: height and width of a sample [latent pixels], where the model's config has none.
+        channels: what the model's config calls the channels of a sample.
         is_packed: cells of 2×2 latent pixels are the model's tokens, with four times the latents' channels.
     """
 
@@ -68,6 +86,7 @@ class Family:
     encode_captions: EncodeCaptions | None = None
     timestep_range: tuple[float, float] = (0.0, NUM_TIMESTEPS)
     sample_size: tuple[int, int] | None = None
+    channels: str = "in_channels"
     is_packed: bool = False
 
     def noise_level(self, timestep: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from stagepatch.families.base import Backbone, Extent
-from stagepatch.families.registry import Family, call_by_keywords, prompt_encoder
+from stagepatch.families.registry import Family, call_by_keywords, of_videos, prompt_encoder
 from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
 
@@ -44,12 +44,7 @@ def call_lumina2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[
     return -call_by_keywords(model, sample, timesteps, condition)
 
 
-def call_wan(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """A picture [B, C, H, W] is a video of one frame."""
-    if sample.ndim == 5:
-        return call_by_keywords(model, sample, timesteps, condition)
-    return call_by_keywords(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
-
+call_wan = of_videos(call_by_keywords)
 
 FAMILIES = [
     # PixArt-α and PixArt-Σ. Text enters by cross-attention alone, so t+c is t; so it is in Sana and Wan.

@@ -90,7 +90,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         A model that is told a timestep a token (Wan 2.2 TI2V, whose first frame may be given and clean) embeds each,
         [B, N, C]: the last token's, which is never given, stands for all.
         """
-        if not self.patch.enabled or self._observed:
+        if not self.patch.enabled or self._observed or self._conditions[position] is not None:
             return
         extent = self.patch.extent
         if extent is not None and extent.rows is not None:
