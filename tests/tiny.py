@@ -71,7 +71,8 @@ class Family:
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 inputs[name] = value.to(dtype)
-        return model(**inputs, return_dict=False)[0]
+        output: Any = model(**inputs, return_dict=False)
+        return output if isinstance(output, Tensor) else output[0]
 
 
 def draw(*shape: int) -> Draw:
@@ -367,6 +368,133 @@ FAMILIES |= {
             "encoder_attention_mask_2": mask_of_different_lengths,
             "guidance": lambda batch, *_: torch.full((batch,), 3500.0),
         },
+    ),
+}
+# As the config of these models' classes, but for sizes.
+WAN = {"in_channels": 4, "out_channels": 4, "text_dim": TEXT_CHANNELS, "freq_dim": 16, "ffn_dim": 32}
+VIDEO_INPUTS = {**TEXT_INPUTS, "hidden_states": videos}
+LTX = {"cross_attention_dim": 32, "caption_channels": TEXT_CHANNELS, "in_channels": 4, "out_channels": 4}
+LTX_SIZE = {
+    "num_frames": lambda *_: FRAMES,
+    "height": lambda batch, height, width: height,
+    "width": lambda batch, height, width: width,
+}
+
+
+def video_tokens(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, FRAMES * height * width, 4)
+
+
+def places(batch: int, height: int, width: int) -> list[Tensor]:
+    return [torch.arange(length) for length in (FRAMES, height // 2, width // 2)]
+
+
+FAMILIES |= {
+    "LTXVideoTransformer3DModel": Family(
+        diffusers.LTXVideoTransformer3DModel,
+        config(LAYERS, LTX),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": video_tokens,
+            "encoder_attention_mask": mask_of_different_lengths,
+            **LTX_SIZE,
+        },
+    ),
+    "LTX2VideoTransformer3DModel": Family(
+        diffusers.LTX2VideoTransformer3DModel,
+        config(
+            LAYERS,
+            LTX,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+        ),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": video_tokens,
+            "audio_hidden_states": draw(6, 4),
+            "audio_encoder_hidden_states": text,
+            "audio_num_frames": lambda *_: 6,
+            **LTX_SIZE,
+        },
+    ),
+    "CosmosTransformer3DModel": Family(
+        diffusers.CosmosTransformer3DModel,
+        config(
+            LAYERS,
+            in_channels=4,
+            out_channels=4,
+            text_embed_dim=TEXT_CHANNELS,
+            adaln_lora_dim=4,
+            max_size=(4, 32, 32),
+        ),
+        {
+            **VIDEO_INPUTS,
+            "fps": lambda *_: 30,
+            "padding_mask": lambda batch, height, width: torch.zeros(1, 1, 8 * height, 8 * width),
+        },
+    ),
+    "SkyReelsV2Transformer3DModel": Family(
+        diffusers.SkyReelsV2Transformer3DModel,
+        config(LAYERS, WAN, rope_max_seq_len=32),
+        {**VIDEO_INPUTS, "timestep": whole_timesteps},
+    ),
+    "WanVACETransformer3DModel": Family(
+        diffusers.WanVACETransformer3DModel,
+        config(LAYERS, WAN, rope_max_seq_len=32, vace_layers=[0], vace_in_channels=12),
+        {
+            **VIDEO_INPUTS,
+            "timestep": whole_timesteps,
+            "control_hidden_states": lambda batch, *size: torch.randn(batch, 12, FRAMES, *size),
+        },
+    ),
+    "MochiTransformer3DModel": Family(
+        diffusers.MochiTransformer3DModel,
+        config(
+            LAYERS,
+            in_channels=4,
+            out_channels=4,
+            pooled_projection_dim=12,
+            text_embed_dim=TEXT_CHANNELS,
+            time_embed_dim=16,
+        ),
+        {**VIDEO_INPUTS, "encoder_attention_mask": mask_of_different_lengths},
+    ),
+    "Kandinsky5Transformer3DModel": Family(
+        diffusers.Kandinsky5Transformer3DModel,
+        config(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=TEXT_CHANNELS,
+            in_text_dim2=12,
+            time_dim=16,
+            model_dim=32,
+            ff_dim=32,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(4, 4, 8),
+        ),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": lambda batch, *size: torch.randn(batch, FRAMES, *size, 4),
+            "pooled_projections": pooled,
+            "visual_rope_pos": places,
+            "text_rope_pos": lambda *_: torch.arange(TEXT),
+        },
+    ),
+    "SanaVideoTransformer3DModel": Family(
+        diffusers.SanaVideoTransformer3DModel,
+        config(
+            LATENTS,
+            LAYERS,
+            CAPTIONS,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            rope_max_seq_len=32,
+        ),
+        {**VIDEO_INPUTS, "encoder_attention_mask": mask_of_different_lengths},
     ),
 }
 # As Qwen-Image-Edit-2511.

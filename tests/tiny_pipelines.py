@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
@@ -139,23 +141,26 @@ def t5_tokenizer() -> Any:
     return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
-def gemma_tokenizer() -> Any:
-    """A token a word for WORDS, else a token a letter or byte."""
+def gemma_tokenizer(words: list[str] = WORDS) -> Any:
+    """A token a word, else a token a letter or byte."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
-    merges, merged = _merges([f"▁{word}" for word in WORDS])
+    merges, merged = _merges([f"▁{word}" for word in words])
     vocab = _numbered([*special, *bytewise, "▁", "\n", *_printable(), *merged])
     return transformers.GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True, model_max_length=8192)
 
 
-def qwen_tokenizer() -> Any:
+CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+
+
+def qwen_tokenizer(**more: Any) -> Any:
     """A token a word for WORDS, else a token a byte: Qwen-Image drops the 34 tokens of its template."""
     roles = ["system", "user", "assistant", "Describe"]
     merges, merged = _merges([*(f"Ġ{word}" for word in WORDS), *roles])
     vocab = _numbered([*sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, "<|endoftext|>"])
     special = ["<|im_start|>", "<|im_end|>"]
     return transformers.Qwen2Tokenizer(
-        vocab=vocab, merges=merges, additional_special_tokens=special, model_max_length=2048
+        vocab=vocab, merges=merges, additional_special_tokens=special, model_max_length=2048, **more
     )
 
 
@@ -171,6 +176,15 @@ def _merges(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Merges that build every word from its start, a letter at a time, and the tokens that they make."""
     pairs = dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word)))
     return list(pairs), [left + right for left, right in pairs]
+
+
+LLAMA_TEMPLATE = " ".join(hunyuan_video.DEFAULT_PROMPT_TEMPLATE["template"].split())
+
+
+def llama_tokenizer() -> Any:
+    """A token for each word and mark of HunyuanVideo's template and for WORDS, else a token a byte or letter."""
+    words = sorted({*WORDS, *re.findall(r"\w+", LLAMA_TEMPLATE)})
+    return gemma_tokenizer(words)
 
 
 # Text encoders.
@@ -200,6 +214,22 @@ _SMALL = {**_HEADS, **_WIDTHS, "num_hidden_layers": 2, "initializer_range": 0.2}
 def gemma(tokenizer: Any) -> Any:
     config = transformers.Gemma2Config(vocab_size=len(tokenizer), head_dim=12, query_pre_attn_scalar=12, **_SMALL)
     return transformers.Gemma2Model(config)
+
+
+def llama(tokenizer: Any) -> Any:
+    """Hidden states of the last layer but two are taken."""
+    small = {**_SMALL, "num_hidden_layers": 3}
+    return transformers.LlamaModel(transformers.LlamaConfig(vocab_size=len(tokenizer), **small))
+
+
+def byt5(tokenizer: Any) -> Any:
+    widths = {"vocab_size": 400, "d_model": 20, "d_kv": 10, "d_ff": 32}
+    return transformers.T5EncoderModel(transformers.T5Config(**widths, num_layers=1, num_heads=2))
+
+
+def qwen_vl_text(tokenizer: Any) -> Any:
+    config = qwen_vl(tokenizer).config.text_config
+    return transformers.Qwen2_5_VLTextModel(config)
 
 
 def qwen_vl(tokenizer: Any) -> Any:
@@ -252,6 +282,33 @@ _VIDEO_VAE = {
 # Smaller by 4; that of Wan by 2 over time too.
 qwen_vae = partial(diffusers.AutoencoderKLQwenImage, **_VIDEO_VAE)
 wan_vae = partial(diffusers.AutoencoderKLWan, **_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=4)
+
+
+def cogvideox_vae() -> Any:
+    """Smaller by 4, and by 2 over time."""
+    blocks = {"down_block_types": ("CogVideoXDownBlock3D",) * 3, "up_block_types": ("CogVideoXUpBlock3D",) * 3}
+    sizes = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    return diffusers.AutoencoderKLCogVideoX(**blocks, **sizes, temporal_compression_ratio=2, scaling_factor=0.7)
+
+
+def hunyuanvideo_vae() -> Any:
+    """Smaller by 4, and by 4 over time."""
+    blocks = {"down_block_types": ("HunyuanVideoDownBlock3D",) * 3, "up_block_types": ("HunyuanVideoUpBlock3D",) * 3}
+    sizes = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    return diffusers.AutoencoderKLHunyuanVideo(**blocks, **sizes, spatial_compression_ratio=4)
+
+
+def hunyuanvideo15_vae() -> Any:
+    """Smaller by 4, and by 4 over time."""
+    return diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(32, 32, 32), layers_per_block=1, spatial_compression_ratio=4
+    )
+
+
+def hunyuanimage_vae() -> Any:
+    """Smaller by 4."""
+    sizes = {"block_out_channels": (32, 32, 32), "layers_per_block": 1, "sample_size": 32}
+    return diffusers.AutoencoderKLHunyuanImage(3, 3, 4, **sizes, spatial_compression_ratio=4, scaling_factor=0.75)
 
 
 # Pipelines.
@@ -370,6 +427,43 @@ PIPELINES: dict[str, Tiny] = {
         [UMT5],
         arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
+    ),
+}
+PIPELINES |= {
+    "CogVideoXTransformer3DModel": Tiny(
+        diffusers.CogVideoXPipeline,
+        partial(diffusers.CogVideoXDDIMScheduler, **_SD_BETAS, prediction_type="v_prediction", snr_shift_scale=3.0),
+        cogvideox_vae,
+        [T5],
+        changes={"use_rotary_positional_embeddings": True},
+        arguments=prompted(32, num_frames=5),
+        sample_size=[3, 8, 8],
+    ),
+    "HunyuanVideoTransformer3DModel": Tiny(
+        diffusers.HunyuanVideoPipeline,
+        flow_match(shift=7.0),
+        hunyuanvideo_vae,
+        [(llama_tokenizer, llama), (clip_tokenizer, partial(clip, hidden_size=12))],
+        arguments=prompted(64, num_frames=9),
+        sample_size=[3, 8, 8],
+    ),
+    "HunyuanVideo15Transformer3DModel": Tiny(
+        diffusers.HunyuanVideo15Pipeline,
+        flow_match(shift=5.0),
+        hunyuanvideo15_vae,
+        [(partial(qwen_tokenizer, chat_template=CHAT), qwen_vl_text), (transformers.ByT5Tokenizer, byt5)],
+        more={"guider": diffusers.ClassifierFreeGuidance(enabled=False)},
+        arguments=prompted(num_frames=9),
+        sample_size=[3, 8, 8],
+    ),
+    "HunyuanImageTransformer2DModel": Tiny(
+        diffusers.HunyuanImagePipeline,
+        flow_match(shift=5.0),
+        hunyuanimage_vae,
+        [(qwen_tokenizer, qwen_vl), (transformers.ByT5Tokenizer, byt5)],
+        more={"guider": None, "ocr_guider": None},
+        arguments=prompted(),
+        sample_size=[8, 8],
     ),
 }
 for name, tiny in PIPELINES.items():

@@ -22,6 +22,14 @@ SIZES = {
     "HunyuanVideoTransformer3DModel": [FRAMES, 8, 8],
     "HunyuanVideo15Transformer3DModel": [FRAMES, 8, 8],
     "HunyuanImageTransformer2DModel": [8, 8],
+    "LTXVideoTransformer3DModel": [FRAMES, 8, 8],
+    "LTX2VideoTransformer3DModel": [FRAMES, 8, 8],
+    "CosmosTransformer3DModel": [FRAMES, 8, 8],
+    "SkyReelsV2Transformer3DModel": [FRAMES, 8, 8],
+    "WanVACETransformer3DModel": [FRAMES, 8, 8],
+    "MochiTransformer3DModel": [FRAMES, 8, 8],
+    "Kandinsky5Transformer3DModel": [FRAMES, 8, 8],
+    "SanaVideoTransformer3DModel": [FRAMES, 8, 8],
 }
 
 

@@ -2,10 +2,10 @@
 
 import lazy_loader
 
-from stagepatch.families import cogvideox, dit, flux, hunyuan, qwenimage, table, unet
+from stagepatch.families import cogvideox, dit, flux, hunyuan, qwenimage, table, unet, video
 from stagepatch.families.registry import add_families
 
 add_families([*dit.FAMILIES, *unet.FAMILIES, *table.FAMILIES, flux.FAMILY, *qwenimage.FAMILIES])
-add_families([cogvideox.FAMILY, *hunyuan.FAMILIES])
+add_families([cogvideox.FAMILY, *hunyuan.FAMILIES, *video.FAMILIES])
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from stagepatch.families.base import Backbone, Extent
-from stagepatch.families.registry import Family, call_by_keywords, of_videos, prompt_encoder
+from stagepatch.families.base import Backbone, Extent, Grid
+from stagepatch.families.registry import Describe, Family, call_by_keywords, of_videos, prompt_encoder
 from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
 
@@ -20,12 +20,19 @@ def call_pixart(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[s
     return call_by_keywords(model, sample, timesteps, {**condition, "added_cond_kwargs": added})
 
 
-def describe_sana(model: Any, sample_size: Any = None) -> Backbone:
-    """A model that embeds guidance has its timestep's embedding elsewhere, and t+c adds guidance."""
-    is_guided = hasattr(model.time_embed, "guidance_embedder")
-    time_tap = "time_embed.timestep_embedder" if is_guided else "time_embed.emb.timestep_embedder"
-    condition_taps = ("time_embed.guidance_embedder",) if is_guided else ()
-    return Transformer((Blocks("transformer_blocks"),), time_tap, condition_taps)(model, sample_size)
+def describe_sana(sample_size: Grid | None = None) -> Describe:
+    """Of models of that size, by default the config's. One that embeds guidance has its timestep's embedding elsewhere,
+    and t+c adds guidance.
+    """
+
+    def describe(model: Any, size: Any = None) -> Backbone:
+        is_guided = hasattr(model.time_embed, "guidance_embedder")
+        time_tap = "time_embed.timestep_embedder" if is_guided else "time_embed.emb.timestep_embedder"
+        condition_taps = ("time_embed.guidance_embedder",) if is_guided else ()
+        blocks = (Blocks("transformer_blocks"),)
+        return Transformer(blocks, time_tap, condition_taps, sample_size=sample_size)(model, size)
+
+    return describe
 
 
 def call_sana(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -77,7 +84,7 @@ FAMILIES = [
     # Captions without the instruction that the pipeline puts before short prompts.
     Family(
         "SanaTransformer2DModel",
-        describe_sana,
+        describe_sana(),
         call_sana,
         prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
     ),

@@ -41,7 +41,7 @@ def image_extent(model: Any, arguments: dict[str, Any]) -> Extent:
 class Transformer:
     """Describes the transformers of a class; see `Describe`.
 
-    Their config has `hidden_size`, or `num_attention_heads` and `attention_head_dim`.
+    Their config has `hidden_size` or `model_dim`, or `num_attention_heads` and `attention_head_dim`.
 
     Args:
         blocks: in the order of the forward.
@@ -63,7 +63,7 @@ class Transformer:
         config = model.config
         size = reference_size(sample_size, self.sample_size or config.sample_size)
         grid = patches(size, self.patch_size or own_patch_size(model, len(size)))
-        width = config.get("hidden_size") or config.num_attention_heads * config.attention_head_dim
+        width = config.get("hidden_size") or config.get("model_dim") or config.num_attention_heads * config.attention_head_dim
         sites: list[Site] = []
         for blocks in self.blocks:
             for number, block in enumerate(model.get_submodule(blocks.path)):
