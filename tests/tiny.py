@@ -45,7 +45,9 @@ class Family:
     def build(self, **changes: Any) -> nn.Module:
         """The model as its class initialises it, its config changed."""
         model = self.model_class(**self.config)
-        return self.model_class.from_config({**model.config, "_use_default_values": [], **changes}) if changes else model
+        return (
+            self.model_class.from_config({**model.config, "_use_default_values": [], **changes}) if changes else model
+        )
 
     def model(self, seed: int = 0, **changes: Any) -> nn.Module:
         """Frozen, in eval mode; every weight is drawn, since zeros at the end of blocks would hide them."""
@@ -429,12 +431,9 @@ FAMILIES |= {
             text_embed_dim=TEXT_CHANNELS,
             adaln_lora_dim=4,
             max_size=(4, 32, 32),
+            concat_padding_mask=False,  # it would need torchvision
         ),
-        {
-            **VIDEO_INPUTS,
-            "fps": lambda *_: 30,
-            "padding_mask": lambda batch, height, width: torch.zeros(1, 1, 8 * height, 8 * width),
-        },
+        {**VIDEO_INPUTS, "fps": lambda *_: 30},
     ),
     "SkyReelsV2Transformer3DModel": Family(
         diffusers.SkyReelsV2Transformer3DModel,

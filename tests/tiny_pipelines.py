@@ -7,18 +7,26 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
+from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
+from diffusers.pipelines.wan import pipeline_wan_vace
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 from tests.tiny import FAMILIES, TEXT_CHANNELS
 
 PROMPT = "a photo of a small red cat"
+
+# Two pipelines cannot do without ftfy, which mends broken Unicode; nothing here is broken.
+for module in (pipeline_skyreels_v2, pipeline_wan_vace):
+    if not hasattr(module, "ftfy"):
+        module.ftfy = SimpleNamespace(fix_text=str)
 
 
 @dataclass
@@ -37,6 +45,7 @@ class Tiny:
         arguments: what a call takes besides size, steps and seed.
         sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
         family: key of tests.tiny.FAMILIES.
+        is_trained: training knows how to call its denoiser.
     """
 
     pipeline: Any
@@ -50,6 +59,7 @@ class Tiny:
     arguments: dict[str, Any] = field(default_factory=dict)
     sample_size: list[int] | None = None
     family: str = ""
+    is_trained: bool = True
 
     @property
     def is_prompted(self) -> bool:
@@ -300,15 +310,44 @@ def hunyuanvideo_vae() -> Any:
 
 def hunyuanvideo15_vae() -> Any:
     """Smaller by 4, and by 4 over time."""
-    return diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(32, 32, 32), layers_per_block=1, spatial_compression_ratio=4
-    )
+    sizes = {"block_out_channels": (32, 32, 32), "layers_per_block": 1, "spatial_compression_ratio": 4}
+    vae = diffusers.AutoencoderKLHunyuanVideo15(latent_channels=4, **sizes)
+    vae.enable_slicing()  # diffusers' mask for its attention fits one video alone
+    return vae
 
 
 def hunyuanimage_vae() -> Any:
     """Smaller by 4."""
     sizes = {"block_out_channels": (32, 32, 32), "layers_per_block": 1, "sample_size": 32}
     return diffusers.AutoencoderKLHunyuanImage(3, 3, 4, **sizes, spatial_compression_ratio=4, scaling_factor=0.75)
+
+
+def ltx_vae() -> Any:
+    """Smaller by 32, and by 8 over time, as LTX's own, which the model's positions take for granted."""
+    sizes: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1, 1, 1),
+    }
+    vae = diffusers.AutoencoderKLLTXVideo(latent_channels=4, **sizes)
+    vae.latents_mean.copy_(torch.tensor([0.5, -0.3, 0.1, 0.8]))
+    vae.latents_std.copy_(torch.tensor([0.7, 1.4, 0.9, 1.2]))
+    return vae
+
+
+def mochi_vae() -> Any:
+    """Smaller by 8, and by 6 over time, as Mochi's own, which the pipeline takes for granted."""
+    return diffusers.AutoencoderKLMochi(
+        in_channels=15,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        latent_channels=4,
+        layers_per_block=(1, 1, 1, 1, 1),
+        latents_mean=None,
+        latents_std=None,
+        scaling_factor=0.8,
+    )
 
 
 # Pipelines.
@@ -464,6 +503,56 @@ PIPELINES |= {
         more={"guider": None, "ocr_guider": None},
         arguments=prompted(),
         sample_size=[8, 8],
+    ),
+}
+PIPELINES |= {
+    "LTXVideoTransformer3DModel": Tiny(
+        diffusers.LTXPipeline,
+        flow_match(**_DYNAMIC, max_shift=2.05, shift_terminal=0.1),
+        ltx_vae,
+        [T5],
+        pixels=(128, 128),
+        other_pixels=(192, 128),
+        arguments=prompted(32, num_frames=9),
+        sample_size=[2, 4, 4],
+    ),
+    "SkyReelsV2Transformer3DModel": Tiny(
+        diffusers.SkyReelsV2Pipeline,
+        partial(diffusers.UniPCMultistepScheduler, **_FLOW),
+        wan_vae,
+        [UMT5],
+        arguments=prompted(32, num_frames=5),
+        sample_size=[3, 8, 8],
+    ),
+    "WanVACETransformer3DModel": Tiny(
+        diffusers.WanVACEPipeline,
+        partial(diffusers.UniPCMultistepScheduler, **_FLOW),
+        wan_vae,
+        [UMT5],
+        changes={"vace_in_channels": 4 + 4 + 16},  # what is kept, what is made anew, and the mask
+        more={"transformer_2": None},
+        arguments=prompted(32, num_frames=5),
+        sample_size=[3, 8, 8],
+        is_trained=False,
+    ),
+    "MochiTransformer3DModel": Tiny(
+        diffusers.MochiPipeline,
+        flow_match(invert_sigmas=True),
+        mochi_vae,
+        [T5],
+        pixels=(64, 64),
+        other_pixels=(96, 64),
+        arguments=prompted(32, num_frames=7),
+        sample_size=[2, 8, 8],
+    ),
+    "SanaVideoTransformer3DModel": Tiny(
+        diffusers.SanaVideoPipeline,
+        partial(diffusers.DPMSolverMultistepScheduler, **_FLOW),
+        wan_vae,
+        [GEMMA],
+        other_pixels=(64, 32),
+        arguments=prompted(32, frames=5, use_resolution_binning=False, complex_human_instruction=None),
+        sample_size=[3, 8, 8],
     ),
 }
 for name, tiny in PIPELINES.items():

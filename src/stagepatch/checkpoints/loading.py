@@ -87,7 +87,10 @@ def build_denoiser(source: str | Path, component: str = "") -> Any:
 def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model's VAE, frozen, in eval mode."""
     directory = find_model(source, ["vae"]) / "vae"
-    return _load_model(directory, dtype).requires_grad_(False)
+    vae = _load_model(directory, dtype).requires_grad_(False)
+    if type(vae).__name__ == "AutoencoderKLHunyuanVideo15":
+        vae.enable_slicing()  # diffusers' mask for its attention fits one video alone
+    return vae
 
 
 def load_captioner(

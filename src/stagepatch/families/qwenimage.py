@@ -34,9 +34,7 @@ def _own_rows(arguments: dict[str, Any]) -> slice:
 
 
 _BLOCKS, _TIME_TAP = (Blocks("transformer_blocks"),), "time_text_embed.timestep_embedder"
-_DESCRIBE = Transformer(
-    _BLOCKS, _TIME_TAP, sample_size=SAMPLE_SIZE, patch_size=PATCH_SIZE, begin=qwenimage_extent
-)
+_DESCRIBE = Transformer(_BLOCKS, _TIME_TAP, sample_size=SAMPLE_SIZE, patch_size=PATCH_SIZE, begin=qwenimage_extent)
 _DESCRIBE_LAYERED = Transformer(
     _BLOCKS, _TIME_TAP, sample_size=LAYERED_SIZE, patch_size=(1, *PATCH_SIZE), begin=qwenimage_extent
 )

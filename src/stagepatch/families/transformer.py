@@ -63,7 +63,11 @@ class Transformer:
         config = model.config
         size = reference_size(sample_size, self.sample_size or config.sample_size)
         grid = patches(size, self.patch_size or own_patch_size(model, len(size)))
-        width = config.get("hidden_size") or config.get("model_dim") or config.num_attention_heads * config.attention_head_dim
+        width = (
+            config.get("hidden_size")
+            or config.get("model_dim")
+            or config.num_attention_heads * config.attention_head_dim
+        )
         sites: list[Site] = []
         for blocks in self.blocks:
             for number, block in enumerate(model.get_submodule(blocks.path)):

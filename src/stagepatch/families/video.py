@@ -82,7 +82,9 @@ def kandinsky5_extent(model: Any, arguments: dict[str, Any]) -> Extent:
         UserError: tokens in the order of sparse attention (NABLA), which is not that of the grid.
     """
     if (arguments.get("sparse_params") or {}).get("to_fractal"):
-        raise UserError("A Kandinsky 5 with sparse attention orders its tokens by blocks of 8×8: it cannot be patched.")
+        raise UserError(
+            "A Kandinsky 5 with sparse attention orders its tokens by blocks of 8×8: it cannot be patched."
+        )
     return Extent(patches(arguments["hidden_states"].shape[1:4], model.config.patch_size))
 
 
