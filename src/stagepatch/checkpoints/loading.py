@@ -106,7 +106,10 @@ def load_captioner(
     if family.encode_captions is None:
         raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
     if (directory / "model_index.json").exists():
-        absent = {name: None for name in read_json(directory / "model_index.json") if name in _HEAVY}
+        index = read_json(directory / "model_index.json")
+        absent = {name: None for name in index if name in _HEAVY}
+        if index.get("_class_name") == "HunyuanVideo15Pipeline":
+            del absent["vae"]  # the class cannot be made without
         pipe: Any = load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
     elif _class_of(denoiser_directory(directory)) is models.DiT:
         pipe = _load_clip(directory, dtype, device)

@@ -33,7 +33,9 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     shift, scale = _shift_and_scale(vae, latents)
     latents = latents / scale + shift
     is_video = _is_video(vae)
-    images: Tensor = vae.decode(latents.unsqueeze(2) if is_video else latents, return_dict=False)[0]
+    # A later VAE of LTX is told a timestep, which its pipelines leave at 0.
+    told = (latents.new_zeros(len(latents)),) if vae.config.get("timestep_conditioning") else ()
+    images: Tensor = vae.decode(latents.unsqueeze(2) if is_video else latents, *told, return_dict=False)[0]
     return (images.squeeze(2) if is_video else images).clamp(-1.0, 1.0)
 
 

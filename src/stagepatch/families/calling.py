@@ -46,21 +46,25 @@ def takes_text(model: Any) -> bool:
     return family.encode_captions is not None and model.config.get("conditioning", "text") == "text"
 
 
+# What configs call the width of the text's tokens; cross-attention's is that of projected ones, where there are two.
+_TEXT_WIDTHS = (
+    "encoder_hid_dim",
+    "caption_channels",
+    "joint_attention_dim",
+    "text_dim",
+    "cap_feat_dim",
+    "context_in_dim",
+    "text_embed_dim",
+    "in_text_dim",
+    "cross_attention_dim",
+)
+
+
 def text_channels(model: Any) -> int:
     """Width of the text's tokens, `encoder_hidden_states`, as the model takes them; 0 where it takes none."""
     if "encoder_hidden_states" not in inspect.signature(type(uncompiled(model)).forward).parameters:
         return 0
-    names = (
-        "encoder_hid_dim",
-        "caption_channels",
-        "joint_attention_dim",
-        "text_dim",
-        "cap_feat_dim",
-        "context_in_dim",
-        "text_embed_dim",
-        "in_text_dim",
-    )
-    widths = (model.config.get(name) for name in (*names, "cross_attention_dim"))
+    widths = (model.config.get(name) for name in _TEXT_WIDTHS)
     return next((width for width in widths if isinstance(width, int)), 0)
 
 

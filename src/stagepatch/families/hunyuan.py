@@ -10,7 +10,7 @@ from stagepatch.families.transformer import Blocks, Transformer
 
 
 def _guidance(model: Any, sample: Tensor) -> dict[str, Tensor | None]:
-    """A model that was distilled under guidance is told a scale of 1, which is none, times 1000 as the pipeline does."""
+    """A model that was distilled under guidance is told a scale of 1, which is none; as in the pipeline times 1000."""
     return {"guidance": sample.new_full((len(sample),), 1000.0) if model.config.guidance_embeds else None}
 
 

@@ -83,7 +83,7 @@ def call_qwenimage21(model: Any, sample: Tensor, timesteps: Tensor, condition: d
     is_image = torch.arange(text + height * width // 4, device=sample.device) >= text
     added = {"img_shapes": [[(1, height, width)]] * batch, "img_mask": is_image.expand(batch, -1)}
     tokens = call_by_keywords(model, sample.flatten(2).transpose(1, 2), timesteps, {**condition, **added})
-    return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+    return tokens[:, -height * width :].transpose(1, 2).reshape(batch, -1, height, width)
 
 
 FAMILIES = [

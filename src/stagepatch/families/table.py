@@ -21,8 +21,8 @@ def call_pixart(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[s
 
 
 def describe_sana(sample_size: Grid | None = None) -> Describe:
-    """Of models of that size, by default the config's. One that embeds guidance has its timestep's embedding elsewhere,
-    and t+c adds guidance.
+    """Of models of that size, by default the config's. One that embeds guidance has its timestep's embedding
+    elsewhere, and t+c adds guidance.
     """
 
     def describe(model: Any, size: Any = None) -> Backbone:

@@ -42,7 +42,7 @@ def call_ltx(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str,
     frames, height, width = sample.shape[2:]
     size = {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": (8 / 25, 32, 32)}
     tokens = call_by_keywords(model, sample.flatten(2).transpose(1, 2), timesteps, {**condition, **size})
-    return tokens.transpose(1, 2).unflatten(2, (frames, height, width))
+    return tokens.transpose(1, 2).reshape(len(sample), -1, frames, height, width)
 
 
 def refuse(what: str) -> Call:
