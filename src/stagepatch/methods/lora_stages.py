@@ -124,7 +124,8 @@ class Ranks:
         weigh: what the ranks count; None where it is 1 at all times.
 
     Raises:
-        UserError: adapters of embeddings, whose ranks cannot be weighed.
+        UserError: adapters of embeddings, whose ranks cannot be weighed, or a model with layers that take further
+            timesteps than the samples'.
     """
 
     # Hooks are methods rather than closures, so that copy.deepcopy(model) copies them with it.
@@ -140,6 +141,11 @@ class Ranks:
             return
         if any(adapter in getattr(part, "lora_embedding_A", ()) for part in model.modules()):
             raise UserError("Ranks that differ by timestep cannot be had on embeddings: leave them out of targets.")
+        if getattr(model.config, "zero_cond_t", False):
+            raise UserError(
+                f"Ranks that differ by timestep cannot be had on {type(model).__name__} with zero_cond_t, some of "
+                f"whose layers take timestep 0 beside the samples': take one stage."
+            )
         self._names = list(inspect.signature(model.forward).parameters)
         self._levels = family_of(type(model)).sample_levels
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
