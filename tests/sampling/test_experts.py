@@ -98,7 +98,7 @@ def test_every_family_is_dispatched_by_the_noise_that_its_timestep_means(name):
     time = family.inputs(base, 2, *family.size)["timestep"]
     is_ones = float(time.max()) <= 1
     for level, expert in ((0.4999, clean), (0.5, noisy)):
-        told = 1 - level if name.startswith("Lumina2") else level
+        told = 1 - level if name.startswith(("Lumina2", "Mochi")) else level
         timestep = torch.full((2,), told if is_ones else told * 1000)
         expected = family.call(expert, timestep=timestep)
         with at((500, clean), (1000, noisy)).attach(base):

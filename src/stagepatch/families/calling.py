@@ -80,7 +80,7 @@ def pooled_text(arguments: Mapping[str, Any]) -> Tensor:
 def learns_sigma(model: Any) -> bool:
     """Whether the second half of the output's channels is the variance's interpolation."""
     config = model.config
-    return bool(config.get("learn_sigma", config.get("out_channels") == 2 * config["in_channels"]))
+    return bool(config.get("learn_sigma", config.get("out_channels") == 2 * config.get("in_channels", 0)))
 
 
 def sample_shape(model: Any) -> tuple[int, int, int]:

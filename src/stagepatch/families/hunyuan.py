@@ -1,4 +1,7 @@
-"""HunyuanVideo, HunyuanVideo 1.5 and HunyuanImage 2.1: image and text are two streams in every block."""
+"""HunyuanVideo, HunyuanVideo 1.5 and HunyuanImage 2.1: image and text are two streams in every block.
+
+Their timesteps are of the sample's type, which is that of their embedding.
+"""
 
 from typing import Any
 
@@ -17,7 +20,7 @@ def _guidance(model: Any, sample: Tensor) -> dict[str, Tensor | None]:
 @of_videos
 def call_hunyuanvideo(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
     """See `Call`."""
-    return call_by_keywords(model, sample, timesteps, {**condition, **_guidance(model, sample)})
+    return call_by_keywords(model, sample, timesteps.to(sample.dtype), {**condition, **_guidance(model, sample)})
 
 
 @of_videos
@@ -26,11 +29,12 @@ def call_hunyuanvideo15(model: Any, sample: Tensor, timesteps: Tensor, condition
     given = torch.zeros_like(sample)
     added = {"image_embeds": sample.new_zeros(len(sample), 1, model.config.image_embed_dim)}
     whole = torch.cat([sample, given, given[:, :1]], dim=1)
-    return call_by_keywords(model, whole, timesteps, {**condition, **added})
+    return call_by_keywords(model, whole, timesteps.to(sample.dtype), {**condition, **added})
 
 
 def call_hunyuanimage(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
     """See `Call`. A mean flow over no time, from `timestep` to `timestep_r`, is the velocity (arXiv 2505.13447)."""
+    timesteps = timesteps.to(sample.dtype)
     added = {**_guidance(model, sample), "timestep_r": timesteps if model.config.use_meanflow else None}
     return call_by_keywords(model, sample, timesteps, {**condition, **added})
 
