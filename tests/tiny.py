@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ class Family:
         blocks: number of sites that 'all' means.
         size: height and width of the model's own latents.
         only_square: the model itself takes no other shapes.
+        others: tokens before the image's at sites where it is the last.
     """
 
     model_class: Any
@@ -40,6 +41,7 @@ class Family:
     blocks: int = 2
     size: tuple[int, int] = (8, 8)
     only_square: bool = False
+    others: int = 0
 
     @property
     def timestep(self) -> str:
@@ -49,7 +51,9 @@ class Family:
     def build(self, **changes: Any) -> nn.Module:
         """The model as its class initialises it, its config changed."""
         model = self.model_class(**self.config)
-        return self.model_class.from_config({**model.config, **changes}) if changes else model
+        return (
+            self.model_class.from_config({**model.config, "_use_default_values": [], **changes}) if changes else model
+        )
 
     def model(self, seed: int = 0, **changes: Any) -> nn.Module:
         """Frozen, in eval mode; every weight is drawn, since zeros at the end of blocks would hide them."""
@@ -75,10 +79,15 @@ class Family:
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 inputs[name] = value.to(dtype)
+<<<<<<< HEAD
             elif isinstance(value, list) and value and isinstance(value[0], Tensor):
                 inputs[name] = [row.to(dtype) for row in value]
         output = model(**inputs, return_dict=False)[0]
         return torch.stack(output) if isinstance(output, list) else output
+=======
+        output: Any = model(**inputs, return_dict=False)
+        return output if isinstance(output, Tensor) else output[0]
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def draw(*shape: int) -> Draw:
@@ -97,6 +106,15 @@ def timesteps(batch: int, height: int = 0, width: int = 0) -> Tensor:
     return torch.linspace(900, 10, batch).round()
 
 
+def flat(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, height * width, 4)
+
+
+def text_and_slots(batch: int, height: int, width: int) -> Tensor:
+    """False for each token of text, then True for every four of the image's."""
+    return (torch.arange(TEXT + height * width // 4) >= TEXT).expand(batch, -1)
+
+
 def whole_timesteps(batch: int, height: int, width: int) -> Tensor:
     return timesteps(batch).long()
 
@@ -107,6 +125,10 @@ def fractions(batch: int, height: int, width: int) -> Tensor:
 
 def labels(batch: int, height: int, width: int) -> Tensor:
     return torch.arange(batch) % 10
+
+
+def videos(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 4, FRAMES, height, width)
 
 
 def mask_of_different_lengths(batch: int, height: int, width: int) -> Tensor:
@@ -297,6 +319,7 @@ FAMILIES = {
             pos_embed_max_size=64,
         ),
         {**TEXT_INPUTS, "timestep": fractions},
+        others=8 + TEXT,
     ),
     "QwenImageTransformer2DModel": Family(
         diffusers.QwenImageTransformer2DModel,
@@ -320,6 +343,7 @@ FAMILIES = {
             "timestep": whole_timesteps,
         },
     ),
+<<<<<<< HEAD
     "Flux2Transformer2DModel": Family(
         diffusers.Flux2Transformer2DModel,
         config(FLUX2, guidance_embeds=True),
@@ -577,5 +601,228 @@ FAMILIES = {
         },
         {**UNET_INPUTS, "encoder_hidden_states": text},
         blocks=5,
+=======
+    "QwenImage21Transformer2DModel": Family(
+        diffusers.QwenImage21Transformer2DModel,
+        config(LAYERS, in_channels=4, out_channels=4, context_in_dim=TEXT_CHANNELS, axes_dims_rope=(4, 4, 8)),
+        {
+            "hidden_states": flat,
+            "timestep": fractions,
+            "encoder_hidden_states": text,
+            "encoder_hidden_states_mask": mask_of_different_lengths,
+            "img_shapes": lambda batch, height, width: [[(1, height, width)]] * batch,
+            "img_mask": text_and_slots,
+        },
+        others=TEXT,
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     ),
 }
+FAMILIES |= {
+    "CogVideoXTransformer3DModel": Family(
+        diffusers.CogVideoXTransformer3DModel,
+        config(
+            LAYERS,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=16,
+            text_embed_dim=TEXT_CHANNELS,
+            sample_width=8,
+            sample_height=8,
+            sample_frames=9,
+            max_text_seq_length=TEXT,
+        ),
+        {**TEXT_INPUTS, "hidden_states": lambda *size: videos(*size).transpose(1, 2)},
+    ),
+    "HunyuanVideoTransformer3DModel": Family(
+        diffusers.HunyuanVideoTransformer3DModel,
+        config(
+            HEADS,
+            POOLED,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_CHANNELS,
+            rope_axes_dim=(4, 4, 8),
+        ),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": videos,
+            "encoder_attention_mask": mask_of_different_lengths,
+            "pooled_projections": pooled,
+            "guidance": lambda batch, *_: torch.full((batch,), 3500.0),
+        },
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        diffusers.HunyuanVideo15Transformer3DModel,
+        config(
+            LAYERS,
+            in_channels=9,
+            out_channels=4,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_CHANNELS,
+            text_embed_2_dim=20,
+            image_embed_dim=12,
+            rope_axes_dim=(4, 4, 8),
+            task_type="t2v",
+        ),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": lambda batch, *size: torch.randn(batch, 9, FRAMES, *size),
+            "encoder_attention_mask": mask_of_different_lengths,
+            "encoder_hidden_states_2": draw(TEXT, 20),
+            "encoder_attention_mask_2": mask_of_different_lengths,
+            "image_embeds": lambda batch, *_: torch.zeros(batch, 3, 12),
+        },
+    ),
+    "HunyuanImageTransformer2DModel": Family(
+        diffusers.HunyuanImageTransformer2DModel,
+        config(
+            HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=TEXT_CHANNELS,
+            text_embed_2_dim=20,
+            rope_axes_dim=(8, 8),
+            guidance_embeds=True,
+        ),
+        {
+            **TEXT_INPUTS,
+            "encoder_attention_mask": mask_of_different_lengths,
+            "encoder_hidden_states_2": draw(TEXT, 20),
+            "encoder_attention_mask_2": mask_of_different_lengths,
+            "guidance": lambda batch, *_: torch.full((batch,), 3500.0),
+        },
+    ),
+}
+# As the config of these models' classes, but for sizes.
+WAN = {"in_channels": 4, "out_channels": 4, "text_dim": TEXT_CHANNELS, "freq_dim": 16, "ffn_dim": 32}
+VIDEO_INPUTS = {**TEXT_INPUTS, "hidden_states": videos}
+LTX = {"cross_attention_dim": 32, "caption_channels": TEXT_CHANNELS, "in_channels": 4, "out_channels": 4}
+LTX_SIZE = {
+    "num_frames": lambda *_: FRAMES,
+    "height": lambda batch, height, width: height,
+    "width": lambda batch, height, width: width,
+}
+
+
+def video_tokens(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, FRAMES * height * width, 4)
+
+
+def places(batch: int, height: int, width: int) -> list[Tensor]:
+    return [torch.arange(length) for length in (FRAMES, height // 2, width // 2)]
+
+
+FAMILIES |= {
+    "LTXVideoTransformer3DModel": Family(
+        diffusers.LTXVideoTransformer3DModel,
+        config(LAYERS, LTX),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": video_tokens,
+            "encoder_attention_mask": mask_of_different_lengths,
+            **LTX_SIZE,
+        },
+    ),
+    "LTX2VideoTransformer3DModel": Family(
+        diffusers.LTX2VideoTransformer3DModel,
+        config(
+            LAYERS,
+            LTX,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+        ),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": video_tokens,
+            "audio_hidden_states": draw(6, 4),
+            "audio_encoder_hidden_states": text,
+            "audio_num_frames": lambda *_: 6,
+            **LTX_SIZE,
+        },
+    ),
+    "CosmosTransformer3DModel": Family(
+        diffusers.CosmosTransformer3DModel,
+        config(
+            LAYERS,
+            in_channels=4,
+            out_channels=4,
+            text_embed_dim=TEXT_CHANNELS,
+            adaln_lora_dim=4,
+            max_size=(4, 32, 32),
+            concat_padding_mask=False,  # it would need torchvision
+        ),
+        {**VIDEO_INPUTS, "fps": lambda *_: 30},
+    ),
+    "SkyReelsV2Transformer3DModel": Family(
+        diffusers.SkyReelsV2Transformer3DModel,
+        config(LAYERS, WAN, rope_max_seq_len=32),
+        {**VIDEO_INPUTS, "timestep": whole_timesteps},
+    ),
+    "WanVACETransformer3DModel": Family(
+        diffusers.WanVACETransformer3DModel,
+        config(LAYERS, WAN, rope_max_seq_len=32, vace_layers=[0], vace_in_channels=12),
+        {
+            **VIDEO_INPUTS,
+            "timestep": whole_timesteps,
+            "control_hidden_states": lambda batch, *size: torch.randn(batch, 12, FRAMES, *size),
+        },
+    ),
+    "MochiTransformer3DModel": Family(
+        diffusers.MochiTransformer3DModel,
+        config(
+            LAYERS,
+            in_channels=4,
+            out_channels=4,
+            pooled_projection_dim=12,
+            text_embed_dim=TEXT_CHANNELS,
+            time_embed_dim=16,
+        ),
+        {**VIDEO_INPUTS, "encoder_attention_mask": mask_of_different_lengths},
+    ),
+    "Kandinsky5Transformer3DModel": Family(
+        diffusers.Kandinsky5Transformer3DModel,
+        config(
+            in_visual_dim=4,
+            out_visual_dim=4,
+            in_text_dim=TEXT_CHANNELS,
+            in_text_dim2=12,
+            time_dim=16,
+            model_dim=32,
+            ff_dim=32,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(4, 4, 8),
+        ),
+        {
+            **TEXT_INPUTS,
+            "hidden_states": lambda batch, *size: torch.randn(batch, FRAMES, *size, 4),
+            "pooled_projections": pooled,
+            "visual_rope_pos": places,
+            "text_rope_pos": lambda *_: torch.arange(TEXT),
+        },
+    ),
+    "SanaVideoTransformer3DModel": Family(
+        diffusers.SanaVideoTransformer3DModel,
+        config(
+            LATENTS,
+            LAYERS,
+            CAPTIONS,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            rope_max_seq_len=32,
+        ),
+        {**VIDEO_INPUTS, "encoder_attention_mask": mask_of_different_lengths},
+    ),
+}
+# As Qwen-Image-Edit-2511.
+_QWEN = FAMILIES["QwenImageTransformer2DModel"]
+FAMILIES["QwenImageTransformer2DModel of edits"] = replace(_QWEN, config={**_QWEN.config, "zero_cond_t": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,13 +13,24 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+<<<<<<< HEAD
 from diffusers.pipelines.prx import pipeline_prx
+=======
+from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
+from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
+from diffusers.pipelines.wan import pipeline_wan_vace
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 from tests.tiny import FAMILIES, TEXT_CHANNELS
 
 PROMPT = "a photo of a small red cat"
+
+# Two pipelines cannot do without ftfy, which mends broken Unicode; nothing here is broken.
+for module in (pipeline_skyreels_v2, pipeline_wan_vace):
+    if not hasattr(module, "ftfy"):
+        module.ftfy = SimpleNamespace(fix_text=str)
 
 
 @dataclass
@@ -41,6 +53,7 @@ class Tiny:
         is_trained: stagepatch trains on what it has; else it is only sampled here.
         sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
         family: key of tests.tiny.FAMILIES.
+        is_trained: training knows how to call its denoiser.
     """
 
     pipeline: Any
@@ -58,6 +71,7 @@ class Tiny:
     vae_name: str = "vae"
     is_trained: bool = True
     family: str = ""
+    is_trained: bool = True
 
     @property
     def is_prompted(self) -> bool:
@@ -152,15 +166,21 @@ def t5_tokenizer() -> Any:
     return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
+<<<<<<< HEAD
 def gemma_tokenizer(length: int = 8192) -> Any:
     """A token a word for WORDS, else a token a letter or byte."""
+=======
+def gemma_tokenizer(words: list[str] = WORDS) -> Any:
+    """A token a word, else a token a letter or byte."""
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
-    merges, merged = _merges([f"▁{word}" for word in WORDS])
+    merges, merged = _merges([f"▁{word}" for word in words])
     vocab = _numbered([*special, *bytewise, "▁", "\n", *_printable(), *merged])
     return transformers.GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True, model_max_length=length)
 
 
+<<<<<<< HEAD
 def llama_tokenizer(chat_template: str | None = None) -> Any:
     """A token a word for WORDS, else a token a letter or byte."""
     bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -171,13 +191,25 @@ def llama_tokenizer(chat_template: str | None = None) -> Any:
 
 
 def qwen_tokenizer(chat_template: str | None = None) -> Any:
+=======
+CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+
+
+def qwen_tokenizer(**more: Any) -> Any:
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     """A token a word for WORDS, else a token a byte: Qwen-Image drops the 34 tokens of its template."""
     roles = ["system", "user", "assistant", "Describe"]
     merges, merged = _merges([*(f"Ġ{word}" for word in WORDS), *roles])
     vocab = _numbered([*sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, "<|endoftext|>"])
     special = ["<|im_start|>", "<|im_end|>"]
+<<<<<<< HEAD
     more = {"additional_special_tokens": special, "model_max_length": 2048, "chat_template": chat_template}
     return transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, **more)
+=======
+    return transformers.Qwen2Tokenizer(
+        vocab=vocab, merges=merges, additional_special_tokens=special, model_max_length=2048, **more
+    )
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def _printable() -> list[str]:
@@ -192,6 +224,15 @@ def _merges(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Merges that build every word from its start, a letter at a time, and the tokens that they make."""
     pairs = dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word)))
     return list(pairs), [left + right for left, right in pairs]
+
+
+LLAMA_TEMPLATE = " ".join(hunyuan_video.DEFAULT_PROMPT_TEMPLATE["template"].split())
+
+
+def llama_tokenizer() -> Any:
+    """A token for each word and mark of HunyuanVideo's template and for WORDS, else a token a byte or letter."""
+    words = sorted({*WORDS, *re.findall(r"\w+", LLAMA_TEMPLATE)})
+    return gemma_tokenizer(words)
 
 
 # Text encoders.
@@ -225,6 +266,7 @@ def gemma(tokenizer: Any) -> Any:
 
 
 def llama(tokenizer: Any) -> Any:
+<<<<<<< HEAD
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, vocab_size=len(tokenizer)))
 
 
@@ -278,6 +320,21 @@ def glm(tokenizer: Any) -> Any:
 def small_qwen3(tokenizer: Any) -> Any:
     """Of Z-Image, which takes the states before the last layer."""
     return transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=12, **_SMALL))
+=======
+    """Hidden states of the last layer but two are taken."""
+    small = {**_SMALL, "num_hidden_layers": 3}
+    return transformers.LlamaModel(transformers.LlamaConfig(vocab_size=len(tokenizer), **small))
+
+
+def byt5(tokenizer: Any) -> Any:
+    widths = {"vocab_size": 400, "d_model": 20, "d_kv": 10, "d_ff": 32}
+    return transformers.T5EncoderModel(transformers.T5Config(**widths, num_layers=1, num_heads=2))
+
+
+def qwen_vl_text(tokenizer: Any) -> Any:
+    config = qwen_vl(tokenizer).config.text_config
+    return transformers.Qwen2_5_VLTextModel(config)
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def qwen_vl(tokenizer: Any) -> Any:
@@ -369,6 +426,62 @@ fibo_vae = partial(
     scale_factor_temporal=1,
     scale_factor_spatial=16,
 )
+
+
+def cogvideox_vae() -> Any:
+    """Smaller by 4, and by 2 over time."""
+    blocks = {"down_block_types": ("CogVideoXDownBlock3D",) * 3, "up_block_types": ("CogVideoXUpBlock3D",) * 3}
+    sizes = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    return diffusers.AutoencoderKLCogVideoX(**blocks, **sizes, temporal_compression_ratio=2, scaling_factor=0.7)
+
+
+def hunyuanvideo_vae() -> Any:
+    """Smaller by 4, and by 4 over time."""
+    blocks = {"down_block_types": ("HunyuanVideoDownBlock3D",) * 3, "up_block_types": ("HunyuanVideoUpBlock3D",) * 3}
+    sizes = {"block_out_channels": (8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    return diffusers.AutoencoderKLHunyuanVideo(**blocks, **sizes, spatial_compression_ratio=4)
+
+
+def hunyuanvideo15_vae() -> Any:
+    """Smaller by 4, and by 4 over time."""
+    sizes = {"block_out_channels": (32, 32, 32), "layers_per_block": 1, "spatial_compression_ratio": 4}
+    vae = diffusers.AutoencoderKLHunyuanVideo15(latent_channels=4, **sizes)
+    vae.enable_slicing()  # diffusers' mask for its attention fits one video alone
+    return vae
+
+
+def hunyuanimage_vae() -> Any:
+    """Smaller by 4."""
+    sizes = {"block_out_channels": (32, 32, 32), "layers_per_block": 1, "sample_size": 32}
+    return diffusers.AutoencoderKLHunyuanImage(3, 3, 4, **sizes, spatial_compression_ratio=4, scaling_factor=0.75)
+
+
+def ltx_vae() -> Any:
+    """Smaller by 32, and by 8 over time, as LTX's own, which the model's positions take for granted."""
+    sizes: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1, 1, 1),
+    }
+    vae = diffusers.AutoencoderKLLTXVideo(latent_channels=4, **sizes)
+    vae.latents_mean.copy_(torch.tensor([0.5, -0.3, 0.1, 0.8]))
+    vae.latents_std.copy_(torch.tensor([0.7, 1.4, 0.9, 1.2]))
+    return vae
+
+
+def mochi_vae() -> Any:
+    """Smaller by 8, and by 6 over time, as Mochi's own, which the pipeline takes for granted."""
+    return diffusers.AutoencoderKLMochi(
+        in_channels=15,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        latent_channels=4,
+        layers_per_block=(1, 1, 1, 1, 1),
+        latents_mean=None,
+        latents_std=None,
+        scaling_factor=0.8,
+    )
 
 
 # Pipelines.
@@ -685,6 +798,93 @@ PIPELINES: dict[str, Tiny] = {
         other_pixels=(24, 16),
         arguments=prompted(clean_caption=False),
         is_trained=False,
+    ),
+}
+PIPELINES |= {
+    "CogVideoXTransformer3DModel": Tiny(
+        diffusers.CogVideoXPipeline,
+        partial(diffusers.CogVideoXDDIMScheduler, **_SD_BETAS, prediction_type="v_prediction", snr_shift_scale=3.0),
+        cogvideox_vae,
+        [T5],
+        changes={"use_rotary_positional_embeddings": True},
+        arguments=prompted(32, num_frames=5),
+        sample_size=[3, 8, 8],
+    ),
+    "HunyuanVideoTransformer3DModel": Tiny(
+        diffusers.HunyuanVideoPipeline,
+        flow_match(shift=7.0),
+        hunyuanvideo_vae,
+        [(llama_tokenizer, llama), (clip_tokenizer, partial(clip, hidden_size=12))],
+        arguments=prompted(64, num_frames=9),
+        sample_size=[3, 8, 8],
+    ),
+    "HunyuanVideo15Transformer3DModel": Tiny(
+        diffusers.HunyuanVideo15Pipeline,
+        flow_match(shift=5.0),
+        hunyuanvideo15_vae,
+        [(partial(qwen_tokenizer, chat_template=CHAT), qwen_vl_text), (transformers.ByT5Tokenizer, byt5)],
+        more={"guider": diffusers.ClassifierFreeGuidance(enabled=False)},
+        arguments=prompted(num_frames=9),
+        sample_size=[3, 8, 8],
+    ),
+    "HunyuanImageTransformer2DModel": Tiny(
+        diffusers.HunyuanImagePipeline,
+        flow_match(shift=5.0),
+        hunyuanimage_vae,
+        [(qwen_tokenizer, qwen_vl), (transformers.ByT5Tokenizer, byt5)],
+        more={"guider": None, "ocr_guider": None},
+        arguments=prompted(),
+        sample_size=[8, 8],
+    ),
+}
+PIPELINES |= {
+    "LTXVideoTransformer3DModel": Tiny(
+        diffusers.LTXPipeline,
+        flow_match(**_DYNAMIC, max_shift=2.05, shift_terminal=0.1),
+        ltx_vae,
+        [T5],
+        pixels=(128, 128),
+        other_pixels=(192, 128),
+        arguments=prompted(32, num_frames=9),
+        sample_size=[2, 4, 4],
+    ),
+    "SkyReelsV2Transformer3DModel": Tiny(
+        diffusers.SkyReelsV2Pipeline,
+        partial(diffusers.UniPCMultistepScheduler, **_FLOW),
+        wan_vae,
+        [UMT5],
+        arguments=prompted(32, num_frames=5),
+        sample_size=[3, 8, 8],
+    ),
+    "WanVACETransformer3DModel": Tiny(
+        diffusers.WanVACEPipeline,
+        partial(diffusers.UniPCMultistepScheduler, **_FLOW),
+        wan_vae,
+        [UMT5],
+        changes={"vace_in_channels": 4 + 4 + 16},  # what is kept, what is made anew, and the mask
+        more={"transformer_2": None},
+        arguments=prompted(32, num_frames=5),
+        sample_size=[3, 8, 8],
+        is_trained=False,
+    ),
+    "MochiTransformer3DModel": Tiny(
+        diffusers.MochiPipeline,
+        flow_match(invert_sigmas=True),
+        mochi_vae,
+        [T5],
+        pixels=(64, 64),
+        other_pixels=(96, 64),
+        arguments=prompted(32, num_frames=7),
+        sample_size=[2, 8, 8],
+    ),
+    "SanaVideoTransformer3DModel": Tiny(
+        diffusers.SanaVideoPipeline,
+        partial(diffusers.DPMSolverMultistepScheduler, **_FLOW),
+        wan_vae,
+        [GEMMA],
+        other_pixels=(64, 32),
+        arguments=prompted(32, frames=5, use_resolution_binning=False, complex_human_instruction=None),
+        sample_size=[3, 8, 8],
     ),
 }
 for name, tiny in PIPELINES.items():

@@ -26,13 +26,15 @@ def row(monkeypatch):
 
 def test_row_of_at_most_ten_lines_is_a_whole_family(row):
     torch.manual_seed(0)
-    heads = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
-    config = {**heads, "in_channels": 4, "out_channels": 4, "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 32}
-    model = diffusers.SkyReelsV2Transformer3DModel(**config, text_dim=24).eval()
-    inputs = torch.randn(2, 4, 3, 8, 8), torch.tensor([900, 10]), {"encoder_hidden_states": torch.randn(2, 5, 24)}
+    config = {"in_channels": 4, "hidden_size": 32, "num_heads": 2, "depth": 2, "axes_dim": [8, 8]}
+    model = diffusers.PRXTransformer2DModel(**config, context_in_dim=24).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))  # its last layer starts at zero
+    text = {"encoder_hidden_states": torch.randn(2, 5, 24), "attention_mask": torch.ones(2, 5, dtype=torch.bool)}
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 10.0]), text
     base = predict(model, *inputs)
-    assert torch.equal(base, model(*inputs[:2], **inputs[2]).sample)
-    patch = Patch.create(model, PatchConfig(sample_size=[3, 8, 8]))
+    assert torch.equal(base, model(inputs[0], inputs[1] / 1000, **text).sample)
+    patch = Patch.create(model, PatchConfig(sample_size=[8, 8]))
     assert (patch.backbone.model_class, len(patch.prompts)) == (row.model_class, 2)
     with patch.attach(model):
         assert torch.equal(predict(model, *inputs), base)
@@ -49,10 +51,10 @@ def test_captions_become_the_models_condition(row):
     class Pipe:
         device = "cpu"
 
-        def encode_prompt(self, prompt, negative_prompt=None, do_classifier_free_guidance=True, **more):
-            assert not do_classifier_free_guidance
-            assert more == {"device": "cpu", "max_sequence_length": 512}
-            return torch.ones(len(prompt), 512, 24), None
+        def encode_prompt(self, prompt, device, do_classifier_free_guidance=True, num_images_per_prompt=2):
+            assert (device, do_classifier_free_guidance, num_images_per_prompt) == ("cpu", False, 1)
+            return torch.ones(len(prompt), 7, 24), torch.ones(len(prompt), 7), None, None
 
     condition = row.encode_captions(Pipe(), ["a cat", "a dog"])
-    assert {name: tuple(value.shape) for name, value in condition.items()} == {"encoder_hidden_states": (2, 512, 24)}
+    shapes = {name: tuple(value.shape) for name, value in condition.items()}
+    assert shapes == {"encoder_hidden_states": (2, 7, 24), "attention_mask": (2, 7)}

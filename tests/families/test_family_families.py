@@ -4,19 +4,28 @@ import math
 
 import pytest
 import torch
+<<<<<<< HEAD
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+=======
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 from torch.nn import functional as F
 
 from stagepatch.core.errors import UserError
 from stagepatch.families import describe, predict, registry
 from stagepatch.patch import Patch, PatchConfig
+<<<<<<< HEAD
 from stagepatch.training.loop import _checkpoint_gradients
 from tests.tiny import FAMILIES, FRAMES
+=======
+from tests.tiny import FAMILIES, FRAMES, TEXT, TEXT_CHANNELS
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 SIZES = {
     "FluxTransformer2DModel": [8, 8],
     "QwenImageTransformer2DModel": [8, 8],
     "WanTransformer3DModel": [FRAMES, 8, 8],
+<<<<<<< HEAD
     "Flux2Transformer2DModel": [8, 8],
     "Flux2Transformer2DModel of klein": [8, 8],
     "ChromaTransformer2DModel": [8, 8],
@@ -45,6 +54,22 @@ BEHIND = {
     ("ZImageTransformer2DModel", "noise_refiner"): 16,
     ("ZImageTransformer2DModel", "layers"): 16 + 32,
     ("ErnieImageTransformer2DModel", "layers"): 5,
+=======
+    "QwenImage21Transformer2DModel": [8, 8],
+    "QwenImageTransformer2DModel of edits": [8, 8],
+    "CogVideoXTransformer3DModel": [FRAMES, 8, 8],
+    "HunyuanVideoTransformer3DModel": [FRAMES, 8, 8],
+    "HunyuanVideo15Transformer3DModel": [FRAMES, 8, 8],
+    "HunyuanImageTransformer2DModel": [8, 8],
+    "LTXVideoTransformer3DModel": [FRAMES, 8, 8],
+    "LTX2VideoTransformer3DModel": [FRAMES, 8, 8],
+    "CosmosTransformer3DModel": [FRAMES, 8, 8],
+    "SkyReelsV2Transformer3DModel": [FRAMES, 8, 8],
+    "WanVACETransformer3DModel": [FRAMES, 8, 8],
+    "MochiTransformer3DModel": [FRAMES, 8, 8],
+    "Kandinsky5Transformer3DModel": [FRAMES, 8, 8],
+    "SanaVideoTransformer3DModel": [FRAMES, 8, 8],
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 }
 
 
@@ -152,6 +177,7 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape == (2, site.channels, *site.grid), site
         else:
             assert shape[2] == site.channels
+<<<<<<< HEAD
             more = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
             assert shape[1] == site.num_tokens + BEHIND.get((name, site.module.split(".")[0]), more), site
 
@@ -179,6 +205,10 @@ def test_the_image_lies_where_the_first_site_says(name, family, model):
     count = math.prod(patch.extent.grid)
     expected = torch.arange(depends.shape[1]) < count
     assert torch.equal(depends, (expected if site.image_tokens == "first" else expected.flip(0)).expand_as(depends))
+=======
+            more = {"first": 0, "last": family.others, "after_text": 5}[site.image_tokens]
+            assert shape[1] == site.num_tokens + more, site
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):
@@ -187,8 +217,12 @@ def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, f
     model.get_submodule(describe(model).time_tap).register_forward_hook(lambda *call: taps.append(call[2]))
     with patch.attach(model):
         family.call(model)
+<<<<<<< HEAD
     embedding = taps[0].mean(dim=1) if taps[0].ndim == 3 else taps[0]
     expected = F.linear(torch.cat([embedding, torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
+=======
+    expected = F.linear(torch.cat([taps[0][:2], torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     torch.testing.assert_close(patch.last.logits[0], expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(patch.last.logits[0, 0], patch.last.logits[0, 1])
 
@@ -228,6 +262,7 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
         added.clear()
         family.call(model, size=size)
         before, after = added
+<<<<<<< HEAD
         added_to_all = after - before
         if site.layout != "map":
             count = math.prod(patch.extent.grid)
@@ -236,6 +271,12 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
             added_to_all = added_to_all[:, :count] if site.image_tokens == "first" else added_to_all[:, -count:]
         expected = (layout / site.num_tokens).expand_as(added_to_all)
         torch.testing.assert_close(added_to_all, expected, rtol=1e-3, atol=1e-5)
+=======
+        expected = (layout / site.num_tokens).expand_as(before).clone()
+        if site.image_tokens == "last":
+            expected[:, : family.others] = 0.0
+        torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-5)
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def test_only_tokens_of_the_image_are_prompted(name, family, model):
@@ -246,7 +287,11 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
             continue
         family.call(model)
         count = math.prod(patch.extent.grid)
+<<<<<<< HEAD
         lengths = LENGTHS.get(name, [5, 5])
+=======
+        lengths = [5, 2] if site.image_tokens == "after_text" else [family.others] * 2
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
         hidden_states = torch.zeros(2, max(lengths) + count, site.channels)
         touched = patch.enter(position, hidden_states).abs().sum(-1) > 0
         expected = torch.zeros_like(touched)
@@ -289,11 +334,93 @@ def test_every_family_that_is_registered_is_tested_here():
     assert set(registry._FAMILIES) == {name.split()[0] for name in FAMILIES}
 
 
-def test_qwenimage_that_embeds_two_timesteps_is_refused():
-    model = FAMILIES["QwenImageTransformer2DModel"].model()
-    model.register_to_config(zero_cond_t=True)
-    with pytest.raises(UserError, match="zero_cond_t"):
-        Patch.create(model)
+def qwenimage_with(shapes, **changes):
+    """A model, and a forward's inputs for those images of each sample."""
+    family = FAMILIES["QwenImageTransformer2DModel"]
+    tokens = sum(math.prod(shape) for shape in shapes)
+    hidden_states = torch.randn(2, tokens, 16, generator=torch.Generator().manual_seed(0))
+    return family.model(**changes), {"hidden_states": hidden_states, "img_shapes": [shapes] * 2}
+
+
+def rows_touched(patch, tokens):
+    return patch.enter(0, torch.zeros(2, tokens, 32)).abs().sum(-1) > 0
+
+
+def test_qwenimage_that_edits_is_prompted_at_the_image_it_makes_at_the_samples_timesteps():
+    """As Qwen-Image-Edit-2511: zero is embedded after the timesteps, for the images that it is given."""
+    model, images = qwenimage_with([(1, 4, 4), (1, 2, 4), (1, 2, 2)], zero_cond_t=True)
+    family = FAMILIES["QwenImageTransformer2DModel"]
+    base = family.call(model, **images)
+    patch = fresh("QwenImageTransformer2DModel", model)
+    embeddings = []
+    model.get_submodule(patch.backbone.time_tap).register_forward_hook(lambda *call: embeddings.append(call[2]))
+    patch.attach(model)
+    assert torch.equal(family.call(model, **images), base)
+    drawn(patch)
+    assert not torch.allclose(family.call(model, **images)[:, :16], base[:, :16], atol=1e-3)
+    assert patch.extent.grid == (4, 4)
+    touched = rows_touched(patch, 28)
+    assert touched[:, :16].all()
+    assert not touched[:, 16:].any()
+    expected = F.linear(torch.cat([embeddings[-1][:2], torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
+    assert len(embeddings[-1]) == 4
+    torch.testing.assert_close(patch.last.logits[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_qwenimage_of_layers_is_prompted_at_all_layers_but_not_at_the_picture():
+    """As Qwen-Image-Layered: the picture, which is given, comes last."""
+    changes = {"use_layer3d_rope": True, "use_additional_t_cond": True}
+    model, images = qwenimage_with([(1, 4, 4)] * 3 + [(1, 2, 4)], **changes)
+    images["additional_t_cond"] = torch.zeros(2, dtype=torch.long)
+    family = FAMILIES["QwenImageTransformer2DModel"]
+    base = family.call(model, **images)
+    patch = Patch.create(model, PatchConfig(sample_size=[3, 8, 8]))
+    patch.attach(model)
+    assert torch.equal(family.call(model, **images), base)
+    drawn(patch)
+    assert not torch.allclose(family.call(model, **images)[:, :48], base[:, :48], atol=1e-3)
+    assert patch.extent.grid == (3, 4, 4)
+    touched = rows_touched(patch, 56)
+    assert touched[:, :48].all()
+    assert not touched[:, 48:].any()
+    with pytest.raises(UserError, match="layers of a picture"):
+        predict(model, torch.zeros(2, 4, 8, 8), torch.ones(2), {})
+
+
+@pytest.mark.parametrize("mode", ["plain", "cached"])
+def test_qwenimage21_is_prompted_at_the_image_that_it_makes_behind_those_it_is_given(mode):
+    """With and without its cache of text and of images that are given, as its pipeline uses it."""
+    family = FAMILIES["QwenImage21Transformer2DModel"]
+    model = family.model()
+    given = (torch.arange(TEXT + 2) >= TEXT).expand(2, -1)  # 2×4 tokens of an image after the text
+    images = {
+        "hidden_states": torch.randn(2, 8 + 64, 4, generator=torch.Generator().manual_seed(0)),
+        "encoder_hidden_states": torch.randn(2, TEXT + 2, TEXT_CHANNELS, generator=torch.Generator().manual_seed(1)),
+        "encoder_hidden_states_mask": torch.ones(2, TEXT + 2, dtype=torch.bool),
+        "img_shapes": [[(1, 2, 4), (1, 8, 8)]] * 2,
+        "img_mask": torch.cat([given, torch.ones(2, 16, dtype=torch.bool)], dim=1),
+    }
+
+    def call():
+        if mode == "plain":
+            return family.call(model, **images)[:, -64:]
+        cache = QwenImage21KVCache(2)
+        family.call(model, **images, kv_cache=cache, kv_cache_mode="extract")
+        return family.call(model, **images, kv_cache=cache, kv_cache_mode="cached")[:, -64:]
+
+    base = call()
+    patch = fresh("QwenImage21Transformer2DModel", model)
+    patch.attach(model)
+    assert torch.equal(call(), base)
+    drawn(patch)
+    patched = call()
+    assert not torch.allclose(patched, base, atol=1e-3)
+    assert patch.extent.grid == (8, 8)
+    touched = rows_touched(patch, TEXT + 8 + 64)
+    assert touched[:, -64:].all()
+    assert not touched[:, :-64].any()
+    mode = "plain"
+    torch.testing.assert_close(call(), patched, rtol=1e-3, atol=1e-3)
 
 
 def test_gate_is_asked_once_a_forward(name, family, model, monkeypatch):

@@ -94,9 +94,9 @@ def test_patch_works_at_another_size_than_its_own(name, tiny, pipe):
     assert torch.equal(tiny.call(pipe, height=height, width=width), base)
 
 
-def test_captions_of_different_lengths_are_patched_side_by_side(tiny, pipe):
-    if not tiny.is_prompted:
-        pytest.skip("takes no captions")
+def test_captions_of_different_lengths_are_patched_side_by_side(name, tiny, pipe):
+    if not tiny.is_prompted or name == "WanVACETransformer3DModel":
+        pytest.skip("takes no captions, or one")
     captions = tiny.of([PROMPT, WOLVES])
     base = tiny.call(pipe, **captions)
     assert len(base) == 2
@@ -122,8 +122,19 @@ def test_patch_works_where_images_are_edited(name, tiny, pipe):
 
 
 def test_every_family_of_diffusers_has_a_pipeline_here():
+<<<<<<< HEAD
     """But for OmniGen's, which needs torchvision, GLM-Image's, and where there is none."""
     without = {"DiT", "OmniGenTransformer2DModel", "GlmImageTransformer2DModel", "UNet2DModel of Fourier features"}
+=======
+    without = {
+        "DiT",
+        "QwenImage21Transformer2DModel",
+        "QwenImageTransformer2DModel of edits",
+        "LTX2VideoTransformer3DModel",
+        "CosmosTransformer3DModel",
+        "Kandinsky5Transformer3DModel",
+    }
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     assert set(PIPELINES) == set(FAMILIES) - without
 
 

@@ -292,7 +292,11 @@ def test_sampling_merges_once_a_step_and_gives_the_same_images(merges, tiny_dit,
     assert (merged - unmerged).abs().max() <= tolerance * unmerged.abs().max()
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "ErnieImageTransformer2DModel"])
+=======
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.endswith("of edits")])
+>>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 def test_all_targets_the_linear_layers_of_blocks(family):
     tiny = FAMILIES[family]
     model = tiny.model()
@@ -321,6 +325,15 @@ def test_ranks_are_not_weighed_where_tokens_come_before_samples():
     model = tiny.model()
     with pytest.raises(UserError, match=r"ErnieImageTransformer2DModel.*tokens before samples: take one stage"):
         lora_on(model, rank=1, num_stages=2)
+    model = tiny.model()
+    lora_on(model, rank=1, num_stages=1)
+    tiny.call(model)
+
+
+def test_ranks_are_not_weighed_where_layers_take_another_timestep_beside_the_samples():
+    tiny = FAMILIES["QwenImageTransformer2DModel of edits"]
+    with pytest.raises(UserError, match=r"QwenImageTransformer2DModel with zero_cond_t.*: take one stage"):
+        lora_on(tiny.model(), rank=1, num_stages=2)
     model = tiny.model()
     lora_on(model, rank=1, num_stages=1)
     tiny.call(model)

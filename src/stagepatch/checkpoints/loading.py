@@ -89,6 +89,8 @@ def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model's VAE, frozen, in eval mode. Statistics of cells are in order of channels and then of pixels."""
     directory = find_model(source, ["vae"])
     vae = _load_model(directory / "vae", dtype).requires_grad_(False)
+    if type(vae).__name__ == "AutoencoderKLHunyuanVideo15":
+        vae.enable_slicing()  # diffusers' mask for its attention fits one video alone
     if _is_pixel_by_pixel(directory):
         for statistics in (vae.bn.running_mean, vae.bn.running_var):
             statistics.copy_(statistics.view(4, -1).T.flatten())

@@ -34,7 +34,9 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     shift, scale = _shift_and_scale(vae, latents)
     latents = latents / scale + shift
     is_video = _is_video(vae)
-    images: Tensor = vae.decode(latents.unsqueeze(2) if is_video else latents, return_dict=False)[0]
+    # A later VAE of LTX is told a timestep, which its pipelines leave at 0.
+    told = (latents.new_zeros(len(latents)),) if vae.config.get("timestep_conditioning") else ()
+    images: Tensor = vae.decode(latents.unsqueeze(2) if is_video else latents, *told, return_dict=False)[0]
     return (images.squeeze(2) if is_video else images).clamp(-1.0, 1.0)
 
 
@@ -44,11 +46,13 @@ def _is_video(vae: nn.Module) -> bool:
 
 def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
     """The denoiser's latents are (the VAE's − shift) · scale."""
-    config = vae.config
+    config, buffers = vae.config, dict(vae.named_buffers())
     shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        shift = like.new_tensor(config["latents_mean"]).view(1, -1, 1, 1)
-        scale = scale / like.new_tensor(config["latents_std"]).view(1, -1, 1, 1)
+    # LTX's VAE has them among its weights.
+    mean, std = (config.get(name) or buffers.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        shift = torch.as_tensor(mean).to(like).view(1, -1, 1, 1)
+        scale = scale / torch.as_tensor(std).to(like).view(1, -1, 1, 1)
     if "batch_norm_eps" in config:
         shift = _tiled(vae.bn.running_mean, like)
         scale = 1.0 / _tiled((vae.bn.running_var + config["batch_norm_eps"]).sqrt(), like)

@@ -41,6 +41,7 @@ def make_sampler(name: str, trained_with: Any) -> Any:
     if is_flow != ("FlowMatch" in type(trained_with).__name__):
         raise UserError(f"'{name}' does not fit a model trained with {type(trained_with).__name__}.")
     config = dict(trained_with.config)
+    config.pop("invert_sigmas", None)  # Mochi's, from image to noise; its family tells the model so
     if class_name != "DDPMScheduler":
         # The variance is split off before the sampler; some samplers would split off three channels themselves.
         config.pop("variance_type", None)

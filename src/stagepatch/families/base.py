@@ -76,10 +76,12 @@ class Extent:
     Args:
         grid: of the image tokens.
         text_lengths: tokens of text before the image's in each sample, [B], for sites 'after_text'.
+        rows: of the taps' outputs, which are the samples' own, where the model embeds other timesteps with them.
     """
 
     grid: Grid
     text_lengths: Tensor | None = None
+    rows: slice | None = None
 
 
 # Called before each forward with the model and its arguments by name.

@@ -53,13 +53,26 @@ def takes_image_embeds(model: Any) -> bool:
     return bool(model.config.get("encoder_hid_dim_type") == "image_proj")
 
 
+# What configs call the width of the text's tokens; cross-attention's is that of projected ones, where there are two.
+_TEXT_WIDTHS = (
+    "encoder_hid_dim",
+    "caption_channels",
+    "joint_attention_dim",
+    "text_dim",
+    "cap_feat_dim",
+    "context_in_dim",
+    "text_embed_dim",
+    "in_text_dim",
+    "cross_attention_dim",
+)
+
+
 def text_channels(model: Any) -> int:
     """Width of the text's tokens, `encoder_hidden_states`, as the model takes them; 0 where it takes none."""
     arguments = inspect.signature(type(uncompiled(model)).forward).parameters
     if "encoder_hidden_states" not in arguments or takes_image_embeds(model):
         return 0
-    names = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "text_dim", "cap_feat_dim")
-    widths = (model.config.get(name) for name in (*names, "cross_attention_dim"))
+    widths = (model.config.get(name) for name in _TEXT_WIDTHS)
     return next((width for width in widths if isinstance(width, int)), 0)
 
 
@@ -80,7 +93,7 @@ def pooled_text(arguments: Mapping[str, Any]) -> Tensor:
 def learns_sigma(model: Any) -> bool:
     """Whether the second half of the output's channels is the variance's interpolation."""
     config = model.config
-    return bool(config.get("learn_sigma", config.get("out_channels") == 2 * config["in_channels"]))
+    return bool(config.get("learn_sigma", config.get("out_channels") == 2 * config.get("in_channels", 0)))
 
 
 def sample_shape(model: Any) -> tuple[int, int, int]:
@@ -97,7 +110,7 @@ def sample_shape(model: Any) -> tuple[int, int, int]:
             f"sample_size=(height, width) to stagepatch.families.register."
         )
     height, width = square(size)
-    return model.config["in_channels"] // (4 if family.is_packed else 1), height, width
+    return model.config[family.channels] // (4 if family.is_packed else 1), height, width
 
 
 def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor | dict[str, Tensor]) -> Tensor:

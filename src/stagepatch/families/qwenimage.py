@@ -8,58 +8,108 @@ from torch import Tensor
 from stagepatch.core import UserError
 from stagepatch.families.base import Backbone, Extent
 from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
-from stagepatch.families.registry import Family
+from stagepatch.families.registry import Family, call_by_keywords
 from stagepatch.families.transformer import Blocks, Transformer
+
+# Latents of the layered model: the whole picture and four layers, of 640×640.
+LAYERED_SIZE = (5, 80, 80)
 
 
 def qwenimage_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     """Read off the shapes (frames, height, width) of each sample's images, the one that is made first; older pipelines
-    give those of one sample for all."""
-    shape = arguments["img_shapes"][0]
-    frames, height, width = shape[0] if isinstance(shape, list) else shape
-    return Extent((frames * height, width))
+    give those of one sample for all. In the layered model all are made but the last.
+
+    A model that edits (`zero_cond_t`) embeds zero after the samples' timesteps, for the images that it is given.
+    """
+    shapes = arguments["img_shapes"][0]
+    shapes = shapes if isinstance(shapes, list) else [shapes]
+    frames, height, width = shapes[0]
+    is_layered = model.config.use_layer3d_rope
+    grid = (frames * (len(shapes) - 1), height, width) if is_layered else (frames * height, width)
+    return Extent(grid, rows=_own_rows(arguments) if model.config.zero_cond_t else None)
 
 
-_DESCRIBE = Transformer(
-    (Blocks("transformer_blocks"),),
-    "time_text_embed.timestep_embedder",
-    sample_size=SAMPLE_SIZE,
-    patch_size=PATCH_SIZE,
-    begin=qwenimage_extent,
+def _own_rows(arguments: dict[str, Any]) -> slice:
+    return slice(len(arguments["timestep"]))
+
+
+_BLOCKS, _TIME_TAP = (Blocks("transformer_blocks"),), "time_text_embed.timestep_embedder"
+_DESCRIBE = Transformer(_BLOCKS, _TIME_TAP, sample_size=SAMPLE_SIZE, patch_size=PATCH_SIZE, begin=qwenimage_extent)
+_DESCRIBE_LAYERED = Transformer(
+    _BLOCKS, _TIME_TAP, sample_size=LAYERED_SIZE, patch_size=(1, *PATCH_SIZE), begin=qwenimage_extent
 )
 
 
 def describe_qwenimage(model: Any, sample_size: Any = None) -> Backbone:
-    """See `Backbone`.
-
-    Raises:
-        UserError: a model whose forward embeds two timesteps, as some that edit images do.
-    """
-    if getattr(model.config, "zero_cond_t", False):
-        raise UserError("QwenImageTransformer2DModel with zero_cond_t embeds two timesteps: it cannot be patched yet.")
-    return _DESCRIBE(model, sample_size)
+    """See `Backbone`. The layered model's grid is layers × height × width."""
+    return (_DESCRIBE_LAYERED if model.config.use_layer3d_rope else _DESCRIBE)(model, sample_size)
 
 
 def call_qwenimage(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """See `Call`."""
+    """See `Call`.
+
+    Raises:
+        UserError: the layered model, which is told a picture and makes its layers.
+    """
+    if model.config.use_layer3d_rope:
+        raise UserError(
+            "This Qwen-Image makes the layers of a picture that it is given, which pictures alone cannot train. A "
+            "patch can be put on it; train another Qwen-Image."
+        )
     batch, _, height, width = sample.shape
     shapes = [[(1, height // 2, width // 2)]] * batch
     return call_packed(model, sample, timesteps, {**condition, "img_shapes": shapes})
 
 
 def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
-    """See `EncodeCaptions`."""
-    embeds, mask = pipe.encode_prompt(captions, pipe.device)
+    """See `EncodeCaptions`. Pipelines that edit encode a caption alone as they would without images."""
+    embeds, mask, *_ = pipe.encode_prompt(captions, device=pipe.device)
     mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
     return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask.bool()}
 
 
-FAMILY = Family(
-    "QwenImageTransformer2DModel",
-    describe_qwenimage,
-    call_qwenimage,
-    encode_captions,
-    timestep_range=(0.0, 1.0),
-    sample_size=SAMPLE_SIZE,
-    is_packed=True,
-)
+def qwenimage21_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """The image that is made is the last of each sample's shapes. Zero is embedded after the samples' timesteps, for
+    text and images that are given.
+    """
+    frames, height, width = arguments["img_shapes"][0][-1]
+    return Extent((frames * height, width), rows=_own_rows(arguments))
+
+
+def call_qwenimage21(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. A latent pixel is a token; 2×2 of them are a place of the sequence of text and image."""
+    batch, _, height, width = sample.shape
+    text = condition["encoder_hidden_states"].shape[1]
+    is_image = torch.arange(text + height * width // 4, device=sample.device) >= text
+    added = {"img_shapes": [[(1, height, width)]] * batch, "img_mask": is_image.expand(batch, -1)}
+    tokens = call_by_keywords(model, sample.flatten(2).transpose(1, 2), timesteps, {**condition, **added})
+    return tokens[:, -height * width :].transpose(1, 2).reshape(batch, -1, height, width)
+
+
+FAMILIES = [
+    Family(
+        "QwenImageTransformer2DModel",
+        describe_qwenimage,
+        call_qwenimage,
+        encode_captions,
+        timestep_range=(0.0, 1.0),
+        sample_size=SAMPLE_SIZE,
+        is_packed=True,
+    ),
+    # Qwen-Image 2.1: one sequence of text, images that are given, and the one that is made. Its latents are smaller
+    # by 16 than the image.
+    Family(
+        "QwenImage21Transformer2DModel",
+        Transformer(
+            (Blocks("transformer_blocks", "last"),),
+            _TIME_TAP,
+            sample_size=(64, 64),
+            patch_size=(1, 1),
+            begin=qwenimage21_extent,
+        ),
+        call_qwenimage21,
+        encode_captions,
+        timestep_range=(0.0, 1.0),
+        sample_size=(64, 64),
+    ),
+]

@@ -27,8 +27,25 @@ def call_by_keywords(model: Any, sample: Tensor, timesteps: Tensor, condition: d
     return output[0]
 
 
+def of_videos(call: Call) -> Call:
+    """The way a model of videos [B, C, F, H, W] is called with pictures [B, C, H, W] too: as videos of one frame."""
+
+    def call_of_videos(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+        if sample.ndim == 5:
+            return call(model, sample, timesteps, condition)
+        return call(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
+
+    return call_of_videos
+
+
 # How every pipeline's `encode_prompt` is called, as far as it has these: for captions alone, one row each.
-_USUAL = {"prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+_USUAL = {
+    "prompt_2": None,
+    "prompt_3": None,
+    "num_images_per_prompt": 1,
+    "num_videos_per_prompt": 1,
+    "do_classifier_free_guidance": False,
+}
 
 
 def prompt_encoder(*names: str, **arguments: Any) -> EncodeCaptions:
@@ -60,6 +77,7 @@ class Family:
         encode_captions: how training makes its condition of text; see `EncodeCaptions`.
         timestep_range: the model's `timestep` for an image and for pure noise.
         sample_size: height and width of a sample [latent pixels], where the model's config has none.
+        channels: what the model's config calls the channels of a sample.
         is_packed: cells of 2×2 latent pixels are the model's tokens, with four times the latents' channels.
         caption_parts: of the pipeline, which it cannot do without to encode captions, besides its text encoders.
         is_pixel_by_pixel: the cells' numbers, and the VAE's statistics of them, are in order of pixels and then of
@@ -74,6 +92,7 @@ class Family:
     encode_captions: EncodeCaptions | None = None
     timestep_range: tuple[float, float] = (0.0, NUM_TIMESTEPS)
     sample_size: tuple[int, int] | None = None
+    channels: str = "in_channels"
     is_packed: bool = False
     caption_parts: tuple[str, ...] = ()
     is_pixel_by_pixel: bool = False

@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from stagepatch.core import UserError
-from stagepatch.families.base import Backbone, Extent
+from stagepatch.families.base import Backbone, Extent, Grid
 from stagepatch.families.packing import SAMPLE_SIZE
-from stagepatch.families.registry import Family, call_by_keywords, prompt_encoder
+from stagepatch.families.registry import Describe, Family, call_by_keywords, of_videos, prompt_encoder
 from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
 
@@ -22,12 +22,19 @@ def call_pixart(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[s
     return call_by_keywords(model, sample, timesteps, {**condition, "added_cond_kwargs": added})
 
 
-def describe_sana(model: Any, sample_size: Any = None) -> Backbone:
-    """A model that embeds guidance has its timestep's embedding elsewhere, and t+c adds guidance."""
-    is_guided = hasattr(model.time_embed, "guidance_embedder")
-    time_tap = "time_embed.timestep_embedder" if is_guided else "time_embed.emb.timestep_embedder"
-    condition_taps = ("time_embed.guidance_embedder",) if is_guided else ()
-    return Transformer((Blocks("transformer_blocks"),), time_tap, condition_taps)(model, sample_size)
+def describe_sana(sample_size: Grid | None = None) -> Describe:
+    """Of models of that size, by default the config's. One that embeds guidance has its timestep's embedding
+    elsewhere, and t+c adds guidance.
+    """
+
+    def describe(model: Any, size: Any = None) -> Backbone:
+        is_guided = hasattr(model.time_embed, "guidance_embedder")
+        time_tap = "time_embed.timestep_embedder" if is_guided else "time_embed.emb.timestep_embedder"
+        condition_taps = ("time_embed.guidance_embedder",) if is_guided else ()
+        blocks = (Blocks("transformer_blocks"),)
+        return Transformer(blocks, time_tap, condition_taps, sample_size=sample_size)(model, size)
+
+    return describe
 
 
 def call_sana(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -46,12 +53,7 @@ def call_lumina2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[
     return -call_by_keywords(model, sample, timesteps, condition)
 
 
-def call_wan(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """A picture [B, C, H, W] is a video of one frame."""
-    if sample.ndim == 5:
-        return call_by_keywords(model, sample, timesteps, condition)
-    return call_by_keywords(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
-
+call_wan = of_videos(call_by_keywords)
 
 def call_omnigen(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """Its own embedding of text, and a mask and positions of text and image together: training does not make them.
@@ -95,7 +97,7 @@ FAMILIES = [
     # Captions without the instruction that the pipeline puts before short prompts.
     Family(
         "SanaTransformer2DModel",
-        describe_sana,
+        describe_sana(),
         call_sana,
         prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
     ),

@@ -36,17 +36,26 @@ class Blocks:
     layout: Literal["tokens", "sequence"] = "tokens"
 
 
+def own_patch_size(model: Any, dimensions: int) -> Size:
+    """Of a model's tokens, by its config; of those of videos over time too, 1 where the config does not say."""
+    size: Size = model.config.patch_size
+    if isinstance(size, int) and dimensions == 3:
+        return (model.config.get("patch_size_t") or 1, size, size)
+    return size
+
+
 def image_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     """That of a model that cuts an image or video, [B, C, H, W] or [B, C, F, H, W], into patches."""
     image = arguments["hidden_states"] if "hidden_states" in arguments else arguments["sample"]
-    return Extent(patches(image.shape[2:], model.config.patch_size))
+    size = image.shape[2:]
+    return Extent(patches(size, own_patch_size(model, len(size))))
 
 
 @dataclass(frozen=True)
 class Transformer:
     """Describes the transformers of a class; see `Describe`.
 
-    Their config has `hidden_size`, `dim`, or `num_attention_heads` and `attention_head_dim`.
+    Their config has `hidden_size`, `dim` or `model_dim`, or `num_attention_heads` and `attention_head_dim`.
 
     Args:
         blocks: in the order of the forward.
@@ -68,9 +77,9 @@ class Transformer:
     def __call__(self, model: Any, sample_size: Size | None = None) -> Backbone:
         config = model.config
         size = reference_size(sample_size, self.sample_size or config.sample_size)
-        grid = patches(size, self.patch_size or config.patch_size)
-        width = config.get("hidden_size") or config.get("dim")
-        width = width or config.num_attention_heads * config.attention_head_dim
+        grid = patches(size, self.patch_size or own_patch_size(model, len(size)))
+        widths = (config.get(name) for name in ("hidden_size", "dim", "model_dim"))
+        width = next(filter(None, widths), None) or config.num_attention_heads * config.attention_head_dim
         sites: list[Site] = []
         for blocks in self.blocks:
             for number, block in enumerate(model.get_submodule(blocks.path)):

@@ -125,7 +125,7 @@ class Ranks:
 
     Raises:
         UserError: adapters of embeddings, whose ranks cannot be weighed, or a model with layers that take tokens
-            before samples.
+            before samples, or further timesteps than the samples'.
     """
 
     # Hooks are methods rather than closures, so that copy.deepcopy(model) copies them with it.
@@ -145,6 +145,11 @@ class Ranks:
             raise UserError(
                 f"Ranks that differ by timestep cannot be had on {type(model).__name__}, some of whose layers take "
                 f"tokens before samples: take one stage."
+            )
+        if getattr(model.config, "zero_cond_t", False):
+            raise UserError(
+                f"Ranks that differ by timestep cannot be had on {type(model).__name__} with zero_cond_t, some of "
+                f"whose layers take timestep 0 beside the samples': take one stage."
             )
         self._names = list(inspect.signature(model.forward).parameters)
         family = family_of(type(model))

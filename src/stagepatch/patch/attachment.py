@@ -88,8 +88,11 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def _tap(self, position: int, module: nn.Module, args: Any, output: Tensor) -> None:
         """Show the patch the sum of the taps' outputs when all have come, once a forward."""
-        if not self.patch.enabled or self._observed:
+        if not self.patch.enabled or self._observed or self._conditions[position] is not None:
             return
+        extent = self.patch.extent
+        if extent is not None and extent.rows is not None:
+            output = output[extent.rows]
         self._conditions[position] = self._reduce(output)
         outputs = [output for output in self._conditions if output is not None]
         if len(outputs) == len(self._conditions):

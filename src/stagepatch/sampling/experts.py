@@ -241,7 +241,7 @@ def check_fits(model: nn.Module, denoiser: nn.Module) -> None:
 def _facts(model: nn.Module) -> dict[str, Any]:
     """Of a model's inputs and outputs, in words."""
     config: Any = model.config
-    channels = config["in_channels"]
+    channels = config[family_of(type(model)).channels]
     size = config.get("sample_size")
     return {
         "number of input channels": channels,

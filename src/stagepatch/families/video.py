@@ -1,0 +1,178 @@
+"""Transformers of videos that differ from Wan: LTX, LTX-2, Cosmos, SkyReels-V2, Wan VACE, Mochi, Kandinsky 5, Sana."""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from stagepatch.core import UserError
+from stagepatch.families.base import Extent, patches
+from stagepatch.families.registry import Call, Family, call_by_keywords, of_videos, prompt_encoder
+from stagepatch.families.table import call_wan, describe_sana
+from stagepatch.families.transformer import Blocks, Transformer, image_extent
+
+# Frames of 480×832 pixels: 81 of them, in latents smaller by 8, and by 4 over time.
+WAN_SIZE = (21, 60, 104)
+
+
+def _last_rows(arguments: dict[str, Any]) -> slice | None:
+    """A timestep a frame or token is embedded as rows: a sample's last, which is never given, stands for it."""
+    count = int(arguments["timestep"].numel()) // len(arguments["hidden_states"])
+    return slice(count - 1, None, count) if count > 1 else None
+
+
+def ltx_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """Frames, height and width are told.
+
+    Raises:
+        UserError: only the tokens' positions are, as by `LTXConditionPipeline`.
+    """
+    grid = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+    if None in grid:
+        raise UserError(
+            "This forward of LTX is not told frames, height and width, so it cannot be seen which tokens are the "
+            "video's. Take LTXPipeline or LTXImageToVideoPipeline."
+        )
+    return Extent(tuple(int(length) for length in grid if length is not None), rows=_last_rows(arguments))
+
+
+@of_videos
+def call_ltx(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. Positions are those at the pipeline's 25 frames a second, with LTX's VAE, smaller by 8×32×32."""
+    frames, height, width = sample.shape[2:]
+    size = {"num_frames": frames, "height": height, "width": width, "rope_interpolation_scale": (8 / 25, 32, 32)}
+    tokens = call_by_keywords(model, sample.flatten(2).transpose(1, 2), timesteps, {**condition, **size})
+    return tokens.transpose(1, 2).reshape(len(sample), -1, frames, height, width)
+
+
+def refuse(what: str) -> Call:
+    """In place of a call: a model that needs more than a sample and a caption can be patched, not trained."""
+
+    def call(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+        raise UserError(
+            f"{type(model).__name__} needs {what} besides a sample and its caption: patches can be put on it, but not "
+            f"trained here."
+        )
+
+    return call
+
+
+def framewise_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """As `image_extent`, of a model that may be told a timestep a frame."""
+    return replace(image_extent(model, arguments), rows=_last_rows(arguments))
+
+
+@of_videos
+def call_skyreels(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. A model that is told frames a second knows two choices of them; 1 stands for 24."""
+    added = {"fps": [1] * len(sample)} if model.config.inject_sample_info else {}
+    return call_by_keywords(model, sample, timesteps, {**condition, **added})
+
+
+@of_videos
+def call_mochi(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. The model predicts x_start − noise."""
+    return -call_by_keywords(model, sample, timesteps, condition)
+
+
+def kandinsky5_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """The model takes videos with channels last, [B, F, H, W, C].
+
+    Raises:
+        UserError: tokens in the order of sparse attention (NABLA), which is not that of the grid.
+    """
+    if (arguments.get("sparse_params") or {}).get("to_fractal"):
+        raise UserError(
+            "A Kandinsky 5 with sparse attention orders its tokens by blocks of 8×8: it cannot be patched."
+        )
+    return Extent(patches(arguments["hidden_states"].shape[1:4], model.config.patch_size))
+
+
+FAMILIES = [
+    # LTX-Video: latents are tokens; the sample size is that of 161 frames of 512×704.
+    Family(
+        "LTXVideoTransformer3DModel",
+        Transformer(
+            (Blocks("transformer_blocks"),),
+            "time_embed.emb.timestep_embedder",
+            sample_size=(21, 16, 22),
+            begin=ltx_extent,
+        ),
+        call_ltx,
+        prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
+        sample_size=(16, 22),
+    ),
+    # LTX-2: the video's stream alone is prompted, not that of its sound; 121 frames of 512×768.
+    Family(
+        "LTX2VideoTransformer3DModel",
+        Transformer(
+            (Blocks("transformer_blocks"),),
+            "time_embed.emb.timestep_embedder",
+            sample_size=(16, 16, 24),
+            begin=ltx_extent,
+        ),
+        refuse("sound"),
+        sample_size=(16, 24),
+    ),
+    # Cosmos: 121 frames of 704×1280. How it is scaled and told its time differs from pipeline to pipeline.
+    Family(
+        "CosmosTransformer3DModel",
+        Transformer(
+            (Blocks("transformer_blocks"),),
+            "time_embed.t_embedder",
+            sample_size=(16, 88, 160),
+            begin=framewise_extent,
+        ),
+        refuse("its pipeline's scaling"),
+        sample_size=(88, 160),
+    ),
+    # SkyReels-V2: 97 frames of 544×960.
+    Family(
+        "SkyReelsV2Transformer3DModel",
+        Transformer((Blocks("blocks"),), "condition_embedder.time_embedder", sample_size=(25, 68, 120)),
+        call_skyreels,
+        prompt_encoder("encoder_hidden_states", max_sequence_length=512),
+        sample_size=(68, 120),
+    ),
+    # Wan VACE: the blocks of the video, not those of what controls it.
+    Family(
+        "WanVACETransformer3DModel",
+        Transformer((Blocks("blocks"),), "condition_embedder.time_embedder", sample_size=WAN_SIZE),
+        refuse("a video that controls it"),
+        sample_size=WAN_SIZE[1:],
+    ),
+    # Mochi: 19 frames of 480×848. Time runs from noise to image.
+    Family(
+        "MochiTransformer3DModel",
+        Transformer(
+            (Blocks("transformer_blocks"),),
+            "time_embed.timestep_embedder",
+            ("time_embed.pooler",),
+            sample_size=(4, 60, 106),
+        ),
+        call_mochi,
+        prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
+        timestep_range=(1000.0, 0.0),
+        sample_size=(60, 106),
+    ),
+    # Kandinsky 5: 121 frames of 512×768. Its texts are padded and not masked, so that a caption's is not its own.
+    Family(
+        "Kandinsky5Transformer3DModel",
+        Transformer(
+            (Blocks("visual_transformer_blocks"),),
+            "time_embeddings",
+            ("pooled_text_embeddings",),
+            sample_size=(31, 64, 96),
+            begin=kandinsky5_extent,
+        ),
+        refuse("positions of its text"),
+        sample_size=(64, 96),
+        channels="in_visual_dim",
+    ),
+    Family(
+        "SanaVideoTransformer3DModel",
+        describe_sana(WAN_SIZE),
+        call_wan,
+        prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
+    ),
+]
