@@ -79,15 +79,11 @@ class Family:
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 inputs[name] = value.to(dtype)
-<<<<<<< HEAD
             elif isinstance(value, list) and value and isinstance(value[0], Tensor):
                 inputs[name] = [row.to(dtype) for row in value]
-        output = model(**inputs, return_dict=False)[0]
-        return torch.stack(output) if isinstance(output, list) else output
-=======
         output: Any = model(**inputs, return_dict=False)
-        return output if isinstance(output, Tensor) else output[0]
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
+        output = output if isinstance(output, Tensor) else output[0]
+        return torch.stack(output) if isinstance(output, list) else output
 
 
 def draw(*shape: int) -> Draw:
@@ -343,7 +339,6 @@ FAMILIES = {
             "timestep": whole_timesteps,
         },
     ),
-<<<<<<< HEAD
     "Flux2Transformer2DModel": Family(
         diffusers.Flux2Transformer2DModel,
         config(FLUX2, guidance_embeds=True),
@@ -601,7 +596,7 @@ FAMILIES = {
         },
         {**UNET_INPUTS, "encoder_hidden_states": text},
         blocks=5,
-=======
+    ),
     "QwenImage21Transformer2DModel": Family(
         diffusers.QwenImage21Transformer2DModel,
         config(LAYERS, in_channels=4, out_channels=4, context_in_dim=TEXT_CHANNELS, axes_dims_rope=(4, 4, 8)),
@@ -614,7 +609,6 @@ FAMILIES = {
             "img_mask": text_and_slots,
         },
         others=TEXT,
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     ),
 }
 FAMILIES |= {

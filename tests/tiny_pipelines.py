@@ -13,13 +13,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-<<<<<<< HEAD
-from diffusers.pipelines.prx import pipeline_prx
-=======
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
+from diffusers.pipelines.prx import pipeline_prx
 from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
 from diffusers.pipelines.wan import pipeline_wan_vace
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
@@ -166,13 +163,8 @@ def t5_tokenizer() -> Any:
     return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
-<<<<<<< HEAD
-def gemma_tokenizer(length: int = 8192) -> Any:
-    """A token a word for WORDS, else a token a letter or byte."""
-=======
-def gemma_tokenizer(words: list[str] = WORDS) -> Any:
+def gemma_tokenizer(length: int = 8192, words: list[str] = WORDS) -> Any:
     """A token a word, else a token a letter or byte."""
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
     merges, merged = _merges([f"▁{word}" for word in words])
@@ -180,7 +172,6 @@ def gemma_tokenizer(words: list[str] = WORDS) -> Any:
     return transformers.GemmaTokenizer(vocab=vocab, merges=merges, add_bos_token=True, model_max_length=length)
 
 
-<<<<<<< HEAD
 def llama_tokenizer(chat_template: str | None = None) -> Any:
     """A token a word for WORDS, else a token a letter or byte."""
     bytewise = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -190,26 +181,19 @@ def llama_tokenizer(chat_template: str | None = None) -> Any:
     return transformers.LlamaTokenizer(vocab=vocab, merges=merges, **more)
 
 
+CHAT_OF_ROLES = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+)
+
+
 def qwen_tokenizer(chat_template: str | None = None) -> Any:
-=======
-CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-
-
-def qwen_tokenizer(**more: Any) -> Any:
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     """A token a word for WORDS, else a token a byte: Qwen-Image drops the 34 tokens of its template."""
     roles = ["system", "user", "assistant", "Describe"]
     merges, merged = _merges([*(f"Ġ{word}" for word in WORDS), *roles])
     vocab = _numbered([*sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, "<|endoftext|>"])
     special = ["<|im_start|>", "<|im_end|>"]
-<<<<<<< HEAD
     more = {"additional_special_tokens": special, "model_max_length": 2048, "chat_template": chat_template}
     return transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, **more)
-=======
-    return transformers.Qwen2Tokenizer(
-        vocab=vocab, merges=merges, additional_special_tokens=special, model_max_length=2048, **more
-    )
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def _printable() -> list[str]:
@@ -229,10 +213,10 @@ def _merges(words: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
 LLAMA_TEMPLATE = " ".join(hunyuan_video.DEFAULT_PROMPT_TEMPLATE["template"].split())
 
 
-def llama_tokenizer() -> Any:
+def hunyuan_tokenizer() -> Any:
     """A token for each word and mark of HunyuanVideo's template and for WORDS, else a token a byte or letter."""
     words = sorted({*WORDS, *re.findall(r"\w+", LLAMA_TEMPLATE)})
-    return gemma_tokenizer(words)
+    return gemma_tokenizer(words=words)
 
 
 # Text encoders.
@@ -266,7 +250,6 @@ def gemma(tokenizer: Any) -> Any:
 
 
 def llama(tokenizer: Any) -> Any:
-<<<<<<< HEAD
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, vocab_size=len(tokenizer)))
 
 
@@ -320,7 +303,9 @@ def glm(tokenizer: Any) -> Any:
 def small_qwen3(tokenizer: Any) -> Any:
     """Of Z-Image, which takes the states before the last layer."""
     return transformers.Qwen3Model(transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=12, **_SMALL))
-=======
+
+
+def hunyuan_llama(tokenizer: Any) -> Any:
     """Hidden states of the last layer but two are taken."""
     small = {**_SMALL, "num_hidden_layers": 3}
     return transformers.LlamaModel(transformers.LlamaConfig(vocab_size=len(tokenizer), **small))
@@ -334,7 +319,6 @@ def byt5(tokenizer: Any) -> Any:
 def qwen_vl_text(tokenizer: Any) -> Any:
     config = qwen_vl(tokenizer).config.text_config
     return transformers.Qwen2_5_VLTextModel(config)
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def qwen_vl(tokenizer: Any) -> Any:
@@ -814,7 +798,7 @@ PIPELINES |= {
         diffusers.HunyuanVideoPipeline,
         flow_match(shift=7.0),
         hunyuanvideo_vae,
-        [(llama_tokenizer, llama), (clip_tokenizer, partial(clip, hidden_size=12))],
+        [(hunyuan_tokenizer, hunyuan_llama), (clip_tokenizer, partial(clip, hidden_size=12))],
         arguments=prompted(64, num_frames=9),
         sample_size=[3, 8, 8],
     ),
@@ -822,7 +806,7 @@ PIPELINES |= {
         diffusers.HunyuanVideo15Pipeline,
         flow_match(shift=5.0),
         hunyuanvideo15_vae,
-        [(partial(qwen_tokenizer, chat_template=CHAT), qwen_vl_text), (transformers.ByT5Tokenizer, byt5)],
+        [(partial(qwen_tokenizer, chat_template=CHAT_OF_ROLES), qwen_vl_text), (transformers.ByT5Tokenizer, byt5)],
         more={"guider": diffusers.ClassifierFreeGuidance(enabled=False)},
         arguments=prompted(num_frames=9),
         sample_size=[3, 8, 8],

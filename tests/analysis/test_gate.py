@@ -25,11 +25,7 @@ from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
 TIMESTEPS = torch.tensor([0, 300, 650, 999])
-<<<<<<< HEAD
-PROMPTED = [name for name, tiny in PIPELINES.items() if tiny.is_prompted and "HiDream" not in name]
-=======
-PROMPTED = [name for name, tiny in PIPELINES.items() if tiny.is_prompted and tiny.is_trained]
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
+PROMPTED = [name for name, tiny in PIPELINES.items() if tiny.is_prompted and tiny.is_trained and "HiDream" not in name]
 
 
 def patch_for(model, std=0.3, **choices):

@@ -51,11 +51,10 @@ def cache(directory, model, config):
     return CachedLatents(directory)
 
 
-<<<<<<< HEAD
-@pytest.fixture(params=[name for name, tiny in PIPELINES.items() if tiny.is_prompted and tiny.vae])
-=======
-@pytest.fixture(params=[name for name, tiny in PIPELINES.items() if tiny.is_prompted and tiny.is_trained])
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
+OF_LATENTS = [name for name, tiny in PIPELINES.items() if tiny.is_prompted and tiny.is_trained and tiny.vae]
+
+
+@pytest.fixture(params=OF_LATENTS)
 def of_pipeline(request, tmp_path, folder):
     """A pipeline of latents, and its cache of the folder's images."""
     tiny = PIPELINES[request.param]
@@ -69,23 +68,19 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
     """The mean of the posterior, through the pipeline's own decoding, is the VAE's own reconstruction."""
     pipe, cached, images = of_pipeline
     pixels, latents = images[1]["image"].unsqueeze(0), cached[1]["image"].float().unsqueeze(0)
-<<<<<<< HEAD
-    is_video, vae = type(pipe).__name__.startswith(("Wan", "Qwen", "Krea2", "BriaFibo")), pipe.vae
-=======
     vae = pipe.vae
     is_video = isinstance(vae, diffusers.AutoencoderKLQwenImage) or "num_frames" in signature(pipe.__call__).parameters
     is_video |= isinstance(vae, diffusers.AutoencoderKLWan)
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     with torch.no_grad():
         encoded = vae.encode(pixels.unsqueeze(2) if is_video else pixels)
         raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         expected = vae.decode(raw, return_dict=False)[0]
-<<<<<<< HEAD
-        if is_video:
-            # As QwenImagePipeline and WanPipeline undo the scaling before they decode.
-            shift = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-            scale = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-            latents = latents.unsqueeze(2) * scale + shift
+        latents = latents.unsqueeze(2) if is_video else latents
+        mean, std = (dict(vae.named_buffers()).get(f"latents_{name}") for name in ("mean", "std"))
+        if vae.config.get("latents_mean") is not None:
+            mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+        if mean is not None:  # as pipelines with means undo the scaling before they decode
+            latents = latents * std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
         elif type(pipe).__name__.startswith(("Flux2", "Ernie")):  # as Flux2Pipeline does
             std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
             cells = pipe._patchify_latents(latents) * std + vae.bn.running_mean.view(1, -1, 1, 1)
@@ -95,14 +90,6 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
             cells = latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 4, 5, 1)
             cells = (cells.flatten(3) * std + vae.bn.running_mean).view_as(cells)
             latents = cells.permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
-=======
-        latents = latents.unsqueeze(2) if is_video else latents
-        mean, std = (dict(vae.named_buffers()).get(f"latents_{name}") for name in ("mean", "std"))
-        if vae.config.get("latents_mean") is not None:
-            mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
-        if mean is not None:  # as pipelines with means undo the scaling before they decode
-            latents = latents * std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
         else:
             latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         decoded = vae.decode(latents, return_dict=False)[0]

@@ -127,14 +127,8 @@ CALLS = {
     "QwenImageTransformer2DModel": {"true_cfg_scale": 1.0},
     "SanaTransformer2DModel": {"use_resolution_binning": False},
     "PixArtTransformer2DModel": {"use_resolution_binning": False},
-<<<<<<< HEAD
     "ZImageTransformer2DModel": {"guidance_scale": 0.0},
     "Krea2Transformer2DModel": {"guidance_scale": 0.0},
-}
-
-
-@pytest.mark.parametrize("name", [name for name, tiny in PIPELINES.items() if tiny.is_prompted])
-=======
     "HunyuanVideoTransformer3DModel": {"guidance_scale": 1.0},
     "HunyuanImageTransformer2DModel": {"distilled_guidance_scale": 1.0},
 }
@@ -145,10 +139,9 @@ CALLS = {
     [
         name
         for name, tiny in PIPELINES.items()
-        if tiny.is_trained and name not in ("DiTTransformer2DModel", "UNet2DModel")
+        if (tiny.is_trained or "DeepFloyd" in name) and name not in ("DiTTransformer2DModel", "UNet2DModel")
     ],
 )
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     """What the pipeline's scheduler is given, from the sample and the timestep that it was given with."""
     tiny = PIPELINES[name]
@@ -170,7 +163,10 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     output, timestep, sample = seen[0]
     if "Euler" in type(pipe.scheduler).__name__ and hasattr(pipe.scheduler, "scale_model_input"):
         sample = sample / (pipe.scheduler.sigmas[0] ** 2 + 1) ** 0.5
-<<<<<<< HEAD
+    if name.startswith("LTX"):
+        sample, output = (pipe._unpack_latents(tokens, *tiny.sample_size) for tokens in (sample, output))
+    if name.startswith("Mochi"):  # its scheduler counts from noise to image, and its model the other way
+        timestep, output = 1000 - timestep, -output
     if name.startswith("BriaFibo"):
         sample, output = (tokens.transpose(1, 2).unflatten(2, (8, 8)) for tokens in (sample, output))
     if name == "Ideogram4Transformer2DModel":  # channels last
@@ -180,16 +176,8 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
         sample, output = (unpack(tokens, 8, 8) for tokens in (sample, output))
     elif name == "ErnieImageTransformer2DModel":
         sample, output = (pipe._unpatchify_latents(cells) for cells in (sample, output))
-=======
-    if name.startswith("LTX"):
-        sample, output = (pipe._unpack_latents(tokens, *tiny.sample_size) for tokens in (sample, output))
-    if name.startswith("Mochi"):  # its scheduler counts from noise to image, and its model the other way
-        timestep, output = 1000 - timestep, -output
-    if sample.ndim == 3:
-        sample, output = (unpack(tokens, 8, 8) for tokens in (sample, output))
     if name.startswith("CogVideoX"):  # frames before channels
         sample, output = sample.transpose(1, 2), output.transpose(1, 2)
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     ours = predict(model, sample.float(), timestep.float().expand(len(sample)), condition)
     if ours.shape[1] == 2 * output.shape[1]:
         ours = ours.chunk(2, dim=1)[0]

@@ -4,28 +4,20 @@ import math
 
 import pytest
 import torch
-<<<<<<< HEAD
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
-=======
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 from torch.nn import functional as F
 
 from stagepatch.core.errors import UserError
 from stagepatch.families import describe, predict, registry
 from stagepatch.patch import Patch, PatchConfig
-<<<<<<< HEAD
 from stagepatch.training.loop import _checkpoint_gradients
-from tests.tiny import FAMILIES, FRAMES
-=======
 from tests.tiny import FAMILIES, FRAMES, TEXT, TEXT_CHANNELS
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 SIZES = {
     "FluxTransformer2DModel": [8, 8],
     "QwenImageTransformer2DModel": [8, 8],
     "WanTransformer3DModel": [FRAMES, 8, 8],
-<<<<<<< HEAD
     "Flux2Transformer2DModel": [8, 8],
     "Flux2Transformer2DModel of klein": [8, 8],
     "ChromaTransformer2DModel": [8, 8],
@@ -41,20 +33,6 @@ SIZES = {
     "Ideogram4Transformer2DModel": [8, 8],
     "PRXTransformer2DModel": [8, 8],
     "GlmImageTransformer2DModel": [8, 8],
-}
-# Tokens before the image's, where it does not come first, of a batch of two.
-LENGTHS = {
-    "Lumina2Transformer2DModel": [5, 2],
-    "AuraFlowTransformer2DModel": [13, 13],
-    "OmniGenTransformer2DModel": [6, 6],
-}
-# Tokens behind the image's in a list of blocks, where it comes first but not alone.
-BEHIND = {
-    ("HiDreamImageTransformer2DModel", "single_stream_blocks"): 3 * 5,
-    ("ZImageTransformer2DModel", "noise_refiner"): 16,
-    ("ZImageTransformer2DModel", "layers"): 16 + 32,
-    ("ErnieImageTransformer2DModel", "layers"): 5,
-=======
     "QwenImage21Transformer2DModel": [8, 8],
     "QwenImageTransformer2DModel of edits": [8, 8],
     "CogVideoXTransformer3DModel": [FRAMES, 8, 8],
@@ -69,8 +47,25 @@ BEHIND = {
     "MochiTransformer3DModel": [FRAMES, 8, 8],
     "Kandinsky5Transformer3DModel": [FRAMES, 8, 8],
     "SanaVideoTransformer3DModel": [FRAMES, 8, 8],
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 }
+# Tokens before the image's, where it does not come first, of a batch of two.
+LENGTHS = {
+    "Lumina2Transformer2DModel": [5, 2],
+    "AuraFlowTransformer2DModel": [13, 13],
+    "OmniGenTransformer2DModel": [6, 6],
+}
+# Tokens behind the image's in a list of blocks, where it comes first but not alone.
+BEHIND = {
+    ("HiDreamImageTransformer2DModel", "single_stream_blocks"): 3 * 5,
+    ("ZImageTransformer2DModel", "noise_refiner"): 16,
+    ("ZImageTransformer2DModel", "layers"): 16 + 32,
+    ("ErnieImageTransformer2DModel", "layers"): 5,
+}
+
+
+def lengths_of(name, family):
+    """Tokens before the image's, of a batch of two."""
+    return LENGTHS.get(name) or [family.others or 5] * 2
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -177,8 +172,7 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape == (2, site.channels, *site.grid), site
         else:
             assert shape[2] == site.channels
-<<<<<<< HEAD
-            more = 0 if site.image_tokens == "first" else max(LENGTHS.get(name, [5]))
+            more = 0 if site.image_tokens == "first" else max(lengths_of(name, family))
             assert shape[1] == site.num_tokens + BEHIND.get((name, site.module.split(".")[0]), more), site
 
 
@@ -205,10 +199,6 @@ def test_the_image_lies_where_the_first_site_says(name, family, model):
     count = math.prod(patch.extent.grid)
     expected = torch.arange(depends.shape[1]) < count
     assert torch.equal(depends, (expected if site.image_tokens == "first" else expected.flip(0)).expand_as(depends))
-=======
-            more = {"first": 0, "last": family.others, "after_text": 5}[site.image_tokens]
-            assert shape[1] == site.num_tokens + more, site
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, family, model):
@@ -217,12 +207,8 @@ def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, f
     model.get_submodule(describe(model).time_tap).register_forward_hook(lambda *call: taps.append(call[2]))
     with patch.attach(model):
         family.call(model)
-<<<<<<< HEAD
-    embedding = taps[0].mean(dim=1) if taps[0].ndim == 3 else taps[0]
+    embedding = taps[0].mean(dim=1) if taps[0].ndim == 3 else taps[0][:2]
     expected = F.linear(torch.cat([embedding, torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
-=======
-    expected = F.linear(torch.cat([taps[0][:2], torch.zeros(2, 1)], dim=1), patch.gate.weight, patch.gate.bias)
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     torch.testing.assert_close(patch.last.logits[0], expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(patch.last.logits[0, 0], patch.last.logits[0, 1])
 
@@ -262,7 +248,6 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
         added.clear()
         family.call(model, size=size)
         before, after = added
-<<<<<<< HEAD
         added_to_all = after - before
         if site.layout != "map":
             count = math.prod(patch.extent.grid)
@@ -271,12 +256,6 @@ def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):
             added_to_all = added_to_all[:, :count] if site.image_tokens == "first" else added_to_all[:, -count:]
         expected = (layout / site.num_tokens).expand_as(added_to_all)
         torch.testing.assert_close(added_to_all, expected, rtol=1e-3, atol=1e-5)
-=======
-        expected = (layout / site.num_tokens).expand_as(before).clone()
-        if site.image_tokens == "last":
-            expected[:, : family.others] = 0.0
-        torch.testing.assert_close(after - before, expected, rtol=1e-3, atol=1e-5)
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
 
 
 def test_only_tokens_of_the_image_are_prompted(name, family, model):
@@ -287,11 +266,7 @@ def test_only_tokens_of_the_image_are_prompted(name, family, model):
             continue
         family.call(model)
         count = math.prod(patch.extent.grid)
-<<<<<<< HEAD
-        lengths = LENGTHS.get(name, [5, 5])
-=======
-        lengths = [5, 2] if site.image_tokens == "after_text" else [family.others] * 2
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
+        lengths = lengths_of(name, family)
         hidden_states = torch.zeros(2, max(lengths) + count, site.channels)
         touched = patch.enter(position, hidden_states).abs().sum(-1) > 0
         expected = torch.zeros_like(touched)

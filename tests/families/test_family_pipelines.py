@@ -122,19 +122,18 @@ def test_patch_works_where_images_are_edited(name, tiny, pipe):
 
 
 def test_every_family_of_diffusers_has_a_pipeline_here():
-<<<<<<< HEAD
-    """But for OmniGen's, which needs torchvision, GLM-Image's, and where there is none."""
-    without = {"DiT", "OmniGenTransformer2DModel", "GlmImageTransformer2DModel", "UNet2DModel of Fourier features"}
-=======
+    """But for OmniGen's, which needs torchvision, and where there is none, or it is called with given text alone."""
     without = {
         "DiT",
+        "OmniGenTransformer2DModel",
+        "GlmImageTransformer2DModel",
+        "UNet2DModel of Fourier features",
         "QwenImage21Transformer2DModel",
         "QwenImageTransformer2DModel of edits",
         "LTX2VideoTransformer3DModel",
         "CosmosTransformer3DModel",
         "Kandinsky5Transformer3DModel",
     }
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
     assert set(PIPELINES) == set(FAMILIES) - without
 
 

@@ -54,13 +54,8 @@ def test_description_of_a_model_without_weights():
 def test_unknown_class_is_refused_with_the_known_ones_and_the_way_out():
     with pytest.raises(UserError) as caught:
         describe(nn.Linear(2, 2))
-<<<<<<< HEAD
     known = ("Known: AuraFlowTransformer2DModel, ", ", DiT, DiTTransformer2DModel, ")
     for part in ("No description of Linear is known", *known, "stagepatch.families.register('Linear', function)"):
-=======
-    known = "Known: AuraFlowTransformer2DModel, CogVideoXTransformer3DModel, CosmosTransf"
-    for part in ("No description of Linear is known", known, "stagepatch.families.register('Linear', function)"):
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
         assert part in str(caught.value)
     with pytest.raises(UserError, match="No description of Linear"):
         Patch.create(nn.Linear(2, 2))

@@ -292,11 +292,10 @@ def test_sampling_merges_once_a_step_and_gives_the_same_images(merges, tiny_dit,
     assert (merged - unmerged).abs().max() <= tolerance * unmerged.abs().max()
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "ErnieImageTransformer2DModel"])
-=======
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.endswith("of edits")])
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
+NOT_WEIGHED = ("ErnieImageTransformer2DModel", "QwenImageTransformer2DModel of edits")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_WEIGHED])
 def test_all_targets_the_linear_layers_of_blocks(family):
     tiny = FAMILIES[family]
     model = tiny.model()

@@ -91,6 +91,7 @@ def test_a_range_has_its_start_and_not_its_end(tiny_dit, batch, timestep):
 
 
 FROM_NOISE = [f"{kind}Transformer2DModel" for kind in ("Lumina2", "ZImage", "Ideogram4", "OmniGen")]
+FROM_NOISE.append("MochiTransformer3DModel")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -101,15 +102,9 @@ def test_every_family_is_dispatched_by_the_noise_that_its_timestep_means(name):
     time = family.inputs(base, 2, *family.size)[family.timestep]
     is_ones = float(time.max()) <= 1
     for level, expert in ((0.4999, clean), (0.5, noisy)):
-<<<<<<< HEAD
         told = 1 - level if name in FROM_NOISE else level
         timestep = {family.timestep: torch.full((2,), told if is_ones else told * 1000 - name.startswith("GlmImage"))}
         expected = family.call(expert, **timestep)
-=======
-        told = 1 - level if name.startswith(("Lumina2", "Mochi")) else level
-        timestep = torch.full((2,), told if is_ones else told * 1000)
-        expected = family.call(expert, timestep=timestep)
->>>>>>> 6cb367142edf682dfcda0ab91aaf63d4a6f8fdf1
         with at((500, clean), (1000, noisy)).attach(base):
             assert torch.equal(family.call(base, **timestep), expected)
 

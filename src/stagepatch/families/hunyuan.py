@@ -74,6 +74,7 @@ FAMILIES = [
         encode_captions,
         sample_size=(30, 53),
         channels="out_channels",
+        caption_parts=("vae",),  # the pipeline's class cannot be made without
     ),
     # The sample size is that of 2048×2048.
     Family(

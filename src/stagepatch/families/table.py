@@ -55,6 +55,7 @@ def call_lumina2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[
 
 call_wan = of_videos(call_by_keywords)
 
+
 def call_omnigen(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """Its own embedding of text, and a mask and positions of text and image together: training does not make them.
 
