@@ -80,7 +80,7 @@ class Family:
             if isinstance(value, Tensor) and value.dtype == torch.float32:
                 inputs[name] = value.to(dtype)
             elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-                inputs[name] = [row.to(dtype) for row in value]
+                inputs[name] = [row.to(dtype) if row.is_floating_point() else row for row in value]
         output: Any = model(**inputs, return_dict=False)
         output = output if isinstance(output, Tensor) else output[0]
         return torch.stack(output) if isinstance(output, list) else output
