@@ -87,6 +87,7 @@ FAMILIES = [
         ),
         call_hunyuanimage,
         encode_captions,
+        recomputes=False,  # diffusers 0.42 fails there
         sample_size=(64, 64),
     ),
 ]
