@@ -8,7 +8,6 @@ from torch import nn
 
 from stagepatch.checkpoints import takes_captions
 from stagepatch.core import UserError, processes
-from stagepatch.report import paired_grid, write_picture
 from stagepatch.sampling import balanced_labels, generate, prompted_latents, sampled_as_trained
 from stagepatch.training.validation_config import ValidationConfig
 
@@ -62,6 +61,8 @@ class Validation:
 
     def __call__(self, model: nn.Module, done: int) -> None:
         """A picture of the model as it is, after so many steps; processes share the work."""
+        from stagepatch.report import paired_grid, write_picture  # matplotlib is slow to import
+
         images = self._sample(model)
         if processes().is_main_process:
             columns = min(4, len(images))
