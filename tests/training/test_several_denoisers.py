@@ -85,6 +85,9 @@ def test_each_learns_in_its_own_range_as_the_pipeline_dispatches(model, pictures
     config.timesteps.range = [0.0, 0.1] if low else [0.9, 1.0]
     with pytest.raises(UserError, match=f"has nothing of '{component}'"):
         Run(config)
+    config.timesteps.range, config.validation.every = [0.0, 1.0], 1
+    with pytest.raises(UserError, match="one of them alone makes no samples"):
+        Run(config)
 
 
 def test_one_directory_goes_on_the_pipeline_with_one_call_and_is_what_each_side_is_by_itself(model, trained):

@@ -164,9 +164,15 @@ def _own_part(timesteps: TimestepsConfig, config: TrainConfig) -> TimestepsConfi
     """The timesteps that are the denoiser's own.
 
     Raises:
-        UserError: none of those that are asked for is.
+        UserError: none of those that are asked for is; or samples are, which one of several denoisers does not make.
     """
-    own, asked = denoiser_ranges(config.model)[config.component], timesteps.range
+    ranges, asked = denoiser_ranges(config.model), timesteps.range
+    if len(ranges) > 1 and (config.objective != "denoising" or config.validation.every):
+        raise UserError(
+            f"'{config.model}' has several denoisers, and one of them alone makes no samples: leave out objective="
+            f"'{config.objective}' and validation.every."
+        )
+    own = ranges.get(config.component, (0.0, 1.0))
     low, high = max(own[0], asked[0]), min(own[1], asked[1])
     if low >= high:
         raise UserError(
