@@ -9,12 +9,10 @@ from tests.tiny import FAMILIES, TEXT_CHANNELS, mask_of_different_lengths
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images, train
 
-# Whose text's width has another name.
-OTHERS = [f"{kind}Transformer2DModel" for kind in ("CogView4", "CogView3Plus", "PRX", "GlmImage")]
 STACKED = ["Krea2Transformer2DModel", "Ideogram4Transformer2DModel"]  # the states of several layers of each token
 UNETS = ("UNet2DConditionModel of",)  # of DeepFloyd IF and Kandinsky 2.2
 OF_TEXT = [name for name, family in FAMILIES.items() if "encoder_hidden_states" in family.draws]
-OF_TEXT = [name for name in OF_TEXT if name not in STACKED + OTHERS and not name.startswith(UNETS)]
+OF_TEXT = [name for name in OF_TEXT if name not in STACKED and not name.startswith(UNETS)]
 MASKS = ["encoder_attention_mask", "encoder_hidden_states_mask", "attention_mask"]
 
 
@@ -41,7 +39,7 @@ def test_gate_sees_the_timestep_and_the_mean_of_the_tokens_that_count(name):
     torch.testing.assert_close(seen["gate"], torch.cat([t, torch.stack(rows)], dim=1))
 
 
-@pytest.mark.parametrize("name", ["UNet2DModel", "ZImageTransformer2DModel", *STACKED, *OTHERS])
+@pytest.mark.parametrize("name", ["UNet2DModel", "ZImageTransformer2DModel", *STACKED])
 def test_models_without_text_or_with_another_form_of_it_refuse_it(name):
     with pytest.raises(UserError, match=rf"'t\+text' needs a model that takes text.*{name} takes none"):
         Patch.create(FAMILIES[name].model(), PatchConfig(condition="t+text"))
