@@ -74,13 +74,18 @@ def test_each_acts_in_its_range_alone(tiny, files):
     pipe = tiny.build()
     for (name, *_), file in zip(RANGES, files, strict=True):
         pipe.load_lora_weights(file, adapter_name=name)
+    pipe.set_adapters(["one", "two"], [0.7, 1.3])
     everywhere = tiny.call(pipe, steps=STEPS)
     with LimitedLoRAs(pipe, [LimitedLoRA(*each) for each in RANGES]):
         limited = tiny.call(pipe, steps=STEPS)
     assert torch.equal(limited, expected)
     assert not torch.allclose(limited, base, atol=1e-3)
     assert not torch.allclose(limited, everywhere, atol=1e-3)
-    assert torch.equal(tiny.call(pipe, steps=STEPS), everywhere), "what was on before is on again"
+    assert torch.equal(tiny.call(pipe, steps=STEPS), everywhere), "what was on before is on again, as it was"
+    pipe.disable_lora()
+    with LimitedLoRAs(pipe, [LimitedLoRA(*each) for each in RANGES]):
+        assert torch.equal(tiny.call(pipe, steps=STEPS), expected)
+    assert torch.equal(tiny.call(pipe, steps=STEPS), base), "and off again what was off"
 
 
 def test_the_command_writes_what_a_pipeline_loads_with_one_call_and_sample_takes(tiny, files, tmp_path, capsys):

@@ -80,7 +80,10 @@ class LimitedLoRAs(AbstractContextManager["LimitedLoRAs"]):
                     f"No adapter '{lora.name}' is loaded: {', '.join(loaded) or 'none is'}. Load it with "
                     f"pipe.load_lora_weights(…, adapter_name='{lora.name}')."
                 )
+        layers: list[Any] = [part for part in self._model.modules() if hasattr(part, "lora_A")] if loaded else []
         self._before: list[str] = list(self._active_adapters()) if loaded else []
+        self._were_off = any(layer.disable_adapters for layer in layers)
+        self._scales = [(layer.scaling, dict(layer.scaling)) for layer in layers]
         family = family_of(type(self._model))
         self._levels, self._timestep = family.sample_levels, family.timestep_argument
         self._names = list(inspect.signature(self._model.forward).parameters)
@@ -95,6 +98,10 @@ class LimitedLoRAs(AbstractContextManager["LimitedLoRAs"]):
         if self._active is not None:
             self._model.enable_adapters()
             self._model.set_adapters(self._before)
+            for scaling, before in self._scales:
+                scaling.update(before)
+            if self._were_off:
+                self._model.disable_adapters()
         self._active = None
         self._handle.remove()
 
