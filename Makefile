@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs assets papers-small clean
+.PHONY: demo test check docs assets bench bench-quick papers-small clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
@@ -36,6 +36,10 @@ assets: .venv/installed
 # Every table of the papers, small: from pretraining to table, some 40 minutes on two cores.
 papers-small: .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/papers_small.sh
+
+# The fashion bench, all its tables, under three hours on two cores; its short form.
+bench bench-quick: .venv/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash experiments/fashion_bench.sh $(if $(findstring quick,$@),--quick)
 
 clean:
 	rm -rf .venv runs

@@ -21,6 +21,31 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
 
 
+class Shown:
+    """Collects what tests that passed have shown of which models, for `tests.models_table`."""
+
+    def __init__(self, config):
+        self.config, self.seen = config, set()
+
+    def pytest_runtest_logreport(self, report):
+        if report.passed and report.when == "call":
+            self.seen |= {value for key, value in report.user_properties if key == "shows"}
+
+    def pytest_sessionfinish(self):
+        self.config.cache.set("models/shown", sorted(self.seen))
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the process that hears of every worker's tests
+        config.pluginmanager.register(Shown(config))
+
+
+@pytest.fixture
+def shows(record_property):
+    """Say what the test has shown, once it has: `shows("training", "UNet2DModel")`."""
+    return lambda what, name: record_property("shows", f"{what}: {name}")
+
+
 @pytest.fixture
 def tiny_dit():
     """A factory of frozen DiTs in eval mode, with every weight drawn."""

@@ -103,7 +103,7 @@ def test_overrides_win_over_the_file_and_the_resolved_config_is_kept(tmp_path, t
     assert main(["train", f"--config={run / 'run.yaml'}"]) == 0
 
 
-def test_train_writes_a_patch_that_sample_and_inspect_take(tiny_model, tiny_patch, tmp_path, capsys):
+def test_train_writes_a_patch_that_sample_and_inspect_take(tiny_model, tiny_patch, tmp_path, capsys, shows):
     tensors = load_file(tiny_patch / "model.safetensors")
     assert set(tensors) == {"prompts.blocks.0", "prompts.blocks.1", "gate.weight", "gate.bias"}
     given = [f"--model={tiny_model}", f"--patch={tiny_patch}", f"--output_dir={tmp_path}"]
@@ -117,6 +117,7 @@ def test_train_writes_a_patch_that_sample_and_inspect_take(tiny_model, tiny_patc
     assert "checkpoint at iteration 4" in text
     for path in (tiny_model, "digits", tiny_patch / "model.safetensors"):
         assert main(["inspect", str(path)]) == 0
+    shows("training", "DiT")
 
 
 def test_evaluate_compares_base_and_patched_from_the_same_noise(tiny_model, tiny_patch, tmp_path, capsys):

@@ -119,7 +119,7 @@ CASES = [(name, choices) for name in FAMILIES for choices in choices_of(name)]
 
 
 @pytest.mark.parametrize(("name", "choices"), CASES, ids=str)
-def test_fresh_patch_is_the_identity_bit_for_bit(name, choices):
+def test_fresh_patch_is_the_identity_bit_for_bit(name, choices, shows):
     family = FAMILIES[name]
     model = family.model()
     base = family.call(model)
@@ -129,10 +129,11 @@ def test_fresh_patch_is_the_identity_bit_for_bit(name, choices):
         drawn(patch)
         assert not torch.allclose(family.call(model), base, atol=1e-3)
     assert torch.equal(family.call(model), base)
+    shows("identity", name)
 
 
 @pytest.mark.parametrize(("name", "choices"), CASES, ids=str)
-def test_gradients_reach_everything_that_is_learned_and_the_model_keeps_none(name, choices):
+def test_gradients_reach_everything_that_is_learned_and_the_model_keeps_none(name, choices, shows):
     family = FAMILIES[name]
     model = family.model()
     patch = drawn(fresh(name, model, **choices)).train()
@@ -143,15 +144,17 @@ def test_gradients_reach_everything_that_is_learned_and_the_model_keeps_none(nam
         rows = parameter.grad.flatten(1).abs().amax(dim=1) if parameter.ndim > 1 else parameter.grad.abs()
         assert rows.gt(0).all(), learned
     assert all(parameter.grad is None for parameter in model.parameters())
+    shows("gradients", name)
 
 
-def test_saved_and_loaded_patch_gives_the_same_output(name, family, model, tmp_path):
+def test_saved_and_loaded_patch_gives_the_same_output(name, family, model, tmp_path, shows):
     patch = drawn(fresh(name, model))
     with patch.attach(model):
         expected = family.call(model)
     patch.save_pretrained(tmp_path)
     with Patch.from_pretrained(tmp_path).attach(model):
         assert torch.equal(family.call(model), expected)
+    shows("saving", name)
 
 
 def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family, model):
@@ -214,7 +217,7 @@ def test_gate_sees_one_row_a_sample_of_the_models_own_timestep_embedding(name, f
 
 
 @pytest.mark.parametrize("size", [(12, 12), (8, 12), (12, 4)], ids=str)
-def test_other_sizes_and_shapes_are_taken(name, family, model, size):
+def test_other_sizes_and_shapes_are_taken(name, family, model, size, shows):
     if family.only_square and size[0] != size[1]:
         pytest.skip("the model itself takes squares alone")
     base = family.call(model, size=size)
@@ -225,6 +228,7 @@ def test_other_sizes_and_shapes_are_taken(name, family, model, size):
         output = family.call(model, size=size)
     assert output.shape == base.shape
     assert not torch.allclose(output, base, atol=1e-3)
+    shows("sizes", name)
 
 
 def test_constant_prompts_are_the_same_shift_at_every_size(name, family, model):

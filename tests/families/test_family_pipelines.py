@@ -62,7 +62,7 @@ def test_seed_and_caption_reach_the_images(tiny, pipe):
         assert not torch.allclose(tiny.call(pipe, prompt=WOLVES), images, rtol=0, atol=1e-4)
 
 
-def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(tiny, pipe, tmp_path):
+def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(name, tiny, pipe, tmp_path, shows):
     base = tiny.call(pipe)
     pipe.save_pretrained(tmp_path / "pipeline")
     patch = Patch.create(pipe, PatchConfig(sample_size=tiny.sample_size))
@@ -80,6 +80,7 @@ def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(tiny, pipe,
     with Patch.from_pretrained(tmp_path / "patch").attach(loaded):
         assert torch.equal(tiny.call(loaded), patched)
     assert torch.equal(tiny.call(loaded), base)
+    shows("pipeline", name)
 
 
 def test_patch_works_at_another_size_than_its_own(name, tiny, pipe):

@@ -81,7 +81,7 @@ MADE = {edit: (4, 4), qwenimage21: (8, 4), kandinsky5: (3, 4, 6), cosmos: (2, 4,
 
 
 @pytest.mark.parametrize("make", MADE)
-def test_patch_on_a_pipeline_reaches_what_it_makes(make, monkeypatch):
+def test_patch_on_a_pipeline_reaches_what_it_makes(make, monkeypatch, shows):
     for name in ("VAE_IMAGE_SIZE", "CONDITION_IMAGE_SIZE"):
         monkeypatch.setattr(pipeline_qwenimage_edit_plus, name, 32 * 32)  # pixels of a picture to edit
     pipe, arguments = make()
@@ -104,6 +104,8 @@ def test_patch_on_a_pipeline_reaches_what_it_makes(make, monkeypatch):
     assert patched.isfinite().all()
     assert not torch.allclose(patched, base, atol=1e-3)
     assert torch.equal(call(), base)
+    editing = " of edits" if make is edit else ""
+    shows("pipeline", type(pipe.transformer).__name__ + editing)
 
 
 def test_qwenimage21_is_called_as_its_own_pipeline_calls_it(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import math
 import signal
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from stagepatch.methods import DMP, Finetune
 from stagepatch.studies import CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.training import BalancingConfig, Run, TrainConfig, read_log
-from stagepatch.training.balancing import make_intervals, project_conflicts, uncertainty_weighted
+from stagepatch.training.balancing import bargained, make_intervals, project_conflicts, uncertainty_weighted
 from stagepatch.training.draws import Draws
 from stagepatch.training.log import RunLog
 from stagepatch.training.loop import _backward_apart
@@ -27,7 +28,7 @@ from stagepatch.training.losses import UncertaintyLoss
 from tests import runs
 from tests.runs import Strike, assert_same, config_of, log_of, make_model, make_objective, options, run
 
-NAMES = ("uncertainty", "pcgrad")
+NAMES = ("uncertainty", "pcgrad", "nash")
 INTERVALS = IntervalSampler(((0, 100), (100, 600), (600, 1000)))
 
 
@@ -119,6 +120,31 @@ def test_others_are_met_in_orders_that_are_drawn():
     assert len(seen) == len(possible) == 8
 
 
+def test_bargained_gradients_are_those_of_the_equation():
+    """G Gᵀ α = 1/α has one solution of positive weights; of gradients at right angles it is known."""
+    torch.testing.assert_close(bargained(torch.tensor([[3.0, 0.0], [0.0, 4.0]])), torch.full((2,), 337**0.25))
+    gradients = torch.randn(5, 40, generator=generator(3), dtype=torch.float64) * torch.tensor([[1, 0.5, 4, 1, 2]]).T
+    gradients[1] -= gradients[0]
+    gram = gradients @ gradients.T
+    found = bargained(gradients)
+    weights = torch.linalg.solve(gram, gradients @ found)
+    torch.testing.assert_close(weights @ gradients, found)
+    ones = gram @ weights / gram.norm() * weights
+    torch.testing.assert_close(ones, torch.ones_like(ones), rtol=0, atol=1e-5)
+    torch.testing.assert_close(bargained(1e-4 * gradients.float()), 1e-4 * found.float(), rtol=1e-3, atol=1e-6)
+    assert (weights > 0).all()
+    assert not (gradients @ gradients.mean(dim=0) > 0).all()  # by the mean, one would lose
+    assert (gradients @ found > 0).all()
+
+
+def test_gradients_that_cancel_or_vanish_leave_something_finite():
+    assert bargained(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).abs().max() < 1e-2
+    assert bargained(torch.zeros(3, 2)).tolist() == [0.0, 0.0]
+    lone = bargained(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    torch.testing.assert_close(lone[1], 2 * lone[0])
+    assert 0 < lone[0] < 10
+
+
 class Slopes(nn.Module):
     """A loss whose gradient is the mean of the rows of x_start."""
 
@@ -140,7 +166,8 @@ def test_gradients_left_to_the_optimizer_are_projected_ones(parts):
     rows = torch.tensor([[2, 0], [-1, 1], [0, 0], [-2, 3], [1, 5], [-1, 0], [1, -5], [0, 0]]).double()
     drawn = Draws(rows, rows, torch.arange(8), {})
     parameters = list(step.parameters())
-    logged = _backward_apart(step, drawn, parts, Accelerator(cpu=True), 2, parameters, generator())
+    combine = partial(project_conflicts, generator=generator())
+    logged = _backward_apart(step, drawn, parts, Accelerator(cpu=True), 2, parameters, combine)
     assert (step.weight.grad.tolist(), step.bias.grad.tolist()) == ([0.25], [[0.75]])
     assert step.unused.grad.tolist() == [0.0, 0.0, 0.0]
     assert float(logged["loss"]) == 3.5

@@ -53,7 +53,7 @@ def sd(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in PIPELINES.items() if tiny.is_trained])
-def test_patch_is_trained_on_every_pipeline_and_changes_its_images(name, tmp_path):
+def test_patch_is_trained_on_every_pipeline_and_changes_its_images(name, tmp_path, shows):
     tiny = PIPELINES[name]
     pipe = tiny.build()
     pipe.save_pretrained(tmp_path / "model")
@@ -76,6 +76,7 @@ def test_patch_is_trained_on_every_pipeline_and_changes_its_images(name, tmp_pat
             patched = tiny.call(pipe, height=height, width=width)
         assert patched.isfinite().all()
         assert not torch.allclose(patched, base, atol=1e-4)
+    shows("training", name)
 
 
 def test_training_goes_on_and_ends_the_same_and_loads_no_encoders_again(sd, monkeypatch):
@@ -176,7 +177,7 @@ def test_a_model_of_text_in_pixels_is_refused_in_words(tmp_path, capsys):
     assert "takes text and has no VAE" in " ".join(capsys.readouterr().err.split())
 
 
-def test_classes_and_variances_of_adm_are_trained_on_in_pixels(tmp_path):
+def test_classes_and_variances_of_adm_are_trained_on_in_pixels(tmp_path, shows):
     model = FAMILIES["UNet2DModel of ADM"].model(in_channels=1, out_channels=2)
     save_denoiser(model, diffusers.DDPMScheduler(variance_type="learned_range"), tmp_path / "model")
     digits = ["--data.source=digits", "--patch.initialization=normal", "--patch.condition=t+c"]
@@ -184,3 +185,4 @@ def test_classes_and_variances_of_adm_are_trained_on_in_pixels(tmp_path):
     assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in read_log(tmp_path / "run"))
     patch = Patch.from_pretrained(tmp_path / "run")
     assert patch.backbone.condition_taps == ("class_embedding",)
+    shows("training", "UNet2DModel of ADM")

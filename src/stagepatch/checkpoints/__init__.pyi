@@ -16,6 +16,7 @@ from .layout import has_vae as has_vae
 from .layout import is_hub_id as is_hub_id
 from .layout import is_pipeline as is_pipeline
 from .layout import lay_out_encoders as lay_out_encoders
+from .layout import sign_of_distillation as sign_of_distillation
 from .loading import build_denoiser as build_denoiser
 from .loading import load_captioner as load_captioner
 from .loading import load_denoiser as load_denoiser

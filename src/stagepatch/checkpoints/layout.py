@@ -14,6 +14,14 @@ DENOISERS = ("transformer", "unet")
 SECOND = "transformer_2"  # of a model that its makers split by noise level
 TEXT_PARTS = [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3", "_4")]
 
+_OF_DISTILLED = (
+    "LCMScheduler",
+    "FlowMatchLCMScheduler",
+    "TCDScheduler",
+    "SCMScheduler",
+    "CMStochasticIterativeScheduler",
+)
+
 
 def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, SECOND, "scheduler")) -> Path:
     """The directory of a model.
@@ -118,6 +126,16 @@ def has_vae(source: str | Path) -> bool:
 def is_pipeline(source: str | Path) -> bool:
     """Whether the model is a whole pipeline of diffusers with a VAE, and not parts that lie beside each other."""
     return has_vae(source) and (find_model(source, ["*"]) / "model_index.json").exists()
+
+
+def sign_of_distillation(source: str | Path) -> str:
+    """What in a model's files says that it was distilled to few steps or to do without guidance; empty for nothing."""
+    directory = find_model(source)
+    index, scheduler = directory / "model_index.json", directory / "scheduler" / "scheduler_config.json"
+    if index.exists() and read_json(index).get("is_distilled"):
+        return "is_distilled in its model_index.json"
+    name = str(read_json(scheduler).get("_class_name")) if scheduler.exists() else ""
+    return f"its scheduler is {name}" if name in _OF_DISTILLED else ""
 
 
 def lay_out_encoders(source: str | Path, directory: Path, with_text: bool) -> None:

@@ -209,7 +209,7 @@ def _quick(config: CompareConfig) -> CompareConfig:
     entries = [
         replace(
             entry,
-            training={k: v for k, v in entry.training.items() if k != "steps"},
+            training={k: v for k, v in entry.training.items() if k not in ("steps", "compile")},
             ddo={**entry.ddo, "sampling": {**entry.ddo.get("sampling", {}), **few}}
             if entry.objective != "denoising"
             else {},
@@ -218,7 +218,7 @@ def _quick(config: CompareConfig) -> CompareConfig:
     ]
     return replace(
         config,
-        training=replace(config.training, steps=max(1, config.training.steps // 40), warmup_steps=0),
+        training=replace(config.training, steps=max(1, config.training.steps // 40), warmup_steps=0, compile=False),
         sampling=replace(config.sampling, num_images=min(config.sampling.num_images, 200)),
         entries=entries,
         training_seeds=config.training_seeds[:1],

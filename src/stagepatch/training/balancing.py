@@ -83,3 +83,24 @@ def project_conflicts(gradients: Tensor, generator: Generator) -> Tensor:
                 against = (own @ normal).clamp_max(0.0) / (normal @ normal).clamp_min(torch.finfo(normal.dtype).tiny)
                 own.sub_(against * normal)
     return projected.mean(dim=0)
+
+
+def bargained(gradients: Tensor) -> Tensor:
+    """Nash-MTL (arXiv 2202.01017): the sum of α_i g_i whose weights solve G Gᵀ α = 1/α (Eq. 3), [k, P] -> [P].
+
+    As in the released code, G Gᵀ is divided by its norm first, so what comes out grows as the gradients do. That code
+    bounds and repeats a convex approximation. The weights are also where ½ αᵀ G Gᵀ α − Σ log α_i is least, which is
+    convex; damped Newton steps go there from anywhere.
+    """
+    gram = (gradients @ gradients.T).double().cpu()
+    gram = gram / gram.norm().clamp_min(torch.finfo(gram.dtype).tiny)
+    gram += 1e-8 * torch.eye(len(gram), dtype=gram.dtype)  # gradients may cancel, or be zero: nothing is least then
+    weights = torch.ones(len(gram), dtype=gram.dtype)
+    for _ in range(500):
+        slope = gram @ weights - 1.0 / weights
+        step = torch.linalg.solve(gram + torch.diag(weights**-2), slope)
+        decrement = (slope @ step).clamp_min(0.0).sqrt()
+        weights = weights - step / (1.0 + decrement)
+        if decrement < 1e-9:
+            break
+    return weights.to(gradients) @ gradients

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from stagepatch.diffusion import IntervalSampler, Objective
 from stagepatch.families.registry import family_of
 from stagepatch.methods import Method
 from stagepatch.sampling import Fakes
-from stagepatch.training.balancing import project_conflicts
+from stagepatch.training.balancing import bargained, project_conflicts
 from stagepatch.training.balancing_config import BalancingConfig
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import POSTHOC_EMA, SNAPSHOTS, TrainingConfig
@@ -150,9 +151,10 @@ def train(
             here = (accelerator.device, accelerator.process_index)
             draws = draw(batch, config, objective, conditions, iteration, horizontal_flip, *here, fakes)
             parts = config.gradient_accumulation_steps
-            if balancing is not None and balancing.name == "pcgrad":
+            if balancing is not None and balancing.name in ("pcgrad", "nash"):
                 order = generator_for(torch.device("cpu"), CONFLICTS, config.seed, iteration)
-                logged = _backward_apart(step, draws, parts, accelerator, num_intervals, parameters, order)
+                combine = partial(project_conflicts, generator=order) if balancing.name == "pcgrad" else bargained
+                logged = _backward_apart(step, draws, parts, accelerator, num_intervals, parameters, combine)
             else:
                 logged = _backward(step, draws, parts, accelerator)
             scaler.unscale_(optimizer)
@@ -288,9 +290,9 @@ def _backward_apart(
     accelerator: Accelerator,
     num_intervals: int,
     parameters: list[nn.Parameter],
-    order: torch.Generator,
+    combine: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """`_backward` for each interval of timesteps alone; left are the gradients without what conflicts in them."""
+    """`_backward` for each interval of timesteps alone; left is what is made of their gradients."""
     gradients, totals = [], dict[str, Tensor]()
     for interval in range(num_intervals):
         own = draws.rows(slice(interval, None, num_intervals))
@@ -300,8 +302,8 @@ def _backward_apart(
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
         for parameter in parameters:
             parameter.grad = None
-    projected = project_conflicts(torch.stack(gradients), order)
-    for parameter, gradient in zip(parameters, projected.split([each.numel() for each in parameters]), strict=True):
+    combined = combine(torch.stack(gradients))
+    for parameter, gradient in zip(parameters, combined.split([each.numel() for each in parameters]), strict=True):
         parameter.grad = gradient.view_as(parameter)
     return totals
 

@@ -1,6 +1,8 @@
 """One training job, put together from one config."""
 
+import contextlib
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,7 +11,14 @@ from typing import Any
 import torch
 import yaml
 
-from stagepatch.checkpoints import build_denoiser, denoiser_ranges, has_vae, load_denoiser
+from stagepatch.checkpoints import (
+    build_denoiser,
+    denoiser_ranges,
+    has_vae,
+    is_pipeline,
+    load_denoiser,
+    sign_of_distillation,
+)
 from stagepatch.core import UserError, processes, write_text
 from stagepatch.data import check_channels, load_training_data, with_channels
 from stagepatch.diffusion import Objective, TimestepsConfig, make_timesteps, make_weighting
@@ -17,13 +26,18 @@ from stagepatch.families import learns_sigma
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
 from stagepatch.patch import with_condition
 from stagepatch.sampling import Fakes, load_fakes, sampled_as_trained
+from stagepatch.training.assistant import Assistant
 from stagepatch.training.balancing import make_intervals
 from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
 from stagepatch.training.validation import Validation
 
+_LOGGER = logging.getLogger("stagepatch")
 RUN_CONFIG = "run.yaml"
-_IDENTITY = ("model", "component", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data")
+_IDENTITY = (
+    *("model", "component", "method", "dtype", "patch", "lora", "assistant_lora", "start_from"),
+    *("weighting", "timesteps", "data"),
+)
 
 
 class Run:
@@ -93,6 +107,7 @@ class Run:
         if not named or not has_vae(named):
             check_channels(self.dataset, int(model.config["in_channels"]), config.data)
         self.model, self.scheduler = model, scheduler
+        self.assistant = self._load_assistant(named)
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
         timesteps = _own_part(config.timesteps, config) if config.component else config.timesteps
         self.objective.timesteps = make_timesteps(timesteps, self.objective.levels)
@@ -110,6 +125,12 @@ class Run:
             dataset = self.load_fakes()
         elif self.config.objective == "ddo":
             ddo = (self.config.ddo, self.load_fakes())
+        validation = self._validation()
+        with self.assistant.set(True) if self.assistant else contextlib.nullcontext():
+            self._train(dataset, ddo, validation, progress)
+        return self.method
+
+    def _train(self, dataset: Any, ddo: Any, validation: Validation | None, progress: bool) -> None:
         train(
             self.model,
             self.method,
@@ -125,9 +146,8 @@ class Run:
             self.start_from,
             ddo,
             self.config.balancing,
-            self._validation(),
+            validation,
         )
-        return self.method
 
     def _validation(self) -> Validation | None:
         """What makes pictures while it trains, of the base as it is now."""
@@ -135,7 +155,32 @@ class Run:
         if not config.validation.every:
             return None
         model, dtype = self.model.to(processes().device), getattr(torch, config.dtype)
-        return Validation(config.validation, self._source, model, self.scheduler, self.directory, dtype)
+        return Validation(
+            config.validation, self._source, model, self.scheduler, self.directory, dtype, self.assistant
+        )
+
+    def _load_assistant(self, source: str) -> Assistant | None:
+        config = self.config
+        if not config.assistant_lora:
+            if sign := sign_of_distillation(source) if source else "":
+                _LOGGER.warning(
+                    "'%s' was distilled (%s), which training by the denoising loss takes back as it learns: give "
+                    "--assistant_lora, or train the model that it was made from (docs/distilled.md).",
+                    source,
+                    sign,
+                )
+            return None
+        if config.objective != "denoising":
+            raise UserError(
+                f"assistant_lora is for objective='denoising': objective='{config.objective}' learns from samples of "
+                f"the model as it is, without it."
+            )
+        if not source or not is_pipeline(source):
+            raise UserError(
+                f"assistant_lora='{config.assistant_lora}' is read by a pipeline's loader, and "
+                f"'{source or 'a model in Python'}' is no whole pipeline."
+            )
+        return Assistant(self.model, source, config.assistant_lora)
 
     def _balance(self) -> None:
         """Draw timesteps of each interval alike; a run that goes on must share the intervals."""

@@ -28,6 +28,8 @@ class TrainConfig(MethodConfig):
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
         cache_batch_size: images encoded at a time for the cache.
+        assistant_lora: LoRA that is on the model while it trains and at no other time, for one that was distilled: a
+            file, directory or Hub id that the pipeline's own loader reads. See docs/distilled.md.
         start_from: directory of what the same method learned before, to train on from; empty to start from the model.
         objective: 'denoising', the model's own loss; 'ddo', which tells training images from the model's samples; or
             'samples', the model's own loss on its samples, which makes it worse: a guide to sample away from.
@@ -46,6 +48,7 @@ class TrainConfig(MethodConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache: str = ""
     cache_batch_size: int = 8
+    assistant_lora: str = ""
     start_from: str = ""
     objective: Literal["denoising", "ddo", "samples"] = "denoising"
     ddo: DDOConfig = field(default_factory=DDOConfig)

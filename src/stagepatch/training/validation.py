@@ -1,5 +1,6 @@
 """Pictures while a run trains: the base and what is learned so far, from the same noise."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from stagepatch.checkpoints import takes_captions
 from stagepatch.core import UserError, processes
 from stagepatch.sampling import balanced_labels, generate, prompted_latents, sampled_as_trained
+from stagepatch.training.assistant import Assistant
 from stagepatch.training.validation_config import ValidationConfig
 
 VALIDATION = "validation"
@@ -26,6 +28,7 @@ class Validation:
         scheduler: the one that it was trained with.
         directory: of the run.
         text_dtype: that text encoders are loaded in.
+        assistant: on the model while it trains; off in pictures.
 
     Raises:
         UserError: no steps between pictures, captions that are missing, or a sampler that the model cannot be sampled
@@ -40,10 +43,12 @@ class Validation:
         scheduler: Any,
         directory: Path,
         text_dtype: torch.dtype = torch.float32,
+        assistant: Assistant | None = None,
     ) -> None:
         if config.every < 0:
             raise UserError(f"validation.every={config.every} must be 0 or more.")
         self.config, self.directory = config, directory / VALIDATION
+        self._assistant = assistant
         self._scheduler, self._sampling = scheduler, sampled_as_trained(config.sampling, scheduler)
         self._labels = balanced_labels(model, self._sampling.num_images, config.classes)
         if source and takes_captions(source) and not config.prompts:
@@ -69,4 +74,5 @@ class Validation:
             write_picture(self.directory / f"{done:07d}.png", paired_grid(self._base, images, columns))
 
     def _sample(self, model: nn.Module) -> torch.Tensor:
-        return generate(model, self._scheduler, self._sampling, self._labels, **self._latents)
+        with self._assistant.set(False) if self._assistant else contextlib.nullcontext():
+            return generate(model, self._scheduler, self._sampling, self._labels, **self._latents)
