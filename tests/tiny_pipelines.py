@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.cosmos import pipeline_cosmos2_text2image
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
 from diffusers.pipelines.prx import pipeline_prx
 from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
@@ -494,6 +495,31 @@ OF_13_LAYERS = {"llm_features_dim": 13 * TEXT_CHANNELS}
 PLAIN_CAPTION = {"length": 32, "clean_caption": False, "use_resolution_binning": False}
 
 
+class Unasked(nn.Module):
+    """In place of Cosmos' safety checker, which is not installed here, and finds nothing."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+pipeline_cosmos2_text2image.CosmosSafetyChecker = Unasked
+
+
+class Cosmos2TextToImagePipeline(diffusers.Cosmos2TextToImagePipeline):  # type: ignore[misc]
+    """Saves no safety checker; diffusers' own, which then loads it, makes one anew."""
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        checker = self.safety_checker
+        self.register_modules(safety_checker=None)
+        super().save_pretrained(*args, **options)
+        self.register_modules(safety_checker=checker)
+
+
 def prompted(length: int | None = None, **more: Any) -> dict[str, Any]:
     return {"prompt": PROMPT, **({"max_sequence_length": length} if length else {}), **more}
 
@@ -850,6 +876,14 @@ PIPELINES |= {
         arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
         is_trained=False,
+    ),
+    "CosmosTransformer3DModel": Tiny(
+        Cosmos2TextToImagePipeline,
+        flow_match(use_karras_sigmas=True),
+        wan_vae,
+        [T5],
+        arguments=prompted(32),
+        sample_size=[1, 8, 8],
     ),
     "MochiTransformer3DModel": Tiny(
         diffusers.MochiPipeline,
