@@ -129,7 +129,6 @@ def test_every_family_of_diffusers_has_a_pipeline_here():
         "OmniGenTransformer2DModel",
         "GlmImageTransformer2DModel",
         "UNet2DModel of Fourier features",
-        "QwenImage21Transformer2DModel",
         "QwenImageTransformer2DModel of edits",
         "LTX2VideoTransformer3DModel",
         "Kandinsky5Transformer3DModel",

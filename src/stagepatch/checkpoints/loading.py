@@ -167,7 +167,8 @@ def takes_captions(source: str | Path) -> bool:
     directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
     if not takes_text(build_denoiser(directory)):
         return False
-    if not any(directory.glob("text_encoder*")) or not any(directory.glob("tokenizer*")):
+    tokenizers = [*directory.glob("tokenizer*"), *directory.glob("processor*")]
+    if not any(directory.glob("text_encoder*")) or not tokenizers:
         raise UserError(
             f"The model in '{directory}' takes text, but has no tokenizer/ and text_encoder/ beside it: put those "
             f"there that it was trained with."

@@ -12,10 +12,12 @@ def encode_images(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
     Scaling and shift are the VAE's own (`scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`; in FLUX.2's,
     statistics of a batch norm over cells of 2×2 latent pixels). An autoencoder without a posterior has standard
-    deviation 0. In a video VAE an image is a video of one frame.
+    deviation 0. In a video VAE an image is a video of one frame. One of RGBA (Qwen-Image 2.1's) sees opaque images.
     """
     is_video = _is_video(vae)
     images = images.to(vae.device, vae.dtype)
+    if vae.config.get("in_channels") == images.shape[1] + 1:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
     encoded = vae.encode(images.unsqueeze(2) if is_video else images)
     if hasattr(encoded, "latent_dist"):
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
@@ -37,11 +39,11 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     # A later VAE of LTX is told a timestep, which its pipelines leave at 0.
     told = (latents.new_zeros(len(latents)),) if vae.config.get("timestep_conditioning") else ()
     images: Tensor = vae.decode(latents.unsqueeze(2) if is_video else latents, *told, return_dict=False)[0]
-    return (images.squeeze(2) if is_video else images).clamp(-1.0, 1.0)
+    return (images.squeeze(2) if is_video else images)[:, :3].clamp(-1.0, 1.0)
 
 
 def _is_video(vae: nn.Module) -> bool:
-    return any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    return any("Conv3d" in type(module).__name__ for module in vae.modules())
 
 
 def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
