@@ -94,12 +94,12 @@ class Images(Dataset[dict[str, Any]]):
         """[C, height, width] of an item."""
         with self.source.load(self._indices[item]) as file:
             image = preprocess.upright(file, self.config.channels or 3)
-        return self._fitted(image, size)
+        return preprocess.to_tensor(self._cropped(image, size))
 
-    def _fitted(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
+    def _cropped(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         if self.config.crop == "buckets":
-            return preprocess.to_tensor(preprocess.fit_to_bucket(image, size))
-        return preprocess.to_tensor(preprocess.center_crop_adm(image, self.config.image_size))
+            return preprocess.fit_to_bucket(image, size)
+        return preprocess.center_crop_adm(image, self.config.image_size)
 
     def _look_at(self, index: int) -> tuple[tuple[int, int], int]:
         """(height, width) [pixels] of what the source has there, and how many items it makes."""

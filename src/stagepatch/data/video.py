@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from stagepatch.core import UserError
+from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
 from stagepatch.data.folder import VIDEOS, FolderSource
 from stagepatch.data.images import Images
@@ -61,7 +62,8 @@ class Clips(Images):
     def _pixels(self, item: int, size: tuple[int, int]) -> Tensor:
         frames = read_frames(self.source.paths[self._indices[item]], self._times[item])
         mode = "L" if self.config.channels == 1 else "RGB"
-        return torch.stack([self._fitted(frame.convert(mode), size) for frame in frames], dim=1)
+        cropped = [self._cropped(frame.convert(mode), size) for frame in frames]
+        return torch.stack([preprocess.to_tensor(frame) for frame in cropped], dim=1)
 
 
 def choose_frames(times: Sequence[int], end: int, num_frames: int, rate: Fraction, num_clips: int) -> list[list[int]]:
