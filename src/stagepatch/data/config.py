@@ -14,6 +14,10 @@ class DataConfig:
             Hub), or WebDataset tar shards (their directory, or one .tar file).
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
             an image has at most that square's area.
+        num_frames: above 1, `source` is a folder of videos, to train a model of videos on clips of so many frames, as
+            many as its VAE takes: of Wan, CogVideoX and HunyuanVideo 4·k + 1, of Mochi 6·k + 1, of LTX 8·k + 1.
+        fps: frames of a clip a second, by the video's own clock; 0 takes every frame.
+        num_clips: of a video, spread from its beginning to its end; fewer where it has no room for as many.
         channels: 3 for colour, 1 for grey; 0 is as the model's images have.
         horizontal_flip: mirror each image with probability ½ (DMP: on; never for the bundled data).
         num_workers: loading processes beside the main one.
@@ -26,11 +30,14 @@ class DataConfig:
         label_column: of a Hugging Face dataset; '' for no labels.
         crop: 'center' makes squares; 'buckets' keeps an image's shape as near as multiples of `bucket_step` can.
         bucket_step: what height and width of a bucket are multiples of [pixels].
-        max_broken: images that cannot be read are named and left out, up to so many.
+        max_broken: images that cannot be read, and videos that are too short, are named and left out, up to so many.
     """
 
     source: str = "digits"
     image_size: int = 256
+    num_frames: int = 1
+    fps: float = 0.0
+    num_clips: int = 1
     channels: int = 0
     horizontal_flip: bool = False
     num_workers: int = 0

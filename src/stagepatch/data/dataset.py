@@ -17,6 +17,7 @@ from stagepatch.data.folder import FolderSource
 from stagepatch.data.huggingface import HuggingFaceSource, is_saved_dataset
 from stagepatch.data.images import Images
 from stagepatch.data.source import Source
+from stagepatch.data.video import VideoFolder
 from stagepatch.data.webdataset import WebDatasetSource, find_shards
 
 
@@ -44,8 +45,13 @@ def load_dataset(config: DataConfig, split: Split = "train") -> Dataset[dict[str
     """The dataset that a config names. Only those of BUNDLED have a held-out split.
 
     Raises:
-        UserError: nothing at the source, no image in it, too many broken ones, or no such split.
+        UserError: nothing at the source, no image in it, too many broken ones, no such split, or videos are asked for.
     """
+    if config.num_frames > 1:
+        raise UserError(
+            f"data.num_frames={config.num_frames}: models of videos and latents are trained on clips; here images are "
+            f"wanted. Leave it at 1."
+        )
     if config.source in BUNDLED:
         if split == "tune" and config.source == "digits":
             raise UserError(
@@ -62,6 +68,10 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         UserError: nothing at the source, or no image in it.
     """
+    if config.num_frames > 1:
+        if config.format not in ("auto", "folder"):
+            raise UserError(f"data.num_frames={config.num_frames} takes a folder, not data.format='{config.format}'.")
+        return VideoFolder(Path(config.source), config.caption_column)
     kind = find_format(Path(config.source)) if config.format == "auto" else config.format
     if kind == "webdataset":
         return WebDatasetSource(Path(config.source))

@@ -14,6 +14,7 @@ from stagepatch.checkpoints import (
     load_captioner,
     load_vae,
     takes_captions,
+    temporal_factor,
 )
 from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
@@ -21,10 +22,12 @@ from stagepatch.data.cache_writer import build_cache, cache_key
 from stagepatch.data.config import DataConfig
 from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
 from stagepatch.data.images import Images
-from stagepatch.families import takes_text
+from stagepatch.data.video import Clips, VideoFolder
+from stagepatch.families import takes_text, takes_videos
 
 # What of a data config decides the latents.
 _PREPROCESSING = ("image_size", "channels", "crop", "bucket_step", "caption_column", "label_column")
+_OF_VIDEOS = ("num_frames", "fps", "num_clips")
 
 
 def with_channels(data: DataConfig, model: str, in_channels: int = 0) -> DataConfig:
@@ -74,7 +77,7 @@ def make_cache(
     dtype: torch.dtype = torch.float32,
     text_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Make the cache of images and captions for a model with a VAE, or check the one that is there.
+    """Make the cache of images or videos and captions for a model with a VAE, or check the one that is there.
 
     A whole cache is only compared with its key: neither images nor encoders are loaded.
 
@@ -83,8 +86,10 @@ def make_cache(
         text_dtype: that text encoders, which may be larger than the denoiser, are loaded in.
 
     Raises:
-        UserError: the directory holds the cache of something else.
+        UserError: the directory holds the cache of something else, or the model does not take so many frames.
     """
+    if data.num_frames > 1:
+        _check_num_frames(model, data.num_frames)
     if data.source in BUNDLED:
         height, width = load_dataset(data)[0]["image"].shape[1:]
         raise UserError(
@@ -93,17 +98,30 @@ def make_cache(
         )
     data = with_channels(data, model)
     source = open_source(data)
-    preprocessing = {name: getattr(data, name) for name in _PREPROCESSING}
+    names = (*_PREPROCESSING, *_OF_VIDEOS) if data.num_frames > 1 else _PREPROCESSING
+    preprocessing = {name: getattr(data, name) for name in names}
     key = cache_key(source.stamp(), preprocessing, encoder_directories(model))
     device = processes().device
     build_cache(
         directory,
         key,
-        lambda: Images(source, data),
+        lambda: Clips(source, data) if isinstance(source, VideoFolder) else Images(source, data),
         lambda: load_vae(model, dtype).to(device),
         (lambda: load_captioner(model, device, text_dtype)) if takes_captions(model) else None,
         batch_size,
     )
+
+
+def _check_num_frames(model: str, num_frames: int) -> None:
+    if not takes_videos(build_denoiser(model)):
+        raise UserError(f"data.num_frames={num_frames}, but '{model}' is no model of videos: leave it at 1.")
+    factor = temporal_factor(model)
+    if over := (num_frames - 1) % factor:
+        fitting = [str(count) for count in (num_frames - over, num_frames - over + factor) if count > 1]
+        raise UserError(
+            f"data.num_frames={num_frames}, but the VAE of '{model}' takes {factor}·k + 1 frames: give "
+            f"{' or '.join(fitting)}."
+        )
 
 
 def cache_directory(cache: str, output_dir: str) -> Path:
