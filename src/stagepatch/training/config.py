@@ -1,7 +1,7 @@
 """The choices of a training run."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # Where in a run's directory snapshots are, by step, and averages for post-hoc EMA, by sigma_rel and step.
 SNAPSHOTS, POSTHOC_EMA = "snapshots", "posthoc_ema"
@@ -16,12 +16,16 @@ class TrainingConfig:
         steps: optimizer steps in all.
         batch_size: images a step, over all processes (DMP: 128).
         gradient_accumulation_steps: parts in which each process computes its share of a batch.
-        learning_rate: AdamW's rate (DMP: 1e-4).
+        optimizer: of PyTorch 'adamw' (DMP) and 'muon' (of matrices; what else there is goes to AdamW), 'adamw_8bit' of
+            bitsandbytes, 'adafactor' of transformers, 'prodigy' of prodigyopt (learning_rate 1), 'schedule_free' of
+            schedulefree; see docs/optimizers.md.
+        optimizer_options: further arguments of the optimizer's class, such as {"eps": 1e-6}.
+        learning_rate: the optimizer's rate (DMP: 1e-4).
         lr_scheduler: diffusers' name: 'constant' (DMP), 'linear' or 'cosine', the latter two decaying to zero.
         warmup_steps: steps over which the rate rises from zero.
-        weight_decay: AdamW's decay (DMP: 0).
-        adam_beta1: AdamW's first beta.
-        adam_beta2: AdamW's second beta.
+        weight_decay: the optimizer's decay (DMP: 0).
+        adam_beta1: first beta of AdamW and of what is built on it.
+        adam_beta2: the second.
         max_grad_norm: clip the gradient's norm to this; 0 does not clip (DMP).
         ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
         ema_power: let the decay rise to ema_decay as 1 − (1 + step)^−power (DeMe's released code: 0.75); 0 lets it
@@ -44,6 +48,8 @@ class TrainingConfig:
     steps: int = 50_000
     batch_size: int = 128
     gradient_accumulation_steps: int = 1
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy", "schedule_free", "muon"] = "adamw"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-4
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0

@@ -39,6 +39,7 @@ from stagepatch.training.ddo_config import DDOConfig
 from stagepatch.training.draws import Conditions, Draws, draw, load_batches
 from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
+from stagepatch.training.optimizers import learning_rate_of, make_optimizer, own_average
 from stagepatch.training.posthoc_ema import PowerAverages
 from stagepatch.training.signals import StopSignals
 from stagepatch.training.validation import Validation
@@ -98,11 +99,7 @@ def train(
     if start_from is not None:
         method.start_from(model, start_from)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(
-        [{"params": group["params"], "lr": config.learning_rate * group["factor"]} for group in groups],
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
+    rated = [{"params": group["params"], "lr": config.learning_rate * group["factor"]} for group in groups]
     trained = nn.ParameterList(parameters)
     fakes, of_loss = None, list[nn.Parameter]()
     loss = DenoisingLoss(model, method, objective, trained)
@@ -111,8 +108,8 @@ def train(
     elif balancing is not None and balancing.name == "uncertainty":
         loss = UncertaintyLoss(model, method, objective, trained, num_intervals).to(accelerator.device)
         of_loss = [loss.log_variances]
-        own_rate = balancing.log_variance_learning_rate
-        optimizer.add_param_group({"params": of_loss, "lr": own_rate, "weight_decay": 0.0})
+        rated.append({"params": of_loss, "lr": balancing.log_variance_learning_rate, "weight_decay": 0.0})
+    optimizer = make_optimizer(rated, config)
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = config.lr_scheduler if config.lr_scheduler != "constant" else "constant_with_warmup"
     # Its function alone: the rate follows from the iteration, so nothing of it is saved.
@@ -125,6 +122,11 @@ def train(
     learned = [*parameters, *of_loss]
     state = TrainingState(directory / CHECKPOINT_NAME, identity, learned, optimizer, ema, scaler, posthoc)
     start = state.load()
+
+    def result() -> Sequence[Tensor] | None:
+        """What is learned so far, where that is an average and not what trains."""
+        return own_average(optimizer, parameters) if ema is None else ema.shadow_params
+
     if config.compile:
         model.compile()
     step = accelerator.prepare(loss)
@@ -175,8 +177,7 @@ def train(
                 means = {name: float(value.float() / count) for name, value in summed.items()}
                 _check_finite(means, checked, done, directory)
                 elapsed = time.perf_counter() - since
-                rate_now = optimizer.param_groups[0]["lr"]
-                speed = {"images_per_second": count * config.batch_size / elapsed, "lr": rate_now}
+                speed = {"images_per_second": count * config.batch_size / elapsed, "lr": learning_rate_of(optimizer)}
                 log.write({"iteration": done, **means, **speed})
                 totals, since = {}, time.perf_counter()
                 if reason := loss.too_far(means):
@@ -190,9 +191,9 @@ def train(
             if is_due:
                 _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)
             if is_main:  # before the checkpoint: a run that goes on from it has the snapshots up to it
-                _save_snapshots(method, parameters, ema, posthoc, config, done, directory)
+                _save_snapshots(method, parameters, result, posthoc, config, done, directory)
             if validation is not None and validation.is_due(done, config.steps):
-                with _averaged(parameters, None if ema is None else ema.shadow_params), _at_rest(method):
+                with _averaged(parameters, result()), _at_rest(method):
                     validation(model, done)
             if is_due:
                 if is_main:
@@ -205,8 +206,8 @@ def train(
                     f"'{directory / CHECKPOINT_NAME}'. Give the same command again to go on from there.",
                 )
 
-    if ema is not None:
-        ema.copy_to(parameters)
+    if (average := result()) is not None:
+        _copy_to(parameters, average)
     if is_main:
         method.save(directory)
     accelerator.wait_for_everyone()
@@ -334,7 +335,7 @@ def _stop_requested(signals: StopSignals, done: int, config: TrainingConfig, acc
 def _save_snapshots(
     method: Method,
     parameters: list[nn.Parameter],
-    ema: Any | None,
+    result: Callable[[], Sequence[Tensor] | None],
     posthoc: PowerAverages,
     config: TrainingConfig,
     done: int,
@@ -343,8 +344,7 @@ def _save_snapshots(
     """What is to be kept of this step: the result so far, and each average for post-hoc EMA."""
     is_due = config.snapshot_every > 0 and done % config.snapshot_every == 0
     if is_due:
-        average = None if ema is None else ema.shadow_params
-        _save_result(method, parameters, average, directory / SNAPSHOTS / f"{done:07d}")
+        _save_result(method, parameters, result(), directory / SNAPSHOTS / f"{done:07d}")
     if is_due or done == config.steps:
         for sigma, average in posthoc.averages.items():
             _save_result(method, parameters, average, directory / POSTHOC_EMA / str(sigma) / f"{done:07d}")
