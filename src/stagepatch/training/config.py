@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 # Where in a run's directory snapshots are, by step, and averages for post-hoc EMA, by sigma_rel and step.
 SNAPSHOTS, POSTHOC_EMA = "snapshots", "posthoc_ema"
-BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")  # changes nothing that is learned
+# Changes nothing that is learned.
+BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard", "shard_base")
 
 
 @dataclass
@@ -37,6 +38,8 @@ class TrainingConfig:
         mixed_precision: precision of the forward and backward pass, by accelerate; what trains stays in float32.
         gradient_checkpointing: keep the activations of one block at a time and compute the others' anew in the
             backward pass: less memory, a third more time.
+        shard_base: share a frozen base among the processes, each with a part of every weight (FSDP2); see
+            docs/sharding.md.
         compile: run the denoiser through torch.compile.
         seed: of data order, noise, timesteps and initialisation.
         log_every: steps between log records.
@@ -63,6 +66,7 @@ class TrainingConfig:
     label_dropout: float = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    shard_base: bool = False
     compile: bool = False
     seed: int = 0
     log_every: int = 50

@@ -41,6 +41,7 @@ from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
 from stagepatch.training.optimizers import learning_rate_of, make_optimizer, own_average
 from stagepatch.training.posthoc_ema import PowerAverages
+from stagepatch.training.sharding import check_whole, shard_base
 from stagepatch.training.signals import StopSignals
 from stagepatch.training.validation import Validation
 
@@ -91,14 +92,22 @@ def train(
     accelerator = _accelerator(config)
     num_intervals = _num_intervals(objective, balancing)
     _check_settings(config, accelerator.num_processes, num_intervals)
+    if config.shard_base and (config.compile or ddo is not None or validation is not None):
+        raise UserError(
+            "training.shard_base goes without compile, objective='ddo' and validation.every: leave them out."
+        )
     torch.manual_seed(seed_for(GLOBAL, config.seed))
-    model.to(accelerator.device)
+    if config.shard_base:
+        shard_base(model)
+    else:
+        model.to(accelerator.device)
     if config.gradient_checkpointing:
         _checkpoint_gradients(model, is_alone=ddo is None)
     groups = method.prepare(model)
     if start_from is not None:
         method.start_from(model, start_from)
     parameters = [parameter for group in groups for parameter in group["params"]]
+    check_whole(parameters)
     rated = [{"params": group["params"], "lr": config.learning_rate * group["factor"]} for group in groups]
     trained = nn.ParameterList(parameters)
     fakes, of_loss = None, list[nn.Parameter]()

@@ -30,6 +30,7 @@ from stagepatch.training.assistant import Assistant
 from stagepatch.training.balancing import make_intervals
 from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
+from stagepatch.training.sharding import check_launch
 from stagepatch.training.validation import Validation
 
 _LOGGER = logging.getLogger("stagepatch")
@@ -69,6 +70,7 @@ class Run:
         config_text: str = "",
         parts: str = "",
     ) -> None:
+        check_launch()
         in_channels = 0 if model is None or parts else int(model.config["in_channels"])
         config = replace(config, data=with_channels(config.data, parts or config.model, in_channels))
         shape = build_denoiser(config.model, config.component) if model is None else model
