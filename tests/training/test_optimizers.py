@@ -114,10 +114,7 @@ def test_run_that_was_stopped_ends_as_one_that_was_not(name, tmp_path, monkeypat
     run(tmp_path / "whole", **choices)
     interrupted(tmp_path / "cut", monkeypatch, 3, **choices)
     run(tmp_path / "cut", **choices)
-    # Neither a snapshot nor a checkpoint moves what trains.
-    run(tmp_path / "plain", **{**choices, "snapshot_every": 0})
-    for directory in ("cut", "plain"):
-        assert_same(patch_of(tmp_path / directory), patch_of(tmp_path / "whole"))
+    assert_same(patch_of(tmp_path / "cut"), patch_of(tmp_path / "whole"))
     for file in ("checkpoint.safetensors", "snapshots/0000004/model.safetensors"):
         assert_same(load_file(tmp_path / "cut" / file), load_file(tmp_path / "whole" / file))
     tensors, metadata = read_tensors(tmp_path / "whole" / "checkpoint.safetensors")
@@ -147,11 +144,14 @@ def test_schedule_free_saves_its_average_and_trains_on_from_where_it_was(tmp_pat
     optimizer.eval()
     assert_same(list(model.parameters()), average)
     assert not torch.equal(model.weight, before["weight"])
-    method = run(tmp_path, **vars(config_for("schedule_free")))
-    trained = read_tensors(tmp_path / "checkpoint.safetensors")[0]
+    method = run(tmp_path / "plain", **vars(config_for("schedule_free", steps=4)))
+    trained = read_tensors(tmp_path / "plain" / "checkpoint.safetensors")[0]
     for index, prompt in enumerate(method.patch.prompts):
-        assert torch.equal(prompt, patch_of(tmp_path)[f"prompts.blocks.{index}"])
+        assert torch.equal(prompt, patch_of(tmp_path / "plain")[f"prompts.blocks.{index}"])
         assert not torch.equal(prompt, trained[f"trained.{index}"])
+    # Neither a snapshot nor a checkpoint moves what trains.
+    run(tmp_path / "often", **vars(config_for("schedule_free", steps=4, snapshot_every=1, checkpoint_every=2)))
+    assert_same(patch_of(tmp_path / "often"), patch_of(tmp_path / "plain"))
 
 
 def test_adafactor_at_its_own_rate(tmp_path):
