@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from stagepatch.cli import main
 from stagepatch.core import UserError
 from stagepatch.data import DataConfig, load_dataset, load_held_out, load_training_data
 from stagepatch.training import load_batches
-from tests.runs import assert_same
+from tests.runs import assert_same, options
 from tests.tiny_pipelines import PIPELINES
 
 SHARE = 0.3
@@ -132,3 +133,13 @@ def test_bundled_data_have_their_own(folder):
     assert torch.equal(load_held_out(data, trained).images, load_dataset(data, "held_out").images)
     with pytest.raises(UserError, match=r"are trained on: hold some out, as by data\.held_out=0\.02"):
         load_held_out(config(folder, held_out=0.0), load_training_data("", config(folder, held_out=0.0)))
+
+
+def test_analyze_shows_the_loss_on_held_out_images_beside(cached, tmp_path):
+    data, model, directory = cached
+    given = [f"--model={model}", f"--cache={directory}", f"--output_dir={tmp_path}", "--gradients=false"]
+    given += [*options("data", {"source": data.source, "image_size": 32, "crop": "buckets", "bucket_step": 16})]
+    given += ["--data.held_out=0.3", "--timesteps=2", "--samples=2"]
+    assert main(["analyze", *given]) == 0
+    losses = json.loads((tmp_path / "analysis.json").read_text())["losses"]
+    assert losses["held-out images"]["base"]["loss"]["mean"] != losses["training images"]["base"]["loss"]["mean"]
