@@ -106,7 +106,8 @@ def test_trackers_that_are_not_there(tmp_path, monkeypatch, capsys):
         run(tmp_path, trackers=["wandb"])
     with pytest.raises(UserError, match=r"training\.trackers has 'wandbd', which is none of .*, trackio, wandb\."):
         check_trackers(TrainingConfig(trackers=["wandbd"]))
-    assert main(["train", f"--output_dir={tmp_path}", "--training.trackers=[trackio]", "--model=nowhere-at-all"]) == 2
+    assert main(["train", f"--output_dir={tmp_path}", "--training.trackers=[trackio]", "--data.source=nowhere"]) == 2
+    assert "training.trackers=['trackio'] needs trackio: pip install trackio" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.jsonl"))
 
 

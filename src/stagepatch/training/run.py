@@ -73,12 +73,12 @@ class Run:
         config_text: str = "",
         parts: str = "",
     ) -> None:
+        check_trackers(config.training)  # before anything is loaded or made
         in_channels = 0 if model is None or parts else int(model.config["in_channels"])
         config = replace(config, data=with_channels(config.data, parts or config.model, in_channels))
         shape = build_denoiser(config.model, config.component) if model is None else model
         config = replace(config, patch=with_condition(config.patch, shape))
         self.config = config
-        check_trackers(config.training)
         self.directory = Path(config.output_dir)
         own = {name: getattr(config, name) for name in _IDENTITY} | config.learns_by()
         self.identity = dict(identity or own)
