@@ -31,6 +31,8 @@ class DataConfig:
         crop: 'center' makes squares; 'buckets' keeps an image's shape as near as multiples of `bucket_step` can.
         bucket_step: what height and width of a bucket are multiples of [pixels].
         max_broken: images that cannot be read, and videos that are too short, are named and left out, up to so many.
+        held_out: share of the images that is not trained on, chosen by a hash of their names; see
+            `validation.loss_every`. The bundled data have images of their own for that, whatever this says.
     """
 
     source: str = "digits"
@@ -49,3 +51,4 @@ class DataConfig:
     crop: Literal["center", "buckets"] = "center"
     bucket_step: int = 64
     max_broken: int = 10
+    held_out: float = 0.0

@@ -72,6 +72,9 @@ class HuggingFaceSource:
     def name(self, index: int) -> str:
         return f"row {index} of '{self.path}'"
 
+    def key(self, index: int) -> str:
+        return str(index)
+
     def stamp(self) -> list[str]:
         prefix = ":".join([self._fingerprint, *self._names])
         return [f"{prefix}:{index}" for index in range(len(self))]

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from stagepatch.core import UserError
 from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
-from stagepatch.data.source import BROKEN, Source
+from stagepatch.data.source import BROKEN, Source, key_of
 
 _LOGGER = logging.getLogger("stagepatch")
 _NAMED = 3
@@ -81,6 +81,10 @@ class Images(Dataset[dict[str, Any]]):
     def captions(self) -> list[list[str]]:
         """The captions of each item."""
         return [self.source.captions(index) for index in self._indices]
+
+    def keys(self) -> list[int]:
+        """A number for each item that follows from its key alone; see `key_of`."""
+        return [key_of(self.source.key(index)) for index in self._indices]
 
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]

@@ -21,6 +21,7 @@ from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import build_cache, cache_key
 from stagepatch.data.config import DataConfig
 from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
+from stagepatch.data.held_out import hold_out
 from stagepatch.data.images import Images
 from stagepatch.data.video import Clips, VideoFolder
 from stagepatch.families import takes_text, takes_videos
@@ -139,6 +140,8 @@ def load_training_data(
 ) -> Dataset[dict[str, Any]]:
     """Items as `training.draws.draw` takes them: of a model with a VAE its cache, made first if it is not there.
 
+    Without those that `data.held_out` holds out, which are the `held_out` of what is returned, and cached too.
+
     Args:
         model: empty for images in pixels.
     """
@@ -148,7 +151,11 @@ def load_training_data(
                 f"The model '{model}' takes text and has no VAE, in 'vae/', beside it: images in pixels are trained "
                 f"on with classes or with nothing, not with captions."
             )
-        return load_dataset(with_channels(data, model) if model else data)
+        images = load_dataset(with_channels(data, model) if model else data)
+        if not data.held_out or not isinstance(images, Images):
+            return images
+        return hold_out(images, images.keys(), data.held_out)
     directory = cache_directory(cache, output_dir)
     make_cache(directory, model, data, batch_size, text_dtype=text_dtype)
-    return CachedLatents(directory)
+    cached = CachedLatents(directory)
+    return hold_out(cached, cached.keys(), data.held_out) if data.held_out else cached

@@ -5,8 +5,13 @@ from typing import Any, Literal
 
 # Where in a run's directory snapshots are, by step, and averages for post-hoc EMA, by sigma_rel and step.
 SNAPSHOTS, POSTHOC_EMA = "snapshots", "posthoc_ema"
-# Changes nothing that is learned.
-BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard", "shard_base")
+# What the names of losses on held-out images begin with in a run's log; then comes a range of noise levels, or 'all'.
+HELD_OUT, HELD_OUT_BASE = "held_out/", "held_out_base/"
+# What changes nothing that is learned.
+BOOKKEEPING = (
+    *("log_every", "checkpoint_every", "snapshot_every", "shard_base"),
+    *("tensorboard", "trackers", "tracker_project_name", "report_every"),
+)
 
 
 @dataclass
@@ -46,6 +51,11 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints to resume from.
         snapshot_every: steps between copies of the (averaged) result under 'snapshots/'; 0 keeps none.
         tensorboard: write TensorBoard events beside log.jsonl.
+        trackers: what else the log and pictures go to, by accelerate's names: 'wandb', 'trackio', …; see
+            docs/watching.md.
+        tracker_project_name: of the trackers; the run is called by its output_dir.
+        report_every: seconds between writings of report.html, a page on the run, while it trains; 0 writes none. The
+            first comes after so long.
     """
 
     steps: int = 50_000
@@ -73,3 +83,6 @@ class TrainingConfig:
     checkpoint_every: int = 500
     snapshot_every: int = 0
     tensorboard: bool = True
+    trackers: list[str] = field(default_factory=list)
+    tracker_project_name: str = "stagepatch"
+    report_every: float = 60.0

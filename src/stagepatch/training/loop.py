@@ -33,17 +33,19 @@ from stagepatch.methods import Method
 from stagepatch.sampling import Fakes
 from stagepatch.training.balancing import bargained, project_conflicts
 from stagepatch.training.balancing_config import BalancingConfig
+from stagepatch.training.check import Check
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import POSTHOC_EMA, SNAPSHOTS, TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
 from stagepatch.training.draws import Conditions, Draws, draw, load_batches
+from stagepatch.training.live_report import LiveReport
 from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
 from stagepatch.training.optimizers import learning_rate_of, make_optimizer, own_average
 from stagepatch.training.posthoc_ema import PowerAverages
 from stagepatch.training.sharding import check_whole, shard_base
 from stagepatch.training.signals import StopSignals
-from stagepatch.training.validation import Validation
+from stagepatch.training.trackers import open_trackers
 
 _LOGGER = logging.getLogger("stagepatch")
 # Settings, the least and the most that they may be.
@@ -69,7 +71,8 @@ def train(
     start_from: Path | None = None,
     ddo: tuple[DDOConfig, Fakes] | None = None,
     balancing: BalancingConfig | None = None,
-    validation: Validation | None = None,
+    checks: Sequence[Check] = (),
+    report: LiveReport | None = None,
 ) -> None:
     """Train, and write the method's result to `directory`. A run that was stopped goes on where it was.
 
@@ -83,7 +86,8 @@ def train(
         start_from: directory of what the same method learned before.
         ddo: tell training images from the model's own samples, in place of denoising alone.
         balancing: of the losses of the intervals that the objective draws its timesteps from.
-        validation: makes pictures now and then.
+        checks: what looks at the run now and then.
+        report: a page on the run, kept up to date.
 
     Raises:
         UserError: sizes that do not divide, a loss that is not finite, or a checkpoint of other settings.
@@ -92,9 +96,10 @@ def train(
     accelerator = _accelerator(config)
     num_intervals = _num_intervals(objective, balancing)
     _check_settings(config, accelerator.num_processes, num_intervals)
-    if config.shard_base and (config.compile or ddo is not None or validation is not None):
+    if config.shard_base and (config.compile or ddo is not None or checks):
         raise UserError(
-            "training.shard_base goes without compile, objective='ddo' and validation.every: leave them out."
+            "training.shard_base goes without compile, objective='ddo', validation.every and validation.loss_every: "
+            "leave them out."
         )
     torch.manual_seed(seed_for(GLOBAL, config.seed))
     if config.shard_base:
@@ -145,6 +150,7 @@ def train(
     is_main = accelerator.is_main_process
     if is_main and on_start is not None:
         on_start()
+    trackers = open_trackers(config, directory, start, identity) if is_main else []
     # Under fp16 the scaler skips steps of gradients that are not finite; elsewhere such a step ruins what trains.
     checked = ["loss"] if scaler.is_enabled() else ["loss", "grad_norm"]
     totals: dict[str, Tensor] = {}
@@ -153,7 +159,7 @@ def train(
     with (
         contextlib.closing(method),
         StopSignals() as signals,
-        RunLog(directory, start, config.steps, config.tensorboard, is_main, progress) as log,
+        RunLog(directory, start, config.steps, trackers, is_main, progress, report) as log,
     ):
         for iteration, batch in enumerate(loader, start):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -201,9 +207,10 @@ def train(
                 _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)
             if is_main:  # before the checkpoint: a run that goes on from it has the snapshots up to it
                 _save_snapshots(method, parameters, result, posthoc, config, done, directory)
-            if validation is not None and validation.is_due(done, config.steps):
+            if due := [check for check in checks if check.is_due(done, config.steps)]:
                 with _averaged(parameters, result()), _at_rest(method):
-                    validation(model, done)
+                    for check in due:
+                        check(model, done, log)
             if is_due:
                 if is_main:
                     state.save(done)
