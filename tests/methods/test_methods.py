@@ -199,7 +199,7 @@ def test_other_pipelines_loaders_refuse_it_too(tmp_path, name):
     method = LoRA(LoRAConfig(rank=2, min_rank=1))
     method.prepare(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)
     method.save(tmp_path)
-    with pytest.raises(ValueError, match="Invalid LoRA checkpoint|weighed_by_timestep"):
+    with pytest.raises(ValueError, match=r"Invalid LoRA checkpoint|weighed_by_timestep"):
         PIPELINES[name].build().load_lora_weights(tmp_path)
 
 
