@@ -1,5 +1,6 @@
 """The model card of a LoRA."""
 
+import diffusers
 from huggingface_hub import ModelCardData
 
 from stagepatch.checkpoints import is_hub_id
@@ -20,7 +21,7 @@ def lora_card(config: LoRAConfig, model_class: str, facts: dict[str, str]) -> st
     is_on_hub = is_hub_id(base)
     data = ModelCardData(
         base_model=base if is_on_hub else None,
-        library_name="stagepatch" if config.is_weighed else "diffusers",
+        library_name="stagepatch" if config.is_weighed or not hasattr(diffusers, model_class) else "diffusers",
         tags=[
             *([f"base_model:adapter:{base}"] if is_on_hub else []),
             *("lora", "template:diffusion-lora", "diffusers", "stagepatch", model_class),
@@ -74,15 +75,17 @@ def _how_to_load(config: LoRAConfig, base: str, facts: dict[str, str]) -> str:
             "that is not loaded. `stagepatch export` makes plain LoRAs of it where that can be done exactly."
         )
     lines += ["", make, 'pipe.load_lora_weights("this directory or its Hub id", adapter_name="lora")']
+    otherwise = (
+        "\n\nOn a pipeline that has no `load_lora_weights`, or a single model: "
+        "`stagepatch.open_artifact(directory).put_on(pipe)`."
+    )
     if NOISE_LEVELS not in facts:
-        return _block(lines)
+        return _block(lines) + otherwise
     start, end = (1000.0 * float(end) for end in facts[NOISE_LEVELS].split(" to "))
     lines.insert(1, "from stagepatch.sampling import LimitedLoRA, LimitedLoRAs")
     lines += [f'LimitedLoRAs(pipe, [LimitedLoRA("lora", {start:g}, {end:g})])']
-    return (
-        _block(lines)
-        + "\n\nIt was trained on those noise levels alone: elsewhere, leave it off, as the last line does."
-    )
+    limited = "\n\nIt was trained on those noise levels alone: elsewhere it is off, by the last line."
+    return _block(lines) + limited + otherwise
 
 
 def _block(lines: list[str]) -> str:
