@@ -65,6 +65,8 @@ def assert_loads_alike(tiny, file, expected):
         ("UNet2DConditionModel", "kohya", {}),
         ("FluxTransformer2DModel", "kohya", {"targets": FLUX_DOUBLE}),
         ("FluxTransformer2DModel", "comfyui", {}),
+        ("Flux2Transformer2DModel", "kohya", {"targets": "all"}),
+        ("Flux2Transformer2DModel", "comfyui", {"targets": "all"}),
         ("SD3Transformer2DModel", "comfyui", {}),
         ("QwenImageTransformer2DModel", "kohya", {}),
         ("ZImageTransformer2DModel", "kohya", {}),

@@ -7,6 +7,7 @@ diffusers' layers itself for the classes below.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,10 +34,14 @@ _FLUX_SINGLE = {
     "linear2": ["proj_out"],
     "modulation.lin": ["norm.linear"],
 }
-_FLUX_BLOCKS = {
-    "transformer_blocks": ("double_blocks", _FLUX_DOUBLE),
-    "single_transformer_blocks": ("single_blocks", _FLUX_SINGLE),
+_FLUX2_DOUBLE = {
+    **{name: ours for name, ours in _FLUX_DOUBLE.items() if "attn" in name},
+    "img_mlp.0": ["ff.linear_in"],
+    "img_mlp.2": ["ff.linear_out"],
+    "txt_mlp.0": ["ff_context.linear_in"],
+    "txt_mlp.2": ["ff_context.linear_out"],
 }
+_FLUX2_SINGLE = {"linear1": ["attn.to_qkv_mlp_proj"], "linear2": ["attn.to_out"]}
 _FLUX_SHARES = {"proj_mlp": 4}
 _WAN = {
     "attn1": "self_attn",
@@ -117,12 +122,13 @@ def _wan(layers: Layers) -> Layers:
     return renamed
 
 
-def _flux(layers: Layers) -> Layers:
+def _flux(layers: Layers, double: dict[str, list[str]], single: dict[str, list[str]]) -> Layers:
     """Layers that are one in Flux's own code stand side by side in one map, of the sum of their ranks."""
+    blocks = {"transformer_blocks": ("double_blocks", double), "single_transformer_blocks": ("single_blocks", single)}
     rest, fused = dict(layers), {}
     for path in layers:
         kind, number = [*path.split("."), ""][:2]
-        theirs, table = _FLUX_BLOCKS.get(kind, ("", {}))
+        theirs, table = blocks.get(kind, ("", {}))
         for name, ours in table.items():
             parts = [rest.pop(f"{kind}.{number}.{each}", None) for each in ours]
             if any(part is not None for part in parts):
@@ -144,14 +150,20 @@ def _side_by_side(parts: list[tuple[Tensor, Tensor] | None], shares: list[int]) 
     return torch.cat([each[0] for each in whole]), torch.block_diag(*(each[1] for each in whole))
 
 
-_KOHYA = {
+_FLUX2 = partial(_flux, double=_FLUX2_DOUBLE, single=_FLUX2_SINGLE)
+_KOHYA: dict[str, Callable[[Layers], Layers]] = {
     "UNet2DConditionModel": _as_they_are,
-    "FluxTransformer2DModel": _flux,
+    "FluxTransformer2DModel": partial(_flux, double=_FLUX_DOUBLE, single=_FLUX_SINGLE),
+    "Flux2Transformer2DModel": _FLUX2,
     "WanTransformer3DModel": _wan,
     "QwenImageTransformer2DModel": _as_they_are,
     "ZImageTransformer2DModel": _as_they_are,
 }
-_COMFYUI_OWN = {"WanTransformer3DModel": _wan, "LTXVideoTransformer3DModel": _as_they_are}
+_COMFYUI_OWN: dict[str, Callable[[Layers], Layers]] = {
+    "Flux2Transformer2DModel": _FLUX2,
+    "WanTransformer3DModel": _wan,
+    "LTXVideoTransformer3DModel": _as_they_are,
+}
 _COMFYUI_AS_DIFFUSERS = (
     "AuraFlowTransformer2DModel",
     "FluxTransformer2DModel",
