@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .limited import NUM_TIMESTEPS, put_on, read_schedule
+from .prompts import put_patch_on
 
 _STRENGTH = ("FLOAT", {"default": 1.0, "min": -20.0, "max": 20.0, "step": 0.01})
 
@@ -61,6 +62,21 @@ class LoadLimitedLoRAs:
         return (put_on(model, loras),)
 
 
+class LoadPatch:
+    """A patch of prompts for FLUX.1: its directory, or its Hub id."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+    CATEGORY = "loaders/stagepatch"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "patch": ("STRING", {"default": ""}), "scale": _STRENGTH}}
+
+    def load(self, model, patch, scale):
+        return (put_patch_on(model, patch, scale),)
+
+
 def _find(schedule):
     """A whole path, or one within a folder of LoRAs."""
     import folder_paths
@@ -69,8 +85,13 @@ def _find(schedule):
     return path if path.is_file() else Path(folder_paths.get_full_path_or_raise("loras", schedule))
 
 
-NODE_CLASS_MAPPINGS = {"StagepatchLoadLimitedLoRA": LoadLimitedLoRA, "StagepatchLoadLimitedLoRAs": LoadLimitedLoRAs}
+NODE_CLASS_MAPPINGS = {
+    "StagepatchLoadLimitedLoRA": LoadLimitedLoRA,
+    "StagepatchLoadLimitedLoRAs": LoadLimitedLoRAs,
+    "StagepatchLoadPatch": LoadPatch,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "StagepatchLoadLimitedLoRA": "Load LoRA limited to timesteps",
     "StagepatchLoadLimitedLoRAs": "Load limited LoRAs (experts.yaml)",
+    "StagepatchLoadPatch": "Load patch of prompts (FLUX.1)",
 }

@@ -10,6 +10,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stagepatch.patch import Patch, PatchConfig
+from tests.runs import draw_weights
+from tests.tiny_pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[2] / "integrations" / "comfyui"
 
@@ -190,7 +195,7 @@ def test_timesteps_are_what_diffusers_tells_its_model(comfyui):
 
 
 def test_what_is_refused(comfyui, model, tmp_path):
-    one, several = comfyui.NODE_CLASS_MAPPINGS.values()
+    one, several, prompts = comfyui.NODE_CLASS_MAPPINGS.values()
     write_lora(tmp_path / "other.safetensors", name="elsewhere")
     save_file({"transformer.weighed_by_timestep_alpha": torch.ones(1)}, tmp_path / "t.safetensors")
     for name, message in [("other", "Nothing in .* is of this model"), ("t", "weighed by the noise level")]:
@@ -205,3 +210,103 @@ def test_what_is_refused(comfyui, model, tmp_path):
         (tmp_path / "experts.yaml").write_text(content)
         with pytest.raises(ValueError, match=message):
             several().load(Patcher(model), str(tmp_path / "experts.yaml"), 1.0)
+    patch = Patch.create(PIPELINES["SD3Transformer2DModel"].build())
+    patch.save_pretrained(tmp_path / "sd3")
+    with pytest.raises(ValueError, match="A patch of SD3Transformer2DModel, position 'add', is not put on a MODEL"):
+        prompts().load(Patcher(model), str(tmp_path / "sd3"), 1.0)
+
+
+class Double(nn.Module):
+    """A double block of diffusers, as ComfyUI calls its own."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, img, txt, vec, pe):
+        txt, img = self.block(hidden_states=img, encoder_hidden_states=txt, temb=vec, image_rotary_emb=pe)
+        return img, txt
+
+
+class Single(nn.Module):
+    """A single block of diffusers, as ComfyUI calls its own."""
+
+    def __init__(self, block, text):
+        super().__init__()
+        self.block, self.text = block, text
+
+    def forward(self, x, vec, pe):
+        txt, img = x[:, : self.text], x[:, self.text :]
+        return torch.cat(self.block(img, txt, vec, pe), dim=1)
+
+
+class ComfyFlux(nn.Module):
+    """diffusers' Flux under the names of ComfyUI's, called as that is."""
+
+    patch_size = 2
+
+    def __init__(self, flux, text):
+        super().__init__()
+        embed = flux.time_text_embed
+        self.time_in, self.guidance_in, self.vector_in = (
+            embed.timestep_embedder,
+            embed.guidance_embedder,
+            embed.text_embedder,
+        )
+        self.double_blocks = nn.ModuleList(map(Double, flux.transformer_blocks))
+        self.single_blocks = nn.ModuleList(Single(block, text) for block in flux.single_transformer_blocks)
+        self.others = [flux]  # no module of it
+
+    def forward(self, x, timestep, context, y, guidance, pe=None, **kwargs):
+        (flux,) = self.others
+        project = flux.time_text_embed.time_proj
+        vec = self.time_in(project(timestep * 1000)) + self.guidance_in(project(guidance * 1000)) + self.vector_in(y)
+        img, txt = flux.x_embedder(packed(x)), flux.context_embedder(context)
+        for block in self.double_blocks:
+            img, txt = block(img=img, txt=txt, vec=vec, pe=pe)
+        img = torch.cat((txt, img), 1)
+        for block in self.single_blocks:
+            img = block(img, vec=vec, pe=pe)
+        return flux.proj_out(flux.norm_out(img[:, txt.shape[1] :], vec))
+
+
+def packed(x):
+    """[B, C, H, W] -> [B, HW/4, 4C]"""
+    patches = x.unfold(2, 2, 2).unfold(3, 2, 2)  # [B, C, H/2, W/2, 2, 2]
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def test_a_patch_of_flux_does_there_what_it_does_in_diffusers(comfyui, tmp_path):
+    flux = PIPELINES["FluxTransformer2DModel"].build().transformer
+    patch = Patch.create(flux, PatchConfig(grid=[4, 4]))
+    draw_weights(patch.parameters(), std=3.0)
+    patch.save_pretrained(tmp_path / "patch")
+    x, context, y = torch.randn(2, 4, 8, 12), torch.randn(2, 5, 24), torch.randn(2, 12)
+    timestep, guidance = torch.tensor([0.7, 0.2]), torch.tensor([3.5, 3.5])
+    image = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(6.0))
+    ids = {"img_ids": image, "txt_ids": torch.zeros(5, 3)}
+    text = {"encoder_hidden_states": context, "pooled_projections": y}
+
+    def in_diffusers():
+        return flux(hidden_states=packed(x), timestep=timestep, guidance=guidance, **text, **ids).sample
+
+    base = in_diffusers()
+    with patch.attach(flux):
+        expected = in_diffusers()
+    there = ComfyFlux(flux, text=5)
+    pe = flux.pos_embed(torch.cat([ids["txt_ids"], image]))
+    node = comfyui.NODE_CLASS_MAPPINGS["StagepatchLoadPatch"]
+    (patched,) = node().load(Patcher(there), str(tmp_path / "patch"), 1.0)
+    (wrapper,) = patched.wrappers
+
+    class Executor:
+        class_obj = types.SimpleNamespace(diffusion_model=there)
+
+        def __call__(self, *args):
+            return there(*args, pe=pe)
+
+    arguments = (x, timestep, context, y, guidance)
+    torch.testing.assert_close(there(*arguments, pe=pe), base)
+    torch.testing.assert_close(wrapper(Executor(), *arguments), expected)
+    assert not torch.allclose(base, expected, atol=1e-2)
+    torch.testing.assert_close(there(*arguments, pe=pe), base, msg="nothing stays on the model")
