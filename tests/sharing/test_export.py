@@ -14,10 +14,12 @@ from safetensors import safe_open
 
 from stagepatch.cli import main
 from stagepatch.core.errors import UserError
+from stagepatch.diffusion import TimestepsConfig
 from stagepatch.methods import LoRA, LoRAConfig
 from stagepatch.sampling import load_limited_loras
 from stagepatch.sharing import export_lora
 from stagepatch.sharing.names import to_comfyui, to_kohya
+from stagepatch.training import Run, TrainConfig
 from tests.runs import draw_weights
 from tests.sampling.test_limited_loras import write_lora
 from tests.tiny_pipelines import PIPELINES
@@ -223,6 +225,12 @@ def test_what_was_trained_on_a_part_of_the_noise_levels_is_limited_to_it(tmp_pat
     (file,) = export_lora(tmp_path / "lora", tmp_path / "out", "kohya")
     assert file.name == "out-500-1000.safetensors"
     assert 'LimitedLoRA("lora", 500, 1000)' in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_a_run_says_which_noise_levels_it_trains_on():
+    timesteps = TimestepsConfig(range=[0.25, 0.5])
+    assert Run(TrainConfig(method="lora", timesteps=timesteps)).method.facts["noise levels"] == "0.25 to 0.5"
+    assert "noise levels" not in Run(TrainConfig(method="lora")).method.facts
 
 
 @pytest.mark.parametrize(

@@ -81,28 +81,22 @@ def _write(loras: list[PlainLoRA], directory: Path, stem: str, form: str, model_
             raise UserError("The LoRA does not say which class of model it is for: give --model_class.")
         name = f"{stem}{lora.label}" + (f"-{lora.start:g}-{lora.end:g}" if lora.is_limited else "")
         file = directory / f"{name}.safetensors"
-        write_tensors(file, FORMS[form](lora.layers, lora.model_class), _metadata(lora, name, form))
+        write_tensors(file, FORMS[form](lora.layers, lora.model_class), _metadata(lora, name))
         written.append(LimitedLoRA(str(file), lora.start, lora.end, lora.weight))
     if len(loras) > 1 or loras[0].is_limited or loras[0].weight != 1.0:
         write_limited_loras(directory / "experts.yaml", written)
     return [Path(each.name) for each in written]
 
 
-def _metadata(lora: PlainLoRA, name: str, form: str) -> dict[str, str]:
-    """Keys of Stability AI's model spec (its `timestep_range` among them), and kohya's for its form."""
-    ranks = sorted({len(down) for down, _ in lora.layers.values()})
-    found = {
+def _metadata(lora: PlainLoRA, name: str) -> dict[str, str]:
+    """Keys of Stability AI's model spec, its `timestep_range` among them, and the class, as our own files have it."""
+    return {
         "format": "pt",
         MODEL_CLASS: lora.model_class,
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": name,
-        "modelspec.implementation": "diffusers",
         "modelspec.timestep_range": f"{lora.start:g},{lora.end:g}",
     }
-    if form == "kohya":
-        dims = {"ss_network_dim": f"{ranks[-1]}", "ss_network_alpha": f"{ranks[-1]}"}
-        found |= {"ss_network_module": "networks.lora", **dims}
-    return found
 
 
 def _groups(path: Path) -> dict[str, list[PlainLoRA]]:
