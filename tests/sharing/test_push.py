@@ -95,6 +95,18 @@ def test_a_loras_card_as_huggingface_hub_reads_it(run, tmp_path, capsys):
     assert files == expected | {"validation.png", "samples/0.png", "samples/1.png", "samples/2.png"}
 
 
+def test_of_videos_the_first_frames_are_shown(run, tmp_path):
+    frames = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 3, 32, 32) / 3 - 1
+    save_file({"images": frames.contiguous()}, tmp_path / "sample" / "samples.safetensors")
+    config = {"prompts": ["a house", "a cat"], "sampling": {"num_images": 2}}
+    (tmp_path / "sample" / "run.yaml").write_text(yaml.safe_dump(config))
+    write_folder(run, tmp_path / "folder", "somebody/style", samples=str(tmp_path / "sample"))
+    card = ModelCard.load(tmp_path / "folder" / "README.md")
+    assert [entry["text"] for entry in card.data.widget] == ["a house", "a cat"]
+    shown = [Image.open(tmp_path / "folder" / entry["output"]["url"]).getpixel((0, 0)) for entry in card.data.widget]
+    assert shown == [(0, 0, 0), (128, 128, 128)]
+
+
 def test_a_t_loras_card_says_that_others_would_run_it_unweighed(tmp_path):
     save_lora(tmp_path / "t", FACTS, rank=4, min_rank=1)
     write_folder(tmp_path / "t", tmp_path / "folder", "somebody/t")

@@ -170,9 +170,7 @@ def _base(run: Path) -> str:
 
 def _card(run: Path, what: str, load: list[str], table: dict[str, str]) -> str:
     base = _base(run)
-    data = ModelCardData(
-        base_model=base or None, library_name="stagepatch", tags=["lora", "diffusers", "stagepatch", "experts"]
-    )
+    data = ModelCardData(base_model=base or None, library_name="stagepatch", tags=["diffusers", "stagepatch"])
     code = "\n".join(load)
     return "\n\n".join(
         [
@@ -186,8 +184,10 @@ def _card(run: Path, what: str, load: list[str], table: dict[str, str]) -> str:
 
 
 def _write_samples(directory: Path, folder: Path) -> list[tuple[str, str]]:
-    images = read_tensors(directory / "samples.safetensors")[0]["images"][:_MOST_SAMPLES]
+    images = read_tensors(directory / "samples.safetensors")[0]["images"]
     config = read_yaml(directory / RUN_CONFIG) if (directory / RUN_CONFIG).exists() else {}
+    frames = max(1, len(images) // config.get("sampling", {}).get("num_images", len(images)))
+    images = images[::frames][:_MOST_SAMPLES]  # the first of each video
     prompts = config.get("prompts") or [""]
     written = []
     for number, image in enumerate(images):
