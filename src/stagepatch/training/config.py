@@ -31,7 +31,7 @@ class TrainingConfig:
         warmup_steps: steps over which the rate rises from zero.
         weight_decay: the optimizer's decay (DMP: 0).
         adam_beta1: first beta of AdamW and of what is built on it.
-        adam_beta2: the second.
+        adam_beta2: their second beta.
         max_grad_norm: clip the gradient's norm to this; 0 does not clip (DMP).
         ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
         ema_power: let the decay rise to ema_decay as 1 − (1 + step)^−power (DeMe's released code: 0.75); 0 lets it

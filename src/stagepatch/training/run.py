@@ -87,6 +87,9 @@ class Run:
         self.config_text = config_text or yaml.safe_dump(asdict(config), sort_keys=False)
         facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
         facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
+        self.timesteps = _own_part(config.timesteps, config) if config.component else config.timesteps
+        if (ends := self.timesteps.range) != [0.0, 1.0]:
+            facts["noise levels"] = f"{ends[0]:g} to {ends[1]:g}"
         self.method: Method = make_method(config, facts)
         if config.method == "none":
             raise UserError("method='none' trains nothing: give one that does.")
@@ -120,7 +123,6 @@ class Run:
         self.model, self.scheduler = model, scheduler
         self.assistant = self._load_assistant(named)
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
-        self.timesteps = _own_part(config.timesteps, config) if config.component else config.timesteps
         self.objective.timesteps = make_timesteps(self.timesteps, self.objective.levels)
         if config.balancing.name != "none":
             self._balance()
