@@ -295,6 +295,15 @@ def test_sampling_merges_once_a_step_and_gives_the_same_images(merges, tiny_dit,
 NOT_WEIGHED = ("ErnieImageTransformer2DModel", "QwenImageTransformer2DModel of edits")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_by_default_an_attentions_way_in_and_way_out_are_targets(family):
+    model = FAMILIES[family].model()
+    LoRA(LoRAConfig(rank=1)).prepare(model)
+    ends = {path.split(".lora_A")[0] for path, _ in model.named_parameters() if ".lora_A." in path}
+    for names in (("to_q", "to_query", "qkv", "img_qkv_proj"), ("to_out.0", "to_out", "attn.proj", "out_layer")):
+        assert any(path.endswith(names) for path in ends), names
+
+
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_WEIGHED])
 def test_all_targets_the_linear_layers_of_blocks(family):
     tiny = FAMILIES[family]

@@ -36,7 +36,9 @@ _GATE = "stage_gate."
 # In a file whose ranks are weighed by timestep: loaders of diffusers, which would run them unweighed, refuse a name
 # without "lora"; Flux's, which passes over those, an "alpha" that is no floating-point number.
 WEIGHED = "weighed_by_timestep"
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj")
+# Of diffusers' attention; of this DiT; of HiDream, PRX and Kandinsky, which have names of their own.
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj", "attn1.to_out", "img_qkv_proj")
+_ATTENTION += ("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer")
 
 
 class LoRA(Method):
