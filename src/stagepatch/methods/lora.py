@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from stagepatch.checkpoints import component_for
+from stagepatch.checkpoints import component_for, is_offloaded
 from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors
+from stagepatch.families import input_dtype
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import ROUTERS, LoRAConfig, MethodConfig
 from stagepatch.methods.lora_router import RoutedRanks, Router, make_router
@@ -32,6 +33,7 @@ FILE_NAME, CONFIG_NAME = "pytorch_lora_weights.safetensors", "lora.json"
 _GATE = "stage_gate."
 # In a file whose ranks are weighed by timestep: loaders that would run them unweighed refuse a name without "lora".
 _WEIGHED = "weighed_by_timestep"
+_FUSED = (torch.float32, torch.float64)
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj")
 
 
@@ -100,7 +102,7 @@ class LoRA(Method):
 
         That is for good, and for sampling. The weights are replaced, not written to: a model that shares them keeps
         them. What cannot be fused without loss stays an adapter: one whose ranks differ by timestep, and layers whose
-        weights are quantised or in half precision, which would round a small change away.
+        weights are quantised, offloaded or in half precision, which would round a small change away.
         """
         assert self.model is not None, "prepare or load comes first"
         assert self.ranks is not None
@@ -110,7 +112,8 @@ class LoRA(Method):
             if ADAPTER not in getattr(layer, "lora_A", ()):
                 continue
             base: Any = layer.base_layer
-            if type(base.weight) is nn.Parameter and base.weight.dtype in (torch.float32, torch.float64):
+            is_held = "forward" in vars(base)  # cast or moved as it computes
+            if not is_held and type(base.weight) is nn.Parameter and base.weight.dtype in _FUSED:
                 with torch.no_grad():
                     fused = base.weight + layer.get_delta_weight(ADAPTER)
                 base.weight = nn.Parameter(fused, requires_grad=False)
@@ -159,7 +162,7 @@ class LoRA(Method):
     def _inject(self, model: nn.Module) -> None:
         import peft  # slow to import
 
-        choices = self.config
+        choices, device = self.config, next(model.parameters()).device
         if choices.targets in ("all", ["all"]):
             targets = linear_layers_of_blocks(model)
         else:
@@ -168,6 +171,10 @@ class LoRA(Method):
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         with as_user_error(f"lora targets={targets} cannot be had in {type(model).__name__}", ValueError):
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        adapters = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+        for parameter in adapters:  # peft keeps them as their layers are kept, which may be away, or in 8 bits
+            dtype = input_dtype(model) if parameter.element_size() == 1 else parameter.dtype
+            parameter.data = parameter.data.to(device if is_offloaded(model) else parameter.device, dtype)
         weigh: Weigh | None = None
         self.model, self.gate = model, None
         if choices.stage_gate in ROUTERS:
@@ -175,7 +182,7 @@ class LoRA(Method):
             self.ranks = RoutedRanks(model, ADAPTER, router)
         else:
             if choices.num_stages > 1:
-                weigh = self.gate = _make_gate(choices).to(next(model.parameters()).device)
+                weigh = self.gate = _make_gate(choices).to(device)
             elif 0 < choices.min_rank < choices.rank:
                 weigh = partial(rank_mask, rank=choices.rank, min_rank=choices.min_rank)
             self.ranks = Ranks(model, ADAPTER, weigh)
