@@ -17,6 +17,7 @@ from torch import nn
 from stagepatch.checkpoints import (
     MemoryConfig,
     has_plain_weights,
+    is_plain,
     load_denoiser,
     load_pipeline,
     memory,
@@ -29,7 +30,7 @@ from stagepatch.families import input_dtype
 from stagepatch.methods import BitFit, LoRA, LoRAConfig, load_learned
 from stagepatch.patch import Patch, PatchConfig
 from stagepatch.sampling import SamplingConfig, attach_guide
-from stagepatch.training import read_log
+from stagepatch.training import TrainConfig, read_log, train_all
 from tests.runs import options
 from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
@@ -221,6 +222,29 @@ def test_a_guide_shares_its_memory(way, base, tmp_path):
     assert not torch.allclose(own, other, atol=1e-3)
 
 
+def test_what_its_backward_pass_keeps_of_the_weights_is_as_the_config_says(way, base):
+    """Of bytes that autograd keeps, most of the blocks' weights, or none. Modulation has no gradient to carry."""
+
+    def kept_bytes(model):
+        Patch.create(model, PatchConfig()).train().attach(model)
+        own = {value.untyped_storage().data_ptr() for value in model.parameters() if is_plain(value)}
+        kept = {}
+
+        def keep(value):
+            if value.numel() and type(value) is torch.Tensor and value.untyped_storage().data_ptr() not in own:
+                kept[value.untyped_storage().data_ptr()] = value.numel() * value.element_size(), value
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            SD3.call(model)
+        return sum(size for size, _ in kept.values())
+
+    plain, given = load_denoiser(base)[0].requires_grad_(False), config(way, base)
+    weights = sum(4 * layer.weight.numel() for layer in memory.block_layers(plain).values())
+    share = (kept_bytes(load_denoiser(base, memory=given)[0].requires_grad_(False)) - kept_bytes(plain)) / weights
+    assert share > 0.5 if given.needs_checkpointing else share < 0.01
+
+
 def test_in_bfloat16_it_computes_in_bfloat16(way, base):
     model, _ = load_denoiser(base, torch.bfloat16, memory=config(way, base))
     plain, _ = load_denoiser(base, torch.bfloat16)
@@ -313,9 +337,10 @@ def test_train_and_sample_take_it_and_a_run_goes_on_with_the_same_alone(pipeline
             "trains the model's own weights; memory.* is of a model that stays",
         ),
         (["--memory.layerwise_casting", "--memory.gguf=a.gguf"], "memory.gguf and memory.layerwise_casting are two"),
-        (["--memory.layerwise_casting"], "need training.gradient_checkpointing"),
+        (["--memory.layerwise_casting"], "needs training.gradient_checkpointing"),
         (["--memory.group_offload", CASTING[1]], "memory.group_offload needs an accelerator, and there is none here"),
-        (["--memory.gguf=nowhere.gguf"], "'nowhere.gguf' is no GGUF file"),
+        (["--memory.quantization=torchao_int8"], "needs training.gradient_checkpointing"),
+        (["--memory.gguf=nowhere.gguf", CASTING[1]], "'nowhere.gguf' is no GGUF file"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(pipeline, capsys, given, message):
@@ -344,6 +369,18 @@ def test_gguf_files_of_something_else_are_refused(base, tiny_dit, tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="holds no SD3Transformer2DModel of this config"):
         load_denoiser(base, memory=replace(given, gguf=str(tmp_path / "broken.gguf")))
+
+
+def test_a_gguf_file_is_one_denoiser(monkeypatch, tmp_path):
+    both = {"transformer": (0.0, 0.5), "transformer_2": (0.5, 1.0)}
+    monkeypatch.setattr("stagepatch.training.several.denoiser_ranges", lambda _: both)
+    with pytest.raises(UserError, match="is one denoiser: name it with --component"):
+        train_all(TrainConfig(memory=MemoryConfig(gguf="a.gguf")))
+    for name in both:
+        (tmp_path / name).mkdir()
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(UserError, match=r"is one denoiser; .* has transformer, transformer_2"):
+        load_pipeline(tmp_path, MemoryConfig(gguf="a.gguf"))
 
 
 def test_diffusers_is_told_which_layers_stay(base):

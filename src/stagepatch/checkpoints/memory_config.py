@@ -33,6 +33,7 @@ class MemoryConfig:
             raise UserError(f"memory.{given[0]} and memory.{given[1]} are two ways to hold one base: leave one out.")
 
     @property
-    def changes_weights(self) -> bool:
-        """Whether the weights are other numbers than the model's own in `dtype`."""
-        return self.quantization != "none" or bool(self.gguf) or self.layerwise_casting
+    def needs_checkpointing(self) -> bool:
+        """Whether a backward pass keeps the weights that its forward computed with, in `dtype`: all of a model's, or
+        with gradient checkpointing one block's. bitsandbytes makes them anew."""
+        return self != MemoryConfig() and not self.quantization.startswith("bitsandbytes")

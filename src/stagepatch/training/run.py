@@ -235,17 +235,16 @@ def _check_memory(config: TrainConfig, is_frozen: bool, is_given: bool) -> None:
         raise UserError(
             f"objective='{config.objective}' with start_from samples from a copy of the model: leave out memory.*."
         )
-    if memory.layerwise_casting or memory.group_offload:
-        if not config.training.gradient_checkpointing:
-            raise UserError(
-                "memory.layerwise_casting and memory.group_offload need training.gradient_checkpointing: without it "
-                "the backward pass keeps all of what was cast or moved."
-            )
-        if config.assistant_lora:
-            raise UserError(
-                "An assistant_lora is kept as the layers that it is on, with memory.layerwise_casting or "
-                "memory.group_offload not as it computes: leave one out."
-            )
+    if memory.needs_checkpointing and not config.training.gradient_checkpointing:
+        raise UserError(
+            "memory.* of this kind needs training.gradient_checkpointing: without it the backward pass keeps all "
+            "weights as the forward computed with them. Only bitsandbytes goes without."
+        )
+    if config.assistant_lora and (memory.layerwise_casting or memory.group_offload):
+        raise UserError(
+            "An assistant_lora is kept as the layers that it is on, with memory.layerwise_casting or "
+            "memory.group_offload not as it computes: leave one out."
+        )
     check_available(memory)
 
 
