@@ -339,6 +339,7 @@ def test_train_and_sample_take_it_and_a_run_goes_on_with_the_same_alone(pipeline
         (["--memory.layerwise_casting", "--memory.gguf=a.gguf"], "memory.gguf and memory.layerwise_casting are two"),
         (["--memory.layerwise_casting"], "needs training.gradient_checkpointing"),
         (["--memory.group_offload", CASTING[1]], "memory.group_offload needs an accelerator, and there is none here"),
+        (["--memory.layerwise_casting", "--training.shard_base"], "training.shard_base and memory.* are two ways"),
         (["--memory.quantization=torchao_int8"], "needs training.gradient_checkpointing"),
         (["--memory.gguf=nowhere.gguf", CASTING[1]], "'nowhere.gguf' is no GGUF file"),
     ],

@@ -235,6 +235,8 @@ def _check_memory(config: TrainConfig, is_frozen: bool, is_given: bool) -> None:
         raise UserError(
             f"objective='{config.objective}' with start_from samples from a copy of the model: leave out memory.*."
         )
+    if config.training.shard_base:
+        raise UserError("training.shard_base and memory.* are two ways to hold one base: leave one out.")
     if memory.needs_checkpointing and not config.training.gradient_checkpointing:
         raise UserError(
             "memory.* of this kind needs training.gradient_checkpointing: without it the backward pass keeps all "
