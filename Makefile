@@ -2,13 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs assets bench bench-quick papers-small clean
+.PHONY: demo test test-quantization check docs assets bench bench-quick papers-small clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
 
 test: .venv/installed
 	$(BIN)/pytest
+
+# Of libraries that are not in `dev`, since each makes every import of diffusers or peft slower.
+test-quantization: .venv/quantization
+	PYTHONPATH=.venv/quantization $(BIN)/pytest --numprocesses=0 tests/checkpoints/test_memory.py
+
+.venv/quantization: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ bitsandbytes torchao
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -1,10 +1,10 @@
 """Peak memory of training a patch on a large frozen base in bfloat16, against the base's own bytes.
 
-    python benchmarks/memory.py [--hidden 3072 --layers 3 --batch 4]
+    python benchmarks/memory.py [--hidden 3072 --layers 3 --batch 4] [--held torchao_int8]
 
 A DiT of few, wide blocks with random weights is written, and a process of its own trains a patch on it for two steps
 with gradient checkpointing. Its peak resident memory is counted from after the same on a tiny model, so that libraries
-are not counted.
+are not counted. With `--held`, a quantisation or 'layerwise_casting', also what of it is held once it is loaded.
 """
 
 import argparse
@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stagepatch import DiT, Run, TrainConfig, TrainingConfig
-from stagepatch.checkpoints import load_denoiser, save_denoiser
+from stagepatch.checkpoints import MemoryConfig, load_denoiser, save_denoiser
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--method", default="dmp")
+    parser.add_argument("--held", default="none", help="memory.quantization, or 'layerwise_casting'")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -60,7 +62,10 @@ def measure(directory: Path, arguments: argparse.Namespace) -> None:
     block = saved_by_a_block(model, arguments.batch)
     count = sum(value.numel() for value in model.parameters())
     sizes = f"{base / 1e6:,.0f} MB in bfloat16; activations of one block {block / 1e6:,.1f} MB"
+    held, _ = load_denoiser(directory / "large", torch.bfloat16, memory=memory_of(arguments))
+    kept = sum(held_bytes(value) for value in held.parameters())
     print(f"base: {count:,} parameters, {sizes}")
+    print(f"held as {arguments.held}: {kept / 1e6:,.0f} MB = {kept / base:.3f} × the base")
     print(f"peak of training: {peak / 1e6:,.0f} MB = {(peak - block) / base:.3f} × the base + one block's activations")
 
 
@@ -71,12 +76,27 @@ def train(directory: Path, name: str, arguments: argparse.Namespace) -> None:
     config = TrainConfig(
         model=str(directory / name),
         dtype="bfloat16",
+        memory=memory_of(arguments),
         output_dir=str(directory / f"{name}-run"),
         method=arguments.method,
         data=DataConfig(source="digits"),
         training=training,
     )
     Run(config).train(progress=False)
+
+
+def memory_of(arguments: argparse.Namespace) -> MemoryConfig:
+    """What `--held` says."""
+    if arguments.held == "layerwise_casting":
+        return MemoryConfig(layerwise_casting=True)
+    return MemoryConfig(quantization=arguments.held)
+
+
+def held_bytes(value: torch.Tensor) -> int:
+    """Of a tensor, or of those that a quantised one is made of."""
+    if not is_traceable_wrapper_subclass(value):
+        return value.numel() * value.element_size()
+    return sum(held_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
 
 
 def saved_by_a_block(model: DiT, batch: int) -> int:

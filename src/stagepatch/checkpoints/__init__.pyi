@@ -28,6 +28,12 @@ from .loading import save_config as save_config
 from .loading import save_denoiser as save_denoiser
 from .loading import takes_captions as takes_captions
 from .loading import temporal_factor as temporal_factor
+from .memory import check_available as check_available
+from .memory import has_plain_weights as has_plain_weights
+from .memory import is_offloaded as is_offloaded
+from .memory import is_plain as is_plain
+from .memory import on_device as on_device
+from .memory_config import MemoryConfig as MemoryConfig
 from .projection import add_projections as add_projections
 from .projection import fold_projections as fold_projections
 from .routing import add_routing as add_routing

@@ -5,9 +5,11 @@ Each kind has its own reach; caches, journals and stages keep them, so none may 
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from stagepatch.checkpoints.layout import denoiser_reader
 from stagepatch.core import TensorReader
@@ -42,8 +44,17 @@ def module_fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        for part in _parts(tensor):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(tensor: Any) -> list[Tensor]:
+    """A tensor, or those that a library's own kind of tensor, such as a quantised one, is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def files_fingerprint(directory: Path) -> str:

@@ -15,12 +15,15 @@ from torch import Tensor
 from stagepatch import models
 from stagepatch.checkpoints.layout import (
     DENOISERS,
+    SECOND,
     TEXT_PARTS,
     component_for,
     denoiser_directory,
     denoiser_ranges,
     find_model,
 )
+from stagepatch.checkpoints.memory import check_available, hold, load_gguf, quantization_of
+from stagepatch.checkpoints.memory_config import MemoryConfig
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
 from stagepatch.checkpoints.routing import WINDOWS, attach_routing
 from stagepatch.core import TensorReader, UserError, as_user_error, read_json, read_tensors, write_tensors
@@ -37,7 +40,12 @@ _HEAVY = {"transformer", "transformer_2", "unconditional_transformer", "unet", "
 _HEAVY |= {"image_encoder", "feature_extractor", "safety_checker", "text_processor", "pe", "prompt_enhancer_head"}
 
 
-def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32, component: str = "") -> tuple[Any, Any]:
+def load_denoiser(
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    component: str = "",
+    memory: MemoryConfig | None = None,
+) -> tuple[Any, Any]:
     """The denoiser of a model, in eval mode on the CPU, and its scheduler.
 
     Args:
@@ -45,10 +53,11 @@ def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32, compon
         dtype: of its weights, but for those that its class keeps in float32. They are read in it: there is no moment
             with two copies.
         component: the denoiser's name, in a model that has several.
+        memory: how it is held, if it is to stay frozen.
 
     Raises:
-        UserError: no such directory, files missing, truncated or foreign, an unknown class, or several denoisers and
-            none is named.
+        UserError: no such directory, files missing, truncated or foreign, an unknown class, several denoisers and none
+            is named, or a way to hold it that cannot be had.
     """
     directory = find_model(source)
     if not component and len(ranges := denoiser_ranges(directory)) > 1:
@@ -57,7 +66,7 @@ def load_denoiser(source: str | Path, dtype: torch.dtype = torch.float32, compon
             f"'{source}' has several denoisers, {each}: name one with `component`. `stagepatch train` and `stagepatch "
             f"sample` take such a model whole; other commands do not know of them."
         )
-    model = _load_model(denoiser_directory(directory, component), dtype)
+    model = _load_model(denoiser_directory(directory, component), dtype, memory)
     model.register_to_config(_name_or_path=str(source))
     return model, load_scheduler(directory)
 
@@ -79,10 +88,7 @@ def load_scheduler(source: str | Path) -> Any:
 
 def build_denoiser(source: str | Path, component: str = "") -> Any:
     """The denoiser of a model on the meta device: its shape without its weights."""
-    directory = denoiser_directory(find_model(source), component)
-    model_class: Any = _class_of(directory)
-    with torch.device("meta"):
-        return model_class.from_config(read_json(directory / "config.json"))
+    return _shape(denoiser_directory(find_model(source), component))
 
 
 def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -156,21 +162,25 @@ def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) 
     return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
 
 
-def load_pipeline(source: str | Path, **options: Any) -> Any:
+def load_pipeline(source: str | Path, memory: MemoryConfig | None = None, **options: Any) -> Any:
     """The whole pipeline.
 
     Args:
+        memory: how its denoisers are held, if they are to stay frozen.
         options: of diffusers' `from_pretrained`.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    directory = find_model(source, ["*"])
+    directory, memory = find_model(source, ["*"]), memory or MemoryConfig()
     if not (directory / "model_index.json").exists():
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
-    for name in DENOISERS:
-        if name not in options and _holds_own_parts(directory / name):
-            options[name] = _load_model(directory / name, options.get("torch_dtype") or torch.float32)
+    denoisers = [name for name in (*DENOISERS, SECOND) if (directory / name).is_dir()]
+    if memory.gguf and len(denoisers) > 1:
+        raise UserError(f"memory.gguf='{memory.gguf}' is one denoiser; '{source}' has {', '.join(denoisers)}.")
+    for name in denoisers:
+        if name not in options and (memory != MemoryConfig() or _holds_own_parts(directory / name)):
+            options[name] = _load_model(directory / name, options.get("torch_dtype") or torch.float32, memory)
     with _ONE_AT_A_TIME, as_user_error(f"The pipeline in '{directory}' cannot be loaded", *_UNLOADABLE):
         return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
 
@@ -236,25 +246,48 @@ def _family(directory: Path) -> Family:
     return family_of(_class_of(denoiser_directory(directory)))
 
 
-def _load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+def _load_model(directory: Path, dtype: torch.dtype = torch.float32, memory: MemoryConfig | None = None) -> Any:
+    memory = memory or MemoryConfig()
+    check_available(memory)
     model_class: Any = _class_of(directory)
+    if memory.gguf:
+        with _ONE_AT_A_TIME:
+            return load_gguf(model_class, directory, Path(memory.gguf), dtype)
     is_quantized = "quantization_config" in read_json(directory / "config.json")
     has_other_files = any(directory.glob("diffusion_pytorch_model*")) and not (directory / _WEIGHTS).exists()
     if not is_quantized and not has_other_files and _check_weights(model_class, directory):
+        if memory.quantization != "none":
+            raise UserError(
+                f"'{directory}' holds projections or routing of stagepatch, of which diffusers' quantisation does not "
+                f"know: leave memory.quantization out."
+            )
         tensors, _ = read_tensors(directory / _WEIGHTS)
         model = _with_own_parts(model_class, directory, tensors)
         model.load_state_dict(tensors)
-        return model.eval() if dtype == torch.float32 else model.eval().to(dtype)
+        return hold(model.eval() if dtype == torch.float32 else model.eval().to(dtype), memory, dtype)
     if _holds_own_parts(directory):
         raise UserError(
             f"'{directory}' holds projections or routing of stagepatch, which are read from '{_WEIGHTS}' alone: save "
             f"the model again with save_denoiser."
         )
+    options: dict[str, Any] = {}
+    if memory.quantization != "none":
+        if is_quantized:
+            raise UserError(f"'{directory}' is quantised already: leave memory.quantization out.")
+        options["quantization_config"] = quantization_of(memory, dtype, _shape(directory))
     # Several files, or a variant or format that diffusers knows.
     variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
     variant = next((name for name in ("fp16", "bf16") if name in variants), None)
     with _ONE_AT_A_TIME, as_user_error(f"The weights in '{directory}' cannot be loaded", *_UNLOADABLE):
-        return model_class.from_pretrained(directory, variant=variant, torch_dtype=dtype).eval()
+        model = model_class.from_pretrained(directory, variant=variant, torch_dtype=dtype, **options)
+    return hold(model.eval(), memory, dtype)
+
+
+def _shape(directory: Path) -> Any:
+    """A model of a config on the meta device: its shape without its weights."""
+    model_class: Any = _class_of(directory)
+    with torch.device("meta"):
+        return model_class.from_config(read_json(directory / "config.json"))
 
 
 def _with_own_parts(model_class: Any, directory: Path, tensors: Mapping[str, Tensor]) -> Any:

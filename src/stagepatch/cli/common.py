@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stagepatch.checkpoints import load_denoiser
+from stagepatch.checkpoints import MemoryConfig, load_denoiser, on_device
 from stagepatch.core import UserError, processes, progress_bar
 from stagepatch.methods import DMP, LoRA, PerDenoiser, open_learned
 from stagepatch.training import RUN_CONFIG as RUN_CONFIG
@@ -22,10 +22,12 @@ def say(text: str) -> None:
         print(text)
 
 
-def load_on_device(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_on_device(
+    name: str, dtype: torch.dtype = torch.float32, memory: MemoryConfig | None = None
+) -> tuple[nn.Module, Any]:
     """A denoiser on this process's device, and its scheduler."""
-    model, scheduler = load_denoiser(name, dtype)
-    return model.to(processes().device), scheduler
+    model, scheduler = load_denoiser(name, dtype, memory=memory)
+    return on_device(model, processes().device), scheduler
 
 
 @contextmanager

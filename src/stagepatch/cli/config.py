@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stagepatch.analysis.config import AnalyzeConfig as AnalyzeConfig
+from stagepatch.checkpoints import MemoryConfig
 from stagepatch.data import DataConfig
 from stagepatch.evaluation.config import EvaluationConfig
 from stagepatch.patch import PatchConfig
@@ -47,6 +48,7 @@ class SampleConfig:
         model: a model directory, a Hub id, 'digits' or 'fashion'. A model with a VAE is sampled by its own
             pipeline and scheduler.
         dtype: of all its weights, but for those that its classes keep in float32.
+        memory: how the denoiser is held in memory; see docs/memory.md.
         prompts: captions, in turn, for a model that takes them.
         classes: class labels, in turn, for a model that takes them; empty for all.
         patch: directory of a patch, or of what another method learned; empty for the base model.
@@ -60,6 +62,7 @@ class SampleConfig:
     output_dir: str = "runs/sample"
     model: str = "digits"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     prompts: list[str] = field(default_factory=list)
     classes: list[int] = field(default_factory=list)
     patch: str = ""
@@ -97,6 +100,7 @@ class EvaluateConfig(EvaluationConfig):
         output_dir: takes metrics.json and the resolved config.
         model: a model directory, 'digits' or 'fashion'.
         dtype: of the denoiser's weights, but for those that its class keeps in float32.
+        memory: how it is held in memory; see docs/memory.md.
         patch: directory of a patch, or of what another method learned; with one, base and patched model are compared
             from the same noise.
         patch_scale: factor on the patch's prompts; 1 as trained.
@@ -108,6 +112,7 @@ class EvaluateConfig(EvaluationConfig):
     output_dir: str = "runs/evaluate"
     model: str = "digits"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     patch: str = ""
     patch_scale: float = 1.0
     schedule: str = ""

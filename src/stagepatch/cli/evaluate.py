@@ -20,7 +20,7 @@ def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     cache = Path(config.cache or directory / "cache")
     dtype = getattr(torch, config.dtype)
     evaluator = Evaluator.load(config.model, config.data, config.extractor, cache, config.held_out, text_dtype=dtype)
-    model, scheduler = load_on_device(config.model, dtype)
+    model, scheduler = load_on_device(config.model, dtype, config.memory)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
     attach_guide(model, scheduler, config.sampling)
     total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)

@@ -31,9 +31,9 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     directory = Path(config.output_dir)
     dtype = getattr(torch, config.dtype)
     if is_pipeline(config.model):
-        model, scheduler = load_pipeline(config.model, torch_dtype=dtype).to(processes().device), None
+        model, scheduler = load_pipeline(config.model, config.memory, torch_dtype=dtype).to(processes().device), None
     else:
-        model, scheduler = load_on_device(config.model, dtype)
+        model, scheduler = load_on_device(config.model, dtype, config.memory)
     attach_guide(model, scheduler or model.scheduler, config.sampling)
     sampling = _put_experts_on(config, model, scheduler) if config.schedule else config.sampling
     if config.patch:

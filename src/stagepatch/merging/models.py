@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stagepatch.checkpoints.layout import denoiser_directory, denoiser_reader
 from stagepatch.checkpoints.projection import PROJECTION
-from stagepatch.core import TensorReader, UserError, write_stream
+from stagepatch.core import TensorReader, UserError, read_json, write_stream
 from stagepatch.merging.config import SUM, MergeMethod, check_weights
 from stagepatch.merging.dare import drop
 from stagepatch.merging.fisher_mean import Fishers, fisher_mean
@@ -131,8 +131,12 @@ def open_all(base: Path, stages: Sequence[Path]) -> list[ProjectedReader]:
     """The tensors of the base, and of stages of the same architecture.
 
     Raises:
-        UserError: a stage whose tensors have other names or shapes than the base's.
+        UserError: quantised weights, or a stage whose tensors have other names or shapes than the base's.
     """
+    for directory in (base, *stages):
+        config = denoiser_directory(directory) / "config.json"
+        if config.exists() and "quantization_config" in read_json(config):
+            raise UserError(f"The weights in '{directory}' are quantised, and such are not merged: give plain ones.")
     opened = [denoiser_reader(directory) for directory in (base, *stages)]
     base_reader, *others = readers = [ProjectedReader(each, opened) for each in opened]
     for stage, other in zip(stages, others, strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from stagepatch.checkpoints import load_denoiser, save_denoiser
+from stagepatch.checkpoints import has_plain_weights, load_denoiser, save_denoiser
 from stagepatch.core import UserError, read_tensors, write_tensors
 from stagepatch.methods.base import Method
 
@@ -33,6 +33,8 @@ class Finetune(Method):
         self.trained: list[str] = []
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
+        if not has_plain_weights(model):
+            raise UserError(f"method='{self.name}' trains the model's own weights, and these are quantised.")
         self.model = model.requires_grad_(False).eval()
         chosen = self._choose(model)
         self.trained = list(chosen)
@@ -54,9 +56,11 @@ class Finetune(Method):
         """See `Method`.
 
         Raises:
-            UserError: no such file, or parameters that the model has not, or of other shapes.
+            UserError: no such file, a model that is quantised, or one without these parameters.
         """
         path = directory / WEIGHTS_NAME
+        if not has_plain_weights(model):
+            raise UserError(f"'{path}' are weights for a model that is not quantised: load it without memory.*.")
         if self.scheduler is None or path.exists():
             tensors, _ = read_tensors(path)
         else:

@@ -11,8 +11,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from stagepatch.checkpoints import component_for
+from stagepatch.checkpoints import component_for, is_offloaded
 from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors, write_text
+from stagepatch.families import input_dtype
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import ROUTERS, LoRAConfig, MethodConfig
 from stagepatch.methods.lora_card import CARD_NAME, lora_card
@@ -36,9 +37,12 @@ _GATE = "stage_gate."
 # In a file whose ranks are weighed by timestep: loaders of diffusers, which would run them unweighed, refuse a name
 # without "lora"; Flux's, which passes over those, an "alpha" that is no floating-point number.
 WEIGHED = "weighed_by_timestep"
+_FUSED = (torch.float32, torch.float64)
 # Of diffusers' attention; of this DiT; of HiDream, PRX and Kandinsky, which have names of their own.
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj", "attn1.to_out", "img_qkv_proj")
-_ATTENTION += ("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer")
+_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj", "attn1.to_out", "img_qkv_proj"),
+    *("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"),
+)
 
 
 class LoRA(Method):
@@ -110,7 +114,7 @@ class LoRA(Method):
 
         That is for good, and for sampling. The weights are replaced, not written to: a model that shares them keeps
         them. What cannot be fused without loss stays an adapter: one whose ranks differ by timestep, and layers whose
-        weights are quantised or in half precision, which would round a small change away.
+        weights are quantised, offloaded or in half precision, which would round a small change away.
         """
         assert self.model is not None, "prepare or load comes first"
         assert self.ranks is not None
@@ -120,7 +124,8 @@ class LoRA(Method):
             if ADAPTER not in getattr(layer, "lora_A", ()):
                 continue
             base: Any = layer.base_layer
-            if type(base.weight) is nn.Parameter and base.weight.dtype in (torch.float32, torch.float64):
+            is_held = "forward" in vars(base)  # cast or moved as it computes
+            if not is_held and type(base.weight) is nn.Parameter and base.weight.dtype in _FUSED:
                 with torch.no_grad():
                     fused = base.weight + layer.get_delta_weight(ADAPTER)
                 base.weight = nn.Parameter(fused, requires_grad=False)
@@ -172,7 +177,7 @@ class LoRA(Method):
     def _inject(self, model: nn.Module) -> None:
         import peft  # slow to import
 
-        choices = self.config
+        choices, device = self.config, next(model.parameters()).device
         if choices.targets in ("all", ["all"]):
             targets = linear_layers_of_blocks(model)
         else:
@@ -181,6 +186,10 @@ class LoRA(Method):
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         with as_user_error(f"lora targets={targets} cannot be had in {type(model).__name__}", ValueError):
             peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        adapters = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+        for parameter in adapters:  # peft keeps them as their layers are kept, which may be away, or in 8 bits
+            dtype = input_dtype(model) if parameter.element_size() == 1 else parameter.dtype
+            parameter.data = parameter.data.to(device if is_offloaded(model) else parameter.device, dtype)
         weigh: Weigh | None = None
         self.model, self.gate = model, None
         if choices.stage_gate in ROUTERS:
@@ -188,7 +197,7 @@ class LoRA(Method):
             self.ranks = RoutedRanks(model, ADAPTER, router)
         else:
             if choices.num_stages > 1:
-                weigh = self.gate = _make_gate(choices).to(next(model.parameters()).device)
+                weigh = self.gate = _make_gate(choices).to(device)
             elif 0 < choices.min_rank < choices.rank:
                 weigh = partial(rank_mask, rank=choices.rank, min_rank=choices.min_rank)
             self.ranks = Ranks(model, ADAPTER, weigh)

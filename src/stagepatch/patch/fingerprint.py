@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagepatch.checkpoints import is_plain
 from stagepatch.core import as_json
 
 _SAMPLED = 16  # parameters, of which the first few numbers are kept
@@ -25,8 +26,8 @@ class Fingerprint:
         model_id: the directory or Hub id that it was loaded from; '' where it was not.
         architecture: hash of its parameters' names and shapes; '' where they cannot be read (quantized).
         config: its config, to say what differs.
-        weights: the first numbers of some of its parameters; none where they are not in memory.
-        dtype: that of those numbers, which bounds how exactly they compare.
+        weights: the first numbers of some of its parameters; none of those that are not in memory, or quantised.
+        dtype: the coarsest of those numbers, which bounds how exactly they compare.
     """
 
     model_id: str = ""
@@ -45,18 +46,19 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     }
     config: dict[str, Any] = dict(getattr(model, "config", None) or {})
     named = {name: value for name, value in config.items() if not name.startswith("_") and name not in _IGNORED}
-    is_plain = all(parameter.is_floating_point() for parameter in parameters.values())
+    is_readable = all(parameter.is_floating_point() for parameter in parameters.values())
     shapes = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(parameters.items()))
     matrices = sorted(name for name, parameter in parameters.items() if parameter.ndim > 1)
     chosen = matrices[:: max(1, len(matrices) // _SAMPLED)]
-    first = {name: _whole(parameters[name].detach()).flatten()[:_NUMBERS] for name in chosen}
-    in_memory = is_plain and not any(parameters[name].is_meta for name in chosen)
+    plain = [name for name in chosen if is_plain(parameters[name]) and not parameters[name].is_meta]
+    first = {name: _whole(parameters[name].detach()).flatten()[:_NUMBERS].float().tolist() for name in plain}
+    dtypes = [parameters[name].dtype for name in plain] or [next(iter(parameters.values())).dtype]
     return Fingerprint(
         model_id=str(config.get("_name_or_path") or ""),
-        architecture=hashlib.sha256(shapes.encode()).hexdigest() if is_plain else "",
-        config=as_json({name: value for name, value in named.items() if _is_plain(value)}),
-        weights={name: numbers.float().tolist() for name, numbers in first.items()} if in_memory else {},
-        dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
+        architecture=hashlib.sha256(shapes.encode()).hexdigest() if is_readable else "",
+        config=as_json({name: value for name, value in named.items() if _is_simple(value)}),
+        weights=first,
+        dtype=str(max(dtypes, key=_coarseness)).removeprefix("torch."),
     )
 
 
@@ -65,9 +67,13 @@ def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _is_plain(value: Any) -> bool:
+def _coarseness(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 1.0
+
+
+def _is_simple(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
+        return all(_is_simple(item) for item in value)
     return value is None or isinstance(value, bool | int | float | str)
 
 
@@ -83,7 +89,7 @@ def architecture_differences(made_for: Fingerprint, model: Fingerprint) -> list[
 def warn_of_other_weights(made_for: Fingerprint, model: Fingerprint) -> None:
     """Warn where a model has the architecture that a patch was trained on, but other weights."""
     dtypes = [getattr(torch, one.dtype, torch.float32) for one in (made_for, model)]
-    tolerance = 2.0 * max(torch.finfo(dtype).eps if dtype.is_floating_point else 1.0 for dtype in dtypes)
+    tolerance = 2.0 * max(map(_coarseness, dtypes))
     for name in (name for name in made_for.weights if name in model.weights):
         ours, theirs = torch.tensor(made_for.weights[name]), torch.tensor(model.weights[name])
         if not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-6):

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from stagepatch.checkpoints import BUNDLED, load_denoiser
+from stagepatch.checkpoints import BUNDLED, is_offloaded, is_plain, load_denoiser
 from stagepatch.core import UserError, as_user_error, read_yaml, write_text
 from stagepatch.families import input_dtype
 from stagepatch.methods import open_learned
@@ -98,9 +98,14 @@ def _copy(model: nn.Module, shares_memory: bool) -> nn.Module:
         raise UserError(
             "what was learned goes on the bare model, and that has a patch or experts: detach these first."
         )
+    if is_offloaded(model):
+        raise UserError("its weights would be moved apart from those of the model: leave memory.group_offload out.")
     shared: dict[int, Any] = {}
     if shares_memory:
-        shared = {id(value): nn.Parameter(value.detach(), requires_grad=False) for value in model.parameters()}
+        # Quantised weights, and such as are cast where they are, are more than their numbers.
+        plain = [value for value in model.parameters() if is_plain(value)]
+        shared = {id(value): value for value in model.parameters()}
+        shared |= {id(value): nn.Parameter(value.detach(), requires_grad=False) for value in plain}
         shared |= {id(value): value for value in model.buffers()}
     return copy.deepcopy(model, shared)
 

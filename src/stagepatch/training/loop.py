@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from stagepatch.checkpoints import is_offloaded, on_device
 from stagepatch.core import (
     CONFLICTS,
     GLOBAL,
@@ -105,7 +106,7 @@ def train(
     if config.shard_base:
         shard_base(model)
     else:
-        model.to(accelerator.device)
+        on_device(model, accelerator.device)
     if config.gradient_checkpointing:
         _checkpoint_gradients(model, is_alone=ddo is None)
     groups = method.prepare(model)
@@ -143,7 +144,7 @@ def train(
 
     if config.compile:
         model.compile()
-    step = accelerator.prepare(loss)
+    step = accelerator.prepare(loss, device_placement=[not is_offloaded(model)])
     share = (accelerator.process_index, accelerator.num_processes)
     loader = load_batches(dataset, config.batch_size, start, config.steps, config.seed, num_workers, *share)
     conditions = Conditions(model, dataset)

@@ -12,11 +12,14 @@ import torch
 import yaml
 
 from stagepatch.checkpoints import (
+    MemoryConfig,
     build_denoiser,
+    check_available,
     denoiser_ranges,
     has_vae,
     is_pipeline,
     load_denoiser,
+    on_device,
     sign_of_distillation,
 )
 from stagepatch.core import UserError, processes, write_text
@@ -83,6 +86,7 @@ class Run:
         self.config = config
         self.directory = Path(config.output_dir)
         own = {name: getattr(config, name) for name in _IDENTITY} | config.learns_by()
+        own["memory"] = replace(config.memory, group_offload=False)  # which changes nothing that is learned
         self.identity = dict(identity or own)
         self.config_text = config_text or yaml.safe_dump(asdict(config), sort_keys=False)
         facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
@@ -97,6 +101,7 @@ class Run:
             raise UserError(
                 f"method='{config.method}' trains the model's own weights, which dtype='{config.dtype}' spoils."
             )
+        _check_memory(config, is_frozen=not isinstance(self.method, Finetune), is_given=model is not None)
         self.start_from = Path(config.start_from) if config.start_from else None
         if self.start_from is not None and (kind := open_learned(self.start_from).kind) != self.method.kind:
             raise UserError(
@@ -117,7 +122,7 @@ class Run:
             self.config = config = replace(config, patch=patch)
             self.method = make_method(config, facts)
         if model is None:
-            model, scheduler = load_denoiser(named, dtype, config.component)
+            model, scheduler = load_denoiser(named, dtype, config.component, config.memory)
         if not named or not has_vae(named):
             check_channels(self.dataset, int(model.config["in_channels"]), config.data)
         self.model, self.scheduler = model, scheduler
@@ -168,7 +173,7 @@ class Run:
         """What looks at the run while it trains, and at the base as it is now, an assistant on it for losses."""
         config, training, checks = self.config.validation, self.config.training, list[Check]()
         if config.loss_every or config.every:
-            self.model.to(processes().device)
+            on_device(self.model, processes().device)
         if config.loss_every:
             held_out = load_held_out(self.config.data, self.dataset)
             size = max(1, training.batch_size // (processes().num_processes * training.gradient_accumulation_steps))
@@ -216,7 +221,7 @@ class Run:
 
     def load_fakes(self) -> Fakes:
         """Samples of the model as training finds it, made first if they are not there."""
-        model = self.model.to(processes().device)
+        model = on_device(self.model, processes().device)
         if self.start_from is not None:
             model = copy.deepcopy(model)
             load_learned(model, self.start_from)
@@ -229,6 +234,34 @@ def _trained_size(latents: Any) -> list[int]:
     """Frames, height and width of most of a cache's latents: prompts lie on the tokens that they are trained on."""
     most = max(latents.groups(), key=len)
     return list(latents[most[0]]["image"].shape[1:])
+
+
+def _check_memory(config: TrainConfig, is_frozen: bool, is_given: bool) -> None:
+    """Refuse to hold a model in a way in which this job cannot have it."""
+    memory = config.memory
+    if memory == MemoryConfig():
+        return
+    if not is_frozen:
+        raise UserError(f"method='{config.method}' trains the model's own weights; memory.* is of a model that stays.")
+    if is_given:
+        raise UserError("memory.* is of a model that is loaded here; hold the one that you give as you like.")
+    if config.start_from and config.objective != "denoising":
+        raise UserError(
+            f"objective='{config.objective}' with start_from samples from a copy of the model: leave out memory.*."
+        )
+    if config.training.shard_base:
+        raise UserError("training.shard_base and memory.* are two ways to hold one base: leave one out.")
+    if memory.needs_checkpointing and not config.training.gradient_checkpointing:
+        raise UserError(
+            "memory.* of this kind needs training.gradient_checkpointing: without it the backward pass keeps all "
+            "weights as the forward computed with them. Only bitsandbytes goes without."
+        )
+    if config.assistant_lora and (memory.layerwise_casting or memory.group_offload):
+        raise UserError(
+            "An assistant_lora is kept as the layers that it is on, with memory.layerwise_casting or "
+            "memory.group_offload not as it computes: leave one out."
+        )
+    check_available(memory)
 
 
 def _own_part(timesteps: TimestepsConfig, config: TrainConfig) -> TimestepsConfig:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from stagepatch.checkpoints import MemoryConfig
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, TimestepsConfig, WeightingConfig
 from stagepatch.methods import MethodConfig
@@ -25,6 +26,7 @@ class TrainConfig(MethodConfig):
             'transformer', 'transformer_2'); empty for all, one after the other. Each is trained in its own noise
             levels.
         dtype: of the frozen model's weights, and of the text encoders that make the cache; what is learned is float32.
+        memory: how the frozen model is held in memory; see docs/memory.md.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
         cache_batch_size: images, or frames of videos, encoded at a time for the cache.
@@ -46,6 +48,7 @@ class TrainConfig(MethodConfig):
     model: str = "digits"
     component: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     cache: str = ""
     cache_batch_size: int = 8
     assistant_lora: str = ""

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from stagepatch.checkpoints import denoiser_ranges
-from stagepatch.core import processes, write_json, write_text
+from stagepatch.core import UserError, processes, write_json, write_text
 from stagepatch.data import cache_directory
 from stagepatch.methods import PerDenoiser
 from stagepatch.training.run import RUN_CONFIG, Run
@@ -29,6 +29,8 @@ def train_all(config: TrainConfig, config_text: str = "") -> None:
     if config.component or len(ranges) == 1:
         Run(config, config_text=config_text).train()
         return
+    if config.memory.gguf:
+        raise UserError(f"memory.gguf='{config.memory.gguf}' is one denoiser: name it with --component.")
     directory, cache = Path(config.output_dir), str(cache_directory(config.cache, config.output_dir))
     for name in ranges:
         where = PerDenoiser.directory_of(directory, name)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from stagepatch.checkpoints import has_plain_weights
 from stagepatch.core import UserError, processes
 from stagepatch.families import describe
 
@@ -42,7 +43,7 @@ def shard_base(model: nn.Module) -> None:
             "training.shard_base shares the base among processes, and there is one: `accelerate launch "
             "--num_processes 2 -m stagepatch train …`."
         )
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+    if not has_plain_weights(model):
         raise UserError("training.shard_base takes no quantised base: leave one of the two out.")
     model.requires_grad_(False)
     name = type(model).__name__
