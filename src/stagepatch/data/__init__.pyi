@@ -1,3 +1,4 @@
+from .arrays import ArraySource as ArraySource
 from .cache_dataset import CachedLatents as CachedLatents
 from .cache_writer import build_cache as build_cache
 from .cache_writer import cache_key as cache_key
@@ -20,6 +21,8 @@ from .model_cache import check_channels as check_channels
 from .model_cache import load_training_data as load_training_data
 from .model_cache import make_cache as make_cache
 from .model_cache import with_channels as with_channels
+from .pixels import Pixels as Pixels
+from .pixels import decode_once as decode_once
 from .preprocess import bucket_sizes as bucket_sizes
 from .preprocess import center_crop_adm as center_crop_adm
 from .preprocess import fit_to_bucket as fit_to_bucket

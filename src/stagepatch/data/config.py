@@ -10,8 +10,9 @@ class DataConfig:
 
     Args:
         source: bundled data, 'digits' (scikit-learn's at 8×8, two thirds to train on) or 'fashion' (Fashion-MNIST at
-            16×16); a folder of images, a dataset of Hugging Face `datasets` (a saved one's directory, or a name on the
-            Hub), or WebDataset tar shards (their directory, or one .tar file).
+            16×16); a folder of images, a dataset of Hugging Face `datasets` (a saved one's directory, a .parquet file,
+            or a name on the Hub), WebDataset tar shards (their directory, or one .tar file), or an array of images: a
+            .npz, a .npy or an IDX file as MNIST's, with labels beside it.
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
             an image has at most that square's area.
         channels: 3 for colour, 1 for grey; 0 is as the model's images have.
@@ -19,14 +20,16 @@ class DataConfig:
         num_workers: loading processes beside the main one.
         format: what `source` is; 'auto' looks at what lies there. The Hub is asked only with 'datasets'.
         split: of a Hugging Face dataset that has splits.
-        image_column: of a Hugging Face dataset.
+        image_column: of a Hugging Face dataset, or the name of an array in a .npz.
         caption_column: of a Hugging Face dataset, or of a folder's metadata.jsonl or metadata.csv; '' for no captions.
             Strings, or lists of them, as COCO's five: each step then draws one, and samples take the first. A folder
             without metadata has them in captions*.json, as COCO does, or in a .txt beside each image, one a line.
-        label_column: of a Hugging Face dataset; '' for no labels.
+        label_column: of a Hugging Face dataset, or the name of an array in a .npz; '' for no labels.
         crop: 'center' makes squares; 'buckets' keeps an image's shape as near as multiples of `bucket_step` can.
         bucket_step: what height and width of a bucket are multiples of [pixels].
         max_broken: images that cannot be read are named and left out, up to so many.
+        in_memory: training in pixels, images of one size are decoded once and kept as bytes, if all of them take at
+            most so much memory [GiB, of each process]; 0 reads the files at every step.
     """
 
     source: str = "digits"
@@ -34,7 +37,7 @@ class DataConfig:
     channels: int = 0
     horizontal_flip: bool = False
     num_workers: int = 0
-    format: Literal["auto", "folder", "datasets", "webdataset"] = "auto"
+    format: Literal["auto", "folder", "datasets", "webdataset", "arrays"] = "auto"
     split: str = "train"
     image_column: str = "image"
     caption_column: str = "text"
@@ -42,3 +45,4 @@ class DataConfig:
     crop: Literal["center", "buckets"] = "center"
     bucket_step: int = 64
     max_broken: int = 10
+    in_memory: float = 2.0

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stagepatch.core import UserError
+from stagepatch.data.arrays import ArraySource, is_array
 from stagepatch.data.config import DataConfig
 from stagepatch.data.digits import load_digits
 from stagepatch.data.fashion import load_fashion
 from stagepatch.data.folder import FolderSource
-from stagepatch.data.huggingface import HuggingFaceSource, is_saved_dataset
+from stagepatch.data.huggingface import HuggingFaceSource, is_parquet, is_saved_dataset
 from stagepatch.data.images import Images
 from stagepatch.data.source import Source
 from stagepatch.data.webdataset import WebDatasetSource, find_shards
@@ -67,10 +68,12 @@ def open_source(config: DataConfig) -> Source:
         return WebDatasetSource(Path(config.source))
     if kind == "datasets":
         return HuggingFaceSource(config)
+    if kind == "arrays":
+        return ArraySource(config)
     return FolderSource(Path(config.source), config.caption_column)
 
 
-def find_format(path: Path) -> Literal["folder", "datasets", "webdataset"]:
+def find_format(path: Path) -> Literal["folder", "datasets", "webdataset", "arrays"]:
     """What lies at a path.
 
     Raises:
@@ -78,14 +81,16 @@ def find_format(path: Path) -> Literal["folder", "datasets", "webdataset"]:
     """
     if find_shards(path):
         return "webdataset"
-    if is_saved_dataset(path):
+    if is_array(path):
+        return "arrays"
+    if is_saved_dataset(path) or is_parquet(path):
         return "datasets"
     if path.is_dir():
         return "folder"
     raise UserError(
         f"No images at '{path}'. data.source can be {', '.join(map(repr, BUNDLED))}, a folder of images, a dataset "
-        f"saved by Hugging Face datasets, a directory of WebDataset shards or one .tar file; or a dataset on the Hub, "
-        f"with data.format=datasets."
+        f"saved by Hugging Face datasets, a .parquet file, a directory of WebDataset shards or one .tar file, a .npz, "
+        f".npy or IDX file; or a dataset on the Hub, with data.format=datasets."
     )
 
 

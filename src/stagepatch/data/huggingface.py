@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face `datasets`: saved on disk, or from the Hub."""
+"""Datasets of Hugging Face `datasets`: saved on disk, Parquet files, or from the Hub."""
 
 import io
 from pathlib import Path
@@ -23,10 +23,11 @@ class HuggingFaceSource:
     """Rows of a dataset.
 
     Args:
-        config: its source is a directory written by `save_to_disk`, or whatever else `datasets.load_dataset` takes;
-            split, where there are splits; image_column: images, as files' bytes or paths; caption_column: strings, or
-            lists of them, where '' or, for the name 'text', an absent column means no captions; label_column: whole
-            numbers from 0, where '' or, for the name 'label', an absent column means that all labels are 0.
+        config: its source is a directory written by `save_to_disk`, a .parquet file, or whatever else
+            `datasets.load_dataset` takes; split, where there are splits; image_column: images, as files' bytes or
+            paths; caption_column: strings, or lists of them, where '' or, for the name 'text', an absent column means
+            no captions; label_column: whole numbers from 0, where '' or, for the name 'label', an absent column means
+            that all labels are 0.
 
     Raises:
         UserError: `datasets` is not installed, no such dataset or split, or no such column.
@@ -82,19 +83,26 @@ def is_saved_dataset(directory: Path) -> bool:
     return any(all((directory / name).is_file() for name in names) for names in _SAVED)
 
 
+def is_parquet(path: Path) -> bool:
+    """Whether it is a .parquet file."""
+    return path.suffix == ".parquet" and path.is_file()
+
+
 def _load(path: str, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UserError("Hugging Face datasets are read by the package datasets: pip install datasets") from error
     try:
+        if is_parquet(Path(path)):
+            return datasets.load_dataset("parquet", data_files=path, split=split)
         if not is_saved_dataset(Path(path)):
             return datasets.load_dataset(path, split=split)
         dataset = datasets.load_from_disk(path)
     except Exception as error:
         raise UserError(
             f"Cannot load the dataset '{path}', split '{split}' ({type(error).__name__}: {error}): give a directory "
-            f"written by save_to_disk, or the name and split of a dataset on the Hub."
+            f"written by save_to_disk, a .parquet file, or the name and split of a dataset on the Hub."
         ) from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:

@@ -34,7 +34,7 @@ class Images(Dataset[dict[str, Any]]):
     def __init__(self, source: Source, config: DataConfig) -> None:
         if config.channels not in (0, 1, 3):
             raise UserError(f"data.channels={config.channels} must be 1 (grey) or 3 (colour).")
-        for name, lowest in (("image_size", 1), ("max_broken", 0)):
+        for name, lowest in (("image_size", 1), ("max_broken", 0), ("in_memory", 0)):
             if getattr(config, name) < lowest:
                 raise UserError(f"{name}={getattr(config, name)} must be at least {lowest}.")
         self.source = source

@@ -21,6 +21,7 @@ from stagepatch.data.cache_writer import build_cache, cache_key
 from stagepatch.data.config import DataConfig
 from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
 from stagepatch.data.images import Images
+from stagepatch.data.pixels import decode_once
 from stagepatch.families import takes_text
 
 # What of a data config decides the latents.
@@ -130,7 +131,8 @@ def load_training_data(
                 f"The model '{model}' takes text and has no VAE, in 'vae/', beside it: images in pixels are trained "
                 f"on with classes or with nothing, not with captions."
             )
-        return load_dataset(with_channels(data, model) if model else data)
+        dataset = load_dataset(with_channels(data, model) if model else data)
+        return decode_once(dataset) if isinstance(dataset, Images) else dataset
     directory = cache_directory(cache, output_dir)
     make_cache(directory, model, data, batch_size, text_dtype=text_dtype)
     return CachedLatents(directory)

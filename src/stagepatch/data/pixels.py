@@ -1,0 +1,49 @@
+"""Images of one size, decoded once: a step takes them from memory, not from files."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stagepatch.core import processes, progress_bar
+from stagepatch.data.images import Images
+
+_GIB = 2**30
+
+
+@dataclass(eq=False)
+class Pixels(Dataset[dict[str, Any]]):
+    """Images as bytes; items are as those of `Images`, but for captions.
+
+    Args:
+        images: uint8, [N, C, H, W].
+        labels: [N].
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index].float() / 127.5 - 1.0, "label": self.labels[index]}
+
+
+def decode_once(images: Images) -> Images | Pixels:
+    """Images that take no more memory than their config allows, decoded; others as they are, read at every step."""
+    config = images.config
+    size = len(images) * (config.channels or 3) * config.image_size**2
+    if config.crop != "center" or size > config.in_memory * _GIB:
+        return images
+    shape = (len(images), config.channels or 3, config.image_size, config.image_size)
+    pixels = torch.empty(shape, dtype=torch.uint8)
+    with progress_bar(disable=not processes().is_main_process) as progress:
+        task = progress.add_task("reading images", total=len(images), status="")
+        for index in range(len(images)):
+            # Back to the byte that it was: (byte / 127.5 − 1) is exact to far below half of one.
+            pixels[index] = ((images[index]["image"] + 1.0) * 127.5).round().byte()
+            progress.advance(task)
+    return Pixels(pixels, torch.tensor(images.labels()))
