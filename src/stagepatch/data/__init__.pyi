@@ -3,6 +3,7 @@ from .cache_dataset import CachedLatents as CachedLatents
 from .cache_writer import build_cache as build_cache
 from .cache_writer import cache_key as cache_key
 from .config import DataConfig as DataConfig
+from .config import TagsConfig as TagsConfig
 from .dataset import BUNDLED as BUNDLED
 from .dataset import ImageDataset as ImageDataset
 from .dataset import in_memory as in_memory

@@ -97,7 +97,8 @@ def _check_key(directory: Path, key: dict[str, str]) -> None:
     if "preprocessing" in changed:
         then, now = (json.loads(each["preprocessing"]) for each in (plan, key))
         changed.remove("preprocessing")
-        changed += [f"{name} ({then.get(name)} then, {now[name]} now)" for name in now if then.get(name) != now[name]]
+        names = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+        changed += [f"{name} ({then.get(name)} then, {now.get(name)} now)" for name in names]
     if changed:
         raise UserError(
             f"The cache at '{directory}' is of something else: changed since are {'; '.join(changed)}. Give another "

@@ -1,7 +1,25 @@
 """Where images come from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass
+class TagsConfig:
+    """Captions of tags, separated by commas: variants of each are encoded with the cache, and each step draws one.
+
+    Args:
+        variants: of each caption, the first being itself; 1 leaves captions as they are.
+        shuffle: the others have their tags in another order.
+        dropout: probability that the others lack a tag, of each tag. Whole captions are dropped by
+            training.label_dropout.
+        keep_tokens: so many tags at the start stay where they are, and are never left out.
+    """
+
+    variants: int = 1
+    shuffle: bool = True
+    dropout: float = 0.0
+    keep_tokens: int = 0
 
 
 @dataclass
@@ -27,6 +45,7 @@ class DataConfig:
         label_column: of a Hugging Face dataset, or the name of an array in a .npz; '' for no labels.
         crop: 'center' makes squares; 'buckets' keeps an image's shape as near as multiples of `bucket_step` can.
         bucket_step: what height and width of a bucket are multiples of [pixels].
+        tags: variants of captions that are tags; for a model with a cache.
         max_broken: images that cannot be read are named and left out, up to so many.
         in_memory: training in pixels, images of one size are decoded once and kept as bytes, if all of them take at
             most so much memory [GiB, of each process]; 0 reads the files at every step.
@@ -44,5 +63,6 @@ class DataConfig:
     label_column: str = "label"
     crop: Literal["center", "buckets"] = "center"
     bucket_step: int = 64
+    tags: TagsConfig = field(default_factory=TagsConfig)
     max_broken: int = 10
     in_memory: float = 2.0

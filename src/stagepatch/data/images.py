@@ -11,6 +11,7 @@ from stagepatch.core import UserError
 from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
 from stagepatch.data.source import BROKEN, Source
+from stagepatch.data.tags import check_tags, tag_variants
 
 _LOGGER = logging.getLogger("stagepatch")
 _NAMED = 3
@@ -37,6 +38,7 @@ class Images(Dataset[dict[str, Any]]):
         for name, lowest in (("image_size", 1), ("max_broken", 0), ("in_memory", 0)):
             if getattr(config, name) < lowest:
                 raise UserError(f"{name}={getattr(config, name)} must be at least {lowest}.")
+        check_tags(config.tags)
         self.source = source
         self.config = config
         self._buckets = [(config.image_size, config.image_size)]
@@ -75,8 +77,12 @@ class Images(Dataset[dict[str, Any]]):
         return [self.source.label(index) for index in self._indices]
 
     def captions(self) -> list[list[str]]:
-        """The captions of each item."""
-        return [self.source.captions(index) for index in self._indices]
+        """The captions of each item, and of each the variants that the config asks for."""
+        tags = self.config.tags
+        return [
+            [variant for caption in self.source.captions(index) for variant in tag_variants(caption, tags)]
+            for index in self._indices
+        ]
 
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]

@@ -1,6 +1,6 @@
 """A model's cache of a data config: its parts loaded one after the other, each freed before the next."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ def make_cache(
     data = with_channels(data, model)
     source = open_source(data)
     preprocessing = {name: getattr(data, name) for name in _PREPROCESSING}
+    if data.tags.variants > 1:  # else as in caches of before there were any
+        preprocessing["tags"] = asdict(data.tags)
     key = cache_key(source.stamp(), preprocessing, encoder_directories(model))
     device = processes().device
     build_cache(
