@@ -17,6 +17,7 @@ from .huggingface import HuggingFaceSource as HuggingFaceSource
 from .images import Images as Images
 from .latents import decode_latents as decode_latents
 from .latents import encode_images as encode_images
+from .masks import normalized as normalized
 from .model_cache import cache_directory as cache_directory
 from .model_cache import check_channels as check_channels
 from .model_cache import load_training_data as load_training_data

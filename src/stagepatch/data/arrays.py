@@ -13,13 +13,14 @@ from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
 from stagepatch.data.config import DataConfig
+from stagepatch.data.source import Source
 
 _BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
 _IDX = re.compile(r"idx(\d)-ubyte(\.gz)?$")
 _LAYOUTS = "[N, H, W], [N, H, W, C] or [N, C, H, W] of uint8, with 1 or 3 channels"
 
 
-class ArraySource:
+class ArraySource(Source):
     """Images of an array of uint8, [N, H, W], [N, H, W, C] or [N, C, H, W], with 1 or 3 channels; no captions.
 
     Args:

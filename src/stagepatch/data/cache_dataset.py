@@ -16,7 +16,7 @@ _OPEN_FILES = 128
 
 
 class CachedLatents(Dataset[dict[str, Any]]):
-    """Items as `training.draws.draw` takes them: mean, standard deviation, label, and the caption's condition.
+    """Items as `training.draws.draw` takes them: mean, standard deviation, label, the caption's condition, and a mask.
 
     Args:
         directory: of a whole cache.
@@ -56,6 +56,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
             "std_flipped": latents.get_slice("std_flipped")[row],
             "label": int(self.index["label"][index]),
         }
+        if "mask" in latents.keys():  # noqa: SIM118 (it is no dict)
+            item["mask"] = latents.get_slice("mask")[row]
         if self._lengths:
             item["condition"] = self._condition(self._caption_of(index, caption))
         return item

@@ -45,6 +45,8 @@ class DataConfig:
         label_column: of a Hugging Face dataset, or the name of an array in a .npz; '' for no labels.
         crop: 'center' makes squares; 'buckets' keeps an image's shape as near as multiples of `bucket_step` can.
         bucket_step: what height and width of a bucket are multiples of [pixels].
+        masks: folder of masks for a folder of images, by the images' paths; without, an image's mask is
+            NAME-masklabel.png beside it. White counts fully in the loss, black not at all.
         tags: variants of captions that are tags; for a model with a cache.
         max_broken: images that cannot be read are named and left out, up to so many.
         in_memory: training in pixels, images of one size are decoded once and kept as bytes, if all of them take at
@@ -63,6 +65,7 @@ class DataConfig:
     label_column: str = "label"
     crop: Literal["center", "buckets"] = "center"
     bucket_step: int = 64
+    masks: str = ""
     tags: TagsConfig = field(default_factory=TagsConfig)
     max_broken: int = 10
     in_memory: float = 2.0

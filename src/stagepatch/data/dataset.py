@@ -70,7 +70,7 @@ def open_source(config: DataConfig) -> Source:
         return HuggingFaceSource(config)
     if kind == "arrays":
         return ArraySource(config)
-    return FolderSource(Path(config.source), config.caption_column)
+    return FolderSource(Path(config.source), config.caption_column, config.masks)
 
 
 def find_format(path: Path) -> Literal["folder", "datasets", "webdataset", "arrays"]:

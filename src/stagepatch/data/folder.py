@@ -8,12 +8,13 @@ from typing import Any
 from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
-from stagepatch.data.source import as_captions
+from stagepatch.data.masks import find_masks
+from stagepatch.data.source import Source, as_captions
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
-class FolderSource:
+class FolderSource(Source):
     """Images under a folder, with captions from the first of these that there is, one or several an image.
 
     - metadata.jsonl, whose captions are strings or lists of strings, or metadata.csv;
@@ -21,19 +22,23 @@ class FolderSource:
       'caption'. Images of COCO that are not in the folder are passed over;
     - beside an image, a .txt of its name: a caption a line.
 
+    An image's mask is `NAME-masklabel.png` beside it, or lies in a folder of masks; see `masks`.
+
     Args:
         directory: images lie in it or in its subfolders; subfolders in alphabetical order are labels 0, 1, ….
         caption_column: of the metadata, beside 'file_name' (relative to the folder); '' leaves all captions unread.
+        masks: folder of masks, by the images' paths; '' for masks beside images.
 
     Raises:
-        UserError: no such folder, no image in it, or metadata that do not fit it.
+        UserError: no such folder, no image in it, or metadata or masks that do not fit it.
     """
 
-    def __init__(self, directory: Path, caption_column: str = "text") -> None:
+    def __init__(self, directory: Path, caption_column: str = "text", masks: str = "") -> None:
         if not directory.is_dir():
             raise UserError(f"No image folder at '{directory}': give a folder of images, or 'digits'.")
         paths = (path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES)
-        self.paths = sorted(path for path in paths if path.is_file())
+        files = sorted(path for path in paths if path.is_file())
+        self.paths, self._masks = find_masks(directory, files, Path(masks) if masks else None)
         if not self.paths:
             raise UserError(f"No image in '{directory}': looked for {', '.join(sorted(SUFFIXES))}.")
         folders = sorted({path.parent for path in self.paths})
@@ -60,10 +65,22 @@ class FolderSource:
 
     def stamp(self) -> list[str]:
         stats = [path.stat() for path in self.paths]
-        return [
+        stamps = [
             f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{captions[0] if len(captions) == 1 else json.dumps(captions)}"
             for name, stat, captions in zip(self.names, stats, self._captions, strict=True)
         ]
+        for index, path in enumerate(self.paths):
+            if path in self._masks:
+                stat = self._masks[path].stat()
+                stamps[index] += f":mask:{stat.st_size}:{stat.st_mtime_ns}"
+        return stamps
+
+    def mask(self, index: int) -> Path | None:
+        return self._masks.get(self.paths[index])
+
+    @property
+    def has_masks(self) -> bool:
+        return bool(self._masks)
 
 
 def _read_captions(directory: Path, column: str, names: list[str]) -> dict[str, list[str]]:

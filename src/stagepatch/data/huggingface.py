@@ -8,7 +8,7 @@ from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
 from stagepatch.data.config import DataConfig
-from stagepatch.data.source import as_captions
+from stagepatch.data.source import Source, as_captions
 
 _SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 # By kind of column: the name that may be absent, what its dtype begins with, and what it holds, in words.
@@ -19,7 +19,7 @@ _COLUMNS = {
 }
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(Source):
     """Rows of a dataset.
 
     Args:

@@ -5,11 +5,13 @@ from itertools import chain
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from stagepatch.core import UserError
 from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
+from stagepatch.data.masks import check_mask, open_mask
 from stagepatch.data.source import BROKEN, Source
 from stagepatch.data.tags import check_tags, tag_variants
 
@@ -19,6 +21,8 @@ _NAMED = 3
 
 class Images(Dataset[dict[str, Any]]):
     """Items {"image": [C, H, W] in [−1, 1], "label": int, "caption": str}, of several captions the first.
+
+    Where any image has a mask, all have a "mask" [1, H, W] from 0 to 1, cropped as the image; those without, ones.
 
     Every header is read once, at the start; what is broken is named in one warning and left out. An image whose
     pixels turn out to be broken is replaced, at its own size, by the next good one, with a warning of its own.
@@ -88,15 +92,24 @@ class Images(Dataset[dict[str, Any]]):
         index = self._indices[candidate]
         with self.source.load(index) as file:
             image = preprocess.upright(file, self.config.channels or 3)
-        if self.config.crop == "buckets":
-            image = preprocess.fit_to_bucket(image, size)
-        else:
-            image = preprocess.center_crop_adm(image, self.config.image_size)
-        return {
-            "image": preprocess.to_tensor(image),
+        item: dict[str, Any] = {
+            "image": preprocess.to_tensor(self._cropped(image, size)),
             "label": self.source.label(index),
             "caption": self.source.captions(index)[0],
         }
+        if self.source.has_masks:
+            path = self.source.mask(index)
+            if path is None:
+                item["mask"] = torch.ones_like(item["image"][:1])
+            else:
+                mask = self._cropped(open_mask(path, (image.height, image.width)), size)
+                item["mask"] = (preprocess.to_tensor(mask) + 1.0) / 2.0
+        return item
+
+    def _cropped(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        if self.config.crop == "buckets":
+            return preprocess.fit_to_bucket(image, size)
+        return preprocess.center_crop_adm(image, self.config.image_size)
 
     def _read_headers(self) -> None:
         for index in range(len(self.source)):
@@ -109,6 +122,8 @@ class Images(Dataset[dict[str, Any]]):
             except BROKEN as error:
                 self._broken.append(self._describe(index, error))
                 continue
+            if (mask := self.source.mask(index)) is not None:
+                check_mask(mask, (height, width))
             self._indices.append(index)
             self._sizes.append(preprocess.nearest_bucket(width, height, self._buckets))
         # In shared memory, so that loading processes count together.

@@ -20,16 +20,19 @@ class Pixels(Dataset[dict[str, Any]]):
     Args:
         images: uint8, [N, C, H, W].
         labels: [N].
+        masks: uint8, [N, 1, H, W], where there are any.
     """
 
     images: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index].float() / 127.5 - 1.0, "label": self.labels[index]}
+        item = {"image": self.images[index].float() / 127.5 - 1.0, "label": self.labels[index]}
+        return item if self.masks is None else item | {"mask": self.masks[index].float() / 255.0}
 
 
 def decode_once(images: Images) -> Images | Pixels:
@@ -40,10 +43,14 @@ def decode_once(images: Images) -> Images | Pixels:
         return images
     shape = (len(images), config.channels or 3, config.image_size, config.image_size)
     pixels = torch.empty(shape, dtype=torch.uint8)
+    masks = torch.empty_like(pixels[:, :1]) if images.source.has_masks else None
     with progress_bar(disable=not processes().is_main_process) as progress:
         task = progress.add_task("reading images", total=len(images), status="")
         for index in range(len(images)):
             # Back to the byte that it was: (byte / 127.5 − 1) is exact to far below half of one.
-            pixels[index] = ((images[index]["image"] + 1.0) * 127.5).round().byte()
+            item = images[index]
+            pixels[index] = ((item["image"] + 1.0) * 127.5).round().byte()
+            if masks is not None:
+                masks[index] = (item["mask"] * 255.0).round().byte()
             progress.advance(task)
-    return Pixels(pixels, torch.tensor(images.labels()))
+    return Pixels(pixels, torch.tensor(images.labels()), masks)

@@ -1,6 +1,7 @@
 """What a source of images gives, item by item."""
 
 import struct
+from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
@@ -33,6 +34,15 @@ class Source(Protocol):
 
     def stamp(self) -> list[str]:
         """A string for each item that changes when its file does, found without reading images."""
+
+    def mask(self, index: int) -> Path | None:
+        """The image's mask, where it has one."""
+        return None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any image has one."""
+        return False
 
 
 def as_captions(value: Any) -> list[str]:

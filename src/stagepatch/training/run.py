@@ -102,6 +102,8 @@ class Run:
         cache = (config.cache, config.output_dir, config.cache_batch_size)
         dtype = getattr(torch, config.dtype)
         self.dataset: Any = load_training_data(named, config.data, *cache, dtype)
+        if config.objective == "ddo" and "mask" in self.dataset[0]:
+            raise UserError("objective='ddo' compares with samples of the model, which have no masks: train without.")
         if model is None:
             model, scheduler = load_denoiser(named, dtype, config.component)
         if not named or not has_vae(named):
