@@ -55,7 +55,7 @@ def main() -> None:
         began = time.perf_counter()
         images = Images(open_source(config), config)
         opened = time.perf_counter()
-        pixels = decode_once(images)
+        (pixels,) = decode_once([images])
         print(f"headers {opened - began:.2f} s, decoding {time.perf_counter() - opened:.2f} s")
         speeds: dict[str, list[float]] = {"files": [], "memory": []}
         for number in range(arguments.rounds):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stagepatch.core import UserError
+
 
 @dataclass
 class TagsConfig:
@@ -23,6 +25,21 @@ class TagsConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several data sets.
+
+    Args:
+        source: as data.source, none of the bundled ones.
+        repeats: how often an epoch shows each of its items.
+        masks: as data.masks.
+    """
+
+    source: str = ""
+    repeats: int = 1
+    masks: str = ""
+
+
+@dataclass
 class DataConfig:
     """Training images.
 
@@ -31,6 +48,8 @@ class DataConfig:
             16×16); a folder of images, a dataset of Hugging Face `datasets` (a saved one's directory, a .parquet file,
             or a name on the Hub), WebDataset tar shards (their directory, or one .tar file), or an array of images: a
             .npz, a .npy or an IDX file as MNIST's, with labels beside it.
+        sources: several data sets in place of `source`, such as [{source: A, repeats: 10}, {source: B}]; all else here
+            is for each of them.
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
             an image has at most that square's area.
         channels: 3 for colour, 1 for grey; 0 is as the model's images have.
@@ -54,6 +73,7 @@ class DataConfig:
     """
 
     source: str = "digits"
+    sources: list[SourceConfig] = field(default_factory=list)
     image_size: int = 256
     channels: int = 0
     horizontal_flip: bool = False
@@ -69,3 +89,19 @@ class DataConfig:
     tags: TagsConfig = field(default_factory=TagsConfig)
     max_broken: int = 10
     in_memory: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Name several data sets in `source`.
+
+        Raises:
+            UserError: they are given beside another `source`, or with values that make no sense.
+        """
+        if not self.sources:
+            return
+        named = ", ".join(each.source for each in self.sources)
+        if self.source not in ("digits", named) or self.masks:
+            raise UserError("data.sources stands in place of data.source and data.masks: give the one or the other.")
+        for each in self.sources:
+            if not each.source or each.repeats < 1:
+                raise UserError(f"data.sources: each names a source, and repeats={each.repeats} must be at least 1.")
+        self.source = named

@@ -17,6 +17,8 @@ from stagepatch.data.fashion import load_fashion
 from stagepatch.data.folder import FolderSource
 from stagepatch.data.huggingface import HuggingFaceSource, is_parquet, is_saved_dataset
 from stagepatch.data.images import Images
+from stagepatch.data.mixture import Mixture, check_alike, split_sources
+from stagepatch.data.pixels import decode_once
 from stagepatch.data.source import Source
 from stagepatch.data.webdataset import WebDatasetSource, find_shards
 
@@ -41,11 +43,15 @@ BUNDLED: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {"digits": load_dig
 Split = Literal["train", "held_out", "tune"]
 
 
-def load_dataset(config: DataConfig, split: Split = "train") -> Dataset[dict[str, Any]]:
+def load_dataset(config: DataConfig, split: Split = "train", decode: bool = False) -> Dataset[dict[str, Any]]:
     """The dataset that a config names. Only those of BUNDLED have a held-out split.
 
+    Args:
+        decode: once, as far as memory allows; see `decode_once`.
+
     Raises:
-        UserError: nothing at the source, no image in it, too many broken ones, or no such split.
+        UserError: nothing at the source, no image in it, too many broken ones, no such split, or sources that do not
+            go together.
     """
     if config.source in BUNDLED:
         if split == "tune" and config.source == "digits":
@@ -54,15 +60,23 @@ def load_dataset(config: DataConfig, split: Split = "train") -> Dataset[dict[str
                 "Of the digits there are 'train' and 'held_out'."
             )
         return ImageDataset(*BUNDLED[config.source](split))
-    return Images(open_source(config), config)
+    configs = split_sources(config)
+    sources = [open_source(each) for each in configs]
+    if config.sources:
+        check_alike(sources, [each.source for each in configs])
+    datasets = [Images(source, each) for source, each in zip(sources, configs, strict=True)]
+    parts = decode_once(datasets) if decode else datasets
+    return Mixture(parts, config) if config.sources else parts[0]
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that a config names, other than those of BUNDLED.
+    """The source that a config names, other than those of BUNDLED; of several see `split_sources`.
 
     Raises:
         UserError: nothing at the source, or no image in it.
     """
+    if config.source in BUNDLED:
+        raise UserError(f"The bundled '{config.source}' is trained on alone: give it as data.source.")
     kind = find_format(Path(config.source)) if config.format == "auto" else config.format
     if kind == "webdataset":
         return WebDatasetSource(Path(config.source))

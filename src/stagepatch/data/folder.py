@@ -44,6 +44,7 @@ class FolderSource(Source):
         folders = sorted({path.parent for path in self.paths})
         classes = {folder: label for label, folder in enumerate(folders)}
         self.labels = [classes[path.parent] for path in self.paths]
+        self._class_names = [path.relative_to(directory).as_posix() for path in folders if folders != [directory]]
         self.names = [path.relative_to(directory).as_posix() for path in self.paths]
         captions = _read_captions(directory, caption_column, self.names) if caption_column else {}
         self._captions = [captions.get(name, [""]) for name in self.names]
@@ -74,6 +75,10 @@ class FolderSource(Source):
                 stat = self._masks[path].stat()
                 stamps[index] += f":mask:{stat.st_size}:{stat.st_mtime_ns}"
         return stamps
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
 
     def mask(self, index: int) -> Path | None:
         return self._masks.get(self.paths[index])

@@ -73,6 +73,11 @@ class HuggingFaceSource(Source):
     def name(self, index: int) -> str:
         return f"row {index} of '{self.path}'"
 
+    @property
+    def class_names(self) -> list[str]:
+        feature = None if self._labels is None else self._labels.features[self._names[2]]
+        return list(getattr(feature, "names", None) or [])
+
     def stamp(self) -> list[str]:
         prefix = ":".join([self._fingerprint, *self._names])
         return [f"{prefix}:{index}" for index in range(len(self))]

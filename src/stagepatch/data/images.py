@@ -76,6 +76,10 @@ class Images(Dataset[dict[str, Any]]):
         """(height, width) [pixels] of each item, known from the headers."""
         return list(self._sizes)
 
+    def stamp(self) -> list[str]:
+        """A string for each of the source's images that changes when its file does."""
+        return self.source.stamp()
+
     def labels(self) -> list[int]:
         """The class of each item."""
         return [self.source.label(index) for index in self._indices]
@@ -99,11 +103,9 @@ class Images(Dataset[dict[str, Any]]):
         }
         if self.source.has_masks:
             path = self.source.mask(index)
-            if path is None:
-                item["mask"] = torch.ones_like(item["image"][:1])
-            else:
-                mask = self._cropped(open_mask(path, (image.height, image.width)), size)
-                item["mask"] = (preprocess.to_tensor(mask) + 1.0) / 2.0
+            white = Image.new("L", (size[1], size[0]), 255)
+            mask = white if path is None else self._cropped(open_mask(path), size)
+            item["mask"] = (preprocess.to_tensor(mask) + 1.0) / 2.0
         return item
 
     def _cropped(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:

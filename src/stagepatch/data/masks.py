@@ -45,30 +45,28 @@ def find_masks(
     return images, found
 
 
-def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+def open_mask(path: Path) -> Image.Image:
     """A mask as a grey image, decoded.
 
-    Args:
-        size: (height, width) [pixels] of its image, both turned as EXIF says.
-
     Raises:
-        UserError: it cannot be read, or is of another size.
+        UserError: it cannot be read.
     """
     with as_user_error(f"Cannot read the mask '{path}'", *BROKEN), Image.open(path) as file:
-        mask = upright(file, 1)
-    _check_size(path, (mask.height, mask.width), size)
-    return mask
+        return upright(file, 1)
 
 
 def check_mask(path: Path, size: tuple[int, int]) -> None:
-    """`open_mask`'s errors, as far as the header shows them."""
+    """Refuse a mask that cannot be read or does not fit its image.
+
+    Args:
+        size: (height, width) [pixels] of its image, turned as EXIF says.
+
+    Raises:
+        UserError: it cannot, or does not.
+    """
     with as_user_error(f"Cannot read the mask '{path}'", *BROKEN), Image.open(path) as file:
         found = upright_size(file)
         file.verify()
-    _check_size(path, found, size)
-
-
-def _check_size(path: Path, found: tuple[int, int], size: tuple[int, int]) -> None:
     if found != size:
         raise UserError(
             f"The mask '{path}' is {found[1]}×{found[0]} pixels, and its image {size[1]}×{size[0]}: make them alike."

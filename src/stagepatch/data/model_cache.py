@@ -1,5 +1,7 @@
 """A model's cache of a data config: its parts loaded one after the other, each freed before the next."""
 
+import hashlib
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from stagepatch.checkpoints import (
 from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import build_cache, cache_key
-from stagepatch.data.config import DataConfig
+from stagepatch.data.config import DataConfig, SourceConfig
 from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
 from stagepatch.data.images import Images
-from stagepatch.data.pixels import decode_once
+from stagepatch.data.mixture import Mixture, check_alike, split_sources
 from stagepatch.families import takes_text
 
 # What of a data config decides the latents.
@@ -77,15 +79,22 @@ def make_cache(
 ) -> None:
     """Make the cache of images and captions for a model with a VAE, or check the one that is there.
 
-    A whole cache is only compared with its key: neither images nor encoders are loaded.
+    A whole cache is only compared with its key: neither images nor encoders are loaded. Of several data sets each has
+    a cache of its own in the directory, which is found again when it is trained on beside others.
 
     Args:
         dtype: that the VAE computes in.
         text_dtype: that text encoders, which may be larger than the denoiser, are loaded in.
 
     Raises:
-        UserError: the directory holds the cache of something else.
+        UserError: the directory holds the cache of something else, or data sets do not go together.
     """
+    if data.sources:
+        configs = split_sources(data)
+        check_alike([open_source(each) for each in configs], [each.source for each in configs])
+        for named, each in zip(data.sources, configs, strict=True):
+            make_cache(directory / cache_name(named), model, each, batch_size, dtype, text_dtype)
+        return
     if data.source in BUNDLED:
         height, width = load_dataset(data)[0]["image"].shape[1:]
         raise UserError(
@@ -133,8 +142,24 @@ def load_training_data(
                 f"The model '{model}' takes text and has no VAE, in 'vae/', beside it: images in pixels are trained "
                 f"on with classes or with nothing, not with captions."
             )
-        dataset = load_dataset(with_channels(data, model) if model else data)
-        return decode_once(dataset) if isinstance(dataset, Images) else dataset
+        return load_dataset(with_channels(data, model) if model else data, decode=True)
     directory = cache_directory(cache, output_dir)
     make_cache(directory, model, data, batch_size, text_dtype=text_dtype)
-    return CachedLatents(directory)
+    return open_cache(directory, data)
+
+
+def open_cache(directory: Path, data: DataConfig) -> CachedLatents | Mixture:
+    """What `make_cache` made of a data config.
+
+    Raises:
+        UserError: it is not whole, or not there.
+    """
+    if not data.sources:
+        return CachedLatents(directory)
+    return Mixture([CachedLatents(directory / cache_name(each)) for each in data.sources], data)
+
+
+def cache_name(source: SourceConfig) -> str:
+    """Of the directory of one of several data sets' cache, whatever the others and its repeats are."""
+    digest = hashlib.sha256(json.dumps([source.source, source.masks]).encode()).hexdigest()
+    return f"{Path(source.source).name}-{digest[:8]}"

@@ -1,5 +1,6 @@
 """Images of one size, decoded once: a step takes them from memory, not from files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stagepatch.core import processes, progress_bar
+from stagepatch.data.config import DataConfig
 from stagepatch.data.images import Images
 
 _GIB = 2**30
@@ -19,28 +21,41 @@ class Pixels(Dataset[dict[str, Any]]):
 
     Args:
         images: uint8, [N, C, H, W].
-        labels: [N].
+        classes: [N].
         masks: uint8, [N, 1, H, W], where there are any.
     """
 
     images: Tensor
-    labels: Tensor
+    classes: Tensor
     masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = {"image": self.images[index].float() / 127.5 - 1.0, "label": self.labels[index]}
+        item = {"image": self.images[index].float() / 127.5 - 1.0, "label": self.classes[index]}
         return item if self.masks is None else item | {"mask": self.masks[index].float() / 255.0}
 
+    def labels(self) -> list[int]:
+        """The class of each item."""
+        labels: list[int] = self.classes.tolist()
+        return labels
 
-def decode_once(images: Images) -> Images | Pixels:
-    """Images that take no more memory than their config allows, decoded; others as they are, read at every step."""
-    config = images.config
-    size = len(images) * (config.channels or 3) * config.image_size**2
+    def sizes(self) -> list[tuple[int, ...]]:
+        """(height, width) [pixels] of each item."""
+        return [tuple(self.images.shape[2:])] * len(self)
+
+
+def decode_once(datasets: Sequence[Images]) -> Sequence[Images | Pixels]:
+    """Data sets of one config, decoded; those that would take more memory than it allows as they are, in files."""
+    config = datasets[0].config
+    size = sum(map(len, datasets)) * (config.channels or 3) * config.image_size**2
     if config.crop != "center" or size > config.in_memory * _GIB:
-        return images
+        return datasets
+    return [_decode(images, config) for images in datasets]
+
+
+def _decode(images: Images, config: DataConfig) -> Pixels:
     shape = (len(images), config.channels or 3, config.image_size, config.image_size)
     pixels = torch.empty(shape, dtype=torch.uint8)
     masks = torch.empty_like(pixels[:, :1]) if images.source.has_masks else None

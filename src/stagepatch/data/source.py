@@ -35,6 +35,11 @@ class Source(Protocol):
     def stamp(self) -> list[str]:
         """A string for each item that changes when its file does, found without reading images."""
 
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes 0, 1, …, where they are known."""
+        return []
+
     def mask(self, index: int) -> Path | None:
         """The image's mask, where it has one."""
         return None
