@@ -178,6 +178,12 @@ def test_the_cache_has_masks_on_the_latents_grid(tmp_path, folder):
     assert (none == 1).all()
 
 
+def test_masks_are_for_folders(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 8, 8), np.uint8))
+    with pytest.raises(UserError, match=r"data\.masks='masks' is for a folder of images"):
+        load(tmp_path / "a.npy", masks="masks")
+
+
 def test_ddo_is_refused(tmp_path, folder, capsys):
     given = ["--model=fashion", f"--data.source={folder}", "--data.image_size=16", f"--output_dir={tmp_path / 'run'}"]
     assert main(["train", *given, "--objective=ddo"]) == 2

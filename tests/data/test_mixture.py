@@ -111,6 +111,19 @@ def test_sources_that_mean_different_things_are_refused(two, files, captions, me
             load_dataset(mixed((two[0], 1), (two[1], 1), caption_column=""))
 
 
+def test_names_of_classes_go_across_formats(two, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_dict({"image": [picture(1), picture(2)], "label": [2, 0]})
+    rows = rows.cast_column("image", datasets.Image())
+    for number, names in enumerate((["ant", "bee", "cat"], ["ant", "cat", "bee"])):
+        named = rows.cast_column("label", datasets.ClassLabel(names=names))
+        named.save_to_disk(tmp_path / f"{number}")
+    assert load_dataset(mixed((two[0], 1), (tmp_path / "0", 1))).labels() == [0, 1, 2, 2, 0]
+    with pytest.raises(UserError, match=r"Class 1 of '.*A' is 'bee', but of '.*1' it is 'cat'"):
+        load_dataset(mixed((two[0], 1), (tmp_path / "1", 1)))
+
+
 def test_what_cannot_be_is_refused(two):
     for choices, message in (
         ({"sources": [SourceConfig(str(two[0]), 0)]}, "repeats=0 must be at least 1"),

@@ -7,7 +7,7 @@ from PIL import Image
 
 from stagepatch.core import UserError
 from stagepatch.data import DataConfig, Images, Pixels, decode_once, load_training_data
-from tests.data.reading import load
+from tests.data.reading import load, picture
 from tests.runs import run
 
 
@@ -35,6 +35,17 @@ def test_items_are_bit_for_bit_those_of_the_files_and_files_are_read_once(folder
             assert torch.equal(one["image"], other["image"])
             assert one["label"] == other["label"]
     assert pixels.labels() == [0, 0, 0, 1, 1, 1]
+
+
+def test_an_image_that_breaks_when_it_is_decoded_is_replaced_with_its_label(folder):
+    path = folder / "a" / "9.jpg"
+    picture(100, (16, 16)).save(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    images = load(folder, image_size=16)
+    (pixels,) = decode_once([images])
+    assert images.labels() == [0, 0, 0, 0, 1, 1, 1]
+    assert pixels.labels() == [0, 0, 0, 1, 1, 1, 1]
+    assert torch.equal(pixels[3]["image"], pixels[4]["image"])
 
 
 def test_what_is_too_large_or_of_several_sizes_stays_in_files(folder):

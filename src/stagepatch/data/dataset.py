@@ -78,6 +78,8 @@ def open_source(config: DataConfig) -> Source:
     if config.source in BUNDLED:
         raise UserError(f"The bundled '{config.source}' is trained on alone: give it as data.source.")
     kind = find_format(Path(config.source)) if config.format == "auto" else config.format
+    if config.masks and kind != "folder":
+        raise UserError(f"data.masks='{config.masks}' is for a folder of images, which '{config.source}' is not.")
     if kind == "webdataset":
         return WebDatasetSource(Path(config.source))
     if kind == "datasets":

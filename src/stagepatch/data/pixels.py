@@ -49,8 +49,8 @@ class Pixels(Dataset[dict[str, Any]]):
 def decode_once(datasets: Sequence[Images]) -> Sequence[Images | Pixels]:
     """Data sets of one config, decoded; those that would take more memory than it allows as they are, in files."""
     config = datasets[0].config
-    size = sum(map(len, datasets)) * (config.channels or 3) * config.image_size**2
-    if config.crop != "center" or size > config.in_memory * _GIB:
+    size = sum(len(images) * ((config.channels or 3) + images.source.has_masks) for images in datasets)
+    if config.crop != "center" or size * config.image_size**2 > config.in_memory * _GIB:
         return datasets
     return [_decode(images, config) for images in datasets]
 
@@ -58,6 +58,7 @@ def decode_once(datasets: Sequence[Images]) -> Sequence[Images | Pixels]:
 def _decode(images: Images, config: DataConfig) -> Pixels:
     shape = (len(images), config.channels or 3, config.image_size, config.image_size)
     pixels = torch.empty(shape, dtype=torch.uint8)
+    classes = torch.empty(len(images), dtype=torch.long)
     masks = torch.empty_like(pixels[:, :1]) if images.source.has_masks else None
     with progress_bar(disable=not processes().is_main_process) as progress:
         task = progress.add_task("reading images", total=len(images), status="")
@@ -65,7 +66,8 @@ def _decode(images: Images, config: DataConfig) -> Pixels:
             # Back to the byte that it was: (byte / 127.5 − 1) is exact to far below half of one.
             item = images[index]
             pixels[index] = ((item["image"] + 1.0) * 127.5).round().byte()
+            classes[index] = item["label"]  # of the image that is shown, in place of a broken one too
             if masks is not None:
                 masks[index] = (item["mask"] * 255.0).round().byte()
             progress.advance(task)
-    return Pixels(pixels, torch.tensor(images.labels()), masks)
+    return Pixels(pixels, classes, masks)
