@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.cosmos import pipeline_cosmos2_text2image
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
 from diffusers.pipelines.prx import pipeline_prx
 from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
@@ -186,14 +187,16 @@ CHAT_OF_ROLES = (
 )
 
 
-def qwen_tokenizer(chat_template: str | None = None) -> Any:
+def qwen_tokenizer(
+    chat_template: str | None = None, kind: Any = transformers.Qwen2Tokenizer, special: tuple[str, ...] = ()
+) -> Any:
     """A token a word for WORDS, else a token a byte: Qwen-Image drops the 34 tokens of its template."""
     roles = ["system", "user", "assistant", "Describe"]
     merges, merged = _merges([*(f"Ġ{word}" for word in WORDS), *roles])
     vocab = _numbered([*sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, "<|endoftext|>"])
-    special = ["<|im_start|>", "<|im_end|>"]
-    more = {"additional_special_tokens": special, "model_max_length": 2048, "chat_template": chat_template}
-    return transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, **more)
+    marks = ["<|im_start|>", "<|im_end|>", *special]
+    more = {"additional_special_tokens": marks, "model_max_length": 2048, "chat_template": chat_template}
+    return kind(vocab=vocab, merges=merges, **more)
 
 
 def _printable() -> list[str]:
@@ -217,6 +220,27 @@ def hunyuan_tokenizer() -> Any:
     """A token for each word and mark of HunyuanVideo's template and for WORDS, else a token a byte or letter."""
     words = sorted({*WORDS, *re.findall(r"\w+", LLAMA_TEMPLATE)})
     return gemma_tokenizer(words=words)
+
+
+class TokenizerAsProcessor(transformers.Qwen2Tokenizer):  # type: ignore[misc]
+    """In place of Qwen3-VL's processor, which needs torchvision, and does no more for text alone."""
+
+    @property
+    def tokenizer(self) -> TokenizerAsProcessor:
+        return self
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> list[list[int]]:
+        said = [f"<|im_start|>{message['role']}\n{message['content'][0]['text']}<|im_end|>\n" for message in messages]
+        return [self("".join(said)).input_ids]
+
+
+# Pipelines are saved with the library of each part and its name there.
+TokenizerAsProcessor.__module__, transformers.TokenizerAsProcessor = "transformers", TokenizerAsProcessor
+
+
+def qwen3_processor() -> Any:
+    """A token a word for WORDS and roles, else a token a byte."""
+    return qwen_tokenizer(kind=TokenizerAsProcessor, special=("<|image_pad|>",))
 
 
 # Text encoders.
@@ -333,7 +357,7 @@ def qwen_vl(tokenizer: Any) -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def qwen3_vl(tokenizer: Any, layers: int = 2) -> Any:
+def qwen3_vl(tokenizer: Any, layers: int = 2, generates: bool = False) -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
     text = {
         **_SMALL,
@@ -344,7 +368,8 @@ def qwen3_vl(tokenizer: Any, layers: int = 2) -> Any:
     }
     widths = {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": TEXT_CHANNELS}
     vision = {**widths, "depth": 1, "num_heads": 2, "patch_size": 4, "deepstack_visual_indexes": [0]}
-    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
+    kind = transformers.Qwen3VLForConditionalGeneration if generates else transformers.Qwen3VLModel
+    return kind(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
 # VAEs, of 4 latent channels.
@@ -402,6 +427,15 @@ def movq() -> Any:
 # Smaller by 4; that of Wan by 2 over time too.
 qwen_vae = partial(diffusers.AutoencoderKLQwenImage, **_VIDEO_VAE)
 wan_vae = partial(diffusers.AutoencoderKLWan, **_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=4)
+
+# Smaller by 16, of red, green, blue and alpha.
+qwen21_vae = partial(
+    diffusers.AutoencoderKLQwenImage21,
+    **{**_VIDEO_VAE, "dim_mult": [1, 1, 1, 1, 1], "temperal_downsample": [False, True, True, True]},
+    decoder_base_dim=8,
+    in_channels=4,
+    out_channels=4,
+)
 
 # Smaller by 16.
 fibo_vae = partial(
@@ -492,6 +526,31 @@ UMT5 = (t5_tokenizer, partial(t5, kind="UMT5"))
 GEMMA = (gemma_tokenizer, gemma)
 OF_13_LAYERS = {"llm_features_dim": 13 * TEXT_CHANNELS}
 PLAIN_CAPTION = {"length": 32, "clean_caption": False, "use_resolution_binning": False}
+
+
+class Unasked(nn.Module):
+    """In place of Cosmos' safety checker, which is not installed here, and finds nothing."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+pipeline_cosmos2_text2image.CosmosSafetyChecker = Unasked
+
+
+class Cosmos2TextToImagePipeline(diffusers.Cosmos2TextToImagePipeline):  # type: ignore[misc]
+    """Saves no safety checker; diffusers' own, which then loads it, makes one anew."""
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        checker = self.safety_checker
+        self.register_modules(safety_checker=None)
+        super().save_pretrained(*args, **options)
+        self.register_modules(safety_checker=checker)
 
 
 def prompted(length: int | None = None, **more: Any) -> dict[str, Any]:
@@ -588,6 +647,16 @@ PIPELINES: dict[str, Tiny] = {
         [(qwen_tokenizer, qwen_vl)],
         arguments=prompted(64, negative_prompt=" "),
         sample_size=[8, 8],
+    ),
+    "QwenImage21Transformer2DModel": Tiny(
+        diffusers.QwenImage21Pipeline,
+        flow_match(**_DYNAMIC, max_shift=0.9, max_image_seq_len=8192),
+        qwen21_vae,
+        made={"processor": qwen3_processor, "text_encoder": lambda: qwen3_vl(qwen3_processor(), generates=True)},
+        pixels=(64, 64),
+        other_pixels=(96, 64),
+        arguments=prompted(),
+        sample_size=[4, 4],
     ),
     "WanTransformer3DModel": Tiny(
         diffusers.WanPipeline,
@@ -850,6 +919,14 @@ PIPELINES |= {
         arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
         is_trained=False,
+    ),
+    "CosmosTransformer3DModel": Tiny(
+        Cosmos2TextToImagePipeline,
+        flow_match(use_karras_sigmas=True),
+        wan_vae,
+        [T5],
+        arguments=prompted(32),
+        sample_size=[1, 8, 8],
     ),
     "MochiTransformer3DModel": Tiny(
         diffusers.MochiPipeline,

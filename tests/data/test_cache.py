@@ -70,7 +70,9 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
     pixels, latents = images[1]["image"].unsqueeze(0), cached[1]["image"].float().unsqueeze(0)
     vae = pipe.vae
     is_video = isinstance(vae, diffusers.AutoencoderKLQwenImage) or "num_frames" in signature(pipe.__call__).parameters
-    is_video |= isinstance(vae, diffusers.AutoencoderKLWan)
+    is_video |= isinstance(vae, (diffusers.AutoencoderKLWan, diffusers.AutoencoderKLQwenImage21))
+    if vae.config.get("in_channels") == 4:  # Qwen-Image 2.1's is of RGBA
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
     with torch.no_grad():
         encoded = vae.encode(pixels.unsqueeze(2) if is_video else pixels)
         raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent

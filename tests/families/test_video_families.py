@@ -135,7 +135,6 @@ def test_kandinsky5_with_tokens_in_another_order_is_refused():
     ("name", "needs"),
     [
         ("LTX2VideoTransformer3DModel", "sound"),
-        ("CosmosTransformer3DModel", "its pipeline's scaling"),
         ("WanVACETransformer3DModel", "a video that controls it"),
         ("Kandinsky5Transformer3DModel", "positions of its text"),
     ],

@@ -27,6 +27,7 @@ from .loading import projection_width as projection_width
 from .loading import save_config as save_config
 from .loading import save_denoiser as save_denoiser
 from .loading import takes_captions as takes_captions
+from .loading import temporal_factor as temporal_factor
 from .projection import add_projections as add_projections
 from .projection import fold_projections as fold_projections
 from .routing import add_routing as add_routing

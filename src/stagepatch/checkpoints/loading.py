@@ -97,6 +97,23 @@ def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     return vae
 
 
+def temporal_factor(source: str | Path) -> int:
+    """Frames of a video that one of its latents stands for; the first stands for one, so k·factor + 1 make k + 1.
+
+    Raises:
+        UserError: its config does not say, as that of a VAE of images.
+    """
+    directory = find_model(source, ["vae"]) / "vae"
+    vae_class: Any = _class_of(directory)
+    with torch.device("meta"):
+        vae = vae_class.from_config(read_json(directory / "config.json"))
+    names = ("scale_factor_temporal", "temporal_compression_ratio")
+    factor = next((found for name in names if (found := vae.config.get(name) or vars(vae).get(name))), None)
+    if factor is None:
+        raise UserError(f"The VAE in '{directory}' does not say how many frames its latents stand for.")
+    return int(factor)
+
+
 def _is_pixel_by_pixel(directory: Path) -> bool:
     index = directory / "model_index.json"
     _, class_name = (read_json(index) if index.exists() else {}).get("transformer") or ("", "")
@@ -167,7 +184,8 @@ def takes_captions(source: str | Path) -> bool:
     directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
     if not takes_text(build_denoiser(directory)):
         return False
-    if not any(directory.glob("text_encoder*")) or not any(directory.glob("tokenizer*")):
+    tokenizers = [*directory.glob("tokenizer*"), *directory.glob("processor*")]
+    if not any(directory.glob("text_encoder*")) or not tokenizers:
         raise UserError(
             f"The model in '{directory}' takes text, but has no tokenizer/ and text_encoder/ beside it: put those "
             f"there that it was trained with."

@@ -34,4 +34,6 @@ from .preprocess import fit_to_bucket as fit_to_bucket
 from .preprocess import nearest_bucket as nearest_bucket
 from .preprocess import to_tensor as to_tensor
 from .source import Source as Source
+from .video import Clips as Clips
+from .video import VideoFolder as VideoFolder
 from .webdataset import WebDatasetSource as WebDatasetSource

@@ -1,4 +1,4 @@
-"""Images and captions encoded once: a directory of safetensors files, each whole or absent.
+"""Images or videos and captions encoded once: a directory of safetensors files, each whole or absent.
 
 `plan.json` says what the cache is of, `latents-*.safetensors` and `captions-*.safetensors` hold it, and
 `index.safetensors`, which comes last, says where each item is. A build that was stopped goes on where it was.
@@ -45,7 +45,7 @@ def build_cache(
         load_images: called once where the cache is not whole.
         load_vae, load_captioner: called once where there is something to encode; what they give is freed after. No
             `load_captioner`: the model takes no captions.
-        batch_size: images encoded at a time; captions by eights.
+        batch_size: images, or frames of videos, encoded at a time, but a video at least; captions by eights.
 
     Raises:
         UserError: the directory holds the cache of something else.
@@ -59,11 +59,13 @@ def build_cache(
     if state.is_main_process:
         write_json(directory / PLAN_NAME, key)
     state.wait_for_everyone()
-    image_files = [file for group in indices_by_size(images.sizes()) for file in _chunks(group, IMAGES_PER_FILE)]
+    frames = images.config.num_frames
+    batch_size, per_file = max(1, batch_size // frames), max(1, IMAGES_PER_FILE // frames)
+    image_files = [file for group in indices_by_size(images.sizes()) for file in _chunks(group, per_file)]
     captions = ["", *sorted({caption for each in images.captions() for caption in each} - {""})]
     caption_files = _chunks(captions, CAPTIONS_PER_FILE) if load_captioner is not None else []
     with progress_bar(disable=not state.is_main_process) as progress:
-        task = progress.add_task("images", total=len(images), status="")
+        task = progress.add_task(f"{images.noun}s", total=len(images), status="")
         encode_file = partial(_encode_images, images, batch_size, partial(progress.advance, task))
         _write_missing(directory, "latents", image_files, load_vae, encode_file)
         if load_captioner is not None:
@@ -141,7 +143,10 @@ def _write_missing(
 def _encode_images(
     images: Images, batch_size: int, advance: Callable[[int], None], vae: Any, indices: list[int]
 ) -> dict[str, Tensor]:
-    """float16: 'mean', 'std' [B, C, h, w], and the same of the mirrored images; 'mask' [B, 1, h, w] of masked ones."""
+    """float16: 'mean', 'std' [B, C, h, w], of videos [B, C, f, h, w], and the same of the mirrored ones.
+
+    Of masked images 'mask' [B, 1, h, w] too.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("mean", "std", "mean_flipped", "std_flipped")}
     for batch in _chunks(indices, batch_size):
         items = [images[index] for index in batch]

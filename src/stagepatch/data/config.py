@@ -52,6 +52,10 @@ class DataConfig:
             is for each of them.
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
             an image has at most that square's area.
+        num_frames: above 1, `source` is a folder of videos, to train a model of videos on clips of so many frames, as
+            many as its VAE takes: of Wan, CogVideoX and HunyuanVideo 4·k + 1, of Mochi 6·k + 1, of LTX 8·k + 1.
+        fps: frames of a clip a second, by the video's own clock; 0 takes every frame.
+        num_clips: of a video, spread from its beginning to its end; fewer where it has no room for as many.
         channels: 3 for colour, 1 for grey; 0 is as the model's images have.
         horizontal_flip: mirror each image with probability ½ (DMP: on; never for the bundled data).
         num_workers: loading processes beside the main one.
@@ -67,7 +71,7 @@ class DataConfig:
         masks: folder of masks for a folder of images, by the images' paths; without, an image's mask is
             NAME-masklabel.png beside it. White counts fully in the loss, black not at all.
         tags: variants of captions that are tags; for a model with a cache.
-        max_broken: images that cannot be read are named and left out, up to so many.
+        max_broken: images that cannot be read, and videos that are too short, are named and left out, up to so many.
         in_memory: training in pixels, images of one size are decoded once and kept as bytes, if all of them take at
             most so much memory [GiB, of each process]; 0 reads the files at every step.
     """
@@ -75,6 +79,9 @@ class DataConfig:
     source: str = "digits"
     sources: list[SourceConfig] = field(default_factory=list)
     image_size: int = 256
+    num_frames: int = 1
+    fps: float = 0.0
+    num_clips: int = 1
     channels: int = 0
     horizontal_flip: bool = False
     num_workers: int = 0

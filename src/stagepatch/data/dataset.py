@@ -20,6 +20,7 @@ from stagepatch.data.images import Images
 from stagepatch.data.mixture import Mixture, check_alike, split_sources
 from stagepatch.data.pixels import decode_once
 from stagepatch.data.source import Source
+from stagepatch.data.video import VideoFolder
 from stagepatch.data.webdataset import WebDatasetSource, find_shards
 
 
@@ -50,9 +51,14 @@ def load_dataset(config: DataConfig, split: Split = "train", decode: bool = Fals
         decode: once, as far as memory allows; see `decode_once`.
 
     Raises:
-        UserError: nothing at the source, no image in it, too many broken ones, no such split, or sources that do not
-            go together.
+        UserError: nothing at the source, no image in it, too many broken ones, no such split, videos are asked for, or
+            sources do not go together.
     """
+    if config.num_frames > 1:
+        raise UserError(
+            f"data.num_frames={config.num_frames}: models of videos and latents are trained on clips; here images are "
+            f"wanted. Leave it at 1."
+        )
     if config.source in BUNDLED:
         if split == "tune" and config.source == "digits":
             raise UserError(
@@ -77,6 +83,12 @@ def open_source(config: DataConfig) -> Source:
     """
     if config.source in BUNDLED:
         raise UserError(f"The bundled '{config.source}' is trained on alone: give it as data.source.")
+    if config.num_frames > 1:
+        if config.format not in ("auto", "folder"):
+            raise UserError(f"data.num_frames={config.num_frames} takes a folder, not data.format='{config.format}'.")
+        if config.masks:
+            raise UserError(f"data.masks='{config.masks}' is for images: of videos all counts. Leave it out.")
+        return VideoFolder(Path(config.source), config.caption_column)
     kind = find_format(Path(config.source)) if config.format == "auto" else config.format
     if config.masks and kind != "folder":
         raise UserError(f"data.masks='{config.masks}' is for a folder of images, which '{config.source}' is not.")

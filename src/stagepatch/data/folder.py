@@ -3,7 +3,7 @@
 import csv
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 
@@ -11,7 +11,8 @@ from stagepatch.core import UserError, as_user_error
 from stagepatch.data.masks import find_masks
 from stagepatch.data.source import Source, as_captions
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"}
 
 
 class FolderSource(Source):
@@ -33,14 +34,20 @@ class FolderSource(Source):
         UserError: no such folder, no image in it, or metadata or masks that do not fit it.
     """
 
+    noun: ClassVar[str] = "image"
+    suffixes: ClassVar[set[str]] = IMAGES
+
     def __init__(self, directory: Path, caption_column: str = "text", masks: str = "") -> None:
         if not directory.is_dir():
-            raise UserError(f"No image folder at '{directory}': give a folder of images, or 'digits'.")
-        paths = (path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES)
-        files = sorted(path for path in paths if path.is_file())
-        self.paths, self._masks = find_masks(directory, files, Path(masks) if masks else None)
+            raise UserError(f"No {self.noun} folder at '{directory}': give a folder of {self.noun}s.")
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        shown = [path for path in files if path.suffix.lower() in self.suffixes]
+        self.paths, self._masks = find_masks(directory, shown, Path(masks) if masks else None)
         if not self.paths:
-            raise UserError(f"No image in '{directory}': looked for {', '.join(sorted(SUFFIXES))}.")
+            looked_for = ", ".join(sorted(self.suffixes))
+            has_videos = any(path.suffix.lower() in VIDEOS for path in files)
+            way_out = " It has videos: data.num_frames above 1 takes these." if has_videos else ""
+            raise UserError(f"No {self.noun} in '{directory}': looked for {looked_for}.{way_out}")
         folders = sorted({path.parent for path in self.paths})
         classes = {folder: label for label, folder in enumerate(folders)}
         self.labels = [classes[path.parent] for path in self.paths]
@@ -145,8 +152,8 @@ def _read_metadata(path: Path, column: str, names: set[str]) -> dict[str, list[s
         name, caption = row.get("file_name"), row.get(column)
         if not isinstance(name, str) or PurePosixPath(name).as_posix() not in names:
             raise UserError(
-                f"Row {number} of '{path}' names the file '{name}', which is no image in the folder: "
-                f"add the image or remove the row."
+                f"Row {number} of '{path}' names the file '{name}', which is not among those that are read: "
+                f"add the file or remove the row."
             )
         with as_user_error(f"Row {number} of '{path}' has {caption!r} as '{column}'", ValueError):
             captions[PurePosixPath(name).as_posix()] = as_captions(caption)

@@ -2,10 +2,11 @@
 
 import logging
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from stagepatch.core import UserError
@@ -36,10 +37,20 @@ class Images(Dataset[dict[str, Any]]):
             left, or the config does not make sense.
     """
 
+    noun: ClassVar[str] = "image"
+
     def __init__(self, source: Source, config: DataConfig) -> None:
         if config.channels not in (0, 1, 3):
             raise UserError(f"data.channels={config.channels} must be 1 (grey) or 3 (colour).")
-        for name, lowest in (("image_size", 1), ("max_broken", 0), ("in_memory", 0)):
+        limits = (
+            ("image_size", 1),
+            ("max_broken", 0),
+            ("num_frames", 1),
+            ("num_clips", 1),
+            ("fps", 0),
+            ("in_memory", 0),
+        )
+        for name, lowest in limits:
             if getattr(config, name) < lowest:
                 raise UserError(f"{name}={getattr(config, name)} must be at least {lowest}.")
         check_tags(config.tags)
@@ -69,7 +80,7 @@ class Images(Dataset[dict[str, Any]]):
                 self._undecodable[candidate] = True
                 self._check_count(error)
                 broken = self._describe(self._indices[candidate], error)
-                _LOGGER.warning("An image cannot be decoded; the next good one replaces it: %s", broken)
+                _LOGGER.warning("One %s cannot be decoded; the next good one replaces it: %s", self.noun, broken)
         raise self._refusal()
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -94,10 +105,8 @@ class Images(Dataset[dict[str, Any]]):
 
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]
-        with self.source.load(index) as file:
-            image = preprocess.upright(file, self.config.channels or 3)
         item: dict[str, Any] = {
-            "image": preprocess.to_tensor(self._cropped(image, size)),
+            "image": self._pixels(candidate, size),
             "label": self.source.label(index),
             "caption": self.source.captions(index)[0],
         }
@@ -108,17 +117,28 @@ class Images(Dataset[dict[str, Any]]):
             item["mask"] = (preprocess.to_tensor(mask) + 1.0) / 2.0
         return item
 
+    def _pixels(self, item: int, size: tuple[int, int]) -> Tensor:
+        """[C, height, width] of an item."""
+        with self.source.load(self._indices[item]) as file:
+            image = preprocess.upright(file, self.config.channels or 3)
+        return preprocess.to_tensor(self._cropped(image, size))
+
     def _cropped(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
         if self.config.crop == "buckets":
             return preprocess.fit_to_bucket(image, size)
         return preprocess.center_crop_adm(image, self.config.image_size)
 
+    def _look_at(self, index: int) -> tuple[tuple[int, int], int]:
+        """(height, width) [pixels] of what the source has there, and how many items it makes."""
+        with self.source.load(index) as file:
+            size = preprocess.upright_size(file)
+            file.verify()
+        return size, 1
+
     def _read_headers(self) -> None:
         for index in range(len(self.source)):
             try:
-                with self.source.load(index) as file:
-                    height, width = preprocess.upright_size(file)
-                    file.verify()
+                (height, width), count = self._look_at(index)
             except UserError:
                 raise
             except BROKEN as error:
@@ -126,29 +146,32 @@ class Images(Dataset[dict[str, Any]]):
                 continue
             if (mask := self.source.mask(index)) is not None:
                 check_mask(mask, (height, width))
-            self._indices.append(index)
-            self._sizes.append(preprocess.nearest_bucket(width, height, self._buckets))
+            self._indices += [index] * count
+            self._sizes += [preprocess.nearest_bucket(width, height, self._buckets)] * count
         # In shared memory, so that loading processes count together.
         self._undecodable = torch.zeros(len(self._indices), dtype=torch.bool).share_memory_()
         self._check_count()
         if not self._indices:
             raise self._refusal()
         if self._broken:
-            count = f"{len(self._broken)} of {len(self.source)}"
-            _LOGGER.warning("%s images cannot be read and are left out: %s", count, "; ".join(self._broken))
+            total = f"{len(self._broken)} of {len(self.source)}"
+            _LOGGER.warning("%s %ss cannot be read and are left out: %s", total, self.noun, "; ".join(self._broken))
 
     def _describe(self, index: int, error: BaseException | str) -> str:
         return f"{self.source.name(index)} ({error})"
 
+    def _lost(self) -> list[int]:
+        """What the source has whose pixels turned out to be broken."""
+        return sorted({self._indices[item] for item in self._undecodable.nonzero().flatten().tolist()})
+
     def _check_count(self, error: BaseException | None = None) -> None:
-        if len(self._broken) + int(self._undecodable.sum()) > self.config.max_broken:
+        if len(self._broken) + len(self._lost()) > self.config.max_broken:
             raise self._refusal() from error
 
     def _refusal(self) -> UserError:
-        undecodable = (self._indices[index] for index in self._undecodable.nonzero().flatten().tolist())
-        broken = self._broken + [self._describe(index, "cannot be decoded") for index in undecodable]
+        broken = self._broken + [self._describe(index, "cannot be decoded") for index in self._lost()]
         named = "; ".join(broken[:_NAMED]) + ("; …" if len(broken) > _NAMED else "")
         way_out = "repair or remove them"
         if len(broken) < len(self.source):
             way_out += f", or raise data.max_broken={self.config.max_broken}"
-        return UserError(f"Cannot read {len(broken)} of {len(self.source)} images: {named}: {way_out}.")
+        return UserError(f"Cannot read {len(broken)} of {len(self.source)} {self.noun}s: {named}: {way_out}.")

@@ -16,6 +16,7 @@ from stagepatch.checkpoints import (
     load_captioner,
     load_vae,
     takes_captions,
+    temporal_factor,
 )
 from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
@@ -24,10 +25,12 @@ from stagepatch.data.config import DataConfig, SourceConfig
 from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
 from stagepatch.data.images import Images
 from stagepatch.data.mixture import Mixture, check_alike, split_sources
-from stagepatch.families import takes_text
+from stagepatch.data.video import Clips, VideoFolder
+from stagepatch.families import takes_text, takes_videos
 
 # What of a data config decides the latents.
 _PREPROCESSING = ("image_size", "channels", "crop", "bucket_step", "caption_column", "label_column")
+_OF_VIDEOS = ("num_frames", "fps", "num_clips")
 
 
 def with_channels(data: DataConfig, model: str, in_channels: int = 0) -> DataConfig:
@@ -77,7 +80,7 @@ def make_cache(
     dtype: torch.dtype = torch.float32,
     text_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Make the cache of images and captions for a model with a VAE, or check the one that is there.
+    """Make the cache of images or videos and captions for a model with a VAE, or check the one that is there.
 
     A whole cache is only compared with its key: neither images nor encoders are loaded. Of several data sets each has
     a cache of its own in the directory, which is found again when it is trained on beside others.
@@ -87,7 +90,8 @@ def make_cache(
         text_dtype: that text encoders, which may be larger than the denoiser, are loaded in.
 
     Raises:
-        UserError: the directory holds the cache of something else, or data sets do not go together.
+        UserError: the directory holds the cache of something else, the model does not take so many frames, or data
+            sets do not go together.
     """
     if data.sources:
         configs = split_sources(data)
@@ -95,6 +99,8 @@ def make_cache(
         for named, each in zip(data.sources, configs, strict=True):
             make_cache(directory / cache_name(named), model, each, batch_size, dtype, text_dtype)
         return
+    if data.num_frames > 1:
+        _check_num_frames(model, data.num_frames)
     if data.source in BUNDLED:
         height, width = load_dataset(data)[0]["image"].shape[1:]
         raise UserError(
@@ -103,7 +109,8 @@ def make_cache(
         )
     data = with_channels(data, model)
     source = open_source(data)
-    preprocessing = {name: getattr(data, name) for name in _PREPROCESSING}
+    names = (*_PREPROCESSING, *_OF_VIDEOS) if data.num_frames > 1 else _PREPROCESSING
+    preprocessing = {name: getattr(data, name) for name in names}
     if data.tags.variants > 1:  # else as in caches of before there were any
         preprocessing["tags"] = asdict(data.tags)
     key = cache_key(source.stamp(), preprocessing, encoder_directories(model))
@@ -111,11 +118,23 @@ def make_cache(
     build_cache(
         directory,
         key,
-        lambda: Images(source, data),
+        lambda: Clips(source, data) if isinstance(source, VideoFolder) else Images(source, data),
         lambda: load_vae(model, dtype).to(device),
         (lambda: load_captioner(model, device, text_dtype)) if takes_captions(model) else None,
         batch_size,
     )
+
+
+def _check_num_frames(model: str, num_frames: int) -> None:
+    if not takes_videos(build_denoiser(model)):
+        raise UserError(f"data.num_frames={num_frames}, but '{model}' is no model of videos: leave it at 1.")
+    factor = temporal_factor(model)
+    if over := (num_frames - 1) % factor:
+        fitting = [str(count) for count in (num_frames - over, num_frames - over + factor) if count > 1]
+        raise UserError(
+            f"data.num_frames={num_frames}, but the VAE of '{model}' takes {factor}·k + 1 frames: give "
+            f"{' or '.join(fitting)}."
+        )
 
 
 def cache_directory(cache: str, output_dir: str) -> Path:

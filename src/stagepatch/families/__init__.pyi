@@ -11,6 +11,7 @@ from .calling import pooled_text as pooled_text
 from .calling import predict as predict
 from .calling import sample_shape as sample_shape
 from .calling import takes_text as takes_text
+from .calling import takes_videos as takes_videos
 from .calling import text_channels as text_channels
 from .named_models import NAMED_MODELS as NAMED_MODELS
 from .named_models import build_named as build_named

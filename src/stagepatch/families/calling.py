@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stagepatch.core import UserError
 from stagepatch.families.base import square
-from stagepatch.families.registry import family_of, uncompiled
+from stagepatch.families.registry import VideoCall, family_of, uncompiled
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
@@ -46,6 +46,11 @@ def takes_text(model: Any) -> bool:
     if family.encode_captions is None or takes_image_embeds(model):
         return False
     return bool(model.config.get("conditioning", "text") == "text")
+
+
+def takes_videos(model: Any) -> bool:
+    """Whether training can give the model several frames at once."""
+    return isinstance(family_of(type(uncompiled(model))).call, VideoCall)
 
 
 def takes_image_embeds(model: Any) -> bool:
@@ -115,6 +120,8 @@ def sample_shape(model: Any) -> tuple[int, int, int]:
 
 def predict(model: nn.Module, sample: Tensor, timesteps: Tensor, condition: Tensor | dict[str, Tensor]) -> Tensor:
     """The model's output [B, C or 2C, H, W] for a sample [B, C, H, W] at timesteps [B] of 0 to 1000.
+
+    Of a model of videos both may be [B, C, F, H, W].
 
     Args:
         condition: class labels [B], which an unconditional model is not told, or tensors by keyword, a row a sample.

@@ -77,8 +77,17 @@ def qwenimage21_extent(model: Any, arguments: dict[str, Any]) -> Extent:
 
 
 def call_qwenimage21(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """See `Call`. A latent pixel is a token; 2×2 of them are a place of the sequence of text and image."""
+    """See `Call`. A latent pixel is a token; 2×2 of them are a place of the sequence of text and image.
+
+    Raises:
+        UserError: they do not come out even.
+    """
     batch, _, height, width = sample.shape
+    if height % 2 or width % 2:
+        raise UserError(
+            f"Qwen-Image 2.1 takes latents of even height and width, not {height}×{width}: let the images' sides be "
+            f"multiples of 32 pixels (data.image_size, data.bucket_step)."
+        )
     text = condition["encoder_hidden_states"].shape[1]
     is_image = torch.arange(text + height * width // 4, device=sample.device) >= text
     added = {"img_shapes": [[(1, height, width)]] * batch, "img_mask": is_image.expand(batch, -1)}

@@ -15,7 +15,7 @@ NUM_TIMESTEPS = 1000.0  # of schedulers
 
 # (model, sample_size) -> description
 Describe = Callable[[Any, Any], Backbone]
-# (model, sample [B, C, H, W], the model's timesteps [B], condition) -> output [B, C or 2C, H, W]
+# (model, sample [B, C, H, W], the model's timesteps [B], condition) -> output [B, C or 2C, H, W]; see `of_videos` too
 Call = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 # (pipeline without denoiser and VAE, captions) -> a denoiser's condition, each tensor a row per caption
 EncodeCaptions = Callable[[Any, list[str]], dict[str, Tensor]]
@@ -27,15 +27,21 @@ def call_by_keywords(model: Any, sample: Tensor, timesteps: Tensor, condition: d
     return output[0]
 
 
-def of_videos(call: Call) -> Call:
-    """The way a model of videos [B, C, F, H, W] is called with pictures [B, C, H, W] too: as videos of one frame."""
+@dataclass(frozen=True)
+class VideoCall:
+    """How a model of videos [B, C, F, H, W] is called; with pictures [B, C, H, W] too, as videos of one frame."""
 
-    def call_of_videos(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    call: Call
+
+    def __call__(self, model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
         if sample.ndim == 5:
-            return call(model, sample, timesteps, condition)
-        return call(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
+            return self.call(model, sample, timesteps, condition)
+        return self.call(model, sample.unsqueeze(2), timesteps, condition).squeeze(2)
 
-    return call_of_videos
+
+def of_videos(call: Call) -> Call:
+    """Let a model be trained on videos, by its `call` of them, and on pictures."""
+    return VideoCall(call)
 
 
 # How every pipeline's `encode_prompt` is called, as far as it has these: for captions alone, one row each.

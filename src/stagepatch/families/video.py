@@ -75,6 +75,13 @@ def call_mochi(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[st
     return -call_by_keywords(model, sample, timesteps, condition)
 
 
+@of_videos
+def call_cosmos(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`; nothing of a sample is padding, which is told in pixels."""
+    mask = sample.new_zeros(1, 1, 8 * sample.shape[3], 8 * sample.shape[4])
+    return call_by_keywords(model, sample, timesteps, {**condition, "padding_mask": mask})
+
+
 def kandinsky5_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     """The model takes videos with channels last, [B, F, H, W, C].
 
@@ -114,7 +121,9 @@ FAMILIES = [
         refuse("sound"),
         sample_size=(16, 24),
     ),
-    # Cosmos: 121 frames of 704×1280. How it is scaled and told its time differs from pipeline to pipeline.
+    # Cosmos: 121 frames of 704×1280. Predict2's pipelines scale by EDM's factors at σ and tell t = σ/(σ + 1); written
+    # out, x_t = (1 − t)·x_start + t·noise and the output is noise − x_start: a flow over t from 0 to 1. Cosmos 1.0 is
+    # told ln(σ)/4, and its scheduler is refused in training.
     Family(
         "CosmosTransformer3DModel",
         Transformer(
@@ -123,7 +132,9 @@ FAMILIES = [
             sample_size=(16, 88, 160),
             begin=framewise_extent,
         ),
-        refuse("its pipeline's scaling"),
+        call_cosmos,
+        prompt_encoder("encoder_hidden_states"),
+        timestep_range=(0.0, 1.0),
         sample_size=(88, 160),
     ),
     # SkyReels-V2: 97 frames of 544×960.

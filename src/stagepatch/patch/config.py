@@ -35,7 +35,8 @@ class PatchConfig:
             LLaMA-Adapter, arXiv 2303.16199), so the model starts unchanged; 'plain' puts them among the tokens
             (Table 4d), which changes it from the start. paper, released: they add; Table 4d is plain.
         sample_size: size of the model's input [latent pixels] at which its grids are counted: a side, [height,
-            width], or for video [frames, height, width]. By default the model's own. Other sizes work too.
+            width], or for video [frames, height, width]. By default the model's own, or that of the videos that it is
+            trained on. Other sizes work too.
         grid: most prompts along [height, width] (for video [frames, height, width]) at each site; fewer than
             tokens are spread over them. By default one prompt per token (paper).
         num_experts: prompt sets K per site; K > 1 mixes whole sets over time by a softmax over the K (paper: 1).

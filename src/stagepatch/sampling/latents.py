@@ -47,6 +47,8 @@ def latent_sampling(
     """
     if not has_vae(model):
         return None
+    if data.num_frames > 1:
+        raise UserError(f"data.num_frames={data.num_frames}: here images are sampled, not videos. Leave it at 1.")
     make_cache(cache, model, data, text_dtype=text_dtype)
     cached = open_cache(cache, data)
     vae = load_vae(model).to(processes().device)

@@ -71,7 +71,7 @@ class CompareConfig(EvaluationConfig):
         metric: the table's metric, a key of the metrics.
         second_extractor: FID against held-out images is measured in these features too, on the same samples.
         dtype: of frozen models' weights, in training and sampling.
-        cache_batch_size: images encoded at a time for the cache.
+        cache_batch_size: images, or frames of videos, encoded at a time for the cache.
         training: common to all entries; its seed and snapshot_every are set by the comparison.
         sampling: common to all; its seed is set by the comparison.
         launch: where jobs run.

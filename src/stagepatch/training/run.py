@@ -104,6 +104,10 @@ class Run:
         self.dataset: Any = load_training_data(named, config.data, *cache, dtype)
         if config.objective == "ddo" and "mask" in self.dataset[0]:
             raise UserError("objective='ddo' compares with samples of the model, which have no masks: train without.")
+        if config.data.num_frames > 1 and config.patch.sample_size is None:
+            patch = replace(config.patch, sample_size=_trained_size(self.dataset))
+            self.config = config = replace(config, patch=patch)
+            self.method = make_method(config, facts)
         if model is None:
             model, scheduler = load_denoiser(named, dtype, config.component)
         if not named or not has_vae(named):
@@ -205,6 +209,12 @@ class Run:
         directory = Path(self.config.ddo.fakes or self.directory / "fakes")
         sampling = sampled_as_trained(self.config.ddo.sampling, self.scheduler)
         return load_fakes(directory, model, self.scheduler, self.dataset, sampling)
+
+
+def _trained_size(latents: Any) -> list[int]:
+    """Frames, height and width of most of a cache's latents: prompts lie on the tokens that they are trained on."""
+    most = max(latents.groups(), key=len)
+    return list(latents[most[0]]["image"].shape[1:])
 
 
 def _own_part(timesteps: TimestepsConfig, config: TrainConfig) -> TimestepsConfig:

@@ -27,7 +27,7 @@ class TrainConfig(MethodConfig):
         dtype: of the frozen model's weights, and of the text encoders that make the cache; what is learned is float32.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
             'cache' in output_dir.
-        cache_batch_size: images encoded at a time for the cache.
+        cache_batch_size: images, or frames of videos, encoded at a time for the cache.
         assistant_lora: LoRA that is on the model while it trains and at no other time, for one that was distilled: a
             file, directory or Hub id that the pipeline's own loader reads. See docs/distilled.md.
         start_from: directory of what the same method learned before, to train on from; empty to start from the model.
