@@ -12,6 +12,7 @@ import torch
 
 from stagepatch.evaluation import features
 from stagepatch.training import loop
+from tests.hub import hub as hub
 from tests.runs import Processes, make_model
 
 

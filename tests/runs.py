@@ -93,6 +93,8 @@ def run(directory, patch=None, method="dmp", model=None, dataset=None, identity=
         "balancing": balancing,
         "num_workers": choices.pop("num_workers", 0),
         "progress": choices.pop("progress", False),
+        "checks": choices.pop("checks", ()),
+        "report": choices.pop("report", None),
     }
     if isinstance(method, str):
         method = DMP(PatchConfig(**(patch or {}))) if method == "dmp" else Finetune(objective.scheduler)

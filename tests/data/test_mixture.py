@@ -8,7 +8,8 @@ from PIL import Image
 
 from stagepatch.cli import main
 from stagepatch.core import UserError
-from stagepatch.data import DataConfig, Mixture, Pixels, SourceConfig, load_dataset, load_training_data
+from stagepatch.data import DataConfig, Mixture, Pixels, SourceConfig, key_of, load_dataset, load_training_data
+from stagepatch.data.source import KEYS
 from stagepatch.evaluation.references import load_references
 from stagepatch.training import load_batches
 from tests.data.reading import picture, shown
@@ -84,6 +85,16 @@ def test_references_are_of_all_once(two):
     references = load_references(mixed((two[0], 5), (two[1], 1)))
     assert len(references.train) == 6
     assert references.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_images_are_held_out_of_each(two):
+    part = load_training_data("", mixed((two[0], 3), (two[1], 1), held_out=0.5))
+    kept, held_out = ({shown(each[index]) for index in range(len(each))} for each in (part, part.held_out))
+    names = {0: "ant/0.png", 10: "bee/1.png", 20: "cat/2.png"}
+    assert held_out == {value for value in kept | held_out if key_of(names[value % 100]) < 0.5 * KEYS}
+    assert len(kept | held_out) == 6
+    counts = Counter(shown(part[index]) for index in part.groups()[0])
+    assert counts == {value: 1 if value >= 100 else 3 for value in kept}
 
 
 def test_masks_of_one_of_them(two):

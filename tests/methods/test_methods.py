@@ -192,6 +192,17 @@ def test_a_lora_that_is_weighed_by_timestep_is_refused_by_a_loader_that_would_no
     torch.testing.assert_close(tiny.call(former), expected)
 
 
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_other_pipelines_loaders_refuse_it_too(tmp_path, name):
+    """Flux's passes over what has no "lora" in its name."""
+    pipe = PIPELINES[name].build()
+    method = LoRA(LoRAConfig(rank=2, min_rank=1))
+    method.prepare(pipe.unet if hasattr(pipe, "unet") else pipe.transformer)
+    method.save(tmp_path)
+    with pytest.raises(ValueError, match=r"Invalid LoRA checkpoint|weighed_by_timestep"):
+        PIPELINES[name].build().load_lora_weights(tmp_path)
+
+
 def test_adapters_sit_at_the_attention_and_start_at_nothing(tiny_dit, batch):
     model = tiny_dit()
     base = predict(model, *batch)

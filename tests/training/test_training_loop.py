@@ -1,6 +1,7 @@
 """What one run does: what moves, by how much, and what is written."""
 
 import copy
+import functools
 import json
 import math
 
@@ -29,6 +30,7 @@ def state_of(model):
 def test_dmp_moves_the_patch_alone(tmp_path, monkeypatch, preset):
     made, initialize = [], torch.optim.AdamW.__init__
 
+    @functools.wraps(initialize)
     def remember(optimizer, *args, **options):
         initialize(optimizer, *args, **options)
         made.append(optimizer)

@@ -233,7 +233,7 @@ def test_other_settings_are_refused_by_name(stopped, choices, message):
 
 def test_bookkeeping_may_change(processes, uninterrupted, tmp_path):
     processes.call(train_job, -signal.SIGKILL, directory=tmp_path, strike=Strike("iteration", 7), **RUN)
-    other = {"log_every": 3, "checkpoint_every": 2, "snapshot_every": 0, "tensorboard": True}
+    other = {"log_every": 3, "checkpoint_every": 2, "snapshot_every": 0, "tensorboard": True, "report_every": 0.0}
     processes.call(train_job, directory=tmp_path, **{**RUN, **other})
     assert_same(patch_of(tmp_path), patch_of(uninterrupted))
     assert list((tmp_path / "tensorboard").glob("events.*"))

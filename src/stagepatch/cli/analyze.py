@@ -14,7 +14,7 @@ from stagepatch.checkpoints import find_model, has_vae, takes_captions
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
 from stagepatch.core import UserError, processes, progress_bar, write_json, write_tensors, write_text
-from stagepatch.data import BUNDLED, cache_directory, load_dataset, load_training_data
+from stagepatch.data import BUNDLED, cache_directory, load_dataset, load_held_out, load_training_data
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma, num_classes
 from stagepatch.merging import numbered_stages
@@ -91,6 +91,8 @@ def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
     datasets = {"training images": load_training_data(config.model, data, config.cache, config.output_dir)}
     if data.source in BUNDLED and not has_vae(config.model):
         datasets["held-out images"] = load_dataset(data, "held_out")
+    elif data.held_out:
+        datasets["held-out images"] = load_held_out(data, datasets["training images"])
     model, scheduler = load_on_device(config.model)
     objective = Objective(scheduler, learns_sigma(model))
     timesteps = analysis.even_timesteps(objective.num_train_timesteps, config.timesteps)

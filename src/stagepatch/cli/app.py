@@ -19,8 +19,12 @@ COMMANDS = {
     "schedule": "search which model of a zoo to use for each step, under a time budget",
     "params": "count a patch's parameters for a named model",
     "inspect": "say what a patch, model, run or checkpoint holds",
+    "export": "write LoRAs in the key names of diffusers, kohya's scripts or ComfyUI",
+    "push": "put what was learned on the Hub, with a card",
     "pretrain": "train a DiT, or a U-Net, from scratch",
 }
+# Options that may be given by their places, before the others.
+_PLACES = {"inspect": ["path"], "export": ["path", "output"], "push": ["path", "repo_id"]}
 _ALIASES = {"-h": "--help", "-V": "--version"}
 
 
@@ -59,8 +63,9 @@ def _usage() -> str:
 def _run(command: str, arguments: list[str]) -> int:
     from stagepatch.core.errors import Interrupted, UserError
 
-    if command == "inspect" and arguments and not arguments[0].startswith("-"):
-        arguments = ["--path", *arguments]
+    for number, name in enumerate(_PLACES.get(command, [])):
+        if arguments[2 * number :] and not arguments[2 * number].startswith("-"):
+            arguments = [*arguments[: 2 * number], f"--{name}", *arguments[2 * number :]]
     try:
         config, resolved = _parse(command, arguments)
         from importlib import import_module

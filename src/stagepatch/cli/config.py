@@ -156,3 +156,54 @@ class InspectConfig:
     """
 
     path: str = "runs/demo"
+
+
+@dataclass
+class PushConfig:
+    """Put what was learned on the Hub, with a card: `stagepatch push PATH REPO_ID`.
+
+    The token is that of `hf auth login`, or HF_TOKEN. The card tells the base model, how to load, how it was trained,
+    and shows samples and figures; see docs/sharing.md.
+
+    Args:
+        path: directory of a patch, a LoRA, a stage's LoRA, or of several denoisers' ones; or a file of experts, with
+            what it names.
+        repo_id: such as 'name/patch'; made if it is not there.
+        private: make it a private one.
+        revision: branch that it goes to, made if it is not there; empty for the main one.
+        dry_run: a new folder that takes what would be uploaded; nothing is.
+        samples: output_dir of `stagepatch sample`, whose images and prompts are shown.
+        evaluation: output_dir of `stagepatch evaluate --patch`, whose figures are told; by default those in `path`.
+        prompt: words that call up what was learned.
+    """
+
+    path: str = ""
+    repo_id: str = ""
+    private: bool = False
+    revision: str = ""
+    dry_run: str = ""
+    samples: str = ""
+    evaluation: str = ""
+    prompt: str = ""
+
+
+@dataclass
+class ExportConfig:
+    """Write LoRAs in the key names of other programs: `stagepatch export PATH OUTPUT --to kohya`.
+
+    Those limited to a range of timesteps have it in their names and metadata, and in an 'experts.yaml' beside them;
+    see docs/sharing.md.
+
+    Args:
+        path: directory of a LoRA, of stages of LoRAs, or of several denoisers' ones; or a file of experts that are
+            LoRAs.
+        output: directory that takes the files, which have its name.
+        to: 'diffusers', `pipe.load_lora_weights`; 'kohya', sd-scripts and musubi-tuner, and what reads their LoRAs; or
+            'comfyui', its 'Load LoRA'.
+        model_class: of the denoiser, such as 'FluxTransformer2DModel', where the files do not say it.
+    """
+
+    path: str = ""
+    output: str = ""
+    to: Literal["diffusers", "kohya", "comfyui"] = "diffusers"
+    model_class: str = ""

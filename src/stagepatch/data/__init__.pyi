@@ -14,6 +14,9 @@ from .digits import NUM_CLASSES as NUM_CLASSES
 from .digits import load_digits as load_digits
 from .fashion import load_fashion as load_fashion
 from .folder import FolderSource as FolderSource
+from .held_out import Part as Part
+from .held_out import hold_out as hold_out
+from .held_out import load_held_out as load_held_out
 from .huggingface import HuggingFaceSource as HuggingFaceSource
 from .images import Images as Images
 from .latents import decode_latents as decode_latents
@@ -34,6 +37,7 @@ from .preprocess import fit_to_bucket as fit_to_bucket
 from .preprocess import nearest_bucket as nearest_bucket
 from .preprocess import to_tensor as to_tensor
 from .source import Source as Source
+from .source import key_of as key_of
 from .video import Clips as Clips
 from .video import VideoFolder as VideoFolder
 from .webdataset import WebDatasetSource as WebDatasetSource

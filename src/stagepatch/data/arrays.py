@@ -70,6 +70,9 @@ class ArraySource(Source):
     def name(self, index: int) -> str:
         return f"image {index} of '{self.path}'"
 
+    def key(self, index: int) -> str:
+        return str(index)
+
     def stamp(self) -> list[str]:
         stats = [(path, path.stat()) for path in self.files]
         prefix = ":".join(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)

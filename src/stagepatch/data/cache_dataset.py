@@ -80,6 +80,20 @@ class CachedLatents(Dataset[dict[str, Any]]):
         """Indices of items with images of one size each."""
         return indices_by_size(self.sizes())
 
+    def keys(self) -> list[int]:
+        """A number for each item that follows from its key alone; see `key_of`.
+
+        Raises:
+            UserError: the cache is older than keys are.
+        """
+        if "key" not in self.index:
+            raise UserError(
+                f"The cache at '{self.directory}' does not know which images are held out: delete its '{INDEX_NAME}', "
+                f"and the same command makes it anew, without encoding anything again."
+            )
+        keys: list[int] = self.index["key"].tolist()
+        return keys
+
     def _caption_of(self, index: int, number: int) -> int:
         if self.caption_counts is None:
             return int(self.index["caption"][index])

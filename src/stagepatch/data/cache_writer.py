@@ -205,5 +205,6 @@ def _index(images: Images, image_files: list[list[int]], captions: list[str]) ->
         "file": torch.tensor(files),
         "row": torch.tensor(rows),
         "label": torch.tensor(images.labels()),
+        "key": torch.tensor(images.keys()),
         "caption": torch.tensor([each[0] for each in of_items]),
     }

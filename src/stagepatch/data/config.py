@@ -74,6 +74,8 @@ class DataConfig:
         max_broken: images that cannot be read, and videos that are too short, are named and left out, up to so many.
         in_memory: training in pixels, images of one size are decoded once and kept as bytes, if all of them take at
             most so much memory [GiB, of each process]; 0 reads the files at every step.
+        held_out: share of the images that is not trained on, chosen by a hash of their names; see
+            `validation.loss_every`. The bundled data have images of their own for that, whatever this says.
     """
 
     source: str = "digits"
@@ -96,6 +98,7 @@ class DataConfig:
     tags: TagsConfig = field(default_factory=TagsConfig)
     max_broken: int = 10
     in_memory: float = 2.0
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         """Name several data sets in `source`.

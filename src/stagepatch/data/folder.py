@@ -71,6 +71,9 @@ class FolderSource(Source):
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
+    def key(self, index: int) -> str:
+        return self.names[index]
+
     def stamp(self) -> list[str]:
         stats = [path.stat() for path in self.paths]
         stamps = [

@@ -73,6 +73,9 @@ class HuggingFaceSource(Source):
     def name(self, index: int) -> str:
         return f"row {index} of '{self.path}'"
 
+    def key(self, index: int) -> str:
+        return str(index)
+
     @property
     def class_names(self) -> list[str]:
         feature = None if self._labels is None else self._labels.features[self._names[2]]

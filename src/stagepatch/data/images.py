@@ -13,7 +13,7 @@ from stagepatch.core import UserError
 from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
 from stagepatch.data.masks import check_mask, open_mask
-from stagepatch.data.source import BROKEN, Source
+from stagepatch.data.source import BROKEN, Source, key_of
 from stagepatch.data.tags import check_tags, tag_variants
 
 _LOGGER = logging.getLogger("stagepatch")
@@ -102,6 +102,10 @@ class Images(Dataset[dict[str, Any]]):
             [variant for caption in self.source.captions(index) for variant in tag_variants(caption, tags)]
             for index in self._indices
         ]
+
+    def keys(self) -> list[int]:
+        """A number for each item that follows from its key alone; see `key_of`."""
+        return [key_of(self.source.key(index)) for index in self._indices]
 
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]

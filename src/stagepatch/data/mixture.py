@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -68,6 +69,10 @@ class Mixture(Dataset[dict[str, Any]]):
     def labels(self) -> list[int]:
         """The class of each item."""
         return [label for dataset in self.datasets for label in dataset.labels()]
+
+    def keys(self) -> list[int]:
+        """A number for each item that follows from its key alone; see `key_of`."""
+        return list(chain.from_iterable(dataset.keys() for dataset in self.datasets))
 
     def stamp(self) -> list[str]:
         """A string for each item that changes when its file does; of images in files."""

@@ -22,7 +22,8 @@ from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import build_cache, cache_key
 from stagepatch.data.config import DataConfig, SourceConfig
-from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
+from stagepatch.data.dataset import BUNDLED, ImageDataset, load_dataset, open_source
+from stagepatch.data.held_out import hold_out
 from stagepatch.data.images import Images
 from stagepatch.data.mixture import Mixture, check_alike, split_sources
 from stagepatch.data.video import Clips, VideoFolder
@@ -152,6 +153,8 @@ def load_training_data(
 ) -> Dataset[dict[str, Any]]:
     """Items as `training.draws.draw` takes them: of a model with a VAE its cache, made first if it is not there.
 
+    Without those that `data.held_out` holds out, which are the `held_out` of what is returned, and cached too.
+
     Args:
         model: empty for images in pixels.
     """
@@ -161,10 +164,14 @@ def load_training_data(
                 f"The model '{model}' takes text and has no VAE, in 'vae/', beside it: images in pixels are trained "
                 f"on with classes or with nothing, not with captions."
             )
-        return load_dataset(with_channels(data, model) if model else data, decode=True)
-    directory = cache_directory(cache, output_dir)
-    make_cache(directory, model, data, batch_size, text_dtype=text_dtype)
-    return open_cache(directory, data)
+        dataset: Any = load_dataset(with_channels(data, model) if model else data, decode=True)
+        if isinstance(dataset, ImageDataset):  # bundled: they have a split of their own
+            return dataset
+    else:
+        directory = cache_directory(cache, output_dir)
+        make_cache(directory, model, data, batch_size, text_dtype=text_dtype)
+        dataset = open_cache(directory, data)
+    return hold_out(dataset, dataset.keys(), data.held_out) if data.held_out else dataset
 
 
 def open_cache(directory: Path, data: DataConfig) -> CachedLatents | Mixture:

@@ -22,11 +22,13 @@ class Pixels(Dataset[dict[str, Any]]):
     Args:
         images: uint8, [N, C, H, W].
         classes: [N].
+        item_keys: N of them.
         masks: uint8, [N, 1, H, W], where there are any.
     """
 
     images: Tensor
     classes: Tensor
+    item_keys: list[int]
     masks: Tensor | None = None
 
     def __len__(self) -> int:
@@ -40,6 +42,10 @@ class Pixels(Dataset[dict[str, Any]]):
         """The class of each item."""
         labels: list[int] = self.classes.tolist()
         return labels
+
+    def keys(self) -> list[int]:
+        """A number for each item that follows from its key alone; see `key_of`."""
+        return self.item_keys
 
     def sizes(self) -> list[tuple[int, ...]]:
         """(height, width) [pixels] of each item."""
@@ -70,4 +76,4 @@ def _decode(images: Images, config: DataConfig) -> Pixels:
             if masks is not None:
                 masks[index] = (item["mask"] * 255.0).round().byte()
             progress.advance(task)
-    return Pixels(pixels, classes, masks)
+    return Pixels(pixels, classes, images.keys(), masks)

@@ -1,5 +1,6 @@
 """What a source of images gives, item by item."""
 
+import hashlib
 import struct
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,6 +9,9 @@ from PIL import Image
 
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises on files that it cannot read."""
+
+KEYS = 2**31
+"""How many numbers `key_of` gives."""
 
 
 class Source(Protocol):
@@ -32,6 +36,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """The file or row, for messages."""
 
+    def key(self, index: int) -> str:
+        """What tells an item from the others, wherever the data lie and whatever else is among them."""
+
     def stamp(self) -> list[str]:
         """A string for each item that changes when its file does, found without reading images."""
 
@@ -48,6 +55,11 @@ class Source(Protocol):
     def has_masks(self) -> bool:
         """Whether any image has one."""
         return False
+
+
+def key_of(key: str) -> int:
+    """A number from 0 to KEYS − 1, all alike probable, by a hash (SHA-256) of an item's key."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
 
 
 def as_captions(value: Any) -> list[str]:

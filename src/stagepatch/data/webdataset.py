@@ -82,6 +82,10 @@ class WebDatasetSource(Source):
         sample = self.samples[index]
         return f"'{sample.key}.{_image_extension(sample)}' in '{sample.shard}'"
 
+    def key(self, index: int) -> str:
+        sample = self.samples[index]
+        return f"{sample.shard.name}/{sample.key}"
+
     def stamp(self) -> list[str]:
         shards = {sample.shard for sample in self.samples}
         stats = {shard: shard.stat() for shard in shards}

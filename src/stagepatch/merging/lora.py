@@ -11,7 +11,7 @@ from stagepatch.core import UserError, read_json, read_tensors, write_json, writ
 from stagepatch.merging.config import SUM, MergeMethod, check_weights
 from stagepatch.merging.dare import drop
 from stagepatch.methods import LoRA, LoRAConfig
-from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME
+from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME, MODEL_CLASS
 
 
 def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tensor]]]:
@@ -78,7 +78,9 @@ def merge_loras(stages: Sequence[Path], weights: Sequence[float], output: Path, 
     check_weights(stages, weights)
     check_lora_method(method)
     config, loras = read_loras(stages)
-    write_tensors(output / FILE_NAME, combine_loras(loras, weights, method))
+    _, metadata = read_tensors(stages[0] / FILE_NAME)
+    known = {name: metadata[name] for name in ("format", MODEL_CLASS) if name in metadata}
+    write_tensors(output / FILE_NAME, combine_loras(loras, weights, method), known)
     write_json(output / CONFIG_NAME, asdict(config))
 
 

@@ -1,6 +1,7 @@
 """LoRA (arXiv 2106.09685) through peft; as options, ranks masked by timestep (T-LoRA, arXiv 2507.05964), stages or
 experts by timestep."""
 
+import json
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.checkpoints import component_for
-from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors
+from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors, write_text
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import ROUTERS, LoRAConfig, MethodConfig
+from stagepatch.methods.lora_card import CARD_NAME, lora_card
 from stagepatch.methods.lora_router import RoutedRanks, Router, make_router
 from stagepatch.methods.lora_stages import (
     GATES,
@@ -29,14 +31,19 @@ from stagepatch.methods.lora_stages import active_ranks as active_ranks
 ADAPTER = "stagepatch"
 # The name that `pipe.load_lora_weights` looks for.
 FILE_NAME, CONFIG_NAME = "pytorch_lora_weights.safetensors", "lora.json"
+MODEL_CLASS, FACTS = "model_class", "facts"  # in the file's metadata: the denoiser's class, and how it was trained
 _GATE = "stage_gate."
-# In a file whose ranks are weighed by timestep: loaders that would run them unweighed refuse a name without "lora".
-_WEIGHED = "weighed_by_timestep"
+# In a file whose ranks are weighed by timestep: loaders of diffusers, which would run them unweighed, refuse a name
+# without "lora"; Flux's, which passes over those, an "alpha" that is no floating-point number.
+WEIGHED = "weighed_by_timestep"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj")
 
 
 class LoRA(Method):
     """Trains adapters on a frozen model, and saves them as diffusers does.
+
+    Args:
+        facts: how it is trained, in words, for the model card.
 
     Raises:
         UserError: choices that cannot be.
@@ -46,8 +53,9 @@ class LoRA(Method):
     kind = "LoRA"
     marker = CONFIG_NAME
 
-    def __init__(self, config: LoRAConfig | None = None) -> None:
+    def __init__(self, config: LoRAConfig | None = None, facts: dict[str, str] | None = None) -> None:
         self.config = config or LoRAConfig()
+        self.facts = facts or {}
         _check(self.config)
         self.model: nn.Module | None = None
         self.ranks: Ranks | None = None
@@ -55,7 +63,7 @@ class LoRA(Method):
 
     @classmethod
     def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:
-        return cls(config.lora)
+        return cls(config.lora, facts)
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         model.requires_grad_(False).eval()
@@ -124,9 +132,12 @@ class LoRA(Method):
             state |= {f"{_GATE}{name}": value for name, value in self.gate.state_dict().items()}
         assert self.ranks is not None
         if self.ranks.weigh is not None:
-            state[_WEIGHED] = torch.ones(1)
-        prefix = component_for(self.model)
-        write_tensors(directory / FILE_NAME, {f"{prefix}.{name}": value for name, value in state.items()})
+            state[f"{WEIGHED}_alpha"] = torch.ones(1, dtype=torch.int32)
+        prefix, model_class = component_for(self.model), type(self.model).__name__
+        tensors = {f"{prefix}.{name}": value for name, value in state.items()}
+        metadata = {"format": "pt", MODEL_CLASS: model_class, FACTS: json.dumps(self.facts)}
+        write_tensors(directory / FILE_NAME, tensors, metadata)
+        write_text(directory / CARD_NAME, lora_card(self.config, model_class, self.facts))
         write_json(directory / CONFIG_NAME, asdict(self.config))
 
     def load(self, model: nn.Module, directory: Path) -> None:
@@ -151,7 +162,7 @@ class LoRA(Method):
         """
         from peft.utils import set_peft_model_state_dict
 
-        state = {name.split(".", 1)[1]: value for name, value in tensors.items() if not name.endswith(_WEIGHED)}
+        state = {name.split(".", 1)[1]: value for name, value in tensors.items() if WEIGHED not in name}
         odd: Any = set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
         if odd.unexpected_keys:
             raise UserError(f"'{path}' is of another model: it holds '{odd.unexpected_keys[0]}'.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stagepatch.core import as_json
 
@@ -49,7 +49,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     shapes = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in sorted(parameters.items()))
     matrices = sorted(name for name, parameter in parameters.items() if parameter.ndim > 1)
     chosen = matrices[:: max(1, len(matrices) // _SAMPLED)]
-    first = {name: parameters[name].detach().flatten()[:_NUMBERS] for name in chosen}
+    first = {name: _whole(parameters[name].detach()).flatten()[:_NUMBERS] for name in chosen}
     in_memory = is_plain and not any(parameters[name].is_meta for name in chosen)
     return Fingerprint(
         model_id=str(config.get("_name_or_path") or ""),
@@ -58,6 +58,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         weights={name: numbers.float().tolist() for name, numbers in first.items()} if in_memory else {},
         dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
     )
+
+
+def _whole(value: Tensor) -> Tensor:
+    """All of a tensor that processes share (DTensor)."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _is_plain(value: Any) -> bool:

@@ -69,10 +69,15 @@ def provenance(config: str, commands: str) -> list[Section]:
     return [Code("Config", config), KeyValues("Environment", environment()), Code("Again", commands)]
 
 
-def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section]) -> None:
-    """Write the page, whole or not at all."""
+def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section], refresh: int = 0) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        refresh: seconds after which a browser reads it again; 0 for a page that stays as it is.
+    """
     templates = Environment(
         loader=PackageLoader("stagepatch.report", "."), autoescape=select_autoescape(), trim_blocks=True
     )
     kinds = [(type(section).__name__, section) for section in sections]
-    write_text(path, templates.get_template("page.html").render(title=title, lead=lead, sections=kinds))
+    page = templates.get_template("page.html").render(title=title, lead=lead, sections=kinds, refresh=refresh)
+    write_text(path, page)

@@ -173,10 +173,14 @@ def load_limited_loras(path: str | Path, pipe: Any, component: str = "") -> Limi
 
 
 def write_limited_loras(path: Path, loras: Sequence[LimitedLoRA]) -> None:
-    """Write the file that `load_limited_loras` reads; local files by their whole paths."""
+    """Write the file that `load_limited_loras` reads; a file beside it by its name, other local ones by their whole
+    paths.
+    """
     entries = []
     for lora in loras:
-        place = str(Path(lora.name).resolve()) if Path(lora.name).exists() else lora.name
-        entries.append({"file": place, "from": lora.start, "to": lora.end, "weight": lora.weight})
+        place = Path(lora.name).resolve()
+        near = place.name if place.parent == path.parent.resolve() else str(place)
+        file = near if place.exists() else lora.name
+        entries.append({"file": file, "from": lora.start, "to": lora.end, "weight": lora.weight})
     text = yaml.safe_dump({"loras": entries}, sort_keys=False, default_flow_style=None, allow_unicode=True)
     write_text(path, text)

@@ -96,6 +96,10 @@ class DecoupleConfig(TrainConfig):
             raise UserError(
                 f"projection trains with all weights: set it to false, or method='{self.method}' to finetune."
             )
+        if self.training.shard_base and self.consistency:
+            raise UserError(
+                "training.shard_base goes without a consistency loss, which copies the model: set consistency to 0."
+            )
         if self.tree:
             self._check_tree()
         if self.timesteps != TimestepsConfig():

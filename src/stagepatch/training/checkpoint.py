@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stagepatch.core import UserError, as_json, check_unchanged, read_tensors, write_tensors
 from stagepatch.training.config import BOOKKEEPING
+from stagepatch.training.optimizers import restore_state, state_of
 from stagepatch.training.posthoc_ema import PowerAverages
 from stagepatch.training.run_config import TrainConfig
 
@@ -49,13 +50,14 @@ class TrainingState:
         for unfinished in self.path.parent.glob(f".{CHECKPOINT_NAME}.*"):
             unfinished.unlink(missing_ok=True)  # A run was killed while it wrote this.
         tensors = self._tensors()
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        kept = state_of(self.optimizer)
+        tensors |= {f"optimizer.{name}": value for name, value in kept.items() if isinstance(value, Tensor)}
         metadata = {
             "iteration": str(iteration),
             "identity": json.dumps(as_json(self.identity), sort_keys=True),
             "ema_step": str(self.ema.optimization_step if self.ema is not None else 0),
             "scaler": json.dumps(self.scaler.state_dict()),
+            "optimizer": json.dumps({name: each for name, each in kept.items() if not isinstance(each, Tensor)}),
         }
         write_tensors(self.path, tensors, metadata)
 
@@ -78,13 +80,11 @@ class TrainingState:
         found = f"'{self.path}' is the checkpoint of a run with other settings"
         way_out = "Go on with the former settings, or choose another output_dir."
         check_unchanged(json.loads(metadata["identity"]), self.identity, found, way_out, TrainConfig(), BOOKKEEPING)
-        optimizer: dict[int, dict[str, Tensor]] = {}
+        kept: dict[str, Any] = json.loads(metadata.get("optimizer", "{}"))  # checkpoints of 0.1.0 have tensors alone
         for name in [name for name in tensors if name.startswith("optimizer.")]:
-            _, index, key = name.split(".")
-            optimizer.setdefault(int(index), {})[key] = tensors.pop(name)
+            kept[name.removeprefix("optimizer.")] = tensors.pop(name)
         self._fill(tensors)
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
+        restore_state(self.optimizer, kept)
         self.scaler.load_state_dict(json.loads(metadata["scaler"]))
         if self.ema is not None:
             self.ema.optimization_step = int(metadata["ema_step"])

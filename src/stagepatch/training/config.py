@@ -1,11 +1,17 @@
 """The choices of a training run."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 # Where in a run's directory snapshots are, by step, and averages for post-hoc EMA, by sigma_rel and step.
 SNAPSHOTS, POSTHOC_EMA = "snapshots", "posthoc_ema"
-BOOKKEEPING = ("log_every", "checkpoint_every", "snapshot_every", "tensorboard")  # changes nothing that is learned
+# What the names of losses on held-out images begin with in a run's log; then comes a range of noise levels, or 'all'.
+HELD_OUT, HELD_OUT_BASE = "held_out/", "held_out_base/"
+# What changes nothing that is learned.
+BOOKKEEPING = (
+    *("log_every", "checkpoint_every", "snapshot_every", "shard_base"),
+    *("tensorboard", "trackers", "tracker_project_name", "report_every"),
+)
 
 
 @dataclass
@@ -16,12 +22,16 @@ class TrainingConfig:
         steps: optimizer steps in all.
         batch_size: images a step, over all processes (DMP: 128).
         gradient_accumulation_steps: parts in which each process computes its share of a batch.
-        learning_rate: AdamW's rate (DMP: 1e-4).
+        optimizer: of PyTorch 'adamw' (DMP) and 'muon' (of matrices; what else there is goes to AdamW), 'adamw_8bit' of
+            bitsandbytes, 'adafactor' of transformers, 'prodigy' of prodigyopt (learning_rate 1), 'schedule_free' of
+            schedulefree; see docs/optimizers.md.
+        optimizer_options: further arguments of the optimizer's class, such as {"eps": 1e-6}.
+        learning_rate: the optimizer's rate (DMP: 1e-4).
         lr_scheduler: diffusers' name: 'constant' (DMP), 'linear' or 'cosine', the latter two decaying to zero.
         warmup_steps: steps over which the rate rises from zero.
-        weight_decay: AdamW's decay (DMP: 0).
-        adam_beta1: AdamW's first beta.
-        adam_beta2: AdamW's second beta.
+        weight_decay: the optimizer's decay (DMP: 0).
+        adam_beta1: first beta of AdamW and of what is built on it.
+        adam_beta2: their second beta.
         max_grad_norm: clip the gradient's norm to this; 0 does not clip (DMP).
         ema_decay: average the trained weights with this decay and save the average; 0 does not average (DMP).
         ema_power: let the decay rise to ema_decay as 1 − (1 + step)^−power (DeMe's released code: 0.75); 0 lets it
@@ -33,17 +43,26 @@ class TrainingConfig:
         mixed_precision: precision of the forward and backward pass, by accelerate; what trains stays in float32.
         gradient_checkpointing: keep the activations of one block at a time and compute the others' anew in the
             backward pass: less memory, a third more time.
+        shard_base: share a frozen base among the processes, each with a part of every weight (FSDP2); see
+            docs/sharding.md.
         compile: run the denoiser through torch.compile.
         seed: of data order, noise, timesteps and initialisation.
         log_every: steps between log records.
         checkpoint_every: steps between checkpoints to resume from.
         snapshot_every: steps between copies of the (averaged) result under 'snapshots/'; 0 keeps none.
         tensorboard: write TensorBoard events beside log.jsonl.
+        trackers: what else the log and pictures go to, by accelerate's names: 'wandb', 'trackio', …; see
+            docs/watching.md.
+        tracker_project_name: of the trackers; the run is called by its output_dir.
+        report_every: seconds between writings of report.html, a page on the run, while it trains; 0 writes none. The
+            first comes after so long.
     """
 
     steps: int = 50_000
     batch_size: int = 128
     gradient_accumulation_steps: int = 1
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy", "schedule_free", "muon"] = "adamw"
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-4
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
@@ -57,9 +76,13 @@ class TrainingConfig:
     label_dropout: float = 0.1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    shard_base: bool = False
     compile: bool = False
     seed: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
     snapshot_every: int = 0
     tensorboard: bool = True
+    trackers: list[str] = field(default_factory=list)
+    tracker_project_name: str = "stagepatch"
+    report_every: float = 60.0

@@ -1,12 +1,20 @@
-"""A run's records: log.jsonl, TensorBoard, and a progress bar."""
+"""A run's records: log.jsonl, trackers, the page, and a progress bar."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from PIL import Image
+
 from stagepatch.core import append_text, progress_bar, write_text
+from stagepatch.training.config import HELD_OUT, HELD_OUT_BASE
+from stagepatch.training.live_report import LiveReport
+from stagepatch.training.trackers import log_picture
 
 LOG_NAME = "log.jsonl"
 
@@ -30,48 +38,67 @@ class RunLog:
         directory: of the run.
         start: iteration that the run goes on from; later records, of work to be repeated, are dropped.
         stop: last iteration.
-        tensorboard: also write TensorBoard events.
+        trackers: what else records and pictures go to; ended with the log.
         active: whether this process writes.
         progress: whether it also shows a bar.
+        report: a page on the run, kept up to date.
     """
 
     def __init__(
-        self, directory: Path, start: int, stop: int, tensorboard: bool, active: bool, progress: bool
+        self,
+        directory: Path,
+        start: int,
+        stop: int,
+        trackers: Sequence[Any],
+        active: bool,
+        progress: bool,
+        report: LiveReport | None = None,
     ) -> None:
         self.directory = directory
         self.active = active
+        self.start, self.done, self.stop = start, start, stop
+        self.trackers = trackers
+        self.report = report if active else None
         self.progress = progress_bar(disable=not (active and progress))
         self.task = self.progress.add_task("training", total=stop, completed=start, status="")
-        self.writer: Any = None
-        if not active:
-            return
-        kept = [json.dumps(record) for record in read_log(directory) if record["iteration"] <= start]
-        write_text(directory / LOG_NAME, "".join(line + "\n" for line in kept))
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self.status: dict[str, str] = {}
+        self.since = time.monotonic()
+        if active:
+            kept = [json.dumps(record) for record in read_log(directory) if record["iteration"] <= start]
+            write_text(directory / LOG_NAME, "".join(line + "\n" for line in kept))
 
     def __enter__(self) -> RunLog:
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.progress.stop()
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.finish()
+        if self.report is not None:
+            self.report.close(read_log(self.directory), self.done, is_stopped=error is not None)
 
     def advance(self) -> None:
         """One iteration is done."""
+        self.done += 1
         self.progress.advance(self.task)
 
     def write(self, record: dict[str, float]) -> None:
         """Append a record, which has `iteration`."""
-        self.progress.update(self.task, status=f"loss {record['loss']:.4f}")
+        shown = {"loss": "loss", f"{HELD_OUT}all": "held out", f"{HELD_OUT_BASE}all": "of the base"}
+        self.status |= {name: f"{text} {record[name]:.4f}" for name, text in shown.items() if name in record}
+        self.progress.update(self.task, status=", ".join(self.status.values()))
         if not self.active:
             return
         append_text(self.directory / LOG_NAME, json.dumps(record) + "\n")
-        if self.writer is not None:
-            for name, value in record.items():
-                if name != "iteration":
-                    self.writer.add_scalar(name, value, int(record["iteration"]))
+        values = {name: value for name, value in record.items() if name != "iteration"}
+        for tracker in self.trackers:
+            tracker.log(values, step=int(record["iteration"]))
+        if self.report is not None and self.report.is_due():
+            left = (time.monotonic() - self.since) / max(1, self.done - self.start) * (self.stop - self.done)
+            self.report.write(read_log(self.directory), self.done, left)
+
+    def show(self, name: str, picture: Image.Image, done: int) -> None:
+        """Give a picture to the trackers that take one."""
+        for tracker in self.trackers:
+            log_picture(tracker, name, picture, done)

@@ -33,15 +33,19 @@ from stagepatch.methods import Method
 from stagepatch.sampling import Fakes
 from stagepatch.training.balancing import bargained, project_conflicts
 from stagepatch.training.balancing_config import BalancingConfig
+from stagepatch.training.check import Check
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import POSTHOC_EMA, SNAPSHOTS, TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
 from stagepatch.training.draws import Conditions, Draws, draw, load_batches
+from stagepatch.training.live_report import LiveReport
 from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
+from stagepatch.training.optimizers import learning_rate_of, make_optimizer, own_average
 from stagepatch.training.posthoc_ema import PowerAverages
+from stagepatch.training.sharding import check_whole, shard_base
 from stagepatch.training.signals import StopSignals
-from stagepatch.training.validation import Validation
+from stagepatch.training.trackers import open_trackers
 
 _LOGGER = logging.getLogger("stagepatch")
 # Settings, the least and the most that they may be.
@@ -67,7 +71,8 @@ def train(
     start_from: Path | None = None,
     ddo: tuple[DDOConfig, Fakes] | None = None,
     balancing: BalancingConfig | None = None,
-    validation: Validation | None = None,
+    checks: Sequence[Check] = (),
+    report: LiveReport | None = None,
 ) -> None:
     """Train, and write the method's result to `directory`. A run that was stopped goes on where it was.
 
@@ -81,7 +86,8 @@ def train(
         start_from: directory of what the same method learned before.
         ddo: tell training images from the model's own samples, in place of denoising alone.
         balancing: of the losses of the intervals that the objective draws its timesteps from.
-        validation: makes pictures now and then.
+        checks: what looks at the run now and then.
+        report: a page on the run, kept up to date.
 
     Raises:
         UserError: sizes that do not divide, a loss that is not finite, or a checkpoint of other settings.
@@ -90,19 +96,24 @@ def train(
     accelerator = _accelerator(config)
     num_intervals = _num_intervals(objective, balancing)
     _check_settings(config, accelerator.num_processes, num_intervals)
+    if config.shard_base and (config.compile or ddo is not None or checks):
+        raise UserError(
+            "training.shard_base goes without compile, objective='ddo', validation.every and validation.loss_every: "
+            "leave them out."
+        )
     torch.manual_seed(seed_for(GLOBAL, config.seed))
-    model.to(accelerator.device)
+    if config.shard_base:
+        shard_base(model)
+    else:
+        model.to(accelerator.device)
     if config.gradient_checkpointing:
         _checkpoint_gradients(model, is_alone=ddo is None)
     groups = method.prepare(model)
     if start_from is not None:
         method.start_from(model, start_from)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(
-        [{"params": group["params"], "lr": config.learning_rate * group["factor"]} for group in groups],
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
+    check_whole(parameters)
+    rated = [{"params": group["params"], "lr": config.learning_rate * group["factor"]} for group in groups]
     trained = nn.ParameterList(parameters)
     fakes, of_loss = None, list[nn.Parameter]()
     loss = DenoisingLoss(model, method, objective, trained)
@@ -111,8 +122,8 @@ def train(
     elif balancing is not None and balancing.name == "uncertainty":
         loss = UncertaintyLoss(model, method, objective, trained, num_intervals).to(accelerator.device)
         of_loss = [loss.log_variances]
-        own_rate = balancing.log_variance_learning_rate
-        optimizer.add_param_group({"params": of_loss, "lr": own_rate, "weight_decay": 0.0})
+        rated.append({"params": of_loss, "lr": balancing.log_variance_learning_rate, "weight_decay": 0.0})
+    optimizer = make_optimizer(rated, config)
     rates = [group["lr"] for group in optimizer.param_groups]
     schedule = config.lr_scheduler if config.lr_scheduler != "constant" else "constant_with_warmup"
     # Its function alone: the rate follows from the iteration, so nothing of it is saved.
@@ -125,6 +136,11 @@ def train(
     learned = [*parameters, *of_loss]
     state = TrainingState(directory / CHECKPOINT_NAME, identity, learned, optimizer, ema, scaler, posthoc)
     start = state.load()
+
+    def result() -> Sequence[Tensor] | None:
+        """What is learned so far, where that is an average and not what trains."""
+        return own_average(optimizer, parameters) if ema is None else ema.shadow_params
+
     if config.compile:
         model.compile()
     step = accelerator.prepare(loss)
@@ -134,6 +150,7 @@ def train(
     is_main = accelerator.is_main_process
     if is_main and on_start is not None:
         on_start()
+    trackers = open_trackers(config, directory, start, identity) if is_main else []
     # Under fp16 the scaler skips steps of gradients that are not finite; elsewhere such a step ruins what trains.
     checked = ["loss"] if scaler.is_enabled() else ["loss", "grad_norm"]
     totals: dict[str, Tensor] = {}
@@ -142,7 +159,7 @@ def train(
     with (
         contextlib.closing(method),
         StopSignals() as signals,
-        RunLog(directory, start, config.steps, config.tensorboard, is_main, progress) as log,
+        RunLog(directory, start, config.steps, trackers, is_main, progress, report) as log,
     ):
         for iteration, batch in enumerate(loader, start):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -175,8 +192,7 @@ def train(
                 means = {name: float(value.float() / count) for name, value in summed.items()}
                 _check_finite(means, checked, done, directory)
                 elapsed = time.perf_counter() - since
-                rate_now = optimizer.param_groups[0]["lr"]
-                speed = {"images_per_second": count * config.batch_size / elapsed, "lr": rate_now}
+                speed = {"images_per_second": count * config.batch_size / elapsed, "lr": learning_rate_of(optimizer)}
                 log.write({"iteration": done, **means, **speed})
                 totals, since = {}, time.perf_counter()
                 if reason := loss.too_far(means):
@@ -190,10 +206,11 @@ def train(
             if is_due:
                 _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)
             if is_main:  # before the checkpoint: a run that goes on from it has the snapshots up to it
-                _save_snapshots(method, parameters, ema, posthoc, config, done, directory)
-            if validation is not None and validation.is_due(done, config.steps):
-                with _averaged(parameters, None if ema is None else ema.shadow_params), _at_rest(method):
-                    validation(model, done)
+                _save_snapshots(method, parameters, result, posthoc, config, done, directory)
+            if due := [check for check in checks if check.is_due(done, config.steps)]:
+                with _averaged(parameters, result()), _at_rest(method):
+                    for check in due:
+                        check(model, done, log)
             if is_due:
                 if is_main:
                     state.save(done)
@@ -205,8 +222,8 @@ def train(
                     f"'{directory / CHECKPOINT_NAME}'. Give the same command again to go on from there.",
                 )
 
-    if ema is not None:
-        ema.copy_to(parameters)
+    if (average := result()) is not None:
+        _copy_to(parameters, average)
     if is_main:
         method.save(directory)
     accelerator.wait_for_everyone()
@@ -334,7 +351,7 @@ def _stop_requested(signals: StopSignals, done: int, config: TrainingConfig, acc
 def _save_snapshots(
     method: Method,
     parameters: list[nn.Parameter],
-    ema: Any | None,
+    result: Callable[[], Sequence[Tensor] | None],
     posthoc: PowerAverages,
     config: TrainingConfig,
     done: int,
@@ -343,8 +360,7 @@ def _save_snapshots(
     """What is to be kept of this step: the result so far, and each average for post-hoc EMA."""
     is_due = config.snapshot_every > 0 and done % config.snapshot_every == 0
     if is_due:
-        average = None if ema is None else ema.shadow_params
-        _save_result(method, parameters, average, directory / SNAPSHOTS / f"{done:07d}")
+        _save_result(method, parameters, result(), directory / SNAPSHOTS / f"{done:07d}")
     if is_due or done == config.steps:
         for sigma, average in posthoc.averages.items():
             _save_result(method, parameters, average, directory / POSTHOC_EMA / str(sigma) / f"{done:07d}")

@@ -24,9 +24,11 @@ class DenoisingLoss(nn.Module):
         trained: all parameters that train.
     """
 
+    model: nn.Module
+
     def __init__(self, model: nn.Module, method: Method, objective: Objective, trained: nn.ParameterList) -> None:
         super().__init__()
-        self.model = model
+        self.__dict__["model"] = model  # no submodule: processes have what trains in common, and nothing else
         self.trained = trained
         self.method = method
         self.objective = objective

@@ -20,7 +20,7 @@ from stagepatch.checkpoints import (
     sign_of_distillation,
 )
 from stagepatch.core import UserError, processes, write_text
-from stagepatch.data import check_channels, load_training_data, with_channels
+from stagepatch.data import check_channels, load_held_out, load_training_data, with_channels
 from stagepatch.diffusion import Objective, TimestepsConfig, make_timesteps, make_weighting
 from stagepatch.families import learns_sigma
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
@@ -28,8 +28,13 @@ from stagepatch.patch import with_condition
 from stagepatch.sampling import Fakes, load_fakes, sampled_as_trained
 from stagepatch.training.assistant import Assistant
 from stagepatch.training.balancing import make_intervals
+from stagepatch.training.check import Check
+from stagepatch.training.held_out import HeldOutLosses
+from stagepatch.training.live_report import LiveReport
 from stagepatch.training.loop import train
 from stagepatch.training.run_config import TrainConfig
+from stagepatch.training.sharding import check_launch
+from stagepatch.training.trackers import check_trackers
 from stagepatch.training.validation import Validation
 
 _LOGGER = logging.getLogger("stagepatch")
@@ -69,6 +74,8 @@ class Run:
         config_text: str = "",
         parts: str = "",
     ) -> None:
+        check_launch()
+        check_trackers(config.training)  # before anything is loaded or made
         in_channels = 0 if model is None or parts else int(model.config["in_channels"])
         config = replace(config, data=with_channels(config.data, parts or config.model, in_channels))
         shape = build_denoiser(config.model, config.component) if model is None else model
@@ -80,6 +87,9 @@ class Run:
         self.config_text = config_text or yaml.safe_dump(asdict(config), sort_keys=False)
         facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
         facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
+        self.timesteps = _own_part(config.timesteps, config) if config.component else config.timesteps
+        if (ends := self.timesteps.range) != [0.0, 1.0]:
+            facts["noise levels"] = f"{ends[0]:g} to {ends[1]:g}"
         self.method: Method = make_method(config, facts)
         if config.method == "none":
             raise UserError("method='none' trains nothing: give one that does.")
@@ -115,8 +125,7 @@ class Run:
         self.model, self.scheduler = model, scheduler
         self.assistant = self._load_assistant(named)
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
-        timesteps = _own_part(config.timesteps, config) if config.component else config.timesteps
-        self.objective.timesteps = make_timesteps(timesteps, self.objective.levels)
+        self.objective.timesteps = make_timesteps(self.timesteps, self.objective.levels)
         if config.balancing.name != "none":
             self._balance()
 
@@ -131,12 +140,13 @@ class Run:
             dataset = self.load_fakes()
         elif self.config.objective == "ddo":
             ddo = (self.config.ddo, self.load_fakes())
-        validation = self._validation()
         with self.assistant.set(True) if self.assistant else contextlib.nullcontext():
-            self._train(dataset, ddo, validation, progress)
+            self._train(dataset, ddo, progress)
         return self.method
 
-    def _train(self, dataset: Any, ddo: Any, validation: Validation | None, progress: bool) -> None:
+    def _train(self, dataset: Any, ddo: Any, progress: bool) -> None:
+        config = self.config
+        report = LiveReport(self.directory, config.training, self.config_text, config.validation.prompts)
         train(
             self.model,
             self.method,
@@ -152,18 +162,24 @@ class Run:
             self.start_from,
             ddo,
             self.config.balancing,
-            validation,
+            self._checks(),
+            report,
         )
 
-    def _validation(self) -> Validation | None:
-        """What makes pictures while it trains, of the base as it is now."""
-        config = self.config
-        if not config.validation.every:
-            return None
-        model, dtype = self.model.to(processes().device), getattr(torch, config.dtype)
-        return Validation(
-            config.validation, self._source, model, self.scheduler, self.directory, dtype, self.assistant
-        )
+    def _checks(self) -> list[Check]:
+        """What looks at the run while it trains, and at the base as it is now, an assistant on it for losses."""
+        config, training, checks = self.config.validation, self.config.training, list[Check]()
+        if config.loss_every or config.every:
+            self.model.to(processes().device)
+        if config.loss_every:
+            held_out = load_held_out(self.config.data, self.dataset)
+            size = max(1, training.batch_size // (processes().num_processes * training.gradient_accumulation_steps))
+            checks.append(HeldOutLosses(config, held_out, self.model, self.objective, self.timesteps.range, size))
+        if config.every:
+            where, dtype = self.directory, getattr(torch, self.config.dtype)
+            parts = (self._source, self.model, self.scheduler, where, dtype, self.assistant)
+            checks.append(Validation(config, *parts))
+        return checks
 
     def _load_assistant(self, source: str) -> Assistant | None:
         config = self.config

@@ -11,6 +11,7 @@ from stagepatch.checkpoints import takes_captions
 from stagepatch.core import UserError, processes
 from stagepatch.sampling import balanced_labels, generate, prompted_latents, sampled_as_trained
 from stagepatch.training.assistant import Assistant
+from stagepatch.training.log import RunLog
 from stagepatch.training.validation_config import ValidationConfig
 
 VALIDATION = "validation"
@@ -64,14 +65,16 @@ class Validation:
         """Whether a picture is due after `done` steps of `steps`."""
         return self.config.every > 0 and (done % self.config.every == 0 or done == steps)
 
-    def __call__(self, model: nn.Module, done: int) -> None:
+    def __call__(self, model: nn.Module, done: int, log: RunLog) -> None:
         """A picture of the model as it is, after so many steps; processes share the work."""
         from stagepatch.report import paired_grid, write_picture  # matplotlib is slow to import
 
         images = self._sample(model)
         if processes().is_main_process:
             columns = min(4, len(images))
-            write_picture(self.directory / f"{done:07d}.png", paired_grid(self._base, images, columns))
+            picture = paired_grid(self._base, images, columns)
+            write_picture(self.directory / f"{done:07d}.png", picture)
+            log.show(VALIDATION, picture, done)
 
     def _sample(self, model: nn.Module) -> torch.Tensor:
         with self._assistant.set(False) if self._assistant else contextlib.nullcontext():
