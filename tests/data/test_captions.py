@@ -123,7 +123,14 @@ def cached(tmp_path, sd, folder):
 def test_one_caption_an_image_is_kept_as_before(tmp_path, sd, folder):
     dataset = cached(tmp_path, sd, write_rows(folder, ["one"], "two", [], None))
     assert dataset.caption_counts is None
-    assert set(load_file(tmp_path / "cache" / "index.safetensors")) == {"size", "file", "row", "label", "caption"}
+    assert set(load_file(tmp_path / "cache" / "index.safetensors")) == {
+        "size",
+        "file",
+        "row",
+        "label",
+        "key",
+        "caption",
+    }
     assert dataset.index["caption"].tolist() == [1, 2, 0, 0]
     (items,) = load_batches(dataset, 4, 0, 1, 0, 0).batch_sampler
     assert sorted(items) == [0, 1, 2, 3]  # not pairs

@@ -8,7 +8,7 @@ from stagepatch.checkpoints import has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, say
 from stagepatch.core import UserError, processes, write_text
-from stagepatch.data import CachedLatents, make_cache
+from stagepatch.data import make_cache, open_cache
 
 
 def cache(config: configs.CacheConfig, resolved: str) -> None:
@@ -20,4 +20,4 @@ def cache(config: configs.CacheConfig, resolved: str) -> None:
     make_cache(directory, config.model, config.data, config.batch_size, dtype, dtype)
     if processes().is_main_process:
         write_text(directory / RUN_CONFIG, resolved)
-    say(f"The cache of {len(CachedLatents(directory)):,} images is in '{directory}'.")
+    say(f"The cache of {len(open_cache(directory, config.data)):,} images is in '{directory}'.")

@@ -15,6 +15,7 @@ from .randomness import FAKES as FAKES
 from .randomness import GLOBAL as GLOBAL
 from .randomness import NOISE as NOISE
 from .randomness import STAGE as STAGE
+from .randomness import TAGS as TAGS
 from .randomness import BatchOrder as BatchOrder
 from .randomness import generator_for as generator_for
 from .randomness import seed_for as seed_for

@@ -1,7 +1,10 @@
+from .arrays import ArraySource as ArraySource
 from .cache_dataset import CachedLatents as CachedLatents
 from .cache_writer import build_cache as build_cache
 from .cache_writer import cache_key as cache_key
 from .config import DataConfig as DataConfig
+from .config import SourceConfig as SourceConfig
+from .config import TagsConfig as TagsConfig
 from .dataset import BUNDLED as BUNDLED
 from .dataset import ImageDataset as ImageDataset
 from .dataset import in_memory as in_memory
@@ -18,11 +21,16 @@ from .huggingface import HuggingFaceSource as HuggingFaceSource
 from .images import Images as Images
 from .latents import decode_latents as decode_latents
 from .latents import encode_images as encode_images
+from .masks import normalized as normalized
+from .mixture import Mixture as Mixture
 from .model_cache import cache_directory as cache_directory
 from .model_cache import check_channels as check_channels
 from .model_cache import load_training_data as load_training_data
 from .model_cache import make_cache as make_cache
+from .model_cache import open_cache as open_cache
 from .model_cache import with_channels as with_channels
+from .pixels import Pixels as Pixels
+from .pixels import decode_once as decode_once
 from .preprocess import bucket_sizes as bucket_sizes
 from .preprocess import center_crop_adm as center_crop_adm
 from .preprocess import fit_to_bucket as fit_to_bucket

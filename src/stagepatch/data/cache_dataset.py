@@ -16,12 +16,13 @@ _OPEN_FILES = 128
 
 
 class CachedLatents(Dataset[dict[str, Any]]):
-    """Items as `training.draws.draw` takes them: mean, standard deviation, label, and the caption's condition.
+    """Items as `training.draws.draw` takes them: mean, standard deviation, label, the caption's condition, and a mask.
 
     Args:
         directory: of a whole cache.
 
     Attributes:
+        lengths: rows of each tensor of a caption's condition; empty where the model takes no captions.
         null_condition: condition of the empty caption; None where the model takes no captions.
         caption_counts: captions of each item, [N]; None where none has more than one.
 
@@ -35,9 +36,8 @@ class CachedLatents(Dataset[dict[str, Any]]):
             raise UserError(f"No whole cache at '{directory}': make it, or finish it, with stagepatch cache.")
         self.index, metadata = read_tensors(directory / INDEX_NAME)
         self._open: dict[str, Any] = {}
-        self._lengths: dict[str, int] = json.loads(metadata["lengths"])
-        self.null_condition = self._condition(0) if self._lengths else None
-        self.caption_counts: Tensor | None = self.index.get("caption_count") if self._lengths else None
+        self.pad_to(json.loads(metadata["lengths"]))
+        self.caption_counts: Tensor | None = self.index.get("caption_count") if self.lengths else None
         if self.caption_counts is not None:
             self._first_captions = self.caption_counts.cumsum(0) - self.caption_counts
 
@@ -56,13 +56,29 @@ class CachedLatents(Dataset[dict[str, Any]]):
             "std_flipped": latents.get_slice("std_flipped")[row],
             "label": int(self.index["label"][index]),
         }
-        if self._lengths:
+        if "mask" in latents.keys():  # noqa: SIM118 (it is no dict)
+            item["mask"] = latents.get_slice("mask")[row]
+        if self.lengths:
             item["condition"] = self._condition(self._caption_of(index, caption))
         return item
 
+    def pad_to(self, lengths: dict[str, int]) -> None:
+        """Give conditions so many rows, by name; at first they have as many as the cache's longest caption."""
+        self.lengths = lengths
+        self.null_condition = self._condition(0) if lengths else None
+
+    def labels(self) -> list[int]:
+        """The class of each item."""
+        labels: list[int] = self.index["label"].tolist()
+        return labels
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        """(height, width) [pixels] of each item's image."""
+        return [tuple(size) for size in self.index["size"].tolist()]
+
     def groups(self) -> list[list[int]]:
         """Indices of items with images of one size each."""
-        return indices_by_size([tuple(size) for size in self.index["size"].tolist()])
+        return indices_by_size(self.sizes())
 
     def keys(self) -> list[int]:
         """A number for each item that follows from its key alone; see `key_of`.
@@ -86,12 +102,12 @@ class CachedLatents(Dataset[dict[str, Any]]):
     def _condition(self, caption: int) -> dict[str, Tensor]:
         file = self._file("captions", caption // CAPTIONS_PER_FILE)
         row = caption % CAPTIONS_PER_FILE
-        return {name: self._padded(file.get_tensor(f"{row}.{name}"), name) for name in self._lengths}
+        return {name: self._padded(file.get_tensor(f"{row}.{name}"), name) for name in self.lengths}
 
     def _padded(self, value: Tensor, name: str) -> Tensor:
         """In float32, with zeros to the length of the longest caption, which masks tell from tokens."""
         value = value.float() if value.is_floating_point() else value
-        missing = self._lengths[name] - len(value)
+        missing = self.lengths[name] - len(value)
         return F.pad(value, (*[0, 0] * (value.ndim - 1), 0, missing)) if missing else value
 
     def _file(self, kind: str, number: int) -> Any:

@@ -19,6 +19,7 @@ from stagepatch.checkpoints import sampled_fingerprint
 from stagepatch.core import UserError, processes, progress_bar, read_json, read_tensors, write_json, write_tensors
 from stagepatch.data.images import Images
 from stagepatch.data.latents import encode_images
+from stagepatch.data.masks import to_weights
 
 T = TypeVar("T")
 IMAGES_PER_FILE = 256
@@ -142,14 +143,21 @@ def _write_missing(
 def _encode_images(
     images: Images, batch_size: int, advance: Callable[[int], None], vae: Any, indices: list[int]
 ) -> dict[str, Tensor]:
-    """float16: 'mean', 'std' [B, C, h, w], of videos [B, C, f, h, w], and the same of the mirrored ones."""
+    """float16: 'mean', 'std' [B, C, h, w], of videos [B, C, f, h, w], and the same of the mirrored ones.
+
+    Of masked images 'mask' [B, 1, h, w] too.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("mean", "std", "mean_flipped", "std_flipped")}
     for batch in _chunks(indices, batch_size):
-        pixels = torch.stack([images[index]["image"] for index in batch])
+        items = [images[index] for index in batch]
+        pixels = torch.stack([item["image"] for item in items])
         for ending, shown in (("", pixels), ("_flipped", pixels.flip(-1))):
             mean, std = encode_images(vae, shown)
             parts[f"mean{ending}"].append(mean.half().cpu())
             parts[f"std{ending}"].append(std.half().cpu())
+        if images.source.has_masks:
+            masks = torch.stack([item["mask"] for item in items])
+            parts.setdefault("mask", []).append(to_weights(masks, mean).half())
         advance(len(pixels))
     return {name: torch.cat(values) for name, values in parts.items()}
 

@@ -1,7 +1,42 @@
 """Where images come from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from stagepatch.core import UserError
+
+
+@dataclass
+class TagsConfig:
+    """Captions of tags, separated by commas: variants of each are encoded with the cache, and each step draws one.
+
+    Args:
+        variants: of each caption, the first being itself; 1 leaves captions as they are.
+        shuffle: the others have their tags in another order.
+        dropout: probability that the others lack a tag, of each tag. Whole captions are dropped by
+            training.label_dropout.
+        keep_tokens: so many tags at the start stay where they are, and are never left out.
+    """
+
+    variants: int = 1
+    shuffle: bool = True
+    dropout: float = 0.0
+    keep_tokens: int = 0
+
+
+@dataclass
+class SourceConfig:
+    """One of several data sets.
+
+    Args:
+        source: as data.source, none of the bundled ones.
+        repeats: how often an epoch shows each of its items.
+        masks: as data.masks.
+    """
+
+    source: str = ""
+    repeats: int = 1
+    masks: str = ""
 
 
 @dataclass
@@ -10,8 +45,11 @@ class DataConfig:
 
     Args:
         source: bundled data, 'digits' (scikit-learn's at 8×8, two thirds to train on) or 'fashion' (Fashion-MNIST at
-            16×16); a folder of images, a dataset of Hugging Face `datasets` (a saved one's directory, or a name on the
-            Hub), or WebDataset tar shards (their directory, or one .tar file).
+            16×16); a folder of images, a dataset of Hugging Face `datasets` (a saved one's directory, a .parquet file,
+            or a name on the Hub), WebDataset tar shards (their directory, or one .tar file), or an array of images: a
+            .npz, a .npy or an IDX file as MNIST's, with labels beside it.
+        sources: several data sets in place of `source`, such as [{source: A, repeats: 10}, {source: B}]; all else here
+            is for each of them.
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
             an image has at most that square's area.
         num_frames: above 1, `source` is a folder of videos, to train a model of videos on clips of so many frames, as
@@ -23,19 +61,25 @@ class DataConfig:
         num_workers: loading processes beside the main one.
         format: what `source` is; 'auto' looks at what lies there. The Hub is asked only with 'datasets'.
         split: of a Hugging Face dataset that has splits.
-        image_column: of a Hugging Face dataset.
+        image_column: of a Hugging Face dataset, or the name of an array in a .npz.
         caption_column: of a Hugging Face dataset, or of a folder's metadata.jsonl or metadata.csv; '' for no captions.
             Strings, or lists of them, as COCO's five: each step then draws one, and samples take the first. A folder
             without metadata has them in captions*.json, as COCO does, or in a .txt beside each image, one a line.
-        label_column: of a Hugging Face dataset; '' for no labels.
+        label_column: of a Hugging Face dataset, or the name of an array in a .npz; '' for no labels.
         crop: 'center' makes squares; 'buckets' keeps an image's shape as near as multiples of `bucket_step` can.
         bucket_step: what height and width of a bucket are multiples of [pixels].
+        masks: folder of masks for a folder of images, by the images' paths; without, an image's mask is
+            NAME-masklabel.png beside it. White counts fully in the loss, black not at all.
+        tags: variants of captions that are tags; for a model with a cache.
         max_broken: images that cannot be read, and videos that are too short, are named and left out, up to so many.
+        in_memory: training in pixels, images of one size are decoded once and kept as bytes, if all of them take at
+            most so much memory [GiB, of each process]; 0 reads the files at every step.
         held_out: share of the images that is not trained on, chosen by a hash of their names; see
             `validation.loss_every`. The bundled data have images of their own for that, whatever this says.
     """
 
     source: str = "digits"
+    sources: list[SourceConfig] = field(default_factory=list)
     image_size: int = 256
     num_frames: int = 1
     fps: float = 0.0
@@ -43,12 +87,31 @@ class DataConfig:
     channels: int = 0
     horizontal_flip: bool = False
     num_workers: int = 0
-    format: Literal["auto", "folder", "datasets", "webdataset"] = "auto"
+    format: Literal["auto", "folder", "datasets", "webdataset", "arrays"] = "auto"
     split: str = "train"
     image_column: str = "image"
     caption_column: str = "text"
     label_column: str = "label"
     crop: Literal["center", "buckets"] = "center"
     bucket_step: int = 64
+    masks: str = ""
+    tags: TagsConfig = field(default_factory=TagsConfig)
     max_broken: int = 10
+    in_memory: float = 2.0
     held_out: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Name several data sets in `source`.
+
+        Raises:
+            UserError: they are given beside another `source`, or with values that make no sense.
+        """
+        if not self.sources:
+            return
+        named = ", ".join(each.source for each in self.sources)
+        if self.source not in ("digits", named) or self.masks:
+            raise UserError("data.sources stands in place of data.source and data.masks: give the one or the other.")
+        for each in self.sources:
+            if not each.source or each.repeats < 1:
+                raise UserError(f"data.sources: each names a source, and repeats={each.repeats} must be at least 1.")
+        self.source = named

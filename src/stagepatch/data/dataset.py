@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stagepatch.core import UserError
+from stagepatch.data.arrays import ArraySource, is_array
 from stagepatch.data.config import DataConfig
 from stagepatch.data.digits import load_digits
 from stagepatch.data.fashion import load_fashion
 from stagepatch.data.folder import FolderSource
-from stagepatch.data.huggingface import HuggingFaceSource, is_saved_dataset
+from stagepatch.data.huggingface import HuggingFaceSource, is_parquet, is_saved_dataset
 from stagepatch.data.images import Images
+from stagepatch.data.mixture import Mixture, check_alike, split_sources
+from stagepatch.data.pixels import decode_once
 from stagepatch.data.source import Source
 from stagepatch.data.video import VideoFolder
 from stagepatch.data.webdataset import WebDatasetSource, find_shards
@@ -41,11 +44,15 @@ BUNDLED: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {"digits": load_dig
 Split = Literal["train", "held_out", "tune"]
 
 
-def load_dataset(config: DataConfig, split: Split = "train") -> Dataset[dict[str, Any]]:
+def load_dataset(config: DataConfig, split: Split = "train", decode: bool = False) -> Dataset[dict[str, Any]]:
     """The dataset that a config names. Only those of BUNDLED have a held-out split.
 
+    Args:
+        decode: once, as far as memory allows; see `decode_once`.
+
     Raises:
-        UserError: nothing at the source, no image in it, too many broken ones, no such split, or videos are asked for.
+        UserError: nothing at the source, no image in it, too many broken ones, no such split, videos are asked for, or
+            sources do not go together.
     """
     if config.num_frames > 1:
         raise UserError(
@@ -59,28 +66,42 @@ def load_dataset(config: DataConfig, split: Split = "train") -> Dataset[dict[str
                 "Of the digits there are 'train' and 'held_out'."
             )
         return ImageDataset(*BUNDLED[config.source](split))
-    return Images(open_source(config), config)
+    configs = split_sources(config)
+    sources = [open_source(each) for each in configs]
+    if config.sources:
+        check_alike(sources, [each.source for each in configs])
+    datasets = [Images(source, each) for source, each in zip(sources, configs, strict=True)]
+    parts = decode_once(datasets) if decode else datasets
+    return Mixture(parts, config) if config.sources else parts[0]
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that a config names, other than those of BUNDLED.
+    """The source that a config names, other than those of BUNDLED; of several see `split_sources`.
 
     Raises:
         UserError: nothing at the source, or no image in it.
     """
+    if config.source in BUNDLED:
+        raise UserError(f"The bundled '{config.source}' is trained on alone: give it as data.source.")
     if config.num_frames > 1:
         if config.format not in ("auto", "folder"):
             raise UserError(f"data.num_frames={config.num_frames} takes a folder, not data.format='{config.format}'.")
+        if config.masks:
+            raise UserError(f"data.masks='{config.masks}' is for images: of videos all counts. Leave it out.")
         return VideoFolder(Path(config.source), config.caption_column)
     kind = find_format(Path(config.source)) if config.format == "auto" else config.format
+    if config.masks and kind != "folder":
+        raise UserError(f"data.masks='{config.masks}' is for a folder of images, which '{config.source}' is not.")
     if kind == "webdataset":
         return WebDatasetSource(Path(config.source))
     if kind == "datasets":
         return HuggingFaceSource(config)
-    return FolderSource(Path(config.source), config.caption_column)
+    if kind == "arrays":
+        return ArraySource(config)
+    return FolderSource(Path(config.source), config.caption_column, config.masks)
 
 
-def find_format(path: Path) -> Literal["folder", "datasets", "webdataset"]:
+def find_format(path: Path) -> Literal["folder", "datasets", "webdataset", "arrays"]:
     """What lies at a path.
 
     Raises:
@@ -88,14 +109,16 @@ def find_format(path: Path) -> Literal["folder", "datasets", "webdataset"]:
     """
     if find_shards(path):
         return "webdataset"
-    if is_saved_dataset(path):
+    if is_array(path):
+        return "arrays"
+    if is_saved_dataset(path) or is_parquet(path):
         return "datasets"
     if path.is_dir():
         return "folder"
     raise UserError(
         f"No images at '{path}'. data.source can be {', '.join(map(repr, BUNDLED))}, a folder of images, a dataset "
-        f"saved by Hugging Face datasets, a directory of WebDataset shards or one .tar file; or a dataset on the Hub, "
-        f"with data.format=datasets."
+        f"saved by Hugging Face datasets, a .parquet file, a directory of WebDataset shards or one .tar file, a .npz, "
+        f".npy or IDX file; or a dataset on the Hub, with data.format=datasets."
     )
 
 

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
-from stagepatch.data.source import as_captions
+from stagepatch.data.masks import find_masks
+from stagepatch.data.source import Source, as_captions
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"}
 
 
-class FolderSource:
+class FolderSource(Source):
     """Images under a folder, with captions from the first of these that there is, one or several an image.
 
     - metadata.jsonl, whose captions are strings or lists of strings, or metadata.csv;
@@ -22,22 +23,26 @@ class FolderSource:
       'caption'. Images of COCO that are not in the folder are passed over;
     - beside an image, a .txt of its name: a caption a line.
 
+    An image's mask is `NAME-masklabel.png` beside it, or lies in a folder of masks; see `masks`.
+
     Args:
         directory: images lie in it or in its subfolders; subfolders in alphabetical order are labels 0, 1, ….
         caption_column: of the metadata, beside 'file_name' (relative to the folder); '' leaves all captions unread.
+        masks: folder of masks, by the images' paths; '' for masks beside images.
 
     Raises:
-        UserError: no such folder, no image in it, or metadata that do not fit it.
+        UserError: no such folder, no image in it, or metadata or masks that do not fit it.
     """
 
     noun: ClassVar[str] = "image"
     suffixes: ClassVar[set[str]] = IMAGES
 
-    def __init__(self, directory: Path, caption_column: str = "text") -> None:
+    def __init__(self, directory: Path, caption_column: str = "text", masks: str = "") -> None:
         if not directory.is_dir():
             raise UserError(f"No {self.noun} folder at '{directory}': give a folder of {self.noun}s.")
         files = sorted(path for path in directory.rglob("*") if path.is_file())
-        self.paths = [path for path in files if path.suffix.lower() in self.suffixes]
+        shown = [path for path in files if path.suffix.lower() in self.suffixes]
+        self.paths, self._masks = find_masks(directory, shown, Path(masks) if masks else None)
         if not self.paths:
             looked_for = ", ".join(sorted(self.suffixes))
             has_videos = any(path.suffix.lower() in VIDEOS for path in files)
@@ -46,6 +51,7 @@ class FolderSource:
         folders = sorted({path.parent for path in self.paths})
         classes = {folder: label for label, folder in enumerate(folders)}
         self.labels = [classes[path.parent] for path in self.paths]
+        self._class_names = [path.relative_to(directory).as_posix() for path in folders if folders != [directory]]
         self.names = [path.relative_to(directory).as_posix() for path in self.paths]
         captions = _read_captions(directory, caption_column, self.names) if caption_column else {}
         self._captions = [captions.get(name, [""]) for name in self.names]
@@ -70,10 +76,26 @@ class FolderSource:
 
     def stamp(self) -> list[str]:
         stats = [path.stat() for path in self.paths]
-        return [
+        stamps = [
             f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{captions[0] if len(captions) == 1 else json.dumps(captions)}"
             for name, stat, captions in zip(self.names, stats, self._captions, strict=True)
         ]
+        for index, path in enumerate(self.paths):
+            if path in self._masks:
+                stat = self._masks[path].stat()
+                stamps[index] += f":mask:{stat.st_size}:{stat.st_mtime_ns}"
+        return stamps
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
+
+    def mask(self, index: int) -> Path | None:
+        return self._masks.get(self.paths[index])
+
+    @property
+    def has_masks(self) -> bool:
+        return bool(self._masks)
 
 
 def _read_captions(directory: Path, column: str, names: list[str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face `datasets`: saved on disk, or from the Hub."""
+"""Datasets of Hugging Face `datasets`: saved on disk, Parquet files, or from the Hub."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
 from stagepatch.data.config import DataConfig
-from stagepatch.data.source import as_captions
+from stagepatch.data.source import Source, as_captions
 
 _SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))
 # By kind of column: the name that may be absent, what its dtype begins with, and what it holds, in words.
@@ -19,14 +19,15 @@ _COLUMNS = {
 }
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(Source):
     """Rows of a dataset.
 
     Args:
-        config: its source is a directory written by `save_to_disk`, or whatever else `datasets.load_dataset` takes;
-            split, where there are splits; image_column: images, as files' bytes or paths; caption_column: strings, or
-            lists of them, where '' or, for the name 'text', an absent column means no captions; label_column: whole
-            numbers from 0, where '' or, for the name 'label', an absent column means that all labels are 0.
+        config: its source is a directory written by `save_to_disk`, a .parquet file, or whatever else
+            `datasets.load_dataset` takes; split, where there are splits; image_column: images, as files' bytes or
+            paths; caption_column: strings, or lists of them, where '' or, for the name 'text', an absent column means
+            no captions; label_column: whole numbers from 0, where '' or, for the name 'label', an absent column means
+            that all labels are 0.
 
     Raises:
         UserError: `datasets` is not installed, no such dataset or split, or no such column.
@@ -75,6 +76,11 @@ class HuggingFaceSource:
     def key(self, index: int) -> str:
         return str(index)
 
+    @property
+    def class_names(self) -> list[str]:
+        feature = None if self._labels is None else self._labels.features[self._names[2]]
+        return list(getattr(feature, "names", None) or [])
+
     def stamp(self) -> list[str]:
         prefix = ":".join([self._fingerprint, *self._names])
         return [f"{prefix}:{index}" for index in range(len(self))]
@@ -85,19 +91,26 @@ def is_saved_dataset(directory: Path) -> bool:
     return any(all((directory / name).is_file() for name in names) for names in _SAVED)
 
 
+def is_parquet(path: Path) -> bool:
+    """Whether it is a .parquet file."""
+    return path.suffix == ".parquet" and path.is_file()
+
+
 def _load(path: str, split: str) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UserError("Hugging Face datasets are read by the package datasets: pip install datasets") from error
     try:
+        if is_parquet(Path(path)):
+            return datasets.load_dataset("parquet", data_files=path, split=split)
         if not is_saved_dataset(Path(path)):
             return datasets.load_dataset(path, split=split)
         dataset = datasets.load_from_disk(path)
     except Exception as error:
         raise UserError(
             f"Cannot load the dataset '{path}', split '{split}' ({type(error).__name__}: {error}): give a directory "
-            f"written by save_to_disk, or the name and split of a dataset on the Hub."
+            f"written by save_to_disk, a .parquet file, or the name and split of a dataset on the Hub."
         ) from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:

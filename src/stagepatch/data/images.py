@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 from stagepatch.core import UserError
 from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
+from stagepatch.data.masks import check_mask, open_mask
 from stagepatch.data.source import BROKEN, Source, key_of
+from stagepatch.data.tags import check_tags, tag_variants
 
 _LOGGER = logging.getLogger("stagepatch")
 _NAMED = 3
@@ -20,6 +22,8 @@ _NAMED = 3
 
 class Images(Dataset[dict[str, Any]]):
     """Items {"image": [C, H, W] in [−1, 1], "label": int, "caption": str}, of several captions the first.
+
+    Where any image has a mask, all have a "mask" [1, H, W] from 0 to 1, cropped as the image; those without, ones.
 
     Every header is read once, at the start; what is broken is named in one warning and left out. An image whose
     pixels turn out to be broken is replaced, at its own size, by the next good one, with a warning of its own.
@@ -38,9 +42,18 @@ class Images(Dataset[dict[str, Any]]):
     def __init__(self, source: Source, config: DataConfig) -> None:
         if config.channels not in (0, 1, 3):
             raise UserError(f"data.channels={config.channels} must be 1 (grey) or 3 (colour).")
-        for name, lowest in (("image_size", 1), ("max_broken", 0), ("num_frames", 1), ("num_clips", 1), ("fps", 0)):
+        limits = (
+            ("image_size", 1),
+            ("max_broken", 0),
+            ("num_frames", 1),
+            ("num_clips", 1),
+            ("fps", 0),
+            ("in_memory", 0),
+        )
+        for name, lowest in limits:
             if getattr(config, name) < lowest:
                 raise UserError(f"{name}={getattr(config, name)} must be at least {lowest}.")
+        check_tags(config.tags)
         self.source = source
         self.config = config
         self._buckets = [(config.image_size, config.image_size)]
@@ -74,13 +87,21 @@ class Images(Dataset[dict[str, Any]]):
         """(height, width) [pixels] of each item, known from the headers."""
         return list(self._sizes)
 
+    def stamp(self) -> list[str]:
+        """A string for each of the source's images that changes when its file does."""
+        return self.source.stamp()
+
     def labels(self) -> list[int]:
         """The class of each item."""
         return [self.source.label(index) for index in self._indices]
 
     def captions(self) -> list[list[str]]:
-        """The captions of each item."""
-        return [self.source.captions(index) for index in self._indices]
+        """The captions of each item, and of each the variants that the config asks for."""
+        tags = self.config.tags
+        return [
+            [variant for caption in self.source.captions(index) for variant in tag_variants(caption, tags)]
+            for index in self._indices
+        ]
 
     def keys(self) -> list[int]:
         """A number for each item that follows from its key alone; see `key_of`."""
@@ -88,11 +109,17 @@ class Images(Dataset[dict[str, Any]]):
 
     def _item(self, candidate: int, size: tuple[int, int]) -> dict[str, Any]:
         index = self._indices[candidate]
-        return {
+        item: dict[str, Any] = {
             "image": self._pixels(candidate, size),
             "label": self.source.label(index),
             "caption": self.source.captions(index)[0],
         }
+        if self.source.has_masks:
+            path = self.source.mask(index)
+            white = Image.new("L", (size[1], size[0]), 255)
+            mask = white if path is None else self._cropped(open_mask(path), size)
+            item["mask"] = (preprocess.to_tensor(mask) + 1.0) / 2.0
+        return item
 
     def _pixels(self, item: int, size: tuple[int, int]) -> Tensor:
         """[C, height, width] of an item."""
@@ -121,6 +148,8 @@ class Images(Dataset[dict[str, Any]]):
             except BROKEN as error:
                 self._broken.append(self._describe(index, error))
                 continue
+            if (mask := self.source.mask(index)) is not None:
+                check_mask(mask, (height, width))
             self._indices += [index] * count
             self._sizes += [preprocess.nearest_bucket(width, height, self._buckets)] * count
         # In shared memory, so that loading processes count together.

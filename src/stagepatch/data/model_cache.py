@@ -1,6 +1,8 @@
 """A model's cache of a data config: its parts loaded one after the other, each freed before the next."""
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from stagepatch.checkpoints import (
 from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import build_cache, cache_key
-from stagepatch.data.config import DataConfig
-from stagepatch.data.dataset import BUNDLED, load_dataset, open_source
+from stagepatch.data.config import DataConfig, SourceConfig
+from stagepatch.data.dataset import BUNDLED, ImageDataset, load_dataset, open_source
 from stagepatch.data.held_out import hold_out
 from stagepatch.data.images import Images
+from stagepatch.data.mixture import Mixture, check_alike, split_sources
 from stagepatch.data.video import Clips, VideoFolder
 from stagepatch.families import takes_text, takes_videos
 
@@ -80,15 +83,23 @@ def make_cache(
 ) -> None:
     """Make the cache of images or videos and captions for a model with a VAE, or check the one that is there.
 
-    A whole cache is only compared with its key: neither images nor encoders are loaded.
+    A whole cache is only compared with its key: neither images nor encoders are loaded. Of several data sets each has
+    a cache of its own in the directory, which is found again when it is trained on beside others.
 
     Args:
         dtype: that the VAE computes in.
         text_dtype: that text encoders, which may be larger than the denoiser, are loaded in.
 
     Raises:
-        UserError: the directory holds the cache of something else, or the model does not take so many frames.
+        UserError: the directory holds the cache of something else, the model does not take so many frames, or data
+            sets do not go together.
     """
+    if data.sources:
+        configs = split_sources(data)
+        check_alike([open_source(each) for each in configs], [each.source for each in configs])
+        for named, each in zip(data.sources, configs, strict=True):
+            make_cache(directory / cache_name(named), model, each, batch_size, dtype, text_dtype)
+        return
     if data.num_frames > 1:
         _check_num_frames(model, data.num_frames)
     if data.source in BUNDLED:
@@ -101,6 +112,8 @@ def make_cache(
     source = open_source(data)
     names = (*_PREPROCESSING, *_OF_VIDEOS) if data.num_frames > 1 else _PREPROCESSING
     preprocessing = {name: getattr(data, name) for name in names}
+    if data.tags.variants > 1:  # else as in caches of before there were any
+        preprocessing["tags"] = asdict(data.tags)
     key = cache_key(source.stamp(), preprocessing, encoder_directories(model))
     device = processes().device
     build_cache(
@@ -151,11 +164,28 @@ def load_training_data(
                 f"The model '{model}' takes text and has no VAE, in 'vae/', beside it: images in pixels are trained "
                 f"on with classes or with nothing, not with captions."
             )
-        images = load_dataset(with_channels(data, model) if model else data)
-        if not data.held_out or not isinstance(images, Images):
-            return images
-        return hold_out(images, images.keys(), data.held_out)
-    directory = cache_directory(cache, output_dir)
-    make_cache(directory, model, data, batch_size, text_dtype=text_dtype)
-    cached = CachedLatents(directory)
-    return hold_out(cached, cached.keys(), data.held_out) if data.held_out else cached
+        dataset: Any = load_dataset(with_channels(data, model) if model else data, decode=True)
+        if isinstance(dataset, ImageDataset):  # bundled: they have a split of their own
+            return dataset
+    else:
+        directory = cache_directory(cache, output_dir)
+        make_cache(directory, model, data, batch_size, text_dtype=text_dtype)
+        dataset = open_cache(directory, data)
+    return hold_out(dataset, dataset.keys(), data.held_out) if data.held_out else dataset
+
+
+def open_cache(directory: Path, data: DataConfig) -> CachedLatents | Mixture:
+    """What `make_cache` made of a data config.
+
+    Raises:
+        UserError: it is not whole, or not there.
+    """
+    if not data.sources:
+        return CachedLatents(directory)
+    return Mixture([CachedLatents(directory / cache_name(each)) for each in data.sources], data)
+
+
+def cache_name(source: SourceConfig) -> str:
+    """Of the directory of one of several data sets' cache, whatever the others and its repeats are."""
+    digest = hashlib.sha256(json.dumps([source.source, source.masks]).encode()).hexdigest()
+    return f"{Path(source.source).name}-{digest[:8]}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
@@ -40,6 +41,20 @@ class Source(Protocol):
 
     def stamp(self) -> list[str]:
         """A string for each item that changes when its file does, found without reading images."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes 0, 1, …, where they are known."""
+        return []
+
+    def mask(self, index: int) -> Path | None:
+        """The image's mask, where it has one."""
+        return None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether any image has one."""
+        return False
 
 
 def key_of(key: str) -> int:

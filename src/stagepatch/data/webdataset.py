@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
-from stagepatch.data.source import as_captions
+from stagepatch.data.source import Source, as_captions
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
@@ -29,7 +29,7 @@ class Sample:
     members: dict[str, tuple[int, int]]
 
 
-class WebDatasetSource:
+class WebDatasetSource(Source):
     """Samples of tar shards that have an image (jpg, jpeg, png or webp).
 
     The caption is the member .txt, else 'caption' or 'text' in .json: a string, or a list of several. The label is

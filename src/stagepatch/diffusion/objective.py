@@ -105,8 +105,13 @@ class Objective:
             return noise - x_start
         return self._training_scheduler.get_velocity(x_start, noise, timesteps)  # type: ignore[no-any-return]
 
-    def loss(self, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def loss(
+        self, output: Tensor, x_start: Tensor, noise: Tensor, timesteps: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
         """The loss of each sample, mean over its dimensions: [B].
+
+        Args:
+            weights: of each place of a sample, [B, 1, H, W], with mean 1.
 
         The bound enters with weight T/1000: L_simple + 0.001·L_vlb of improved DDPM, where L_vlb sums T terms.
         """
@@ -115,11 +120,12 @@ class Objective:
         if self.learn_sigma:
             prediction, interpolation = output.chunk(2, dim=1)
         error = (prediction - self.target(x_start, noise, timesteps)) ** 2
+        error = error if weights is None else error * weights
         loss = self.weighting(self.snr(timesteps), self.prediction_type) * error.flatten(1).mean(dim=1)
         if self._posterior is not None:
             x_t = self.add_noise(x_start, noise, timesteps)
             predicted_x_start = self.predict_x_start(prediction.detach(), x_t, timesteps)
-            bound = self._posterior.bound(x_start, x_t, timesteps, predicted_x_start, interpolation)
+            bound = self._posterior.bound(x_start, x_t, timesteps, predicted_x_start, interpolation, weights)
             loss = loss + bound * (self.num_train_timesteps / 1000.0)
         return loss
 

@@ -65,13 +65,20 @@ class Posterior:
         return fraction * largest + (1.0 - fraction) * smallest
 
     def bound(
-        self, x_start: Tensor, x_t: Tensor, timesteps: Tensor, predicted_x_start: Tensor, interpolation: Tensor
+        self,
+        x_start: Tensor,
+        x_t: Tensor,
+        timesteps: Tensor,
+        predicted_x_start: Tensor,
+        interpolation: Tensor,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """The term L_t of the variational bound per sample, mean over dimensions, in bits: [B].
 
         Args:
             x_start, x_t, predicted_x_start, interpolation: [B, C, H, W].
             timesteps: [B]; t = 0 is scored by the discretised log-likelihood, the others by the KL.
+            weights: of each place, [B, 1, H, W].
         """
         mean = self.mean(predicted_x_start, x_t, timesteps)
         log_variance = self.learned_log_variance(interpolation, timesteps)
@@ -80,4 +87,6 @@ class Posterior:
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         likelihood = -discretized_gaussian_log_likelihood(x_start, mean, log_variance)
         first = (timesteps == 0).view(-1, *[1] * (x_t.ndim - 1))
-        return torch.where(first, likelihood, kl).flatten(1).mean(dim=1) / math.log(2.0)
+        terms = torch.where(first, likelihood, kl)
+        terms = terms if weights is None else terms * weights
+        return terms.flatten(1).mean(dim=1) / math.log(2.0)

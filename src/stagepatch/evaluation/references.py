@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stagepatch.core import UserError, read_tensors, write_tensors
-from stagepatch.data import BUNDLED, DataConfig, ImageDataset, Images, in_memory, load_dataset
+from stagepatch.data import BUNDLED, DataConfig, ImageDataset, Images, Mixture, in_memory, load_dataset
 from stagepatch.evaluation.features import FeatureExtractor, extract_features
 
 _MOST_NUMBERS = 2**28  # a GiB of float32
@@ -22,11 +22,11 @@ class References:
     """What samples are measured against.
 
     Args:
-        train: the images that the model was trained on, in memory or to be read.
+        train: the images that the model was trained on, in memory or to be read; of several data sets each once.
         held_out: images that nothing was trained on, where there are any.
     """
 
-    train: ImageDataset | Images
+    train: ImageDataset | Images | Mixture
     held_out: ImageDataset | None
 
 
@@ -46,7 +46,7 @@ def load_references(config: DataConfig, held_out: Literal["held_out", "tune"] = 
     if config.crop != "center":
         raise UserError(f"data.crop='{config.crop}' makes images of many sizes: metrics need crop 'center'.")
     dataset = load_dataset(config)
-    assert isinstance(dataset, Images | ImageDataset)
+    assert isinstance(dataset, Images | ImageDataset | Mixture)
     is_small = len(dataset) * (config.channels or 3) * config.image_size**2 <= _MOST_NUMBERS
     return References(in_memory(dataset) if is_small else dataset, None)
 
@@ -57,7 +57,7 @@ def feature_cache() -> Path:
 
 
 def reference_features(
-    dataset: ImageDataset | Images, extractor: FeatureExtractor, cache: Path | None = None
+    dataset: ImageDataset | Images | Mixture, extractor: FeatureExtractor, cache: Path | None = None
 ) -> Tensor:
     """Features [B, F] of a dataset, read from the cache where they are in it.
 
@@ -81,12 +81,12 @@ def reference_features(
     return features
 
 
-def _key(dataset: ImageDataset | Images, extractor: FeatureExtractor) -> str:
+def _key(dataset: ImageDataset | Images | Mixture, extractor: FeatureExtractor) -> str:
     if isinstance(dataset, ImageDataset):
         images = dataset.images
         digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {extractor.fingerprint}".encode())
         digest.update(images.cpu().contiguous().numpy().tobytes())
     else:
         digest = hashlib.sha256(f"{asdict(dataset.config)} {extractor.fingerprint}".encode())
-        digest.update("\n".join(dataset.source.stamp()).encode())
+        digest.update("\n".join(dataset.stamp()).encode())
     return digest.hexdigest()

@@ -82,20 +82,22 @@ def load_fakes(directory: Path, model: nn.Module, scheduler: Any, dataset: Any, 
     Args:
         model: the model as it is, on its device.
         scheduler: the one it was trained with.
-        dataset: the training data: a sample's class or caption is that of one of its items, all alike probable.
+        dataset: the training data: a sample's class or caption is that of one of its items, as probable as training
+            shows it often.
         config: how they are sampled, and how many.
 
     Raises:
         UserError: the directory holds another model's samples, or images of several sizes.
     """
-    if len(dataset.groups() if hasattr(dataset, "groups") else [0]) > 1:
+    groups = dataset.groups() if hasattr(dataset, "groups") else [range(len(dataset))]
+    if len(groups) > 1:
         raise UserError("The model's own samples are of one size, but the training images of several: crop them.")
     state = processes()
     plan = {
         "model": module_fingerprint(model),
         "scheduler": {name: value for name, value in scheduler.config.items() if not name.startswith("_")},
         "sampling": config,
-        "items": len(dataset),
+        "items": len(groups[0]),
     }
     if (directory / PLAN_NAME).exists():
         found = f"'{directory}' holds samples of another model or of other settings"
@@ -104,7 +106,8 @@ def load_fakes(directory: Path, model: nn.Module, scheduler: Any, dataset: Any, 
     elif state.is_main_process:
         write_json(directory / PLAN_NAME, {**plan, "sampling": asdict(config)})
     state.wait_for_everyone()
-    items = torch.randint(len(dataset), (config.num_images,), generator=_generator(config))
+    order = torch.tensor(groups[0])
+    items = order[torch.randint(len(order), (config.num_images,), generator=_generator(config))]
     samples = []
     with progress_bar(disable=not state.is_main_process) as progress:
         task = progress.add_task("samples of the model", total=config.num_images, status="")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stagepatch.checkpoints import has_vae, load_captioner, load_vae, takes_captions
 from stagepatch.core import UserError, processes
-from stagepatch.data import CachedLatents, DataConfig, decode_latents, make_cache
+from stagepatch.data import DataConfig, decode_latents, make_cache, open_cache
 from stagepatch.families import sample_shape
 from stagepatch.sampling.generation import Captions, spread
 
@@ -50,7 +50,7 @@ def latent_sampling(
     if data.num_frames > 1:
         raise UserError(f"data.num_frames={data.num_frames}: here images are sampled, not videos. Leave it at 1.")
     make_cache(cache, model, data, text_dtype=text_dtype)
-    cached = CachedLatents(cache)
+    cached = open_cache(cache, data)
     vae = load_vae(model).to(processes().device)
 
     def condition(indices: list[int]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from stagepatch.search.storages import Workers, open_storage
 Point = tuple[float, ...]
 # An intermediate value of an evaluation [lower is better]; raises what ends it if it is clearly bad.
 Report = Callable[[float], None]
-_NO_DIFFERENCE = ("batch_size", "num_workers", "max_broken")  # settings that change no image
+_NO_DIFFERENCE = ("batch_size", "num_workers", "max_broken", "in_memory")  # settings that change no image
 _POLL = 0.5  # seconds between looks at what other processes do
 _CLAIM = 10.0  # seconds in which a process that begins a trial puts its name to it
 

@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from stagepatch.core import CAPTION, FAKES, GLOBAL, NOISE, BatchOrder, UserError, generator_for, seed_for
+from stagepatch.data import normalized
 from stagepatch.diffusion import Objective
 from stagepatch.families import input_dtype, null_label, num_classes
 from stagepatch.sampling import Fakes
@@ -21,6 +22,7 @@ from stagepatch.training.config import TrainingConfig
 class Draws:
     """x_start and noise [B, C, H, W], timesteps [B], and the condition, each tensor a row a sample.
 
+    Where images have masks: weights of each place in the loss, [B, 1, H, W], with mean 1 in each sample.
     Where the model's own samples are told from training images: as many of them, and their condition.
     """
 
@@ -30,19 +32,22 @@ class Draws:
     condition: dict[str, Tensor]
     fakes: Tensor | None = None
     fake_condition: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def rows(self, rows: slice) -> Draws:
         """Some of the samples."""
         condition, of_fakes = (
             {name: value[rows] for name, value in each.items()} for each in (self.condition, self.fake_condition)
         )
-        fakes = None if self.fakes is None else self.fakes[rows]
-        return Draws(self.x_start[rows], self.noise[rows], self.timesteps[rows], condition, fakes, of_fakes)
+        fakes, weights = (None if each is None else each[rows] for each in (self.fakes, self.weights))
+        return Draws(self.x_start[rows], self.noise[rows], self.timesteps[rows], condition, fakes, of_fakes, weights)
 
     def tensors(self) -> tuple[Any, ...]:
         """What a loss takes."""
         drawn = (self.x_start, self.noise, self.timesteps, self.condition)
-        return drawn if self.fakes is None else (*drawn, self.fakes, self.fake_condition)
+        if self.fakes is not None:
+            return (*drawn, self.fakes, self.fake_condition)
+        return drawn if self.weights is None else (*drawn, self.weights)
 
     def split(self, parts: int) -> Iterator[Draws]:
         """In pieces of equal size."""
@@ -144,7 +149,7 @@ def draw(
     Args:
         batch: "image" [B, C, H, W] and "label" [B]; or of latents, mean "image" and standard deviation "std" of the
             encoder's posterior, with "image_flipped" and "std_flipped" those of the mirrored image; with captions,
-            "condition", tensors by keyword.
+            "condition", tensors by keyword; with masks, "mask" [B, 1, H, W].
         fakes: the model's own samples, of which as many are drawn as there are images.
     """
     torch.manual_seed(seed_for(GLOBAL, config.seed, process_index, iteration))
@@ -162,6 +167,8 @@ def draw(
         dropped = torch.rand(size, generator=generator, device=device)[own] < config.label_dropout
     x_start = _x_start(batch, flipped, size, own, generator)
     drawn = Draws(x_start, noise, timesteps, conditions.of(batch, dropped))
+    if "mask" in batch:
+        drawn.weights = normalized(_either_way(batch, "mask", flipped))
     if fakes is not None:
         chosen = torch.randint(
             len(fakes), (size,), generator=generator_for(torch.device("cpu"), FAKES, config.seed, iteration)

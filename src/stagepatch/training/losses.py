@@ -35,10 +35,15 @@ class DenoisingLoss(nn.Module):
         self.dtype = input_dtype(model)
 
     def forward(
-        self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]
+        self,
+        x_start: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        condition: dict[str, Tensor],
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and scalars to log."""
-        loss = self._denoising(x_start, noise, timesteps, condition).mean()
+        loss = self._denoising(x_start, noise, timesteps, condition, weights).mean()
         extra, logged = self.method.extra_loss()
         return loss if extra is None else loss + extra, {"loss": loss.detach(), **logged}
 
@@ -46,11 +51,18 @@ class DenoisingLoss(nn.Module):
         """Why training should end here, judged by the means of what was logged; empty to go on."""
         return ""
 
-    def _denoising(self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def _denoising(
+        self,
+        x_start: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        condition: dict[str, Tensor],
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Of each sample: [B]."""
         x_t = self.objective.add_noise(x_start, noise, timesteps).to(self.dtype)
         output = predict(self.model, x_t, self.objective.model_timesteps(timesteps), condition)
-        return self.objective.loss(output, x_start, noise, timesteps)
+        return self.objective.loss(output, x_start, noise, timesteps, weights)
 
 
 class UncertaintyLoss(DenoisingLoss):
@@ -67,10 +79,15 @@ class UncertaintyLoss(DenoisingLoss):
         self.log_variances = nn.Parameter(torch.zeros(num_intervals))
 
     def forward(
-        self, x_start: Tensor, noise: Tensor, timesteps: Tensor, condition: dict[str, Tensor]
+        self,
+        x_start: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        condition: dict[str, Tensor],
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See `DenoisingLoss`."""
-        losses = self._denoising(x_start, noise, timesteps, condition)
+        losses = self._denoising(x_start, noise, timesteps, condition, weights)
         loss = uncertainty_weighted(losses.view(-1, len(self.log_variances)).mean(dim=0), self.log_variances)
         extra, logged = self.method.extra_loss()
         variances = {f"log_variance_{number}": value for number, value in enumerate(self.log_variances.detach())}
@@ -156,4 +173,4 @@ def sample_losses(model: nn.Module, objective: Objective, draws: Draws) -> Tenso
     """The loss of each sample, by the model's own objective: [B]."""
     x_t = objective.add_noise(draws.x_start, draws.noise, draws.timesteps).to(input_dtype(model))
     output = predict(model, x_t, objective.model_timesteps(draws.timesteps), draws.condition)
-    return objective.loss(output, draws.x_start, draws.noise, draws.timesteps)
+    return objective.loss(output, draws.x_start, draws.noise, draws.timesteps, draws.weights)

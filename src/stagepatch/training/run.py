@@ -117,6 +117,8 @@ class Run:
         cache = (config.cache, config.output_dir, config.cache_batch_size)
         dtype = getattr(torch, config.dtype)
         self.dataset: Any = load_training_data(named, config.data, *cache, dtype)
+        if config.objective == "ddo" and "mask" in self.dataset[0]:
+            raise UserError("objective='ddo' compares with samples of the model, which have no masks: train without.")
         if config.data.num_frames > 1 and config.patch.sample_size is None:
             patch = replace(config.patch, sample_size=_trained_size(self.dataset))
             self.config = config = replace(config, patch=patch)
