@@ -1,13 +1,16 @@
 import inspect
+from dataclasses import replace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.cogview4 import pipeline_cogview4
+from diffusers.pipelines.ideogram4 import pipeline_ideogram4
 
 from stagepatch.core.errors import UserError
-from stagepatch.families import learns_sigma, null_label, num_classes, predict, sample_shape, takes_text
+from stagepatch.diffusion import TimestepsConfig, make_timesteps
+from stagepatch.families import learns_sigma, null_label, num_classes, predict, sample_shape, takes_text, with_density
 from stagepatch.families.cogview import before_shift
 from stagepatch.families.packing import pack, unpack
 from stagepatch.families.registry import family_of
@@ -263,3 +266,29 @@ def test_a_u_net_that_is_told_noise_levels_is_not_told_timesteps():
     model = FAMILIES["UNet2DModel of Fourier features"].model()
     with pytest.raises(UserError, match=r"time_embedding_type='fourier'.*it is told a noise level"):
         predict(model, torch.zeros(1, 4, 8, 8), torch.ones(1), torch.zeros(1).long())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("SD3Transformer2DModel", TimestepsConfig([0.2, 1.0], "logit_normal")),
+        ("Ideogram4Transformer2DModel", TimestepsConfig([0.2, 1.0], "logit_normal", logit_std=1.5)),
+        ("FluxTransformer2DModel", TimestepsConfig([0.2, 1.0], "uniform")),
+    ],
+)
+def test_published_density_is_the_one_of_diffusers_script(name, expected):
+    model = FAMILIES[name].build()
+    assert with_density(TimestepsConfig([0.2, 1.0], "published"), model) == expected
+    given = TimestepsConfig(density="mode")
+    assert with_density(given, model) is given
+
+
+def test_ideograms_density_is_its_pipelines_schedule():
+    """The quantiles of what is drawn are the noise levels that the pipeline steps through, at 1024×1024."""
+    mean = pipeline_ideogram4._resolution_aware_mu(1024, 1024, base_mu=0.0)
+    levels = pipeline_ideogram4._logit_normal_sigmas(1000, mean, std=1.5)[1:].flip(0)
+    model = FAMILIES["Ideogram4Transformer2DModel"].build()
+    config = replace(with_density(TimestepsConfig(density="published"), model), shift=2.0)
+    drawn = make_timesteps(config, torch.arange(1000) / 1000).draw(200_000, torch.Generator().manual_seed(0)) / 1000
+    middle = torch.quantile(drawn, torch.arange(1, 1000) / 1000)
+    torch.testing.assert_close(middle, levels, rtol=0, atol=1e-2)

@@ -56,7 +56,7 @@ class TimestepsConfig:
     Args:
         range: least and most noise level that the model is told: t/T, and for a flow its sigma, after any shift.
         density: 'uniform' in t; 'logit_normal', 'mode' or 'cosmap' in t/T before a flow's shift (arXiv 2403.03206,
-            Section 3.1).
+            Section 3.1); 'published' is the one that diffusers' script for the model has, see docs/noise-levels.md.
         logit_mean: of logit_normal; below 0 is more often near the image.
         logit_std: spread of logit_normal, in the logit of the noise level.
         mode_scale: s of mode; above 0 is more often in the middle.
@@ -65,7 +65,7 @@ class TimestepsConfig:
     """
 
     range: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    density: Literal["uniform", "logit_normal", "mode", "cosmap"] = "uniform"
+    density: Literal["uniform", "logit_normal", "mode", "cosmap", "published"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29

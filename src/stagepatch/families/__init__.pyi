@@ -13,6 +13,7 @@ from .calling import sample_shape as sample_shape
 from .calling import takes_text as takes_text
 from .calling import takes_videos as takes_videos
 from .calling import text_channels as text_channels
+from .calling import with_density as with_density
 from .named_models import NAMED_MODELS as NAMED_MODELS
 from .named_models import build_named as build_named
 from .registry import describe as describe

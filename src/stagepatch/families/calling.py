@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stagepatch.core import UserError
+from stagepatch.diffusion import TimestepsConfig
 from stagepatch.families.base import square
 from stagepatch.families.registry import VideoCall, family_of, uncompiled
 
@@ -99,6 +101,16 @@ def learns_sigma(model: Any) -> bool:
     """Whether the second half of the output's channels is the variance's interpolation."""
     config = model.config
     return bool(config.get("learn_sigma", config.get("out_channels") == 2 * config.get("in_channels", 0)))
+
+
+def with_density(config: TimestepsConfig, model: Any) -> TimestepsConfig:
+    """A config in which the density 'published' is the one of the model's family: logit-normal, or else uniform."""
+    if config.density != "published":
+        return config
+    shape = family_of(type(uncompiled(model))).logit_normal
+    if shape is None:
+        return replace(config, density="uniform")
+    return replace(config, density="logit_normal", logit_mean=shape[0], logit_std=shape[1])
 
 
 def sample_shape(model: Any) -> tuple[int, int, int]:

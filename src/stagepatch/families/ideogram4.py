@@ -83,6 +83,7 @@ FAMILY = Family(
     call_ideogram4,
     encode_captions,
     timestep_range=(1.0, 0.0),
+    logit_normal=(0.0, 1.5),
     sample_size=SAMPLE_SIZE,
     is_packed=True,
     is_pixel_by_pixel=True,

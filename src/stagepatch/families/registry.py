@@ -89,6 +89,8 @@ class Family:
         is_pixel_by_pixel: the cells' numbers, and the VAE's statistics of them, are in order of pixels and then of
             channels.
         timestep_argument: what the model's forward calls its `timestep`.
+        logit_normal: mean and spread of the density of noise levels that its makers or diffusers' own script train it
+            with, where that is logit-normal; None for another, or uniform.
         recomputes: whether diffusers' gradient checkpointing computes what the model does without it.
     """
 
@@ -103,6 +105,7 @@ class Family:
     caption_parts: tuple[str, ...] = ()
     is_pixel_by_pixel: bool = False
     timestep_argument: str = "timestep"
+    logit_normal: tuple[float, float] | None = None
     recomputes: bool = True
 
     def noise_level(self, timestep: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ FAMILIES = [
             ("time_text_embed.text_embedder",),
         ),
         encode_captions=prompt_encoder("encoder_hidden_states", "", "pooled_projections"),
+        logit_normal=(0.0, 1.0),
     ),
     # In the single blocks the image follows the text and the register tokens. Padding of text is zeroed, not masked.
     Family(

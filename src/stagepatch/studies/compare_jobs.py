@@ -20,6 +20,7 @@ from stagepatch.core import UserError, as_json, as_user_error, processes, read_j
 from stagepatch.data import BUNDLED, cache_directory, with_channels
 from stagepatch.diffusion import TimestepsConfig, WeightingConfig, make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
+from stagepatch.families import with_density
 from stagepatch.methods import LoRAConfig, load_learned, make_method, open_artifact, open_learned
 from stagepatch.patch import PatchConfig, with_condition
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts, read_schedule
@@ -236,7 +237,9 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     if "sampling" in parts["ddo"]:
         parts["ddo"]["sampling"] = replace(DDOConfig().sampling, **parts["ddo"]["sampling"])
     own: dict[str, Any] = {name: _PARTS[name](**values) for name, values in parts.items()}
-    own["patch"] = with_condition(own["patch"], build_denoiser(config.model))
+    shape = build_denoiser(config.model)
+    own["patch"] = with_condition(own["patch"], shape)
+    own["timesteps"] = with_density(own["timesteps"], shape)
     if not own["ddo"].fakes and not (entry.model or entry.start_from):
         own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])

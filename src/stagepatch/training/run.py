@@ -25,7 +25,7 @@ from stagepatch.checkpoints import (
 from stagepatch.core import UserError, processes, write_text
 from stagepatch.data import check_channels, load_held_out, load_training_data, with_channels
 from stagepatch.diffusion import Objective, TimestepsConfig, make_timesteps, make_weighting
-from stagepatch.families import learns_sigma
+from stagepatch.families import learns_sigma, with_density
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
 from stagepatch.patch import with_condition
 from stagepatch.sampling import Fakes, load_fakes, sampled_as_trained
@@ -82,7 +82,8 @@ class Run:
         in_channels = 0 if model is None or parts else int(model.config["in_channels"])
         config = replace(config, data=with_channels(config.data, parts or config.model, in_channels))
         shape = build_denoiser(config.model, config.component) if model is None else model
-        config = replace(config, patch=with_condition(config.patch, shape))
+        timesteps = with_density(config.timesteps, shape)
+        config = replace(config, patch=with_condition(config.patch, shape), timesteps=timesteps)
         self.config = config
         self.directory = Path(config.output_dir)
         own = {name: getattr(config, name) for name in _IDENTITY} | config.learns_by()
