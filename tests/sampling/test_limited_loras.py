@@ -88,7 +88,7 @@ def test_each_acts_in_its_range_alone(tiny, files):
     assert torch.equal(tiny.call(pipe, steps=STEPS), base), "and off again what was off"
 
 
-def test_the_command_writes_what_a_pipeline_loads_with_one_call_and_sample_takes(tiny, files, tmp_path, capsys):
+def test_the_command_writes_what_a_pipeline_loads_with_one_call_and_sample_takes(tiny, files, tmp_path):
     expected = by_hand(tiny, files)
     schedule = tmp_path / "made" / "experts.yaml"
     given = [f"--loras={[str(file) for file in files]}", f"--ranges={[[start, end] for _, start, end, _ in RANGES]}"]
@@ -101,8 +101,12 @@ def test_the_command_writes_what_a_pipeline_loads_with_one_call_and_sample_takes
     sampling = ["--sampling.num_images=1", "--sampling.num_inference_steps=3", "--sampling.guidance_scale=2"]
     height, width = tiny.pixels
     size = [f"--call={{height: {height}, width: {width}}}", f"--prompts=['{PROMPT}']"]
-    command = [sys.executable, "-m", "stagepatch", "sample", f"--model={tmp_path / 'model'}", f"--schedule={schedule}"]
-    subprocess.run([*command, *sampling, *size, f"--output_dir={tmp_path / 'out'}"], check=True)
+    command = ["sample", f"--model={tmp_path / 'model'}", f"--schedule={schedule}", *sampling, *size]
+    command.append(f"--output_dir={tmp_path / 'out'}")
+    if tiny.family.startswith("UNet"):  # a fresh process takes seconds: one is enough
+        subprocess.run([sys.executable, "-m", "stagepatch", *command], check=True)
+    else:
+        assert main(command) == 0
     images = load_file(tmp_path / "out" / "samples.safetensors")["images"]
     loaded = tiny.load(tmp_path / "model")
     load_limited_loras(schedule, loaded)

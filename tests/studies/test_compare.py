@@ -86,7 +86,7 @@ def test_what_is_done_is_skipped_and_the_table_is_the_same(tmp_path, monkeypatch
 
 
 def test_killed_in_two_processes_it_goes_on_and_ends_with_the_same_table(tmp_path):
-    training = {"steps": 400, "batch_size": 32, "checkpoint_every": 20, "log_every": 10}
+    training = {"steps": 150, "batch_size": 32, "checkpoint_every": 20, "log_every": 10}
     changes = {**SMALL, "training": training, "evaluate_every": 0}
     config = write_config(tmp_path, **changes, launch={"executor": "local", "workers": 2})
     command = [sys.executable, "-m", "stagepatch", "compare", f"--config={config}"]

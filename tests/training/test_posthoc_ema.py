@@ -57,7 +57,7 @@ def test_inner_products_are_the_integrals(time, power, other_time, other):
 def test_weights_make_the_nearest_profile():
     # The same least squares on a fine grid of times, by numpy.
     steps, sigmas = [100, 100, 200, 200, 300, 300], SIGMAS * 3
-    grid = np.linspace(0, 300, 60_001)[1:] - 0.0025
+    grid = np.linspace(0, 300, 12_001)[1:] - 0.0125
 
     def on_grid(step, sigma):
         return np.array([profile(step, power_of(sigma))(t) for t in grid])
