@@ -1,14 +1,16 @@
 """Patched over plain forward for every family, at the width of the real models, with few layers.
 
-    python benchmarks/family_forward.py [--families SD-1.5 ...] [--rounds 7] [--device cpu]
+    python benchmarks/family_forward.py [--families SD-1.5 ...] [--within 0.02] [--most 200] [--device cpu]
 
-A and B alternate in one process; each figure is the median of the rounds' ratios. Two patches a family: one prompt per
-token, and a grid of at most 8×8 (of 16×16 tokens or more).
+A and B alternate in one process; each figure is the median of the rounds' ratios, with its 95 % interval (by the order
+of the ratios: Binomial(n, 1/2)). Rounds go on until that is within ±0.02, or there were too many. Two patches a family:
+one prompt per token, and a grid of at most 8×8 (of 16×16 tokens or more).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +23,9 @@ from torch import Tensor, nn
 
 from stagepatch import Patch, PatchConfig
 from stagepatch.families import predict
+
+
+_LEAST = 15  # rounds
 
 
 @dataclass
@@ -154,8 +159,8 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 @torch.no_grad()
-def ratio(model: nn.Module, patch: Patch, inputs: tuple[Any, ...], rounds: int) -> float:
-    """Median over rounds of patched over plain, the two a moment apart and in turns the first."""
+def ratio(model: nn.Module, patch: Patch, inputs: tuple[Any, ...], within: float, most: int) -> str:
+    """Median over rounds of patched over plain, the two a moment apart and in turns the first; with its interval."""
     for prompts in patch.prompts:
         prompts.normal_()
 
@@ -167,24 +172,28 @@ def ratio(model: nn.Module, patch: Patch, inputs: tuple[Any, ...], rounds: int) 
             return seconds(lambda: predict(model, *inputs))
 
     plain()
-    ratios = []
-    for number in range(rounds):
-        if number % 2:
+    ratios: list[float] = []
+    low, high = 0.0, math.inf
+    while len(ratios) < _LEAST or (high - low > 2.0 * within and len(ratios) < most):
+        if len(ratios) % 2:
             after, before = patched(), plain()
         else:
             before, after = plain(), patched()
         ratios.append(after / before)
-    return statistics.median(ratios)
+        first = max(0, math.floor(len(ratios) / 2.0 - 0.98 * math.sqrt(len(ratios))))
+        low, high = sorted(ratios)[first], sorted(ratios)[-1 - first]
+    return f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f}, {len(ratios)} rounds)"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--families", nargs="+", default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--within", type=float, default=0.02)
+    parser.add_argument("--most", type=int, default=200)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {arguments.device}")
-    print(f"{'':<46} {'per token':>9} {'small grid':>10}")
+    print(f"{'':<46} {'per token':>36} {'small grid':>36}")
     for name in arguments.families:
         case = CASES[name]
         torch.manual_seed(0)
@@ -195,8 +204,8 @@ def main() -> None:
         ratios = []
         for grid in (None, list(case.grid)):
             patch = Patch.create(model, PatchConfig(sample_size=case.size, grid=grid))
-            ratios.append(ratio(model, patch, inputs, arguments.rounds))
-        print(f"{name:<46} {ratios[0]:>9.3f} {ratios[1]:>10.3f}", flush=True)
+            ratios.append(ratio(model, patch, inputs, arguments.within, arguments.most))
+        print(f"{name:<46} {ratios[0]:>36} {ratios[1]:>36}", flush=True)
         del model
 
 
