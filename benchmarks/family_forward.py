@@ -2,9 +2,9 @@
 
     python benchmarks/family_forward.py [--families SD-1.5 ...] [--within 0.02] [--most 200] [--device cpu]
 
-A and B alternate in one process; each figure is the median of the rounds' ratios, with its 95 % interval (by the order
-of the ratios: Binomial(n, 1/2)). Rounds go on until that is within ±0.02, or there were too many. Two patches a family:
-one prompt per token, and a grid of at most 8×8 (of 16×16 tokens or more).
+A and B alternate in one process; each figure is the median of the rounds' ratios, with its 95 % interval by the order
+of the ratios. Rounds go on until that is within ±0.02, or there were too many. Two patches a family: one prompt per
+token, and a grid of at most 8×8 (of 16×16 tokens or more).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from stagepatch import Patch, PatchConfig
 from stagepatch.families import predict
-
 
 _LEAST = 15  # rounds
 
