@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stagepatch.core.errors import UserError
-from stagepatch.core.files import append_text, read_json, write_atomically, write_json, write_text
+from stagepatch.core.files import append_text, read_json, whole_directory, write_atomically, write_json, write_text
 from stagepatch.core.tensors import read_tensors, write_tensors
 from tests.runs import assert_same
 
@@ -62,7 +62,22 @@ def test_flushes_to_disk_before_it_renames(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: steps.append("fsync") or fsync(file))
     monkeypatch.setattr(Path, "replace", lambda *args: steps.append("rename") or replace(*args))
     write_text(path, "new\n")
-    assert steps == ["fsync", "rename"]
+    assert steps == ["fsync", "rename", "fsync"]  # the last of the directory
+
+
+def test_a_directory_is_whole_or_absent(tmp_path):
+    path = tmp_path / "made"
+    killed = whole_directory(path)
+    write_text(killed.__enter__() / "first", "of a run that is killed")
+    assert not path.exists()
+    with whole_directory(path) as directory:
+        write_text(directory / "second", "2")
+        assert not path.exists()
+    assert [each.name for each in path.iterdir()] == ["second"]
+    with whole_directory(path) as directory:
+        write_text(directory / "second", "3")
+    assert (path / "second").read_text() == "3"
+    assert [each.name for each in tmp_path.iterdir()] == ["made"]
 
 
 @pytest.mark.parametrize(

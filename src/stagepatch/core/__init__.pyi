@@ -4,6 +4,7 @@ from .errors import as_user_error as as_user_error
 from .files import append_text as append_text
 from .files import read_json as read_json
 from .files import read_yaml as read_yaml
+from .files import whole_directory as whole_directory
 from .files import write_atomically as write_atomically
 from .files import write_json as write_json
 from .files import write_text as write_text

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from stagepatch.core.errors import UserError, as_user_error
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then flush it to disk and rename it to `path`.
+    """Let `write` fill a temporary file beside `path`, flush it to disk, rename it to `path`, and flush the rename.
 
     Raises:
         UserError: the file cannot be written (no space, no permission); `path` keeps its former content.
@@ -29,6 +31,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
         temporary = None
+        _flush_directory(path.parent)
     except OSError as error:
         raise UserError(
             f"Cannot write '{path}': {error.strerror or error}. Its former content, if any, is intact; free "
@@ -37,6 +40,30 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to write into that becomes `path` at the end; one that is there already is written into as it is."""
+    if path.exists():
+        yield path
+        return
+    temporary = path.parent / f".{path.name}.unfinished"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    yield temporary
+    with as_user_error(f"Cannot write '{path}'", OSError):
+        temporary.rename(path)
+        _flush_directory(path.parent)
+
+
+def _flush_directory(directory: Path) -> None:
+    """Without this a power cut may take back a rename that later files rely on. Not every file system can."""
+    with suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | Path, text: str) -> None:

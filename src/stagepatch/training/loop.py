@@ -27,6 +27,7 @@ from stagepatch.core import (
     generator_for,
     processes,
     seed_for,
+    whole_directory,
 )
 from stagepatch.diffusion import IntervalSampler, Objective
 from stagepatch.families.registry import family_of
@@ -371,8 +372,8 @@ def _save_result(
     method: Method, parameters: list[nn.Parameter], average: Sequence[Tensor] | None, directory: Path
 ) -> None:
     """Save the method's result, averaged where there is an average, and train on from where it was."""
-    with _averaged(parameters, average):
-        method.save(directory)
+    with _averaged(parameters, average), whole_directory(directory) as whole:
+        method.save(whole)
 
 
 @contextlib.contextmanager
