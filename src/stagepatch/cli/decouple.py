@@ -4,8 +4,10 @@ from pathlib import Path
 
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
-from stagepatch.core import processes, write_text
-from stagepatch.studies import EXPERTS_NAME, STAGES, launch, plan_stages, write_experts
+from stagepatch.core import processes, read_json, write_text
+from stagepatch.methods import STAGE_NAME
+from stagepatch.report import print_table
+from stagepatch.studies import EXPERTS_NAME, STAGES, cost_table, launch, plan_stages, write_experts
 from stagepatch.training import RUN_CONFIG
 
 
@@ -21,6 +23,9 @@ def decouple(config: configs.DecoupleConfig, resolved: str) -> None:
     if not processes().is_main_process:
         return
     write_experts(stages, directory / EXPERTS_NAME)
+    costs = [read_json(stage.directory / STAGE_NAME) for stage in stages if stage.is_done()]
+    if table := cost_table(costs):
+        print_table(*table)
     missing = [str(stage.number) for stage in stages if not stage.is_done()]
     more = f" Stages {', '.join(missing)} are still to be trained." if missing else ""
     say(f"The stages are in '{directory / STAGES}', their schedule in '{directory / EXPERTS_NAME}'.{more}")

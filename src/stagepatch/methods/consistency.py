@@ -19,18 +19,22 @@ class Consistent(Method):
     Args:
         method: what trains, and how it is saved.
         weight: of the loss (DeMe: 1).
+        original: θ, where it is another than the model as training finds it.
     """
 
-    def __init__(self, method: Method, weight: float = 1.0) -> None:
+    def __init__(self, method: Method, weight: float = 1.0, original: nn.Module | None = None) -> None:
         self.method = method
         self.weight = weight
         self.original: nn.Module | None = None
+        self._given = original
         self._handle: Any = None
         self._last: tuple[tuple[Any, ...], dict[str, Any], Tensor] | None = None
 
     def prepare(self, model: nn.Module) -> list[dict[str, Any]]:
         self.close()
-        self.original = copy.deepcopy(model).requires_grad_(False).eval()
+        original = copy.deepcopy(model) if self._given is None else self._given
+        device = next(model.parameters()).device
+        self.original = original.to(device).requires_grad_(False).eval()
         groups = self.method.prepare(model)
         self._handle = model.register_forward_hook(self._note, with_kwargs=True)
         return groups

@@ -36,7 +36,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         in_channels: channels C of the input.
         hidden_size: channels D of a token.
         num_layers: number L of transformer blocks.
-        num_attention_heads: must divide `hidden_size`.
+        num_attention_heads: must divide `hidden_size`, but where `attention_head_dim` is given.
         mlp_ratio: hidden channels of a block's MLP over D.
         conditioning: 'none', 'class' (labels [B]) or 'text' (pooled text embedding [B, E]).
         num_classes: labels run from 0 to num_classes − 1; num_classes is the null label.
@@ -45,6 +45,8 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         learn_sigma: predict the variance's interpolation too (2C output channels).
         downscale_freq_shift: 0 as in the authors' code, 1 as in diffusers' DiT.
         norm_eps: of the norm before each MLP: 1e-6 as in the authors' code, 1e-5 in diffusers' DiT.
+        attention_head_dim: channels of a head; by default `hidden_size` over `num_attention_heads`. A model that was
+            pruned has fewer heads of the same size.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -70,13 +72,15 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         learn_sigma: bool = True,
         downscale_freq_shift: float = 0.0,
         norm_eps: float = 1e-6,
+        attention_head_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if hidden_size % num_attention_heads or hidden_size % 4:
+        if (attention_head_dim is None and hidden_size % num_attention_heads) or hidden_size % 4:
             raise UserError(
                 f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_attention_heads} "
                 f"and of 4 (positions)."
             )
+        head_dim = attention_head_dim or hidden_size // num_attention_heads
         if sample_size % patch_size:
             raise UserError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}.")
         if conditioning not in ("none", "class", "text"):
@@ -97,7 +101,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         elif conditioning == "text":
             self.y_embedder = TextEmbedder(pooled_projection_dim, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, norm_eps) for _ in range(num_layers)
+            DiTBlock(hidden_size, num_attention_heads, head_dim, mlp_ratio, norm_eps) for _ in range(num_layers)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._base_grid = (sample_size // patch_size, sample_size // patch_size)
@@ -242,10 +246,12 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
 class DiTBlock(nn.Module):
     """Attention and MLP, each scaled, shifted and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int, mlp_ratio: float, norm_eps: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_attention_heads: int, head_dim: int, mlp_ratio: float, norm_eps: float
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_attention_heads)
+        self.attn = Attention(hidden_size, num_attention_heads, head_dim)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         mlp_size = round(hidden_size * mlp_ratio)
         fc1, fc2 = nn.Linear(hidden_size, mlp_size), nn.Linear(mlp_size, hidden_size)
@@ -264,18 +270,18 @@ class DiTBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens: [B, N, D] -> [B, N, D]"""
 
-    def __init__(self, hidden_size: int, num_attention_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_attention_heads: int, head_dim: int) -> None:
         super().__init__()
         self.num_attention_heads = num_attention_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * num_attention_heads * head_dim)
+        self.proj = nn.Linear(num_attention_heads * head_dim, hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        batch, tokens, channels = hidden_states.shape
+        batch, tokens, _ = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_attention_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(batch, tokens, channels))  # type: ignore[no-any-return]
+        return self.proj(attended.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]
 
 
 class FinalLayer(nn.Module):

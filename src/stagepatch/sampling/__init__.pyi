@@ -2,8 +2,10 @@ from .config import SamplingConfig as SamplingConfig
 from .experts import AttachedExperts as AttachedExperts
 from .experts import ExpertRange as ExpertRange
 from .experts import Experts as Experts
+from .experts import check_fits as check_fits
 from .experts import experts_on as experts_on
 from .experts_file import ExpertSource as ExpertSource
+from .experts_file import check_trained_alike as check_trained_alike
 from .experts_file import load_expert as load_expert
 from .experts_file import load_experts as load_experts
 from .experts_file import read_schedule as read_schedule

@@ -80,7 +80,7 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
     with as_user_error(f"The expert '{source.name}'", UserError):
         if source.model:
             expert, own_scheduler = load_denoiser(source.model, input_dtype(model))
-            _check_trained_alike(own_scheduler, scheduler)
+            check_trained_alike(own_scheduler, scheduler)
             expert = expert.to(next(model.parameters()).device)
             check_fits(model, expert)
             return expert  # type: ignore[no-any-return]
@@ -110,7 +110,12 @@ def _copy(model: nn.Module, shares_memory: bool) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _check_trained_alike(scheduler: Any, base: Any) -> None:
+def check_trained_alike(scheduler: Any, base: Any) -> None:
+    """See that a model was trained as the base was, by their schedulers.
+
+    Raises:
+        UserError: on another noise schedule, or to predict something else.
+    """
     own, theirs = (getattr(each.config, "prediction_type", None) for each in (scheduler, base))
     if own != theirs:
         raise UserError(f"it predicts '{own}', and the base '{theirs}'.")

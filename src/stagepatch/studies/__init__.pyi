@@ -13,6 +13,7 @@ from .compare_page import write_results as write_results
 from .compare_results import collect as collect
 from .decouple_config import DecoupleConfig as DecoupleConfig
 from .decouple_config import StageTrainingConfig as StageTrainingConfig
+from .decouple_cost import cost_table as cost_table
 from .decouple_jobs import EXPERTS_NAME as EXPERTS_NAME
 from .decouple_jobs import STAGES as STAGES
 from .decouple_jobs import Stage as Stage

@@ -54,12 +54,21 @@ class DecoupleConfig(TrainConfig):
             noise's, in place of num_stages: [3, 9] is an expert for the lowest of 2³ ranges, one for the highest of
             2⁹ and one for all between. Each end is trained level by level, from 2¹ on, each from the one before; level
             0 grows none there. Empty: every stage starts from the model.
-        p: probability of a timestep from all of T instead of the range (DeMe: 0.3; CIFAR-10: 0.4).
+        models: a model for each range, in place of copies of `model`, which stays what samples start from: of other
+            widths, depths or kinds (MEME, arXiv 2306.04990). Each must take and give what `model` does. Only for
+            method 'finetune'; the stages are experts, and are not merged.
+        prune: share of the heads, and of the MLPs' hidden channels, that a DiT's copy loses before it is trained
+            (Diff-Pruning, arXiv 2305.10924), or a list of one for each range. What goes is of least importance in the
+            range, by gradients. Only for method 'finetune'; needs `pip install 'stagepatch[pruning]'`.
+        prune_threshold: of timesteps whose loss is below this share of the range's largest no gradients are taken
+            (released code: 0.05).
+        p: probability of a timestep from all of T instead of the range (DeMe: 0.3; CIFAR-10: 0.4), or a list of one
+            for each range (MEME).
         consistency: weight of the squared distance to the original's prediction (DeMe: 1).
         projection: a C×C map after each stage of a U-Net, or on the input of each block, the identity at first, that
             trains with all weights (DeMe). It is folded into the model's own weights where that is exact; where it is
             not, it is kept in the model's file, and diffusers alone would leave it out. Only for method 'finetune',
-            without `tree`.
+            without `tree`; off where stages are not merged, with `models` and `prune`.
         antithetic: mirror half of a batch's timesteps; null is as the preset says.
         stage: number of the one stage to train, in this process; -1 trains all, as jobs.
         training: of each stage; each draws images, noise and timesteps of its own, from `training.seed` and its
@@ -74,7 +83,10 @@ class DecoupleConfig(TrainConfig):
     split: Literal["t", "log_snr"] = "t"
     boundaries: list[int] = field(default_factory=list)
     tree: list[int] = field(default_factory=list)
-    p: float = 0.3
+    models: list[str] = field(default_factory=list)
+    prune: float | list[float] = 0.0
+    prune_threshold: float = 0.05
+    p: float | list[float] = 0.3
     consistency: float = 1.0
     projection: bool | None = None
     antithetic: bool | None = None
@@ -91,7 +103,7 @@ class DecoupleConfig(TrainConfig):
         if self.antithetic is None:
             self.antithetic = self.preset == "released"
         if self.projection is None:
-            self.projection = self.method == "finetune" and not self.tree
+            self.projection = self.method == "finetune" and not (self.tree or self.models or self.prune)
         if self.projection and self.method != "finetune":
             raise UserError(
                 f"projection trains with all weights: set it to false, or method='{self.method}' to finetune."
@@ -100,12 +112,27 @@ class DecoupleConfig(TrainConfig):
             raise UserError(
                 "training.shard_base goes without a consistency loss, which copies the model: set consistency to 0."
             )
+        self._check_unequal()
         if self.tree:
             self._check_tree()
         if self.timesteps != TimestepsConfig():
             raise UserError("timesteps are those of each stage: say with num_stages, split and boundaries which.")
         if self.consistency < 0.0:
             raise UserError(f"consistency={self.consistency} must not be negative.")
+
+    def _check_unequal(self) -> None:
+        """Of stages that are not copies of the model."""
+        ratios = self.prune if isinstance(self.prune, list) else [self.prune]
+        if not all(0.0 <= ratio < 1.0 for ratio in ratios):
+            raise UserError(f"prune={self.prune} must be a share from 0 to less than 1, or a list of them.")
+        if not 0.0 <= self.prune_threshold <= 1.0:
+            raise UserError(f"prune_threshold={self.prune_threshold} must be a share from 0 to 1.")
+        for name in ("models", "prune"):
+            if getattr(self, name) and (self.method != "finetune" or self.tree or self.objective != "denoising"):
+                raise UserError(
+                    f"{name} goes with method='finetune' and objective='denoising', without tree: leave it out, or "
+                    f"change these."
+                )
 
     def _check_tree(self) -> None:
         if len(self.tree) != 2 or min(self.tree) < 0 or max(self.tree) == 0:

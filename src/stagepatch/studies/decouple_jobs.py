@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from stagepatch import checkpoints
-from stagepatch.core import STAGE, UserError, as_json, processes, seed_for, write_json, write_text
+from stagepatch.core import STAGE, UserError, as_json, as_user_error, processes, seed_for, write_json, write_text
 from stagepatch.data import cache_directory, with_channels
 from stagepatch.diffusion import (
     Objective,
@@ -22,13 +22,19 @@ from stagepatch.diffusion import (
     split_at,
 )
 from stagepatch.methods import STAGE_NAME, Consistent, Finetune, make_method
+from stagepatch.models import check_prunable
 from stagepatch.patch import with_condition
+from stagepatch.sampling import check_fits, check_trained_alike
 from stagepatch.studies.decouple_config import DecoupleConfig
+from stagepatch.studies.decouple_cost import cost_of, cost_of_model
+from stagepatch.studies.decouple_pruning import prune_for
 from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, Run, TrainConfig
 
 STAGES, BRANCHES, EXPERTS_NAME = "stages", "branches", "experts.yaml"
-_OWN = ("preset", "p", "consistency", "projection", "antithetic")  # of a stage; the rest is its training run's
+# Of a stage; the rest is its training run's.
+_OWN = ("preset", "p", "prune", "prune_threshold", "consistency", "projection", "antithetic")
+_PER_RANGE = ("models", "p", "prune")  # may be lists
 Range = tuple[float, float]  # of timesteps as the model is told them
 _ELSEWHERE = ("output_dir", "cache", "cache_batch_size", "ddo")
 
@@ -68,7 +74,7 @@ class Stage(Job):
         return f"stage {self.number} (timesteps {self.first:g} to {self.stop - 1:g})"
 
     def identity(self) -> dict[str, Any]:
-        own = {name: getattr(self.study, name) for name in _OWN}
+        own = {name: self._choice(name) for name in _OWN}
         run = {name: value for name, value in vars(self.config).items() if name not in _ELSEWHERE}
         tree = [[branch.first, branch.stop] for branch in self.branches]
         # A flow's stages were once ranges of T before the shift: what was begun so is not gone on with.
@@ -86,28 +92,44 @@ class Stage(Job):
         """
         total = len(levels)
         ends = between_levels(levels, self.first / total, self.stop / total)
-        return TimestepSampler(total, *ends, self.study.p, bool(self.study.antithetic))
+        return TimestepSampler(total, *ends, self._choice("p"), bool(self.study.antithetic))
+
+    def _choice(self, name: str) -> Any:
+        """A value of the study's, of this stage where it is one for each."""
+        value = getattr(self.study, name)
+        return value[self.number] if name in _PER_RANGE and isinstance(value, list) else value
 
     def work(self) -> None:
         if self.parent is not None:
             self.parent.run()
         run = Run(self.config, identity=self.identity())
+        timesteps, original = self.timesteps(run.objective.levels), None
+        if ratio := self._choice("prune"):
+            original = run.model
+            run.model = prune_for(run, timesteps, ratio, self.study.prune_threshold)
         if self.study.projection:
             checkpoints.add_projections(run.model)
         if self.config.method == "finetune":
             run.method = Finetune(run.scheduler)
         if self.parent is not None:
             run.start_from = self.parent.directory
-        run.objective.timesteps = self.timesteps(run.objective.levels)
+        run.objective.timesteps = timesteps
         learned = run.method
         if self.study.consistency:
-            run.method = Consistent(learned, self.study.consistency)
+            run.method = Consistent(learned, self.study.consistency, original)
         run.train(progress=self.study.stage >= 0)
         if processes().is_main_process:
             if self.study.projection:
                 checkpoints.fold_projections(run.model)
                 learned.save(self.directory)
-            write_json(self.directory / STAGE_NAME, self._facts())
+            cost = {}
+            if self.study.prune or self.study.models:
+                own, base = (
+                    cost_of(run.model, run.objective, run.dataset),
+                    cost_of_model(self.study.model, run.dataset),
+                )
+                cost = {"cost": own, "base_cost": base}
+            write_json(self.directory / STAGE_NAME, self._facts() | cost)
 
     def _facts(self) -> dict[str, Any]:
         """What merging and model schedules need to know of it."""
@@ -127,6 +149,11 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     model = checkpoints.build_denoiser(config.model)
     config = replace(config, patch=with_condition(config.patch, model))
     make_method(config).prepare(model)
+    if config.prune:
+        for place in config.models or [config.model]:
+            check_prunable(checkpoints.build_denoiser(place))
+    for place in config.models:
+        _check_alike(place, config.model)
     objective = Objective(scheduler, weighting=make_weighting(config.weighting))
     total = objective.num_train_timesteps
 
@@ -146,6 +173,10 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     else:
         ranges = list(split_at(total, config.boundaries)) if config.boundaries else split(config.num_stages)
         grown = [[ends] for ends in ranges]
+    for name in _PER_RANGE:
+        values = getattr(config, name)
+        if isinstance(values, list) and len(values) != len(grown) and (values or name != "models"):
+            raise UserError(f"{name} has {len(values)} values for {len(grown)} ranges: give one for each.")
     if not -1 <= config.stage < len(grown):
         raise UserError(f"stage={config.stage} is none of 0 to {len(grown) - 1}; -1 is all.")
     stages = [_grow(config, number, ranges, objective.is_flow) for number, ranges in enumerate(grown)]
@@ -154,6 +185,19 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
             each.timesteps(objective.levels)
             each.check_directory(DecoupleConfig(), BOOKKEEPING)
     return stages
+
+
+def _check_alike(source: str, base: str) -> None:
+    """See that a model can be an expert beside the base.
+
+    Raises:
+        UserError: it takes or gives something else, or has no VAE where the base has one.
+    """
+    with as_user_error(f"models: '{source}'", UserError):
+        check_trained_alike(checkpoints.load_scheduler(source), checkpoints.load_scheduler(base))
+        check_fits(checkpoints.build_denoiser(base), checkpoints.build_denoiser(source))
+        if checkpoints.has_vae(source) != checkpoints.has_vae(base):
+            raise UserError("it and the base do not both have a vae/: put it beside its transformer/ or unet/.")
 
 
 def plan_tree(levels: Sequence[int], split: Callable[[int], list[Range]]) -> list[list[Range]]:
@@ -204,6 +248,8 @@ def _run_config(config: DecoupleConfig, place: str, *numbers: int) -> TrainConfi
     training = config.training.resolve(config.preset)
     training.snapshot_every, training.seed = 0, seed_for(STAGE, training.seed, *numbers)
     values |= {"output_dir": str(Path(config.output_dir) / place), "training": training}
+    if config.models:
+        values["model"] = config.models[numbers[0]]
     values["ddo"] = replace(config.ddo, fakes=config.ddo.fakes or str(Path(config.output_dir) / "fakes"))  # for all
     return TrainConfig(**values | {"cache": str(cache_directory(config.cache, config.output_dir))})
 
