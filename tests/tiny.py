@@ -754,7 +754,7 @@ FAMILIES |= {
             max_size=(4, 32, 32),
             concat_padding_mask=False,  # it would need torchvision
         ),
-        {**VIDEO_INPUTS, "fps": lambda *_: 30},
+        {**VIDEO_INPUTS, "timestep": fractions, "fps": lambda *_: 30},
     ),
     "SkyReelsV2Transformer3DModel": Family(
         diffusers.SkyReelsV2Transformer3DModel,

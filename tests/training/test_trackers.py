@@ -1,5 +1,6 @@
 """Records and pictures, in TensorBoard and accelerate's other trackers."""
 
+import time
 from typing import ClassVar
 
 import numpy as np
@@ -91,6 +92,7 @@ def test_a_tracker_ends_when_a_run_stops(tmp_path, recorder):
 
 def test_tensorboard_has_losses_and_pictures_and_drops_what_is_repeated(tmp_path):
     for steps in (4, 3):  # the second goes on from 0: its checkpoint is not there
+        time.sleep(1.1)  # files are read in the order of their names, which have whole seconds
         (tmp_path / "checkpoint.safetensors").unlink(missing_ok=True)
         run(tmp_path, steps=steps, tensorboard=True, checks=[Picture()])
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0}).Reload()

@@ -110,7 +110,8 @@ def test_a_cache_of_videos_goes_on_where_it_was_stopped(pipe, data, cached, tmp_
 def test_a_patch_is_trained_on_videos_and_changes_those_of_the_pipeline(pipe, data, cached, tmp_path, seen):
     given = [f"--model={pipe.directory}", f"--output_dir={tmp_path / 'run'}", f"--cache={cached.directory}"]
     training = {"steps": 2, "batch_size": 2, "log_every": 1, "learning_rate": 0.1, "tensorboard": False}
-    given += [*options("data", vars(data)), *options("training", training), "--patch.initialization=normal"]
+    chosen = {name: value for name, value in vars(data).items() if value != getattr(DataConfig(), name)}
+    given += [*options("data", chosen), *options("training", training), "--patch.initialization=normal"]
     assert main(["train", *given]) == 0
     assert [draws.x_start.shape for draws in seen] == [(2, 4, 3, 8, 8)] * 2
     assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in read_log(tmp_path / "run"))
