@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-quantization check docs assets bench bench-quick papers-small clean
+.PHONY: demo test test-all test-quantization check docs assets bench bench-quick papers-small clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
 
 test: .venv/installed
 	$(BIN)/pytest
+
+# Those of tests/slow.txt too: five minutes more on two cores.
+test-all: .venv/installed
+	$(BIN)/pytest --all
 
 # Of libraries that are not in `dev`, since each makes every import of diffusers or peft slower.
 test-quantization: .venv/quantization

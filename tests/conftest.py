@@ -1,6 +1,7 @@
 """What most rooms' tests start from."""
 
 import os
+from pathlib import Path
 
 # Before torch is imported: workers of pytest-xdist share the cores, and what is compared bit for bit is the CPU's.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -15,8 +16,20 @@ from stagepatch.training import loop
 from tests.hub import hub as hub
 from tests.runs import Processes, make_model
 
+SLOW = Path(__file__).with_name("slow.txt")
 
-def pytest_collection_modifyitems(items):
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests of tests/slow.txt too")
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = tuple(line for line in SLOW.read_text().splitlines() if not line.startswith("#"))
+    named = any("::" in argument for argument in config.args)  # who names a test wants it
+    if not (named or config.getoption("--all")):
+        left_out = [item for item in items if item.nodeid.startswith(slow)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.nodeid.startswith(slow)]
     for item in items:
         if item.get_closest_marker("gpu") and not torch.accelerator.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
