@@ -10,7 +10,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/pytest
 
-# Those of tests/slow.txt too: five minutes more on two cores.
+# Those of tests/slow.txt too.
 test-all: .venv/installed
 	$(BIN)/pytest --all
 
@@ -48,7 +48,7 @@ assets: .venv/installed
 papers-small: .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/papers_small.sh
 
-# The fashion bench, all its tables, under three hours on two cores; its short form.
+# The fashion bench, all its tables, and its short form. Neither was run to its end yet.
 bench bench-quick: .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/fashion_bench.sh $(if $(findstring quick,$@),--quick)
 

@@ -26,7 +26,11 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     slow = tuple(line for line in SLOW.read_text().splitlines() if not line.startswith("#"))
     named = any("::" in argument for argument in config.args)  # who names a test wants it
-    if not (named or config.getoption("--all")):
+    if config.getoption("--all"):
+        gone = [line for line in slow if not any(item.nodeid.startswith(line) for item in items)]
+        if gone and "tests" in config.args:
+            raise pytest.UsageError(f"tests/slow.txt names what is not there: {gone}")
+    elif not named:
         left_out = [item for item in items if item.nodeid.startswith(slow)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.nodeid.startswith(slow)]

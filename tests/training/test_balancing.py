@@ -20,10 +20,10 @@ from stagepatch.methods import DMP, Finetune
 from stagepatch.studies import CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.training import BalancingConfig, Run, TrainConfig, read_log
+from stagepatch.training.backward import backward_apart
 from stagepatch.training.balancing import bargained, make_intervals, project_conflicts, uncertainty_weighted
 from stagepatch.training.draws import Draws
 from stagepatch.training.log import RunLog
-from stagepatch.training.loop import _backward_apart
 from stagepatch.training.losses import UncertaintyLoss
 from tests import runs
 from tests.runs import Strike, assert_same, config_of, log_of, make_model, make_objective, options, run
@@ -167,7 +167,7 @@ def test_gradients_left_to_the_optimizer_are_projected_ones(parts):
     drawn = Draws(rows, rows, torch.arange(8), {})
     parameters = list(step.parameters())
     combine = partial(project_conflicts, generator=generator())
-    logged = _backward_apart(step, drawn, parts, Accelerator(cpu=True), 2, parameters, combine)
+    logged = backward_apart(step, drawn, parts, Accelerator(cpu=True), 2, parameters, combine)
     assert (step.weight.grad.tolist(), step.bias.grad.tolist()) == ([0.25], [[0.75]])
     assert step.unused.grad.tolist() == [0.0, 0.0, 0.0]
     assert float(logged["loss"]) == 3.5

@@ -33,13 +33,14 @@ from stagepatch.diffusion import IntervalSampler, Objective
 from stagepatch.families.registry import family_of
 from stagepatch.methods import Method
 from stagepatch.sampling import Fakes
+from stagepatch.training.backward import backward, backward_apart
 from stagepatch.training.balancing import bargained, project_conflicts
 from stagepatch.training.balancing_config import BalancingConfig
 from stagepatch.training.check import Check
 from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import POSTHOC_EMA, SNAPSHOTS, TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
-from stagepatch.training.draws import Conditions, Draws, draw, load_batches
+from stagepatch.training.draws import Conditions, draw, load_batches
 from stagepatch.training.live_report import LiveReport
 from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
@@ -173,9 +174,9 @@ def train(
             if balancing is not None and balancing.name in ("pcgrad", "nash"):
                 order = generator_for(torch.device("cpu"), CONFLICTS, config.seed, iteration)
                 combine = partial(project_conflicts, generator=order) if balancing.name == "pcgrad" else bargained
-                logged = _backward_apart(step, draws, parts, accelerator, num_intervals, parameters, combine)
+                logged = backward_apart(step, draws, parts, accelerator, num_intervals, parameters, combine)
             else:
-                logged = _backward(step, draws, parts, accelerator)
+                logged = backward(step, draws, parts, accelerator)
             scaler.unscale_(optimizer)
             logged["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             scaler.step(optimizer)
@@ -287,44 +288,6 @@ def _check_settings(config: TrainingConfig, num_processes: int, num_intervals: i
             f"batch_size={config.batch_size}, in {parts} part(s), holds no equal shares of {num_intervals} intervals: "
             f"give a multiple of {parts * num_intervals}."
         )
-
-
-def _backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Gradients of the mean loss over `parts` pieces of the batch; the scalars to log, averaged over them."""
-    totals: dict[str, Tensor] = {}
-    for index, piece in enumerate(draws.split(parts)):
-        last = index == parts - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(step):
-            loss, logged = step(*piece.tensors())
-            accelerator.backward(loss / parts)
-        for name, value in logged.items():
-            totals[name] = totals.get(name, 0.0) + value / parts
-    return totals
-
-
-def _backward_apart(
-    step: nn.Module,
-    draws: Draws,
-    parts: int,
-    accelerator: Accelerator,
-    num_intervals: int,
-    parameters: list[nn.Parameter],
-    combine: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]:
-    """`_backward` for each interval of timesteps alone; left is what is made of their gradients."""
-    gradients, totals = [], dict[str, Tensor]()
-    for interval in range(num_intervals):
-        own = draws.rows(slice(interval, None, num_intervals))
-        for name, value in _backward(step, own, parts, accelerator).items():
-            totals[name] = totals.get(name, 0.0) + value / num_intervals
-        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
-        for parameter in parameters:
-            parameter.grad = None
-    combined = combine(torch.stack(gradients))
-    for parameter, gradient in zip(parameters, combined.split([each.numel() for each in parameters]), strict=True):
-        parameter.grad = gradient.view_as(parameter)
-    return totals
 
 
 def _check_finite(values: dict[str, float], checked: Sequence[str], iteration: int, directory: Path) -> None:
