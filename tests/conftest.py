@@ -110,11 +110,11 @@ def processes(tmp_path_factory):
 @pytest.fixture
 def seen(monkeypatch):
     """What every iteration drew."""
-    seen, backward = [], loop._backward
+    seen, backward = [], loop.backward
 
     def noted(step, draws, *rest):
         seen.append(draws)
         return backward(step, draws, *rest)
 
-    monkeypatch.setattr(loop, "_backward", noted)
+    monkeypatch.setattr(loop, "backward", noted)
     return seen

@@ -78,7 +78,7 @@ def test_consistency_is_to_the_model_before_it_was_pruned(pruned):
 
 
 def test_a_pruned_stage_goes_on_to_the_same_weights(pruned, tmp_path, monkeypatch):
-    backward, calls = loop._backward, []
+    backward, calls = loop.backward, []
 
     def stopped(*arguments):
         calls.append(1)
@@ -86,7 +86,7 @@ def test_a_pruned_stage_goes_on_to_the_same_weights(pruned, tmp_path, monkeypatc
             raise KeyError("struck")
         return backward(*arguments)
 
-    monkeypatch.setattr(loop, "_backward", stopped)
+    monkeypatch.setattr(loop, "backward", stopped)
     changes = {**PRUNED, "stage": 0}
     with pytest.raises(KeyError):
         decouple(tmp_path, pruned / "model", **changes)
