@@ -23,6 +23,7 @@ from tests.training.test_train_on_pipelines import draw_images
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 PAPER = sorted((CONFIGS / "paper").glob("*.yaml"))
 TEXT = ("table2-coco", "table9-condition")
+CLASSES = ("table8-imagenet", "table9-classes")
 
 
 def real_config(path):
@@ -61,6 +62,8 @@ def test_config_of_the_paper_fits_the_real_architecture(path, tmp_path):
     if "DMP" in counts:
         expected = {"table2-ffhq": 2_556_416, "table3-ditl2": 6_554_112, "table8-imagenet": 8_552_960}
         assert counts["DMP"][0] == expected.get(path.stem, counts["DMP"][0])
+    if path.stem == "table9-classes":  # t+c is as wide as t
+        assert counts["t"] == counts["t+c"] and counts["t"][0] == 8_552_960
     if path.stem == "table6-scratch":
         (alone, of_model), (together, _) = counts["from scratch"], counts["from scratch with DMP"]
         assert (alone, together) == (of_model, of_model + 2_556_416)
@@ -127,7 +130,7 @@ def test_config_of_the_paper_runs_at_reduced_size_from_pretraining_its_base(path
     else:
         pretrain(path, tmp_path / "model", images)
         model, scheduler = load_denoiser(tmp_path / "model")
-        kind = "text" if path.stem in TEXT else "class" if path.stem == "table8-imagenet" else "none"
+        kind = "text" if path.stem in TEXT else "class" if path.stem in CLASSES else "none"
         assert (model.config["conditioning"], model.config["learn_sigma"]) == (kind, True)
         assert scheduler.config.beta_schedule == ("linear" if kind == "class" else "squaredcos_cap_v2")
     changes = [f"--model={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}", "--launch.executor=debug"]
