@@ -51,6 +51,12 @@ def _lora(artifact: Artifact) -> Rows:
     return rows + _tensors(artifact.path / "pytorch_lora_weights.safetensors")
 
 
+def _wavelet(artifact: Artifact) -> Rows:
+    config = read_json(artifact.path / "wavelet.json")["wavelet"]
+    rows = [[f"wavelet {name}", str(value)] for name, value in config.items()]
+    return rows + _tensors(artifact.path / "wavelet.safetensors")
+
+
 def _model(artifact: Artifact) -> Rows:
     model, scheduler = artifact.load()
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -77,6 +83,7 @@ def _tensors(path: Path) -> Rows:
 _DESCRIBED: dict[str, Callable[[Artifact], Rows]] = {
     "patch": _patch,
     "LoRA": _lora,
+    "wavelet gates": _wavelet,
     "weights": lambda artifact: [["trained weights", _tensors(artifact.path / "weights.safetensors")[0][1]]],
     "weights and patch": lambda artifact: [
         *describe_path(artifact.path / "weights"),

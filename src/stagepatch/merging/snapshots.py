@@ -14,7 +14,7 @@ from stagepatch.merging.models import PIECE, combine, merge_models
 from stagepatch.methods import open_artifact
 from stagepatch.training import POSTHOC_EMA, RUN_CONFIG, SNAPSHOTS, posthoc_weights
 
-_LEARNED = ("patch", "LoRA", "weights")
+_LEARNED = ("patch", "LoRA", "wavelet gates", "weights")
 
 
 def merge_posthoc(run: Path, sigma_rel: float, output: Path) -> float:

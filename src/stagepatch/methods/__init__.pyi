@@ -9,6 +9,7 @@ from .config import METHODS as METHODS
 from .config import ROUTERS as ROUTERS
 from .config import LoRAConfig as LoRAConfig
 from .config import MethodConfig as MethodConfig
+from .config import WaveletConfig as WaveletConfig
 from .consistency import Consistent as Consistent
 from .dmp import DMP as DMP
 from .finetune import WEIGHTS_NAME as WEIGHTS_NAME
@@ -19,3 +20,4 @@ from .joint import Joint as Joint
 from .lora import FILE_NAME as FILE_NAME
 from .lora import LoRA as LoRA
 from .table import make_method as make_method
+from .wavelet import Wavelet as Wavelet

@@ -24,6 +24,7 @@ _MARKERS = {
     "stages": "stages",
     "checkpoint.safetensors": "unfinished run",
     "pytorch_lora_weights.safetensors": "part of a LoRA",
+    "wavelet.safetensors": "part of wavelet gates",
     "model.safetensors": "part of a patch",
 }
 _SUFFIXES = {".safetensors": "tensors", ".pt": "checkpoint", ".pth": "checkpoint", ".bin": "checkpoint"}
@@ -38,10 +39,11 @@ class Artifact:
     """A directory or file, and what it holds.
 
     Args:
-        kind: 'patch', 'LoRA', 'weights' or 'weights and patch', what a method learned; 'patches of several denoisers',
-            of a pipeline; 'model'; 'experts', a YAML file of models by timestep; 'cache'; 'comparison'; 'stages',
-            what `stagepatch decouple` wrote; files: 'tensors' and 'checkpoint'. What is not whole is an 'unfinished
-            run' or 'unfinished cache', or 'part of a patch', 'part of a LoRA' or 'part of a model'.
+        kind: 'patch', 'LoRA', 'wavelet gates', 'weights' or 'weights and patch', what a method learned; 'patches of
+            several denoisers', of a pipeline; 'model'; 'experts', a YAML file of models by timestep; 'cache';
+            'comparison'; 'stages', what `stagepatch decouple` wrote; files: 'tensors' and 'checkpoint'. What is not
+            whole is an 'unfinished run' or 'unfinished cache', or 'part of a patch', 'part of a LoRA', 'part of
+            wavelet gates' or 'part of a model'.
         method: the class that loads what was learned.
         stage: content of its stage.json, where it is a stage of `stagepatch decouple`.
     """
@@ -203,6 +205,7 @@ def _named(kind: str) -> str:
         "weights": "a model's weights",
         "weights and patch": "a model's weights and a patch",
         "stages": "stages of timesteps",
+        "wavelet gates": kind,
         "experts": kind,
         "tensors": kind,
     }

@@ -14,6 +14,7 @@ METHODS = {
     "joint": "stagepatch.methods.joint:Joint",
     "bitfit": "stagepatch.methods.finetune:BitFit",
     "lora": "stagepatch.methods.lora:LoRA",
+    "wavelet": "stagepatch.methods.wavelet:Wavelet",
     "none": "stagepatch.methods.finetune:Untrained",
 }
 # Gates of a LoRA that mix experts which were trained before.
@@ -68,20 +69,43 @@ class LoRAConfig:
 
 
 @dataclass
+class WaveletConfig:
+    """Gates on the wavelet bands of what enters each block (Spectral Diffusion, arXiv 2211.17106).
+
+    Args:
+        gate_input: what a gate sees: 'features', the mean of the hidden states over their places, as in the paper,
+            which know the timestep once a block has told them; 'timestep', the model's embedding of it; or 'both'.
+        hidden_channels: of a gate's hidden layer.
+    """
+
+    gate_input: Literal["features", "timestep", "both"] = "features"
+    hidden_channels: int = 64
+
+    def __post_init__(self) -> None:
+        if self.gate_input not in ("features", "timestep", "both"):
+            raise UserError(f"wavelet gate_input='{self.gate_input}' is none of features, timestep, both.")
+        if self.hidden_channels < 1:
+            raise UserError(f"wavelet hidden_channels={self.hidden_channels} must be at least 1.")
+
+
+@dataclass
 class MethodConfig:
     """What is learned on top of a model.
 
     Args:
         method: 'dmp', a patch on the frozen model (arXiv 2405.17825); 'prompt_tuning', one without a gate (Eq. 2);
             'finetune', all weights; 'joint', all weights and a patch together (Table 6 of DMP); 'bitfit', biases and
-            norms (arXiv 2106.10199); 'lora' (arXiv 2106.09685).
+            norms (arXiv 2106.10199); 'lora' (arXiv 2106.09685); 'wavelet', gates on the wavelet bands of what enters
+            each block (arXiv 2211.17106).
         patch: what a patch learns.
         lora: what a LoRA learns.
+        wavelet: what wavelet gates learn.
     """
 
     method: str = "dmp"
     patch: PatchConfig = field(default_factory=PatchConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    wavelet: WaveletConfig = field(default_factory=WaveletConfig)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

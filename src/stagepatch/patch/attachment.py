@@ -4,15 +4,39 @@ import inspect
 import sys
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stagepatch.core import UserError
-from stagepatch.families import Backbone, pooled_text
+from stagepatch.families import Backbone, Extent, pooled_text
 from stagepatch.patch.prepending import PromptedAttention
 from stagepatch.patch.prompts import MixtureOfPrompts
+
+
+class Attachable(Protocol):
+    """What is put on a model's sites.
+
+    Attributes:
+        condition: which embedding it sees: 't', 't+c', 't+text', as `PatchConfig.condition` says.
+        enabled: False leaves the model as if it were detached.
+        extent: of the forward that is under way, written by the attachment.
+        observed_rows: of the condition in the forward that is under way; set to 0 where a forward begins.
+    """
+
+    enabled: bool
+    extent: Extent | None
+    observed_rows: int
+
+    @property
+    def condition(self) -> str | None: ...
+
+    def observe(self, condition: Tensor) -> None:
+        """See the condition embedding [B, C], once a forward, before any site."""
+
+    def enter(self, position: int, hidden_states: Tensor) -> Tensor:
+        """The hidden states that enter the position-th site's block, changed."""
 
 
 class Attachment(AbstractContextManager["Attachment"]):
@@ -26,18 +50,18 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     # Hooks are methods rather than closures, so that copy.deepcopy(model) copies the attached patch with it.
 
-    def __init__(self, patch: MixtureOfPrompts, model: nn.Module, backbone: Backbone) -> None:
+    def __init__(self, patch: Attachable, model: nn.Module, backbone: Backbone) -> None:
         self.patch = patch
         self._read_extent = backbone.begin
         self._reduce = backbone.reduce
         self._names = list(inspect.signature(model.forward).parameters)
         modules = dict(model.named_modules())
         taps = [backbone.time_tap]
-        if patch.config.condition == "t+c":
+        if patch.condition == "t+c":
             taps += backbone.condition_taps
         self._conditions: list[Tensor | None] = [None] * len(taps)
         self._observed = False
-        self._sees_text = patch.config.condition == "t+text"
+        self._sees_text = patch.condition == "t+text"
         self._text: Tensor | None = None
         # Before the first hook is put on: an error leaves the model as it was.
         for name in (*taps, *(site.module for site in backbone.sites)):
@@ -46,16 +70,18 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for position, name in enumerate(taps):
             self._handles.append(modules[name].register_forward_hook(partial(self._tap, position)))
+        prompts = patch if isinstance(patch, MixtureOfPrompts) and patch.config.position == "prepend" else None
         for position, site in enumerate(backbone.sites):
-            if site.attention and patch.config.is_gated_prepending:
-                prompted = PromptedAttention(patch, position, site.attention, modules)
+            if prompts and site.attention and prompts.config.is_gated_prepending:
+                prompted = PromptedAttention(prompts, position, site.attention, modules)
                 self._handles.append(prompted.query.register_forward_hook(prompted.keep_queries))
                 self._handles.append(prompted.out.register_forward_pre_hook(prompted.attend))
                 continue
             enter = partial(self._enter, position, site.argument)
             self._handles.append(modules[site.module].register_forward_pre_hook(enter, with_kwargs=True))
-            if patch.config.position == "prepend":
-                self._handles.append(modules[site.module].register_forward_hook(partial(self._strip, position)))
+            if prompts:
+                strip = partial(self._strip, prompts, position)
+                self._handles.append(modules[site.module].register_forward_hook(strip))
         _forget_compiled()
 
     def detach(self) -> None:
@@ -112,12 +138,14 @@ class Attachment(AbstractContextManager["Attachment"]):
             return (self.patch.enter(position, args[0]), *args[1:]), kwargs
         return args, {**kwargs, argument: self.patch.enter(position, kwargs[argument])}
 
-    def _strip(self, position: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _strip(
+        self, prompts: MixtureOfPrompts, position: int, module: nn.Module, args: Any, output: Tensor
+    ) -> Tensor | None:
         """Take the prepended prompts off a block's output again."""
-        return output[:, self.patch.prompts[position].shape[-2] :] if self.patch.enabled else None
+        return output[:, prompts.prompts[position].shape[-2] :] if prompts.enabled else None
 
 
-def prompts_on(model: nn.Module) -> list[MixtureOfPrompts]:
+def attached_to(model: nn.Module) -> list[Attachable]:
     """What is attached to a model, in the order in which it was."""
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     return [owner.patch for owner in owners if isinstance(owner, Attachment)]

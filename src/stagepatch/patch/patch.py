@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from stagepatch.core import UserError, as_user_error
 from stagepatch.families import find_denoiser
-from stagepatch.patch.attachment import Attachment, prompts_on
+from stagepatch.patch.attachment import Attachment, attached_to
 from stagepatch.patch.config import PatchConfig
 from stagepatch.patch.fingerprint import architecture_differences, fingerprint, warn_of_other_weights
 from stagepatch.patch.prompts import MixtureOfPrompts
@@ -153,4 +153,4 @@ def patches_on(target: Any, component: str = "") -> list[Patch]:
 
     To switch them all off: `for patch in patches_on(pipe): patch.enabled = False`.
     """
-    return [patch for patch in prompts_on(find_denoiser(target, component)) if isinstance(patch, Patch)]
+    return [patch for patch in attached_to(find_denoiser(target, component)) if isinstance(patch, Patch)]

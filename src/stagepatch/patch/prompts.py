@@ -60,6 +60,11 @@ class MixtureOfPrompts(nn.Module):
         self.head_gates = nn.ParameterList(nn.Parameter(torch.zeros(attention.heads)) for attention in attentions)
         self.gate = self._new_gate()
 
+    @property
+    def condition(self) -> str | None:
+        """Which embedding the gate sees."""
+        return self.config.condition
+
     def _new_gate(self) -> LinearGate | AttentionGate | None:
         config, sites, channels = self.config, self.backbone.sites, self.backbone.condition_channels
         indices = [site.index for site in sites]

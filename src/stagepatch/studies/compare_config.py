@@ -14,9 +14,11 @@ class EntryConfig:
 
     Args:
         name: how the row is called.
-        method: 'dmp', 'prompt_tuning', 'finetune', 'joint', 'bitfit', 'lora', or 'none', the base.
+        method: 'dmp', 'prompt_tuning', 'finetune', 'joint', 'bitfit', 'lora', 'wavelet', or 'none', the
+            base.
         patch: fields of the patch's config.
         lora: fields of the LoRA's config.
+        wavelet: fields of the wavelet gates' config.
         weighting: fields of the loss weighting's config.
         objective: 'denoising', the model's own loss (the default), 'ddo', which tells training images from the
             model's samples, or 'samples', the model's own loss on its samples.
@@ -39,6 +41,7 @@ class EntryConfig:
     method: str
     patch: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    wavelet: dict[str, Any] = field(default_factory=dict)
     weighting: dict[str, Any] = field(default_factory=dict)
     timesteps: dict[str, Any] = field(default_factory=dict)
     balancing: dict[str, Any] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from stagepatch.data import BUNDLED, cache_directory, with_channels
 from stagepatch.diffusion import TimestepsConfig, WeightingConfig, make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
 from stagepatch.families import with_density
-from stagepatch.methods import LoRAConfig, load_learned, make_method, open_artifact, open_learned
+from stagepatch.methods import LoRAConfig, WaveletConfig, load_learned, make_method, open_artifact, open_learned
 from stagepatch.patch import PatchConfig, with_condition
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts, read_schedule
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
@@ -39,6 +39,7 @@ _DEFAULTS = SimpleNamespace(
 _PARTS: dict[str, Any] = {
     "patch": PatchConfig,
     "lora": LoRAConfig,
+    "wavelet": WaveletConfig,
     "weighting": WeightingConfig,
     "timesteps": TimestepsConfig,
     "balancing": BalancingConfig,

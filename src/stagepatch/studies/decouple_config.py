@@ -43,7 +43,7 @@ class DecoupleConfig(TrainConfig):
     Args:
         output_dir: takes a directory a stage under 'stages', and experts.yaml.
         method: what each copy trains: 'finetune', all weights (DeMe), and then a stage is a whole model; or 'lora',
-            'bitfit', 'dmp', 'prompt_tuning', and then a stage is a small file.
+            'bitfit', 'dmp', 'prompt_tuning', 'wavelet', and then a stage is a small file.
         preset: 'paper', as the supplement says; 'released', what the authors' code has besides: antithetic timesteps,
             and for fields of `training` that are left out AdamW betas .95/.999, weight decay 1e-6, clipping at 1, an
             average with power 3/4 up to .9999.

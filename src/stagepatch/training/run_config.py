@@ -63,11 +63,13 @@ class TrainConfig(MethodConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def learns_by(self) -> dict[str, Any]:
-        """The objective and its choices, as what a run must share to go on: wherever its files are."""
+        """The objective and its choices, and a young method's, as what a run must share to go on: wherever its files
+        are."""
         ddo = {"ddo": replace(self.ddo, fakes="")} if self.objective != "denoising" else {}
         is_balanced = self.balancing.name != "none"
         balancing = {"balancing": replace(self.balancing, similarity="")} if is_balanced else {}
-        return {"objective": self.objective, **ddo, **balancing}
+        wavelet = {"wavelet": self.wavelet} if self.method == "wavelet" else {}
+        return {"objective": self.objective, **ddo, **balancing, **wavelet}
 
 
 @dataclass

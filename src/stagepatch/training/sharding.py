@@ -71,5 +71,5 @@ def check_whole(parameters: Sequence[nn.Parameter]) -> None:
     if any(isinstance(parameter.data, DTensor) for parameter in parameters):
         raise UserError(
             "training.shard_base is for methods that leave the base frozen, and this one trains its weights: take "
-            "dmp, prompt_tuning or lora, or leave it out."
+            "dmp, prompt_tuning, lora or wavelet, or leave it out."
         )
