@@ -96,7 +96,8 @@ def test_spread_takes_each_once_before_any_again(total):
 
 def test_a_metric_is_one_entry(evaluator, monkeypatch):
     mean = lambda samples, reference: float(samples.mean())  # noqa: E731
-    monkeypatch.setitem(METRICS, "brightness", evaluation.Metric("brightness, {features}", mean, "pixels", "higher"))
+    metric = evaluation.Metric("brightness, {features}", mean, "train", "higher", of="pixels")
+    monkeypatch.setitem(METRICS, "brightness", metric)
     measured = measure(evaluator, [0])
     assert measured.values("brightness") == [pytest.approx(float(measured.images.clamp(-1, 1).mean()))]
     assert metric_names("digits features")["brightness"] == "brightness, digits features"
@@ -136,8 +137,8 @@ def test_a_second_opinion_is_measured_on_the_same_images():
 def test_without_held_out_images_the_second_opinion_sees_none_either():
     both = References(make_dataset(30), make_dataset(20))
     alone = evaluation.Evaluator(both, Counting(), second=Counting()).without_held_out()
-    assert torch.equal(alone.reference("second"), alone.reference("train"))
-    assert len(alone.reference("second")) == 30
+    assert torch.equal(alone.reference("unseen", "second"), alone.reference("train"))
+    assert len(alone.reference("unseen", "second")) == 30
 
 
 @pytest.mark.parametrize("extractors", [("fashion", ""), ("digits", "fashion")])

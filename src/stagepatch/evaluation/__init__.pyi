@@ -8,12 +8,17 @@ from .features import FeatureExtractor as FeatureExtractor
 from .features import load_extractor as load_extractor
 from .metrics import METRICS as METRICS
 from .metrics import Metric as Metric
+from .metrics import chosen as chosen
 from .metrics import direction_note as direction_note
 from .metrics import fid as fid
 from .metrics import kid as kid
+from .metrics import measure_collected as measure_collected
 from .metrics import metric_names as metric_names
 from .metrics import nearest_distance as nearest_distance
 from .metrics import precision as precision
 from .metrics import recall as recall
 from .references import References as References
 from .references import load_references as load_references
+from .statistics import RunningStatistics as RunningStatistics
+from .statistics import Statistics as Statistics
+from .statistics import frechet_distance as frechet_distance

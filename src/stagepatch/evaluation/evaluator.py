@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from stagepatch.data import DataConfig, ImageDataset, with_channels
 from stagepatch.evaluation.features import ClassifierFeatures, FeatureExtractor, extract_features, load_extractor
-from stagepatch.evaluation.metrics import METRICS, Reference
+from stagepatch.evaluation.metrics import Collected, Metric, Split, chosen, measure_collected, nearest_distance
 from stagepatch.evaluation.references import References, load_references, reference_features
+from stagepatch.evaluation.statistics import Statistics
 from stagepatch.sampling import LatentSampling, SamplingConfig, generate, latent_sampling, spread
 
 OnBatch = Callable[[int], None]
@@ -56,7 +57,8 @@ class Evaluator:
     ) -> None:
         self.references, self.extractor, self.latents = references, extractor, latents
         self._second = None if second is None else Evaluator(references, second)
-        self._features: dict[str, Tensor] = {}
+        self._features: dict[Split, Tensor] = {}
+        self._moments: dict[tuple[Split, str], Statistics] = {}
 
     @classmethod
     def load(
@@ -99,19 +101,36 @@ class Evaluator:
         other._second = None if self._second is None else self._second.without_held_out()
         return other
 
-    def reference(self, name: Reference) -> Tensor | None:
-        """What metrics compare with (see `Metric`): features [R, F] or pixels [R, C, H, W]; None if there is none."""
-        train, held_out = self.references.train, self.references.held_out
-        if name == "pixels":
-            return train.images if isinstance(train, ImageDataset) else None
-        if name == "second":
-            return None if self._second is None else self._second.reference("unseen")
-        if name == "unseen":
-            name = "train" if held_out is None else "held_out"
-        dataset = train if name == "train" else held_out
-        if dataset is not None and name not in self._features:
-            self._features[name] = reference_features(dataset, self.extractor)
-        return None if dataset is None else self._features[name]
+    def reference(self, split: Split, of: str = "features") -> Tensor | None:
+        """What metrics compare with (see `Metric`), [R, ...] a row an image; None if there is none.
+
+        Args:
+            of: what is wanted of these images, see `collect`.
+        """
+        split = self._standing_for(split)
+        dataset = self.references.train if split == "train" else self.references.held_out
+        if dataset is None:
+            return None
+        if of == "second":
+            return None if self._second is None else self._second.reference(split)
+        if of == "pixels":
+            return dataset.images if isinstance(dataset, ImageDataset) else None
+        if of == "features" and split not in self._features:
+            self._features[split] = reference_features(dataset, self.extractor)
+        return self._features[split] if of == "features" else None
+
+    def _standing_for(self, split: Split) -> Split:
+        unseen: Split = "train" if self.references.held_out is None else "held_out"
+        return unseen if split == "unseen" else split
+
+    def _reference_of(self, split: Split, metric: Metric) -> Collected | None:
+        """`reference`, or its mean and covariance, which are computed once."""
+        reference, place = self.reference(split, metric.of), (self._standing_for(split), metric.of)
+        if reference is None or not metric.moments:
+            return reference
+        if place not in self._moments:
+            self._moments[place] = Statistics.of(reference)
+        return self._moments[place]
 
     def labels(self, count: int) -> Tensor:
         """The labels that are sampled, [count]: those of the training images, in their shares whatever the count."""
@@ -119,25 +138,47 @@ class Evaluator:
         labels = train.labels if isinstance(train, ImageDataset) else torch.tensor(train.labels())
         return labels.sort().values[spread(len(labels), count)]
 
-    def metrics(self, images: Tensor, keys: Iterable[str] | None = None) -> dict[str, float]:
-        """Metrics of samples [B, C, H, W] in [−1, 1], by key; those left out whose reference there is not.
+    def collect(self, images: Tensor, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """What metrics take of samples, a row an image. What was collected of parts, concatenated, is that of all.
+
+        It holds, as far as the metrics need it and it can be had: 'features' [B, F] of the extractor; those of the
+        'second' one; 'nearest_pixels' [B], the Euclidean distance to the nearest training image; 'pixels', the images
+        themselves.
 
         Args:
-            keys: of METRICS; all by default.
+            images: [B, C, H, W] in [−1, 1].
+            keys: of METRICS; those that are always measured by default.
         """
-        samples = {"pixels": images.clamp(-1.0, 1.0)}
-        found = {}
-        for key in METRICS if keys is None else keys:
-            metric = METRICS[key]
-            reference = self.reference(metric.reference)
-            if reference is None:
-                continue
-            of = self._second if metric.reference == "second" else self
-            name: str = metric.reference if metric.reference in ("pixels", "second") else "features"
-            if name not in samples and of is not None:
-                samples[name] = extract_features(of.extractor, images)
-            found[key] = metric.function(samples[name], reference)
+        wanted = {metric.of for metric in chosen(keys).values()}
+        pixels, found = images.clamp(-1.0, 1.0), {}
+        if "features" in wanted:
+            found["features"] = extract_features(self.extractor, images)
+        if "second" in wanted and self._second is not None:
+            found["second"] = extract_features(self._second.extractor, images)
+        train = self.reference("train", "pixels")
+        if "nearest_pixels" in wanted and train is not None:
+            found["nearest_pixels"] = nearest_distance(pixels, train)
+        if "pixels" in wanted:
+            found["pixels"] = pixels
         return found
+
+    def measure_collected(
+        self, samples: Mapping[str, Collected], keys: Iterable[str] | None = None
+    ) -> dict[str, float]:
+        """Metrics of what `collect` found, by key; those left out that need what there is not.
+
+        Args:
+            keys: of METRICS; those that are always measured by default.
+
+        Raises:
+            UserError: features that are no numbers.
+        """
+        return measure_collected(samples, self._reference_of, keys)
+
+    def metrics(self, images: Tensor, keys: Iterable[str] | None = None) -> dict[str, float]:
+        """`collect` of samples [B, C, H, W] in [−1, 1], and `measure_collected`."""
+        keys = None if keys is None else list(keys)
+        return self.measure_collected(self.collect(images, keys), keys)
 
     def sample(
         self, model: nn.Module, scheduler: Any, sampling: SamplingConfig, on_batch: OnBatch | None = None

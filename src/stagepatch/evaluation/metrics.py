@@ -1,19 +1,20 @@
 """The table of metrics, and their functions, by torchmetrics where it has them."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from stagepatch.evaluation.statistics import Statistics, frechet_distance
 from stagepatch.sampling import spread
 
 NEIGHBOURS = 10_000
-Reference = Literal["train", "held_out", "unseen", "second", "pixels"]
+Split = Literal["train", "held_out", "unseen"]
+Collected = Tensor | Statistics
 
 
 class _PrecomputedFeatures(nn.Identity):
@@ -24,13 +25,14 @@ class _PrecomputedFeatures(nn.Identity):
         self.num_features = num_features
 
 
-def fid(features: Tensor, reference: Tensor) -> float:
-    """Fréchet distance (arXiv 1706.08500) of Gaussians fitted to features [B, F] and reference [R, F]."""
-    extractor = _PrecomputedFeatures(features.shape[1])
-    metric = FrechetInceptionDistance(feature=extractor, normalize=False).set_dtype(torch.float64)
-    metric.update(reference.double(), real=True)
-    metric.update(features.double(), real=False)
-    return float(metric.compute())
+def fid(features: Collected, reference: Collected) -> float:
+    """Fréchet distance (arXiv 1706.08500) of features [B, F] and reference [R, F], or of the statistics of either.
+
+    Raises:
+        UserError: of different F, or features that are no numbers.
+    """
+    one, other = (of if isinstance(of, Statistics) else Statistics.of(of) for of in (features, reference))
+    return frechet_distance(one, other)
 
 
 def kid(features: Tensor, reference: Tensor, subsets: int = 50) -> float:
@@ -75,9 +77,9 @@ def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Ten
     return torch.cat([torch.cdist(part.flatten(1), flat).amin(dim=1) for part in images.split(rows)])
 
 
-def median_nearest_distance(images: Tensor, reference: Tensor) -> float:
-    """Median of `nearest_distance`."""
-    return float(nearest_distance(images, reference).median())
+def median(values: Tensor) -> float:
+    """Median of a number an image, [B]; of two in the middle the lower one."""
+    return float(values.median())
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,30 @@ class Metric:
 
     Args:
         label: in tables; '{features}' stands for the extractor's name.
-        function: samples and reference to the number.
-        reference: what the function takes: features of the samples and of the 'train'ing images, of the 'held_out'
-            ones, or of the 'unseen', which are held out where there are any, else training images, in the evaluator's
-            features or, of the same images, in its 'second' ones; or the 'pixels' of the samples and of the training
-            images, [B, C, H, W] in [−1, 1]. Where there are no held-out images, or the training images are not in
-            memory, the metric is left out.
+        function: of the samples, then of each reference, to the number. It takes what was collected of the images,
+            by default the extractor's features [B, F], not the images.
+        reference: the images that it compares with: the 'train'ing ones, the 'held_out' ones, the 'unseen', which are
+            held out where there are any, else training images; several, or none. Where there are none of them, the
+            metric is left out.
         better: which of two values is the better one.
+        of: what is collected of samples and references, see `Evaluator.collect`. Where it cannot be had, the metric is
+            left out.
+        moments: whether mean and covariance of it are enough: `function` is then given `Statistics`.
+        always: whether it is measured where no metrics were named.
     """
 
     label: str
-    function: Callable[[Tensor, Tensor], float]
-    reference: Reference
+    function: Callable[..., float]
+    reference: Split | tuple[Split, ...] = ()
     better: Literal["lower", "higher"] = "lower"
+    of: str = "features"
+    moments: bool = False
+    always: bool = True
+
+    @property
+    def references(self) -> tuple[Split, ...]:
+        """`reference` as a tuple."""
+        return (self.reference,) if isinstance(self.reference, str) else self.reference
 
     @property
     def sign(self) -> float:
@@ -108,14 +121,49 @@ class Metric:
 
 # By key, in the order of tables; a new metric is an entry here.
 METRICS = {
-    "fid_train": Metric("FID ({features}), training images", fid, "train"),
-    "fid_held_out": Metric("FID ({features}), held-out images", fid, "held_out"),
-    "fid_second": Metric("FID (second features)", fid, "second"),
+    "fid_train": Metric("FID ({features}), training images", fid, "train", moments=True),
+    "fid_held_out": Metric("FID ({features}), held-out images", fid, "held_out", moments=True),
+    "fid_second": Metric("FID (second features)", fid, "unseen", of="second", moments=True),
     "kid": Metric("KID ({features})", kid, "unseen"),
     "precision": Metric("precision", precision, "unseen", "higher"),
     "recall": Metric("recall", recall, "unseen", "higher"),
-    "nearest_train": Metric("distance to nearest training image, median", median_nearest_distance, "pixels"),
+    "nearest_train": Metric("distance to nearest training image, median", median, of="nearest_pixels"),
 }
+
+
+def chosen(keys: Iterable[str] | None) -> dict[str, Metric]:
+    """Metrics by key; those that are always measured where `keys` is None."""
+    if keys is None:
+        return {key: metric for key, metric in METRICS.items() if metric.always}
+    return {key: METRICS[key] for key in keys}
+
+
+def measure_collected(
+    samples: Mapping[str, Collected],
+    reference: Callable[[Split, Metric], Collected | None],
+    keys: Iterable[str] | None = None,
+) -> dict[str, float]:
+    """Metrics of what was collected of samples; those left out that want something else.
+
+    Args:
+        samples: by name, a row an image, or `Statistics` where there is nothing else, as of a file of them.
+        reference: what a metric takes of the images of a split, or `Statistics` of it; None where there is none.
+        keys: of METRICS; those that are always measured by default.
+
+    Raises:
+        UserError: numbers that are none, or samples and reference of different extractors.
+    """
+    moments: dict[str, Statistics] = {}
+    found = {}
+    for key, metric in chosen(keys).items():
+        given = [samples.get(metric.of), *(reference(split, metric) for split in metric.references)]
+        if any(of is None or (isinstance(of, Statistics) and not metric.moments) for of in given):
+            continue
+        if metric.moments and isinstance(given[0], Tensor):  # once for all metrics of them
+            moments.setdefault(metric.of, Statistics.of(given[0]))
+            given[0] = moments[metric.of]
+        found[key] = metric.function(*given)
+    return found
 
 
 def metric_names(features: str) -> dict[str, str]:

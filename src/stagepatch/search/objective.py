@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from stagepatch.core import UserError, processes, progress_bar
 from stagepatch.evaluation import METRICS, Evaluator
-from stagepatch.evaluation.features import extract_features
 from stagepatch.families import sample_shape
 from stagepatch.sampling import LatentSampling, SamplingConfig
 from stagepatch.search.engine import Evaluation, Report, Search, Strategy, best_of
@@ -36,11 +35,9 @@ class SampledMetric:
     """
 
     def __init__(self, evaluator: Evaluator, name: str) -> None:
-        self.metric, self._evaluator = METRICS[name], evaluator
-        reference = evaluator.reference(self.metric.reference)
-        if reference is None:
+        self.metric, self._name, self._evaluator = METRICS[name], name, evaluator
+        if any(evaluator.reference(split, self.metric.of) is None for split in self.metric.references):
             raise UserError(f"metric='{name}': these data have no held-out images; use 'fid_train'.")
-        self._reference = reference
         self.on_batch: Callable[[int], None] | None = None
 
     def __call__(
@@ -60,9 +57,10 @@ class SampledMetric:
         return self._value(evaluator.sample(model, scheduler, sampling, self.on_batch))
 
     def _value(self, images: Tensor) -> float:
-        features = extract_features(self._evaluator.extractor, images)
-        is_finite = bool(features.isfinite().all())
-        return self.metric.sign * self.metric.function(features, self._reference) if is_finite else math.inf
+        samples = self._evaluator.collect(images, [self._name])
+        if not all(bool(values.isfinite().all()) for values in samples.values()):
+            return math.inf
+        return self.metric.sign * self._evaluator.measure_collected(samples, [self._name])[self._name]
 
     def _reporting(self, decode: Callable[[Tensor], Tensor], count: int, report: Report) -> Callable[[Tensor], Tensor]:
         """Decoding that reports the value of the first images, as soon as there are so many."""
