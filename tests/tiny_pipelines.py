@@ -16,10 +16,13 @@ import transformers
 from diffusers.pipelines.cosmos import pipeline_cosmos2_text2image
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
 from diffusers.pipelines.prx import pipeline_prx
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
 from diffusers.pipelines.wan import pipeline_wan_vace
+from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.tiny import FAMILIES, TEXT_CHANNELS
 
@@ -51,7 +54,7 @@ class Tiny:
         is_trained: stagepatch trains on what it has; else it is only sampled here.
         sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
         family: key of tests.tiny.FAMILIES.
-        is_trained: training knows how to call its denoiser.
+        references: pictures to edit for each image that it is trained on.
     """
 
     pipeline: Any
@@ -69,7 +72,7 @@ class Tiny:
     vae_name: str = "vae"
     is_trained: bool = True
     family: str = ""
-    is_trained: bool = True
+    references: int = 0
 
     @property
     def is_prompted(self) -> bool:
@@ -243,6 +246,33 @@ def qwen3_processor() -> Any:
     return qwen_tokenizer(kind=TokenizerAsProcessor, special=("<|image_pad|>",))
 
 
+class ProcessorOfPictures(transformers.Qwen2VLProcessor):  # type: ignore[misc]
+    """Qwen2-VL's processor without that of videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+        """Nothing is wanted of the one that is not there."""
+
+    def save_pretrained(self, directory: Any, **options: Any) -> None:
+        self.tokenizer.save_pretrained(directory)
+        self.image_processor.save_pretrained(directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: Any, **options: Any) -> ProcessorOfPictures:
+        tokenizer = transformers.Qwen2Tokenizer.from_pretrained(directory)
+        return cls(Qwen2VLImageProcessorPil.from_pretrained(directory), tokenizer)
+
+
+ProcessorOfPictures.__module__, transformers.ProcessorOfPictures = "transformers", ProcessorOfPictures
+
+VISION = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
+
+
+def picture_processor() -> Any:
+    """Of pictures cut into 4×4 pixels, of which 2×2 are a token."""
+    pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024})
+    return ProcessorOfPictures(pictures, qwen_tokenizer(special=VISION))
+
+
 # Text encoders.
 
 
@@ -354,6 +384,16 @@ def qwen_vl(tokenizer: Any) -> Any:
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     tokens = dict.fromkeys(names, len(tokenizer) - 1)
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen_vl_of_pictures() -> Any:
+    """Reads pictures among text, at the tokens of a tokenizer that has some for them."""
+    tokenizer = qwen_tokenizer(special=VISION)
+    config = qwen_vl(tokenizer).config
+    config.image_token_id, config.vision_start_token_id, _, config.video_token_id = (
+        tokenizer.convert_tokens_to_ids(token) for token in VISION
+    )
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
@@ -557,6 +597,10 @@ def prompted(length: int | None = None, **more: Any) -> dict[str, Any]:
     return {"prompt": PROMPT, **({"max_sequence_length": length} if length else {}), **more}
 
 
+PICTURE = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+# Pixels of pictures to edit, which would be 1024×1024, and to read, 384×384.
+pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = 32 * 32
+
 PIPELINES: dict[str, Tiny] = {
     "DiTTransformer2DModel": Tiny(
         diffusers.DiTPipeline,
@@ -647,6 +691,19 @@ PIPELINES: dict[str, Tiny] = {
         [(qwen_tokenizer, qwen_vl)],
         arguments=prompted(64, negative_prompt=" "),
         sample_size=[8, 8],
+    ),
+    "QwenImageTransformer2DModel of edits": Tiny(
+        diffusers.QwenImageEditPlusPipeline,
+        flow_match(**_DYNAMIC, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        qwen_vae,
+        made={
+            "tokenizer": partial(qwen_tokenizer, special=VISION),
+            "processor": picture_processor,
+            "text_encoder": qwen_vl_of_pictures,
+        },
+        arguments=prompted(64, image=[PICTURE], true_cfg_scale=1.0),
+        sample_size=[8, 8],
+        references=1,
     ),
     "QwenImage21Transformer2DModel": Tiny(
         diffusers.QwenImage21Pipeline,

@@ -51,7 +51,11 @@ def cache(directory, model, config):
     return CachedLatents(directory)
 
 
-OF_LATENTS = [name for name, tiny in PIPELINES.items() if tiny.is_prompted and tiny.is_trained and tiny.vae]
+OF_LATENTS = [
+    name
+    for name, tiny in PIPELINES.items()
+    if tiny.is_prompted and tiny.is_trained and tiny.vae and not tiny.references
+]
 
 
 @pytest.fixture(params=OF_LATENTS)

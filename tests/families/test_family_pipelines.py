@@ -96,7 +96,7 @@ def test_patch_works_at_another_size_than_its_own(name, tiny, pipe):
 
 
 def test_captions_of_different_lengths_are_patched_side_by_side(name, tiny, pipe):
-    if not tiny.is_prompted or name == "WanVACETransformer3DModel":
+    if not tiny.is_prompted or name in ("WanVACETransformer3DModel", "QwenImageTransformer2DModel of edits"):
         pytest.skip("takes no captions, or one")
     captions = tiny.of([PROMPT, WOLVES])
     base = tiny.call(pipe, **captions)
@@ -129,7 +129,6 @@ def test_every_family_of_diffusers_has_a_pipeline_here():
         "OmniGenTransformer2DModel",
         "GlmImageTransformer2DModel",
         "UNet2DModel of Fourier features",
-        "QwenImageTransformer2DModel of edits",
         "LTX2VideoTransformer3DModel",
         "Kandinsky5Transformer3DModel",
     }

@@ -21,14 +21,15 @@ from tests.tiny import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
 
-def draw_images(directory, count=4, size=(48, 48), captions=True):
+def draw_images(directory, count=4, size=(48, 48), captions=True, references=0):
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
     rows = []
     for number in range(count):
-        pixels = torch.randint(0, 255, (*size, 3), dtype=torch.uint8, generator=generator)
         name = f"{size[0]}-{number}.png"
-        Image.fromarray(pixels.numpy()).save(directory / name)
+        for ending in ["", "-source", "-source2"][: 1 + references]:
+            pixels = torch.randint(0, 255, (*size, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(pixels.numpy()).save(directory / f"{size[0]}-{number}{ending}.png")
         rows.append({"file_name": name, "text": f"photo of {['a cat', 'a red house'][number % 2]}"})
     if captions:
         with open(directory / "metadata.jsonl", "a") as file:
@@ -57,7 +58,7 @@ def test_patch_is_trained_on_every_pipeline_and_changes_its_images(name, tmp_pat
     tiny = PIPELINES[name]
     pipe = tiny.build()
     pipe.save_pretrained(tmp_path / "model")
-    draw_images(tmp_path / "images", size=tiny.pixels)
+    draw_images(tmp_path / "images", size=tiny.pixels, references=tiny.references)
     sample_size = [f"--patch.sample_size={tiny.sample_size}"] if tiny.sample_size else []
     assert train(tmp_path, "--patch.initialization=normal", *sample_size, size=tiny.pixels[0]) == 0
     log = read_log(tmp_path / "run")

@@ -128,9 +128,15 @@ def _is_pixel_by_pixel(directory: Path) -> bool:
 
 
 def load_captioner(
-    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Callable[[list[str]], dict[str, Tensor]]:
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    reads_references: bool = False,
+) -> Callable[..., dict[str, Tensor]]:
     """What makes the denoiser's condition of captions: the model's own tokenizers and text encoders.
+
+    Args:
+        reads_references: together with the pictures [R, 3, H, W] that each is about, the second argument.
 
     Raises:
         UserError: they cannot be loaded, or the family has no way to use them.
@@ -149,7 +155,8 @@ def load_captioner(
         pipe = _load_clip(directory, dtype, device)
     else:
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
-    return partial(family.encode_captions, pipe)
+    encode: Any = family.encode_edits if reads_references else family.encode_captions
+    return partial(encode, pipe)
 
 
 def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:

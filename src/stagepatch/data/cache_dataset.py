@@ -18,6 +18,9 @@ _OPEN_FILES = 128
 class CachedLatents(Dataset[dict[str, Any]]):
     """Items as `training.draws.draw` takes them: mean, standard deviation, label, the caption's condition, and a mask.
 
+    Where images are edits, the latents of their "references" too [R, C, h, w]; and where captions are read together
+    with these, the "null_condition" of the empty caption with them.
+
     Args:
         directory: of a whole cache.
 
@@ -58,8 +61,13 @@ class CachedLatents(Dataset[dict[str, Any]]):
         }
         if "mask" in latents.keys():  # noqa: SIM118 (it is no dict)
             item["mask"] = latents.get_slice("mask")[row]
+        if "references" in latents.keys():  # noqa: SIM118
+            item["references"] = latents.get_slice("references")[row]
+            item["references_flipped"] = latents.get_slice("references_flipped")[row]
         if self.lengths:
             item["condition"] = self._condition(self._caption_of(index, caption))
+            if "null_caption" in self.index:
+                item["null_condition"] = self._condition(int(self.index["null_caption"][index]))
         return item
 
     def pad_to(self, lengths: dict[str, int]) -> None:

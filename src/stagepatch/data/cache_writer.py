@@ -26,8 +26,10 @@ IMAGES_PER_FILE = 256
 CAPTIONS_PER_FILE = 64
 PLAN_NAME, INDEX_NAME = "plan.json", "index.safetensors"
 
-# captions -> condition, each tensor a row per caption
-EncodeCaptions = Callable[[list[str]], dict[str, Tensor]]
+# captions -> condition, each tensor a row per caption; or captions and the pictures that each is read with
+EncodeCaptions = Callable[..., dict[str, Tensor]]
+# A caption, and the item whose pictures it is read with; −1 where captions are read alone
+Text = tuple[str, int]
 
 
 def build_cache(
@@ -37,6 +39,7 @@ def build_cache(
     load_vae: Callable[[], Any],
     load_captioner: Callable[[], EncodeCaptions] | None,
     batch_size: int,
+    reads_references: bool = False,
 ) -> None:
     """Encode what is not yet encoded. Processes under `accelerate launch` share the files.
 
@@ -46,6 +49,7 @@ def build_cache(
         load_vae, load_captioner: called once where there is something to encode; what they give is freed after. No
             `load_captioner`: the model takes no captions.
         batch_size: images, or frames of videos, encoded at a time, but a video at least; captions by eights.
+        reads_references: each caption is encoded with the references of its image, and so is the empty one.
 
     Raises:
         UserError: the directory holds the cache of something else.
@@ -62,20 +66,24 @@ def build_cache(
     frames = images.config.num_frames
     batch_size, per_file = max(1, batch_size // frames), max(1, IMAGES_PER_FILE // frames)
     image_files = [file for group in indices_by_size(images.sizes()) for file in _chunks(group, per_file)]
-    captions = ["", *sorted({caption for each in images.captions() for caption in each} - {""})]
-    caption_files = _chunks(captions, CAPTIONS_PER_FILE) if load_captioner is not None else []
+    of_items = _texts(images, reads_references)
+    texts = list(dict.fromkeys(text for each in of_items for text in each))
+    if not reads_references:
+        texts = [("", -1), *sorted({*texts} - {("", -1)})]
+    text_files = _chunks(texts, CAPTIONS_PER_FILE) if load_captioner is not None else []
     with progress_bar(disable=not state.is_main_process) as progress:
         task = progress.add_task(f"{images.noun}s", total=len(images), status="")
         encode_file = partial(_encode_images, images, batch_size, partial(progress.advance, task))
         _write_missing(directory, "latents", image_files, load_vae, encode_file)
         if load_captioner is not None:
-            task = progress.add_task("captions", total=len(captions), status="")
-            encode_file = partial(_encode_captions, partial(progress.advance, task))
-            _write_missing(directory, "captions", caption_files, load_captioner, encode_file)
+            task = progress.add_task("captions", total=len(texts), status="")
+            encode_file = partial(_encode_captions, images, partial(progress.advance, task))
+            _write_missing(directory, "captions", text_files, load_captioner, encode_file)
     state.wait_for_everyone()
     if state.is_main_process:
         lengths = json.dumps(_longest(directory))
-        write_tensors(directory / INDEX_NAME, _index(images, image_files, captions), {"lengths": lengths})
+        index = _index(images, image_files, texts, of_items)
+        write_tensors(directory / INDEX_NAME, index, {"lengths": lengths})
     state.wait_for_everyone()
 
 
@@ -145,7 +153,7 @@ def _encode_images(
 ) -> dict[str, Tensor]:
     """float16: 'mean', 'std' [B, C, h, w], of videos [B, C, f, h, w], and the same of the mirrored ones.
 
-    Of masked images 'mask' [B, 1, h, w] too.
+    Of masked images 'mask' [B, 1, h, w] too; of edits 'references' [B, R, C, h, w], the means, and those mirrored.
     """
     parts: dict[str, list[Tensor]] = {name: [] for name in ("mean", "std", "mean_flipped", "std_flipped")}
     for batch in _chunks(indices, batch_size):
@@ -158,16 +166,36 @@ def _encode_images(
         if images.source.has_masks:
             masks = torch.stack([item["mask"] for item in items])
             parts.setdefault("mask", []).append(to_weights(masks, mean).half())
+        if "references" in items[0]:
+            for ending, given in _encode_references(vae, torch.stack([item["references"] for item in items])).items():
+                parts.setdefault(f"references{ending}", []).append(given.half().cpu())
         advance(len(pixels))
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _encode_captions(advance: Callable[[int], None], encode: EncodeCaptions, captions: list[str]) -> dict[str, Tensor]:
+def _encode_references(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Means [B, R, C, h, w] of what is given with images [B, R, 3, H, W], and of their mirror images."""
+    shown = {"": pixels.flatten(0, 1), "_flipped": pixels.flatten(0, 1).flip(-1)}
+    return {ending: encode_images(vae, each)[0].unflatten(0, pixels.shape[:2]) for ending, each in shown.items()}
+
+
+def _texts(images: Images, reads_references: bool) -> list[list[Text]]:
+    """Of each item; read with references, the empty one is the first of each."""
+    if not reads_references:
+        return [[(caption, -1) for caption in each] for each in images.captions()]
+    return [[(caption, index) for caption in ["", *each]] for index, each in enumerate(images.captions())]
+
+
+def _encode_captions(
+    images: Images, advance: Callable[[int], None], encode: EncodeCaptions, of_file: list[Text]
+) -> dict[str, Tensor]:
     """'{row}.{name}' for each tensor of each caption's condition."""
     tensors: dict[str, Tensor] = {}
-    for number, texts in enumerate(_chunks(captions, 8)):
+    for number, texts in enumerate(_chunks(of_file, 8)):
+        captions = [caption for caption, _ in texts]
+        given = [images[index]["references"] for _, index in texts if index >= 0]
         with torch.no_grad():
-            condition = encode(texts)
+            condition = encode(captions, given) if given else encode(captions)
         for name, value in condition.items():
             tensors |= {f"{8 * number + row}.{name}": _compact(of_caption) for row, of_caption in enumerate(value)}
         advance(len(texts))
@@ -190,13 +218,21 @@ def _longest(directory: Path) -> dict[str, int]:
     return longest
 
 
-def _index(images: Images, image_files: list[list[int]], captions: list[str]) -> dict[str, Tensor]:
-    """Of each item: where it is, and the number of its caption; where some have several, of all of these in a row."""
-    number = {caption: place for place, caption in enumerate(captions)}
+def _index(
+    images: Images, image_files: list[list[int]], texts: list[Text], texts_of_items: list[list[Text]]
+) -> dict[str, Tensor]:
+    """Of each item: where it is, and the number of its caption; where some have several, of all of these in a row.
+
+    Where captions are read with pictures, the number of the empty one too.
+    """
+    number = {text: place for place, text in enumerate(texts)}
     places = {index: (file, row) for file, indices in enumerate(image_files) for row, index in enumerate(indices)}
     files, rows = zip(*(places[index] for index in range(len(images))), strict=True)
-    of_items = [[number[caption] for caption in each] for each in images.captions()]
+    of_items = [[number[text] for text in each] for each in texts_of_items]
     several: dict[str, Tensor] = {}
+    if texts[0][1] >= 0:
+        several["null_caption"] = torch.tensor([each[0] for each in of_items])
+        of_items = [each[1:] for each in of_items]
     if any(len(each) > 1 for each in of_items):
         several["caption_count"] = torch.tensor([len(each) for each in of_items])
         several["captions"] = torch.tensor([caption for each in of_items for caption in each])

@@ -32,11 +32,13 @@ class SourceConfig:
         source: as data.source, none of the bundled ones.
         repeats: how often an epoch shows each of its items.
         masks: as data.masks.
+        references: as data.references.
     """
 
     source: str = ""
     repeats: int = 1
     masks: str = ""
+    references: str = ""
 
 
 @dataclass
@@ -70,6 +72,8 @@ class DataConfig:
         bucket_step: what height and width of a bucket are multiples of [pixels].
         masks: folder of masks for a folder of images, by the images' paths; without, an image's mask is
             NAME-masklabel.png beside it. White counts fully in the loss, black not at all.
+        references: for a model that edits pictures, the folder of those that the images are edits of, by the images'
+            paths; without, they are NAME-source.png beside NAME.png, then NAME-source2.png, ….
         tags: variants of captions that are tags; for a model with a cache.
         max_broken: images that cannot be read, and videos that are too short, are named and left out, up to so many.
         in_memory: training in pixels, images of one size are decoded once and kept as bytes, if all of them take at
@@ -95,6 +99,7 @@ class DataConfig:
     crop: Literal["center", "buckets"] = "center"
     bucket_step: int = 64
     masks: str = ""
+    references: str = ""
     tags: TagsConfig = field(default_factory=TagsConfig)
     max_broken: int = 10
     in_memory: float = 2.0
@@ -109,8 +114,11 @@ class DataConfig:
         if not self.sources:
             return
         named = ", ".join(each.source for each in self.sources)
-        if self.source not in ("digits", named) or self.masks:
-            raise UserError("data.sources stands in place of data.source and data.masks: give the one or the other.")
+        if self.source not in ("digits", named) or self.masks or self.references:
+            raise UserError(
+                "data.sources stands in place of data.source, data.masks and data.references: give the one or the "
+                "other."
+            )
         for each in self.sources:
             if not each.source or each.repeats < 1:
                 raise UserError(f"data.sources: each names a source, and repeats={each.repeats} must be at least 1.")

@@ -70,6 +70,8 @@ def load_dataset(config: DataConfig, split: Split = "train", decode: bool = Fals
     sources = [open_source(each) for each in configs]
     if config.sources:
         check_alike(sources, [each.source for each in configs])
+    if decode and any(source.references(0) for source in sources):
+        raise UserError(f"The images of '{config.source}' are edits of pictures, which no model in pixels takes here.")
     datasets = [Images(source, each) for source, each in zip(sources, configs, strict=True)]
     parts = decode_once(datasets) if decode else datasets
     return Mixture(parts, config) if config.sources else parts[0]
@@ -88,17 +90,18 @@ def open_source(config: DataConfig) -> Source:
             raise UserError(f"data.num_frames={config.num_frames} takes a folder, not data.format='{config.format}'.")
         if config.masks:
             raise UserError(f"data.masks='{config.masks}' is for images: of videos all counts. Leave it out.")
-        return VideoFolder(Path(config.source), config.caption_column)
+        return VideoFolder(Path(config.source), config.caption_column, references=config.references)
     kind = find_format(Path(config.source)) if config.format == "auto" else config.format
-    if config.masks and kind != "folder":
-        raise UserError(f"data.masks='{config.masks}' is for a folder of images, which '{config.source}' is not.")
+    for name, folder in (("masks", config.masks), ("references", config.references)):
+        if folder and kind != "folder":
+            raise UserError(f"data.{name}='{folder}' is for a folder of images, which '{config.source}' is not.")
     if kind == "webdataset":
         return WebDatasetSource(Path(config.source))
     if kind == "datasets":
         return HuggingFaceSource(config)
     if kind == "arrays":
         return ArraySource(config)
-    return FolderSource(Path(config.source), config.caption_column, config.masks)
+    return FolderSource(Path(config.source), config.caption_column, config.masks, config.references)
 
 
 def find_format(path: Path) -> Literal["folder", "datasets", "webdataset", "arrays"]:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from stagepatch.core import UserError, as_user_error
 from stagepatch.data.masks import find_masks
+from stagepatch.data.references import find_references
 from stagepatch.data.source import Source, as_captions
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -23,26 +24,29 @@ class FolderSource(Source):
       'caption'. Images of COCO that are not in the folder are passed over;
     - beside an image, a .txt of its name: a caption a line.
 
-    An image's mask is `NAME-masklabel.png` beside it, or lies in a folder of masks; see `masks`.
+    An image's mask is `NAME-masklabel.png` beside it, or lies in a folder of masks; see `masks`. The pictures that it
+    is the edit of are `NAME-source.png`, …, or lie in a folder; see `references`.
 
     Args:
         directory: images lie in it or in its subfolders; subfolders in alphabetical order are labels 0, 1, ….
         caption_column: of the metadata, beside 'file_name' (relative to the folder); '' leaves all captions unread.
         masks: folder of masks, by the images' paths; '' for masks beside images.
+        references: folder of pictures that the images are edits of, likewise.
 
     Raises:
-        UserError: no such folder, no image in it, or metadata or masks that do not fit it.
+        UserError: no such folder, no image in it, or metadata, masks or references that do not fit it.
     """
 
     noun: ClassVar[str] = "image"
     suffixes: ClassVar[set[str]] = IMAGES
 
-    def __init__(self, directory: Path, caption_column: str = "text", masks: str = "") -> None:
+    def __init__(self, directory: Path, caption_column: str = "text", masks: str = "", references: str = "") -> None:
         if not directory.is_dir():
             raise UserError(f"No {self.noun} folder at '{directory}': give a folder of {self.noun}s.")
         files = sorted(path for path in directory.rglob("*") if path.is_file())
         shown = [path for path in files if path.suffix.lower() in self.suffixes]
-        self.paths, self._masks = find_masks(directory, shown, Path(masks) if masks else None)
+        shown, self._masks = find_masks(directory, shown, Path(masks) if masks else None)
+        self.paths, self._references = find_references(directory, shown, Path(references) if references else None)
         if not self.paths:
             looked_for = ", ".join(sorted(self.suffixes))
             has_videos = any(path.suffix.lower() in VIDEOS for path in files)
@@ -84,6 +88,8 @@ class FolderSource(Source):
             if path in self._masks:
                 stat = self._masks[path].stat()
                 stamps[index] += f":mask:{stat.st_size}:{stat.st_mtime_ns}"
+            for stat in (reference.stat() for reference in self.references(index)):
+                stamps[index] += f":reference:{stat.st_size}:{stat.st_mtime_ns}"
         return stamps
 
     @property
@@ -96,6 +102,9 @@ class FolderSource(Source):
     @property
     def has_masks(self) -> bool:
         return bool(self._masks)
+
+    def references(self, index: int) -> list[Path]:
+        return self._references.get(self.paths[index], [])
 
 
 def _read_captions(directory: Path, column: str, names: list[str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import logging
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from stagepatch.core import UserError
 from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
 from stagepatch.data.masks import check_mask, open_mask
+from stagepatch.data.references import check_reference, open_reference
 from stagepatch.data.source import BROKEN, Source, key_of
 from stagepatch.data.tags import check_tags, tag_variants
 
@@ -24,6 +26,7 @@ class Images(Dataset[dict[str, Any]]):
     """Items {"image": [C, H, W] in [−1, 1], "label": int, "caption": str}, of several captions the first.
 
     Where any image has a mask, all have a "mask" [1, H, W] from 0 to 1, cropped as the image; those without, ones.
+    Where images are edits of pictures, these are "references" [R, C, H, W], each cropped to the image's own size.
 
     Every header is read once, at the start; what is broken is named in one warning and left out. An image whose
     pixels turn out to be broken is replaced, at its own size, by the next good one, with a warning of its own.
@@ -119,7 +122,12 @@ class Images(Dataset[dict[str, Any]]):
             white = Image.new("L", (size[1], size[0]), 255)
             mask = white if path is None else self._cropped(open_mask(path), size)
             item["mask"] = (preprocess.to_tensor(mask) + 1.0) / 2.0
+        if paths := self.source.references(index):
+            item["references"] = torch.stack([self._reference(path, size) for path in paths])
         return item
+
+    def _reference(self, path: Path, size: tuple[int, int]) -> Tensor:
+        return preprocess.to_tensor(self._cropped(open_reference(path, self.config.channels or 3), size))
 
     def _pixels(self, item: int, size: tuple[int, int]) -> Tensor:
         """[C, height, width] of an item."""
@@ -150,6 +158,8 @@ class Images(Dataset[dict[str, Any]]):
                 continue
             if (mask := self.source.mask(index)) is not None:
                 check_mask(mask, (height, width))
+            for path in self.source.references(index):
+                check_reference(path)
             self._indices += [index] * count
             self._sizes += [preprocess.nearest_bucket(width, height, self._buckets)] * count
         # In shared memory, so that loading processes count together.

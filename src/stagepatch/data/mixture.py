@@ -81,7 +81,10 @@ class Mixture(Dataset[dict[str, Any]]):
 
 def split_sources(config: DataConfig) -> list[DataConfig]:
     """The config of each data set of several; of one, itself alone."""
-    return [replace(config, source=each.source, masks=each.masks, sources=[]) for each in config.sources] or [config]
+    return [
+        replace(config, source=each.source, masks=each.masks, references=each.references, sources=[])
+        for each in config.sources
+    ] or [config]
 
 
 def check_alike(sources: Sequence[Source], names: Sequence[str]) -> None:
@@ -93,6 +96,10 @@ def check_alike(sources: Sequence[Source], names: Sequence[str]) -> None:
     Raises:
         UserError: they do.
     """
+    counts = [len(source.references(0)) for source in sources]
+    if len({*counts}) > 1:
+        listed = ", ".join(f"{count} of '{name}'" for count, name in zip(counts, names, strict=True))
+        raise UserError(f"Images of all data sets must be edits of as many pictures, which are {listed}.")
     captioned = [any(any(source.captions(index)) for index in range(len(source))) for source in sources]
     classes = [any(source.label(index) for index in range(len(source))) for source in sources]
     first = {True: "", False: ""}

@@ -26,8 +26,10 @@ from stagepatch.data.dataset import BUNDLED, ImageDataset, load_dataset, open_so
 from stagepatch.data.held_out import hold_out
 from stagepatch.data.images import Images
 from stagepatch.data.mixture import Mixture, check_alike, split_sources
+from stagepatch.data.source import Source
 from stagepatch.data.video import Clips, VideoFolder
 from stagepatch.families import takes_text, takes_videos
+from stagepatch.families.registry import family_of
 
 # What of a data config decides the latents.
 _PREPROCESSING = ("image_size", "channels", "crop", "bucket_step", "caption_column", "label_column")
@@ -112,6 +114,7 @@ def make_cache(
     source = open_source(data)
     names = (*_PREPROCESSING, *_OF_VIDEOS) if data.num_frames > 1 else _PREPROCESSING
     preprocessing = {name: getattr(data, name) for name in names}
+    reads_references = _check_references(model, source, data)
     if data.tags.variants > 1:  # else as in caches of before there were any
         preprocessing["tags"] = asdict(data.tags)
     key = cache_key(source.stamp(), preprocessing, encoder_directories(model))
@@ -121,9 +124,34 @@ def make_cache(
         key,
         lambda: Clips(source, data) if isinstance(source, VideoFolder) else Images(source, data),
         lambda: load_vae(model, dtype).to(device),
-        (lambda: load_captioner(model, device, text_dtype)) if takes_captions(model) else None,
+        (lambda: load_captioner(model, device, text_dtype, reads_references)) if takes_captions(model) else None,
         batch_size,
+        reads_references,
     )
+
+
+def _check_references(model: str, source: Source, data: DataConfig) -> bool:
+    """Whether captions are read with references.
+
+    Raises:
+        UserError: the model does not take those that images have, or images are mirrored that captions are read with.
+    """
+    if not source.references(0):
+        return False
+    family = family_of(type(build_denoiser(model)))
+    if not family.takes_references:
+        raise UserError(
+            f"The images of '{data.source}' are edits of pictures, which {family.model_class} does not take in "
+            f"training: train one that edits (docs/data.md), or move these pictures away."
+        )
+    if family.encode_edits is None:
+        return False
+    if data.horizontal_flip:
+        raise UserError(
+            f"'{model}' reads captions together with the pictures to edit, which are read once, as they are: leave "
+            f"out data.horizontal_flip."
+        )
+    return True
 
 
 def _check_num_frames(model: str, num_frames: int) -> None:
@@ -187,5 +215,6 @@ def open_cache(directory: Path, data: DataConfig) -> CachedLatents | Mixture:
 
 def cache_name(source: SourceConfig) -> str:
     """Of the directory of one of several data sets' cache, whatever the others and its repeats are."""
-    digest = hashlib.sha256(json.dumps([source.source, source.masks]).encode()).hexdigest()
+    what = [source.source, source.masks, *([source.references] if source.references else [])]
+    digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     return f"{Path(source.source).name}-{digest[:8]}"

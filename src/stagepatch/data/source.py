@@ -56,6 +56,10 @@ class Source(Protocol):
         """Whether any image has one."""
         return False
 
+    def references(self, index: int) -> list[Path]:
+        """The pictures that the image is the edit of; as many for each."""
+        return []
+
 
 def key_of(key: str) -> int:
     """A number from 0 to KEYS − 1, all alike probable, by a hash (SHA-256) of an item's key."""

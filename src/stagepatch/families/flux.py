@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stagepatch.core import UserError
 from stagepatch.families.base import Extent, Grid
-from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
+from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed, split_references
 from stagepatch.families.registry import Family, prompt_encoder
 from stagepatch.families.transformer import Blocks, Transformer
 
@@ -46,9 +47,19 @@ def positions(sample: Tensor, condition: dict[str, Tensor], cell: int = 2) -> di
 
 
 def call_flux(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """See `Call`. A model that was distilled under guidance is told a scale of 1, which is none."""
+    """See `Call`. A model that was distilled under guidance is told a scale of 1, which is none. A picture to edit,
+    which Kontext takes, is the image of number 1.
+
+    Raises:
+        UserError: several pictures.
+    """
     guidance = sample.new_ones(len(sample)) if model.config.guidance_embeds else None
     added = {**positions(sample, condition), "guidance": guidance}
+    if count := len(split_references(condition)[0]):
+        if count > 1:
+            raise UserError(f"FLUX.1 Kontext edits one picture, not {count}: leave out NAME-source2.png and further.")
+        own = added["img_ids"]
+        added["img_ids"] = torch.cat([own, own + own.new_tensor([1, 0, 0])])
     return call_packed(model, sample, timesteps, {**condition, **added})
 
 
@@ -121,6 +132,7 @@ FAMILIES = [
         ),
         call_flux,
         prompt_encoder("encoder_hidden_states", "pooled_projections"),
+        takes_references=True,
         **_SHARED,
     ),
     # FLUX.1 schnell without its pooled text, so t+c is t. With gradient checkpointing, diffusers 0.42 does not tell

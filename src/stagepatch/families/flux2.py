@@ -8,7 +8,7 @@ from torch import Tensor
 from stagepatch.core import UserError
 from stagepatch.families.base import Extent
 from stagepatch.families.flux import joint_extent
-from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
+from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed, split_references
 from stagepatch.families.registry import Family, prompt_encoder
 from stagepatch.families.transformer import Blocks, Transformer
 
@@ -28,14 +28,15 @@ def flux2_extent(model: Any, arguments: dict[str, Any]) -> Extent:
 
 
 def call_flux2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """See `Call`. Positions are image, row, column and place in the text. A model that was distilled under guidance is
-    told a scale of 1, which is none."""
+    """See `Call`. Positions are image, row, column and place in the text; pictures to edit are the images 10, 20, ….
+    A model that was distilled under guidance is told a scale of 1, which is none."""
     batch, _, height, width = sample.shape
     place = torch.arange(condition["encoder_hidden_states"].shape[1], device=sample.device)
     rows, columns = (torch.arange(length // 2, device=sample.device) for length in (height, width))
     none = rows.new_zeros(1)
+    images = 10 * torch.arange(1 + len(split_references(condition)[0]), device=sample.device)
     added = {
-        "img_ids": torch.cartesian_prod(none, rows, columns, none),
+        "img_ids": torch.cartesian_prod(images, rows, columns, none),
         "txt_ids": torch.cartesian_prod(none, none, none, place),
         "guidance": sample.new_ones(batch) if model.config.guidance_embeds else None,
     }
@@ -57,4 +58,5 @@ FAMILY = Family(
     timestep_range=(0.0, 1.0),
     sample_size=SAMPLE_SIZE,
     is_packed=True,
+    takes_references=True,
 )

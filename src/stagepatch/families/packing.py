@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,6 +31,17 @@ def call_cells(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[st
 
 
 def call_packed(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
-    """See `Call`. Of a model that takes and gives tokens."""
-    height, width = sample.shape[2:]
-    return unpack(call_by_keywords(model, pack(sample), timesteps, condition), height, width)
+    """See `Call`. Of a model that takes and gives tokens; those of pictures to edit, `reference_latents` of the
+    condition, come behind those of the sample."""
+    references, condition = split_references(condition)
+    tokens = pack(sample)
+    given = torch.cat([tokens, *(pack(each) for each in references)], dim=1)
+    output = call_by_keywords(model, given, timesteps, condition)
+    return unpack(output[:, : tokens.shape[1]], *sample.shape[2:])
+
+
+def split_references(condition: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Latents of pictures to edit, [B, C, H, W] each, and what else a condition has."""
+    others = {name: value for name, value in condition.items() if name != "reference_latents"}
+    given = condition.get("reference_latents")
+    return [] if given is None else list(given.unbind(dim=1)), others

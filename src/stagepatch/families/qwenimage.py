@@ -7,8 +7,9 @@ from torch import Tensor
 
 from stagepatch.core import UserError
 from stagepatch.families.base import Backbone, Extent
-from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed
+from stagepatch.families.packing import PATCH_SIZE, SAMPLE_SIZE, call_packed, split_references
 from stagepatch.families.registry import Family, call_by_keywords
+from stagepatch.families.texts import pad_texts
 from stagepatch.families.transformer import Blocks, Transformer
 
 # Latents of the layered model: the whole picture and four layers, of 640×640.
@@ -46,7 +47,7 @@ def describe_qwenimage(model: Any, sample_size: Any = None) -> Backbone:
 
 
 def call_qwenimage(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """See `Call`.
+    """See `Call`. Pictures to edit have their shapes behind the sample's.
 
     Raises:
         UserError: the layered model, which is told a picture and makes its layers.
@@ -57,7 +58,8 @@ def call_qwenimage(model: Any, sample: Tensor, timesteps: Tensor, condition: dic
             "patch can be put on it; train another Qwen-Image."
         )
     batch, _, height, width = sample.shape
-    shapes = [[(1, height // 2, width // 2)]] * batch
+    images = 1 + len(split_references(condition)[0])
+    shapes = [[(1, height // 2, width // 2)] * images] * batch
     return call_packed(model, sample, timesteps, {**condition, "img_shapes": shapes})
 
 
@@ -66,6 +68,36 @@ def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
     embeds, mask, *_ = pipe.encode_prompt(captions, device=pipe.device)
     mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
     return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask.bool()}
+
+
+def encode_edits(pipe: Any, captions: list[str], pictures: list[Tensor]) -> dict[str, Tensor]:
+    """See `EncodeEdits`. Captions are read one by one, with their pictures in the size in which the pipeline reads
+    them: of Qwen-Image-Edit one, of 1024×1024 pixels in all, of later ones (Plus) several, of 384×384.
+
+    Raises:
+        UserError: a pipeline that does not edit, or several pictures for one that edits one.
+    """
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
+
+    name, several = type(pipe).__name__, isinstance(pipe, plus.QwenImageEditPlusPipeline)
+    if not several and (name != "QwenImageEditPipeline" or len(pictures[0]) > 1):
+        raise UserError(
+            f"{name} does not edit {len(pictures[0])} picture(s): Qwen-Image-Edit edits one, and "
+            f"Qwen-Image-Edit-2509 and later several."
+        )
+    area = plus.CONDITION_IMAGE_SIZE if several else plus.VAE_IMAGE_SIZE
+    texts = []
+    for caption, given in zip(captions, pictures, strict=True):
+        width, height = plus.calculate_dimensions(area, given.shape[-1] / given.shape[-2])
+        images = [
+            pipe.image_processor.resize(image, height, width) for image in pipe.image_processor.postprocess(given)
+        ]
+        texts.append(pipe.encode_prompt(caption, images if several else images[0], device=pipe.device)[0][0])
+    padded = pad_texts(texts)
+    return {
+        "encoder_hidden_states": padded["encoder_hidden_states"],
+        "encoder_hidden_states_mask": padded["encoder_attention_mask"],
+    }
 
 
 def qwenimage21_extent(model: Any, arguments: dict[str, Any]) -> Extent:
@@ -104,6 +136,8 @@ FAMILIES = [
         timestep_range=(0.0, 1.0),
         sample_size=SAMPLE_SIZE,
         is_packed=True,
+        takes_references=True,
+        encode_edits=encode_edits,
     ),
     # Qwen-Image 2.1: one sequence of text, images that are given, and the one that is made. Its latents are smaller
     # by 16 than the image.

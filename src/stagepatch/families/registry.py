@@ -19,6 +19,8 @@ Describe = Callable[[Any, Any], Backbone]
 Call = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
 # (pipeline without denoiser and VAE, captions) -> a denoiser's condition, each tensor a row per caption
 EncodeCaptions = Callable[[Any, list[str]], dict[str, Tensor]]
+# The same with the pictures that each caption is about, [R, 3, H, W] from −1 to 1
+EncodeEdits = Callable[[Any, list[str], list[Tensor]], dict[str, Tensor]]
 
 
 def call_by_keywords(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
@@ -91,6 +93,9 @@ class Family:
         timestep_argument: what the model's forward calls its `timestep`.
         logit_normal: mean and spread of the density of noise levels that its makers or diffusers' own script train it
             with, where that is logit-normal; None for another, or uniform.
+        takes_references: training can give it the latents of pictures to edit, [B, R, C, H, W], as `reference_latents`
+            among its condition.
+        encode_edits: in place of `encode_captions`, where captions are read together with pictures to edit.
         recomputes: whether diffusers' gradient checkpointing computes what the model does without it.
     """
 
@@ -107,6 +112,8 @@ class Family:
     timestep_argument: str = "timestep"
     logit_normal: tuple[float, float] | None = None
     recomputes: bool = True
+    takes_references: bool = False
+    encode_edits: EncodeEdits | None = None
 
     def noise_level(self, timestep: Tensor) -> Tensor:
         """0 (an image) to 1 (noise), of the model's `timestep`."""

@@ -51,6 +51,8 @@ def latent_sampling(
         raise UserError(f"data.num_frames={data.num_frames}: here images are sampled, not videos. Leave it at 1.")
     make_cache(cache, model, data, text_dtype=text_dtype)
     cached = open_cache(cache, data)
+    if "references" in cached[0]:
+        raise UserError(f"The images of '{data.source}' are edits of pictures, and here samples are made of captions.")
     vae = load_vae(model).to(processes().device)
 
     def condition(indices: list[int]) -> dict[str, Tensor]:

@@ -111,10 +111,19 @@ class Conditions:
         self.classes, self.null_label = num_classes(model), null_label(model)
         self.null_condition: dict[str, Tensor] | None = getattr(dataset, "null_condition", None)
 
-    def of(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
-        """The condition of each sample, or none where `dropped` [B]."""
+    def of(self, batch: dict[str, Any], dropped: Tensor, flipped: Tensor | None = None) -> dict[str, Tensor]:
+        """The condition of each sample, or none where `dropped` [B], but for the pictures that it is the edit of.
+
+        Args:
+            flipped: which samples are mirrored, [B], and so their pictures.
+        """
         if "condition" in batch:
-            return {name: self._caption(name, value, dropped) for name, value in batch["condition"].items()}
+            null = batch.get("null_condition", self.null_condition)
+            condition = {name: self._caption(value, null, name, dropped) for name, value in batch["condition"].items()}
+            if "references" in batch:
+                flipped = torch.zeros_like(dropped) if flipped is None else flipped
+                condition["reference_latents"] = _either_way(batch, "references", flipped).to(self.dtype)
+            return condition
         if not self.classes:
             return {}
         labels: Tensor = batch["label"]
@@ -123,10 +132,10 @@ class Conditions:
         labels = labels.to(dropped.device)
         return {"class_labels": labels if self.null_label is None else torch.where(dropped, self.null_label, labels)}
 
-    def _caption(self, name: str, value: Tensor, dropped: Tensor) -> Tensor:
+    def _caption(self, value: Tensor, nulls: dict[str, Tensor] | None, name: str, dropped: Tensor) -> Tensor:
         value = value.to(dropped.device)
-        if self.null_condition is not None:
-            null = self.null_condition[name].to(dropped.device)
+        if nulls is not None:
+            null = nulls[name].to(dropped.device)
             value = torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null, value)
         return value.to(self.dtype) if value.is_floating_point() else value
 
@@ -149,7 +158,8 @@ def draw(
     Args:
         batch: "image" [B, C, H, W] and "label" [B]; or of latents, mean "image" and standard deviation "std" of the
             encoder's posterior, with "image_flipped" and "std_flipped" those of the mirrored image; with captions,
-            "condition", tensors by keyword; with masks, "mask" [B, 1, H, W].
+            "condition", tensors by keyword, and where these are read with pictures "null_condition"; with masks,
+            "mask" [B, 1, H, W]; of edits, latents of the "references" [B, R, C, H, W] and "references_flipped".
         fakes: the model's own samples, of which as many are drawn as there are images.
     """
     torch.manual_seed(seed_for(GLOBAL, config.seed, process_index, iteration))
@@ -166,7 +176,7 @@ def draw(
     if conditions.null_label is not None or conditions.null_condition is not None:
         dropped = torch.rand(size, generator=generator, device=device)[own] < config.label_dropout
     x_start = _x_start(batch, flipped, size, own, generator)
-    drawn = Draws(x_start, noise, timesteps, conditions.of(batch, dropped))
+    drawn = Draws(x_start, noise, timesteps, conditions.of(batch, dropped, flipped))
     if "mask" in batch:
         drawn.weights = normalized(_either_way(batch, "mask", flipped))
     if fakes is not None:

@@ -120,6 +120,11 @@ class Run:
         self.dataset: Any = load_training_data(named, config.data, *cache, dtype)
         if config.objective == "ddo" and "mask" in self.dataset[0]:
             raise UserError("objective='ddo' compares with samples of the model, which have no masks: train without.")
+        if config.objective != "denoising" and "references" in self.dataset[0]:
+            raise UserError(
+                f"objective='{config.objective}' learns from samples of the model, which are made of captions, not of "
+                f"pictures to edit: train edits by objective='denoising'."
+            )
         if config.data.num_frames > 1 and config.patch.sample_size is None:
             patch = replace(config.patch, sample_size=_trained_size(self.dataset))
             self.config = config = replace(config, patch=patch)
