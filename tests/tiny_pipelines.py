@@ -15,6 +15,7 @@ import torch
 import transformers
 from diffusers.pipelines.cosmos import pipeline_cosmos2_text2image
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
+from diffusers.pipelines.kandinsky5 import pipeline_kandinsky
 from diffusers.pipelines.prx import pipeline_prx
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
@@ -28,8 +29,8 @@ from tests.tiny import FAMILIES, TEXT_CHANNELS
 
 PROMPT = "a photo of a small red cat"
 
-# Two pipelines cannot do without ftfy, which mends broken Unicode; nothing here is broken.
-for module in (pipeline_skyreels_v2, pipeline_wan_vace):
+# Some pipelines cannot do without ftfy, which mends broken Unicode; nothing here is broken.
+for module in (pipeline_skyreels_v2, pipeline_wan_vace, pipeline_kandinsky):
     if not hasattr(module, "ftfy"):
         module.ftfy = SimpleNamespace(fix_text=str)
 
@@ -55,6 +56,7 @@ class Tiny:
         sample_size: of the latents of `pixels` before packing, for a denoiser that does not know its own.
         family: key of tests.tiny.FAMILIES.
         references: pictures to edit for each image that it is trained on.
+        accumulates: it is trained on so many parts of a batch, one after the other.
     """
 
     pipeline: Any
@@ -73,6 +75,7 @@ class Tiny:
     is_trained: bool = True
     family: str = ""
     references: int = 0
+    accumulates: int = 1
 
     @property
     def is_prompted(self) -> bool:
@@ -191,11 +194,14 @@ CHAT_OF_ROLES = (
 
 
 def qwen_tokenizer(
-    chat_template: str | None = None, kind: Any = transformers.Qwen2Tokenizer, special: tuple[str, ...] = ()
+    chat_template: str | None = None,
+    kind: Any = transformers.Qwen2Tokenizer,
+    special: tuple[str, ...] = (),
+    words: list[str] = WORDS,
 ) -> Any:
     """A token a word for WORDS, else a token a byte: Qwen-Image drops the 34 tokens of its template."""
     roles = ["system", "user", "assistant", "Describe"]
-    merges, merged = _merges([*(f"Ġ{word}" for word in WORDS), *roles])
+    merges, merged = _merges([*(f"Ġ{word}" for word in words), *roles])
     vocab = _numbered([*sorted(pre_tokenizers.ByteLevel.alphabet()), *merged, "<|endoftext|>"])
     marks = ["<|im_start|>", "<|im_end|>", *special]
     more = {"additional_special_tokens": marks, "model_max_length": 2048, "chat_template": chat_template}
@@ -267,10 +273,17 @@ ProcessorOfPictures.__module__, transformers.ProcessorOfPictures = "transformers
 VISION = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 
 
-def picture_processor() -> Any:
+def picture_processor(words: list[str] = WORDS) -> Any:
     """Of pictures cut into 4×4 pixels, of which 2×2 are a token."""
     pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024})
-    return ProcessorOfPictures(pictures, qwen_tokenizer(special=VISION))
+    return ProcessorOfPictures(pictures, qwen_tokenizer(special=VISION, words=words))
+
+
+def film_processor() -> Any:
+    """A token for each word of Kandinsky 5's template too, of which the pipeline drops 128."""
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer", "vae", "scheduler")
+    template = diffusers.Kandinsky5T2VPipeline(**dict.fromkeys(names)).prompt_template
+    return picture_processor(sorted({*WORDS, *re.findall(r"[a-z]+", template)}))
 
 
 # Text encoders.
@@ -976,6 +989,21 @@ PIPELINES |= {
         arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
         is_trained=False,
+    ),
+    "Kandinsky5Transformer3DModel": Tiny(
+        diffusers.Kandinsky5T2VPipeline,
+        flow_match(shift=5.0),
+        hunyuanvideo_vae,
+        changes={"in_text_dim2": 12},
+        made={
+            "tokenizer": film_processor,
+            "text_encoder": lambda: qwen_vl(film_processor().tokenizer),
+            "tokenizer_2": clip_tokenizer,
+            "text_encoder_2": lambda: clip(clip_tokenizer(), hidden_size=12),
+        },
+        arguments=prompted(512, num_frames=9),
+        sample_size=[3, 8, 8],
+        accumulates=2,
     ),
     "CosmosTransformer3DModel": Tiny(
         Cosmos2TextToImagePipeline,

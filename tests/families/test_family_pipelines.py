@@ -130,7 +130,6 @@ def test_every_family_of_diffusers_has_a_pipeline_here():
         "GlmImageTransformer2DModel",
         "UNet2DModel of Fourier features",
         "LTX2VideoTransformer3DModel",
-        "Kandinsky5Transformer3DModel",
     }
     assert set(PIPELINES) == set(FAMILIES) - without
 

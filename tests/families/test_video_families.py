@@ -136,7 +136,6 @@ def test_kandinsky5_with_tokens_in_another_order_is_refused():
     [
         ("LTX2VideoTransformer3DModel", "sound"),
         ("WanVACETransformer3DModel", "a video that controls it"),
-        ("Kandinsky5Transformer3DModel", "positions of its text"),
     ],
 )
 def test_a_model_that_needs_more_than_a_caption_is_not_trained(name, needs):
@@ -144,6 +143,37 @@ def test_a_model_that_needs_more_than_a_caption_is_not_trained(name, needs):
     assert family_of(type(model)).encode_captions is None
     with pytest.raises(UserError, match=f"{name} needs {needs} besides"):
         predict(model, torch.zeros(2, 4, 8, 8), torch.ones(2), {})
+
+
+def test_kandinsky5_is_told_captions_one_by_one_without_padding_and_sizes_as_its_pipeline_scales_them():
+    pipe = PIPELINES["Kandinsky5Transformer3DModel"].build()
+    encode, model = family_of(type(pipe.transformer)).encode_captions, pipe.transformer
+    captions = ["a cat", "an old painting of three small dogs"]
+    condition, alone = encode(pipe, captions), encode(pipe, captions[:1])
+    length = alone["encoder_hidden_states"].shape[1]
+    assert torch.equal(condition["encoder_hidden_states"][:1, :length], alone["encoder_hidden_states"])
+    sample, timesteps = torch.randn(2, 4, FRAMES, 60, 64), torch.tensor([300.0, 700.0])
+    with pytest.raises(UserError, match=r"no mask for text, and captions of \d+ and \d+ tokens"):
+        predict(model, sample, timesteps, condition)
+    first = {name: value[:1] for name, value in condition.items()}
+    told = []
+    model.register_forward_pre_hook(lambda module, args, given: told.append(given), with_kwargs=True)
+    outputs = [predict(model, sample[:1], timesteps[:1], each) for each in (first, alone)]
+    torch.testing.assert_close(*outputs)
+    predict(model, sample[:1, :, :, :32], timesteps[:1], alone)
+    predict(model, sample[:1, :, 0], timesteps[:1], alone | {"of_pictures": torch.ones(1, 1, dtype=torch.bool)})
+    assert [given["scale_factor"] for given in told[1:]] == [
+        pipe._get_scale_factor(8 * 60, 8 * 64),
+        pipe._get_scale_factor(8 * 32, 8 * 64),
+        (1.0, 1.0, 1.0),  # of Kandinsky5T2IPipeline
+    ]
+    with_first = FAMILIES["Kandinsky5Transformer3DModel"].model(visual_cond=True, in_text_dim2=12)
+    zeros = torch.zeros(1, FRAMES, 8, 8, 5)
+    given = {**told[0], "visual_rope_pos": [torch.arange(length) for length in (FRAMES, 4, 4)]}
+    given |= {"scale_factor": (1.0, 3.16, 3.16)}
+    video = sample[:1, :, :, :8, :8]
+    (expected,) = with_first(torch.cat([video.permute(0, 2, 3, 4, 1), zeros], dim=-1), **given)
+    assert torch.equal(predict(with_first, video, timesteps[:1], alone), expected.permute(0, 4, 1, 2, 3))
 
 
 def test_latents_of_ltx_are_normalised_as_its_pipelines_do():

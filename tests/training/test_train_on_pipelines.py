@@ -60,7 +60,8 @@ def test_patch_is_trained_on_every_pipeline_and_changes_its_images(name, tmp_pat
     pipe.save_pretrained(tmp_path / "model")
     draw_images(tmp_path / "images", size=tiny.pixels, references=tiny.references)
     sample_size = [f"--patch.sample_size={tiny.sample_size}"] if tiny.sample_size else []
-    assert train(tmp_path, "--patch.initialization=normal", *sample_size, size=tiny.pixels[0]) == 0
+    given = ["--patch.initialization=normal", f"--training.gradient_accumulation_steps={tiny.accumulates}"]
+    assert train(tmp_path, *given, *sample_size, size=tiny.pixels[0]) == 0
     log = read_log(tmp_path / "run")
     assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in log)
     base = tiny.call(pipe)

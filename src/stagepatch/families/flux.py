@@ -54,12 +54,13 @@ def call_flux(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str
         UserError: several pictures.
     """
     guidance = sample.new_ones(len(sample)) if model.config.guidance_embeds else None
-    added = {**positions(sample, condition), "guidance": guidance}
+    ids = positions(sample, condition)
     if count := len(split_references(condition)[0]):
         if count > 1:
             raise UserError(f"FLUX.1 Kontext edits one picture, not {count}: leave out NAME-source2.png and further.")
-        own = added["img_ids"]
-        added["img_ids"] = torch.cat([own, own + own.new_tensor([1, 0, 0])])
+        own = ids["img_ids"]
+        ids["img_ids"] = torch.cat([own, own + own.new_tensor([1, 0, 0])])
+    added = {**ids, "guidance": guidance}
     return call_packed(model, sample, timesteps, {**condition, **added})
 
 

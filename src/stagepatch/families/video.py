@@ -3,12 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stagepatch.core import UserError
 from stagepatch.families.base import Extent, patches
 from stagepatch.families.registry import Call, Family, call_by_keywords, of_videos, prompt_encoder
 from stagepatch.families.table import call_wan, describe_sana
+from stagepatch.families.texts import pad_texts
 from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
 # Frames of 480×832 pixels: 81 of them, in latents smaller by 8, and by 4 over time.
@@ -95,6 +97,55 @@ def kandinsky5_extent(model: Any, arguments: dict[str, Any]) -> Extent:
     return Extent(patches(arguments["hidden_states"].shape[1:4], model.config.patch_size))
 
 
+@of_videos
+def call_kandinsky5(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. Text has no mask, so it is told without padding, as the pipeline does of one caption. Positions are
+    scaled by the size in pixels, of which a latent is 8×8; those of text-to-image are not.
+
+    Raises:
+        UserError: texts of several lengths, or sparse attention.
+    """
+    if model.config.attention_type != "regular":
+        raise UserError(
+            f"A Kandinsky 5 with attention_type='{model.config.attention_type}' orders its tokens by blocks of 8×8: "
+            f"it cannot be patched, nor trained."
+        )
+    lengths = condition["encoder_attention_mask"].sum(dim=1).tolist()
+    if min(lengths) < max(lengths):
+        raise UserError(
+            f"Kandinsky 5 has no mask for text, and captions of {min(lengths)} and {max(lengths)} tokens do not go "
+            f"side by side: take one at a time, by training.gradient_accumulation_steps as large as batch_size."
+        )
+    video = sample.permute(0, 2, 3, 4, 1)
+    if model.visual_cond:  # no frame is given
+        video = torch.cat([video, torch.zeros_like(video), torch.zeros_like(video[..., :1])], dim=-1)
+    size = patches(sample.shape[2:], model.config.patch_size)
+    is_between = all(480 <= 8 * length <= 854 for length in sample.shape[3:])
+    scale = 1.0 if bool(condition["of_pictures"].any()) else 2.0 if is_between else 3.16
+    output: Tensor = model(
+        video,
+        encoder_hidden_states=condition["encoder_hidden_states"][:, : lengths[0]],
+        timestep=timesteps,
+        pooled_projections=condition["pooled_projections"],
+        visual_rope_pos=[torch.arange(length, device=sample.device) for length in size],
+        text_rope_pos=torch.arange(lengths[0], device=sample.device),
+        scale_factor=(1.0, scale, scale),
+        return_dict=False,
+    )
+    return output.permute(0, 4, 1, 2, 3)
+
+
+def encode_for_kandinsky5(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`. One by one: the text encoder has no mask either."""
+    encoded = [pipe.encode_prompt(caption, device=pipe.device) for caption in captions]
+    is_of_pictures = type(pipe).__name__ == "Kandinsky5T2IPipeline"
+    return {
+        **pad_texts([text[0] for text, *_ in encoded]),
+        "pooled_projections": torch.cat([pooled for _, pooled, _ in encoded]),
+        "of_pictures": torch.full((len(captions), 1), is_of_pictures, device=pipe.device),
+    }
+
+
 FAMILIES = [
     # LTX-Video: latents are tokens; the sample size is that of 161 frames of 512×704.
     Family(
@@ -166,7 +217,7 @@ FAMILIES = [
         timestep_range=(1000.0, 0.0),
         sample_size=(60, 106),
     ),
-    # Kandinsky 5: 121 frames of 512×768. Its texts are padded and not masked, so that a caption's is not its own.
+    # Kandinsky 5: 121 frames of 512×768.
     Family(
         "Kandinsky5Transformer3DModel",
         Transformer(
@@ -176,7 +227,8 @@ FAMILIES = [
             sample_size=(31, 64, 96),
             begin=kandinsky5_extent,
         ),
-        refuse("positions of its text"),
+        call_kandinsky5,
+        encode_for_kandinsky5,
         sample_size=(64, 96),
         channels="in_visual_dim",
     ),
