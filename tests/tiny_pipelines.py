@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import diffusers
 import torch
@@ -16,6 +17,7 @@ import transformers
 from diffusers.pipelines.cosmos import pipeline_cosmos2_text2image
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
 from diffusers.pipelines.kandinsky5 import pipeline_kandinsky
+from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
 from diffusers.pipelines.prx import pipeline_prx
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from diffusers.pipelines.skyreels_v2 import pipeline_skyreels_v2
@@ -581,6 +583,11 @@ OF_13_LAYERS = {"llm_features_dim": 13 * TEXT_CHANNELS}
 PLAIN_CAPTION = {"length": 32, "clean_caption": False, "use_resolution_binning": False}
 
 
+if not hasattr(processor_omnigen, "transforms"):  # torchvision's, which read pictures
+    processor_omnigen.transforms = MagicMock()
+    pipeline_omnigen.OmniGenMultiModalProcessor = processor_omnigen.OmniGenMultiModalProcessor
+
+
 class Unasked(nn.Module):
     """In place of Cosmos' safety checker, which is not installed here, and finds nothing."""
 
@@ -881,6 +888,17 @@ PIPELINES: dict[str, Tiny] = {
         [(partial(gemma_tokenizer, 32), t5_gemma)],
         arguments=prompted(use_resolution_binning=False),
         of_several={"guidance_scale": 1.0},  # guided, its pipeline takes one caption (diffusers 0.42)
+        sample_size=[8, 8],
+    ),
+    "OmniGenTransformer2DModel": Tiny(
+        diffusers.OmniGenPipeline,
+        flow_match(invert_sigmas=True, num_train_timesteps=1),
+        partial(kl, 0.13025, levels=4),  # the pipeline takes it for granted that images get smaller by 8
+        changes={"vocab_size": len(llama_tokenizer())},
+        made={"tokenizer": llama_tokenizer},
+        pixels=(64, 64),
+        other_pixels=(96, 64),
+        arguments=prompted(),
         sample_size=[8, 8],
     ),
     # What was distilled of ADM, with its classes; it predicts no variances.

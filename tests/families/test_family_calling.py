@@ -99,12 +99,6 @@ def test_packing_is_the_pipelines():
     assert torch.equal(unpack(packed, 6, 8), latents)
 
 
-def test_omnigen_says_that_it_cannot_be_trained():
-    model = FAMILIES["OmniGenTransformer2DModel"].model()
-    with pytest.raises(UserError, match="can be patched, but"):
-        predict(model, torch.zeros(1, 4, 8, 8), torch.zeros(1), {})
-
-
 def test_gradients_pass_through_the_experts_of_hidream():
     """Against finite differences, in float64."""
     family = FAMILIES["HiDreamImageTransformer2DModel"]
@@ -134,6 +128,7 @@ CALLS = {
     "Krea2Transformer2DModel": {"guidance_scale": 0.0},
     "HunyuanVideoTransformer3DModel": {"guidance_scale": 1.0},
     "HunyuanImageTransformer2DModel": {"distilled_guidance_scale": 1.0},
+    "OmniGenTransformer2DModel": {"img_guidance_scale": 1.0},
 }
 
 
@@ -170,8 +165,8 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
         sample = sample / (pipe.scheduler.sigmas[0] ** 2 + 1) ** 0.5
     if name.startswith("LTX"):
         sample, output = (pipe._unpack_latents(tokens, *tiny.sample_size) for tokens in (sample, output))
-    if name.startswith("Mochi"):  # its scheduler counts from noise to image, and its model the other way
-        timestep, output = 1000 - timestep, -output
+    if name.startswith(("Mochi", "OmniGen")):  # their schedulers count from noise to image, OmniGen's up to 1
+        timestep, output = 1000 - timestep * (1000 if name.startswith("OmniGen") else 1), -output
     if name.startswith("BriaFibo"):
         sample, output = (tokens.transpose(1, 2).unflatten(2, (8, 8)) for tokens in (sample, output))
     if name.startswith("QwenImage21"):

@@ -123,10 +123,9 @@ def test_patch_works_where_images_are_edited(name, tiny, pipe):
 
 
 def test_every_family_of_diffusers_has_a_pipeline_here():
-    """But for OmniGen's, which needs torchvision, and where there is none, or it is called with given text alone."""
+    """But where there is none, or it is called with given text alone."""
     without = {
         "DiT",
-        "OmniGenTransformer2DModel",
         "GlmImageTransformer2DModel",
         "UNet2DModel of Fourier features",
         "LTX2VideoTransformer3DModel",

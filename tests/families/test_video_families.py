@@ -172,7 +172,7 @@ def test_kandinsky5_is_told_captions_one_by_one_without_padding_and_sizes_as_its
     given = {**told[0], "visual_rope_pos": [torch.arange(length) for length in (FRAMES, 4, 4)]}
     given |= {"scale_factor": (1.0, 3.16, 3.16)}
     video = sample[:1, :, :, :8, :8]
-    (expected,) = with_first(torch.cat([video.permute(0, 2, 3, 4, 1), zeros], dim=-1), **given)
+    expected = with_first(torch.cat([video.permute(0, 2, 3, 4, 1), zeros], dim=-1), **given)
     assert torch.equal(predict(with_first, video, timesteps[:1], alone), expected.permute(0, 4, 1, 2, 3))
 
 

@@ -202,7 +202,8 @@ def takes_captions(source: str | Path) -> bool:
     if not takes_text(build_denoiser(directory)):
         return False
     tokenizers = [*directory.glob("tokenizer*"), *directory.glob("processor*")]
-    if not any(directory.glob("text_encoder*")) or not tokenizers:
+    has_encoder = _family(directory).embeds_text or any(directory.glob("text_encoder*"))
+    if not has_encoder or not tokenizers:
         raise UserError(
             f"The model in '{directory}' takes text, but has no tokenizer/ and text_encoder/ beside it: put those "
             f"there that it was trained with."

@@ -28,6 +28,14 @@ def is_flow(scheduler: Any) -> bool:
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
+def in_thousandths(scheduler: Any) -> Any:
+    """A flow's scheduler as it is, or with a thousand training timesteps where it has one, whose time runs from 0 to 1
+    (OmniGen): the model's family says what the model is told."""
+    if scheduler.config.get("num_train_timesteps") != 1:
+        return scheduler
+    return type(scheduler).from_config(scheduler.config, num_train_timesteps=1000)
+
+
 def flow_sigmas(scheduler: Any) -> Tensor:
     """Sigmas of a flow's training timesteps, from low to high: [T]."""
     config = scheduler.config

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from torch import Generator, Tensor
 
 from stagepatch.core import UserError
-from stagepatch.diffusion.noise_schedule import at_timesteps, flow_sigmas, is_flow
+from stagepatch.diffusion.noise_schedule import at_timesteps, flow_sigmas, in_thousandths, is_flow
 from stagepatch.diffusion.timesteps import DensitySampler, IntervalSampler, TimestepSampler
 from stagepatch.diffusion.variational import Posterior
 from stagepatch.diffusion.weighting import ERROR_FACTORS, Weighting, constant
@@ -37,7 +37,7 @@ class Objective:
     timesteps: TimestepSampler | DensitySampler | IntervalSampler | None = None
 
     def __post_init__(self) -> None:
-        scheduler = self.scheduler
+        scheduler = self.scheduler = in_thousandths(self.scheduler)
         self.is_flow = is_flow(scheduler)
         self.prediction_type = "flow_prediction" if self.is_flow else scheduler.config.prediction_type
         if self.prediction_type not in ERROR_FACTORS:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from stagepatch.core import UserError, as_user_error
+from stagepatch.diffusion.noise_schedule import in_thousandths
 
 _NAMES = {
     "ddpm": "DDPMScheduler",
@@ -40,7 +41,7 @@ def make_sampler(name: str, trained_with: Any) -> Any:
     is_flow = "FlowMatch" in class_name
     if is_flow != ("FlowMatch" in type(trained_with).__name__):
         raise UserError(f"'{name}' does not fit a model trained with {type(trained_with).__name__}.")
-    config = dict(trained_with.config)
+    config = dict(in_thousandths(trained_with).config)
     config.pop("invert_sigmas", None)  # Mochi's, from image to noise; its family tells the model so
     if class_name != "DDPMScheduler":
         # The variance is split off before the sampler; some samplers would split off three channels themselves.

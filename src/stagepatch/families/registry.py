@@ -93,6 +93,7 @@ class Family:
         timestep_argument: what the model's forward calls its `timestep`.
         logit_normal: mean and spread of the density of noise levels that its makers or diffusers' own script train it
             with, where that is logit-normal; None for another, or uniform.
+        embeds_text: the model takes tokens of text, and there is no text encoder beside it.
         takes_references: training can give it the latents of pictures to edit, [B, R, C, H, W], as `reference_latents`
             among its condition.
         encode_edits: in place of `encode_captions`, where captions are read together with pictures to edit.
@@ -112,6 +113,7 @@ class Family:
     timestep_argument: str = "timestep"
     logit_normal: tuple[float, float] | None = None
     recomputes: bool = True
+    embeds_text: bool = False
     takes_references: bool = False
     encode_edits: EncodeEdits | None = None
 

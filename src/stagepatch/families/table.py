@@ -3,12 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from stagepatch.core import UserError
 from stagepatch.families.base import Backbone, Extent, Grid
 from stagepatch.families.packing import SAMPLE_SIZE
 from stagepatch.families.registry import Describe, Family, call_by_keywords, of_videos, prompt_encoder
+from stagepatch.families.texts import pad_texts
 from stagepatch.families.transformer import Blocks, Transformer, image_extent
 
 
@@ -57,14 +58,25 @@ call_wan = of_videos(call_by_keywords)
 
 
 def call_omnigen(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """Its own embedding of text, and a mask and positions of text and image together: training does not make them.
+    """See `Call`. Mask and positions of text, time and image are made by the pipeline's own collator, of an image of
+    eight times the sample's size. The model predicts x_start − noise."""
+    from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
-        "OmniGenTransformer2DModel can be patched, but training cannot call it yet: put the patch on its pipeline."
-    )
+    rows = zip(condition["input_ids"], condition["encoder_attention_mask"].bool(), strict=True)
+    texts = [{"input_ids": ids[mask].tolist(), "pixel_values": None} for ids, mask in rows]
+    size = [8 * length for length in sample.shape[2:]]
+    ids, positions, mask, *_ = OmniGenCollator().process_mllm_input(texts, [size] * len(texts))
+    added = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    added = {name: value.to(sample.device) for name, value in added.items()}
+    added |= {"input_img_latents": [], "input_image_sizes": {}}
+    return -call_by_keywords(model, sample, timesteps, added)
+
+
+def encode_for_omnigen(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`. Tokens, with the pipeline's instruction around them, which the model embeds itself."""
+    inputs = [pipe.multimodal_processor.process_multi_modal_prompt(caption, None) for caption in captions]
+    padded = pad_texts([torch.tensor(each["input_ids"]) for each in inputs])
+    return {"input_ids": padded["encoder_hidden_states"], "encoder_attention_mask": padded["encoder_attention_mask"]}
 
 
 FAMILIES = [
@@ -129,8 +141,10 @@ FAMILIES = [
         "OmniGenTransformer2DModel",
         Transformer((Blocks("layers", "last"),), "t_embedder", sample_size=SAMPLE_SIZE),
         call_omnigen,
+        encode_for_omnigen,
         timestep_range=(1.0, 0.0),
         sample_size=SAMPLE_SIZE,
+        embeds_text=True,
     ),
     # PRX, text by attention to other keys and values; the sample size is that of 512×512. PRX-7B embeds sizes.
     Family(
