@@ -134,6 +134,8 @@ def check_prunable(model: nn.Module) -> None:
         raise UserError("prune needs torch-pruning: pip install 'stagepatch[pruning]'.")
     if not isinstance(model, DiT):
         raise UserError(f"prune is for stagepatch's DiT (DiT.from_diffusers makes one), not {type(model).__name__}.")
+    if any(block.is_mixed for block in model.blocks):
+        raise UserError("prune is for a DiT whose heads all attend, and this one has convolved_heads.")
     if any(name.startswith("stagepatch_") for name in model.state_dict()):
         raise UserError("prune does not go with projections or routing, which this model has.")
 
