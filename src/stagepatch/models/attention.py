@@ -1,4 +1,4 @@
-"""How a block's tokens hear of each other: attention, or attention for some channels and convolution for the others."""
+"""How the tokens of a block hear of each other: attention, or convolution for the channels of some heads."""
 
 import torch
 from torch import Tensor, nn
