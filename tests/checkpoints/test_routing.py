@@ -61,7 +61,7 @@ def test_blocks_are_those_written_out():
     hidden_states = model.x_embedder(sample) + model.positions
     conditioning = model.t_embedder(timesteps) + model.y_embedder(labels)
     for block in model.blocks:
-        hidden_states = block(hidden_states * mask, conditioning) + hidden_states * (1.0 - mask)
+        hidden_states = block(hidden_states * mask, conditioning, (4, 4)) + hidden_states * (1.0 - mask)
     expected = model._unpatchify(model.final_layer(hidden_states, conditioning), (4, 4))
     found = routed(sample, timesteps, labels).sample
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

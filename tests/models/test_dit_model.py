@@ -94,7 +94,7 @@ def test_returns_a_tuple_on_request(model):
 def test_starts_as_the_identity_and_answers_zero():
     model = DiT(**SMALL)
     tokens = torch.randn(2, 16, 32)
-    assert torch.equal(model.blocks[1](tokens, torch.randn(2, 32)), tokens)
+    assert torch.equal(model.blocks[1](tokens, torch.randn(2, 32), (4, 4)), tokens)
     assert model(*inputs()).sample.eq(0).all()
 
 

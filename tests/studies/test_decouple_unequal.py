@@ -5,6 +5,7 @@ import json
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stagepatch.analysis import Samples
 from stagepatch.checkpoints import load_denoiser, save_denoiser
@@ -12,8 +13,9 @@ from stagepatch.cli import main
 from stagepatch.core import read_json
 from stagepatch.diffusion import TimestepSampler
 from stagepatch.models import prune
-from stagepatch.studies.decouple_pruning import prune_for
-from stagepatch.training import Run, TrainConfig, loop
+from stagepatch.studies import DecoupleConfig, decouple_pruning, learned_architectures, plan_stages
+from stagepatch.studies.decouple_pruning import learn_architectures, prune_for
+from stagepatch.training import BalancingConfig, Run, TrainConfig, loop
 from tests.runs import make_model
 from tests.sampling.test_generate import sampled
 from tests.studies.test_decouple import TRAINING, decouple, differs, small_unet, stage_of, weights
@@ -166,3 +168,82 @@ def test_mistakes_are_named(tmp_path, unlike, capsys, changes, message):
     assert decouple(tmp_path, unlike[0], **{"num_stages": 2, **changes}) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "stages").exists()
+
+
+BUDGET = {"boundaries": [400], "prune_budget": 0.6, "prune_steps": 3, "consistency": 0.0, "training": TRAINING}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Gradients at two timesteps a range."""
+    monkeypatch.setattr(decouple_pruning, "_MOST", 2)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_budget_is_kept_by_all_ranges_together(pruned, tmp_path, capsys, monkeypatch):
+    assert decouple(tmp_path, pruned / "model", **BUDGET) == 0
+    facts = [read_json(stage_of(tmp_path, number) / "stage.json") for number in (0, 1)]
+    mean = sum(share * each["cost"]["flops"] for share, each in zip((0.4, 0.6), facts, strict=True))
+    assert 0.57 < mean / facts[0]["base_cost"]["flops"] <= 0.6
+    kept = load_file(tmp_path / "out" / "architectures" / "architectures.safetensors")
+    for number in (0, 1):
+        config = load_denoiser(stage_of(tmp_path, number))[0].config
+        assert config.num_layers == int(kept[f"{number}.blocks"].sum())
+        assert config.num_attention_heads == int(kept[f"{number}.heads"][0].sum())
+    schedule = f"--schedule={tmp_path / 'out' / 'experts.yaml'}"
+    assert sampled(pruned / "model", tmp_path / "samples", schedule, "--sampling.num_images=2").isfinite().all()
+    # A stage alone learns the same, which is not learned twice.
+    assert decouple(tmp_path / "alone", pruned / "model", **BUDGET, stage=1) == 0
+    again = load_file(tmp_path / "alone" / "out" / "architectures" / "architectures.safetensors")
+    assert all(torch.equal(value, kept[name]) for name, value in again.items())
+    assert not differs(weights(stage_of(tmp_path / "alone", 1)), weights(stage_of(tmp_path, 1)))
+    monkeypatch.setattr(learned_architectures, "learn_architectures", None)
+    assert decouple(tmp_path / "alone", pruned / "model", **BUDGET, stage=0) == 0
+    capsys.readouterr()
+    assert decouple(tmp_path / "alone", pruned / "model", **{**BUDGET, "prune_steps": 4}, stage=0) == 2
+    assert "prune_steps" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("few")
+def test_what_does_nothing_goes_first(tmp_path, monkeypatch):
+    """By a loss that is the distance to the whole model, whose second block is the identity."""
+    model = make_model(0, 0.3, hidden_size=WIDTH, num_attention_heads=HEADS, num_layers=3)
+    torch.nn.init.zeros_(model.blocks[1].adaLN_modulation[1].weight)
+    torch.nn.init.zeros_(model.blocks[1].adaLN_modulation[1].bias)
+    run = Run(TrainConfig(model=str(save_model(tmp_path / "model", model)), output_dir=str(tmp_path / "run")))
+    run.config.training.batch_size = 8
+
+    def distance(other, objective, draws):
+        given = draws.x_start + draws.noise, draws.timesteps, draws.condition["class_labels"]
+        return 10.0 * (other(*given)[0] - model(*given)[0].detach()).square().mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr(decouple_pruning, "sample_losses", distance)
+    halves = [TimestepSampler(1000, 0, 500), TimestepSampler(1000, 500, 1000)]
+    for kept in learn_architectures(run, halves, 0.68, 60, 0.05):
+        assert kept.blocks.tolist() == [True, False, True]
+
+
+def test_timesteps_whose_gradients_are_alike_make_a_range(tmp_path, unlike):
+    cosine = [[1.0 if (row == 0) == (column == 0) else -0.5 for column in range(4)] for row in range(4)]
+    found = {"gradients": {"timesteps": [125, 375, 625, 875], "cosine": {"matrix": cosine}}}
+    (tmp_path / "analysis.json").write_text(json.dumps(found))
+    balancing = BalancingConfig(similarity=str(tmp_path / "analysis.json"))
+    config = DecoupleConfig(model=str(unlike[0]), split="gradient", num_stages=2, balancing=balancing)
+    assert [(stage.first, stage.stop) for stage in plan_stages(config)] == [(0, 250), (250, 1000)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prune_budget": 1.5}, "prune_budget=1.5 must be a share"),
+        ({"prune_budget": 0.5, "prune_steps": 0}, "prune_steps=0 at least 1"),
+        ({"prune_budget": 0.5, "prune": 0.3}, "leave out prune and models"),
+        ({"prune_budget": 0.5, "tree": [1, 1]}, "prune_budget goes with method='finetune'"),
+        ({"prune_budget": 0.01}, "prune_budget=0.01 is less than the smallest architecture takes"),
+        ({"split": "gradient"}, "Clustering by gradients needs balancing.similarity"),
+    ],
+    ids=str,
+)
+def test_mistakes_of_a_budget_are_named(tmp_path, unlike, capsys, changes, message):
+    assert decouple(tmp_path, unlike[0], **{"num_stages": 2, "consistency": 0.0, **changes}) == 2
+    assert message in capsys.readouterr().err

@@ -108,10 +108,11 @@ def _make_model(config: ModelConfig, label_dropout: float, **more: int) -> nn.Mo
 
 def _make_unet(config: ModelConfig) -> nn.Module:
     stages, channels = len(config.block_out_channels), config.block_out_channels
-    if config.name or config.learn_sigma or config.conditioning != "none":
+    if config.name or config.learn_sigma or config.conditioning != "none" or config.convolved_heads:
         raise UserError(
-            f"name='{config.name}', learn_sigma={config.learn_sigma} and conditioning='{config.conditioning}' are a "
-            f"DiT's: with block_out_channels, which makes a U-Net, set them to '', false and none."
+            f"name='{config.name}', learn_sigma={config.learn_sigma}, conditioning='{config.conditioning}' and "
+            f"convolved_heads={config.convolved_heads} are a DiT's: with block_out_channels, which makes a U-Net, set "
+            f"them to '', false, none and 0."
         )
     if config.sample_size % 2 ** (stages - 1):
         raise UserError(f"sample_size={config.sample_size} cannot be halved {stages - 1} times, once between stages.")

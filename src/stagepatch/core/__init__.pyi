@@ -14,6 +14,7 @@ from .randomness import CAPTION as CAPTION
 from .randomness import CONFLICTS as CONFLICTS
 from .randomness import FAKES as FAKES
 from .randomness import GLOBAL as GLOBAL
+from .randomness import MASKS as MASKS
 from .randomness import NOISE as NOISE
 from .randomness import STAGE as STAGE
 from .randomness import TAGS as TAGS

@@ -11,7 +11,7 @@ from torch import Generator
 from torch.utils.data import Sampler
 
 # First parts of a seed, so that no two uses share a stream.
-ORDER, NOISE, GLOBAL, STAGE, FAKES, CAPTION, CONFLICTS, TAGS = 1, 2, 3, 4, 5, 6, 7, 8
+ORDER, NOISE, GLOBAL, STAGE, FAKES, CAPTION, CONFLICTS, TAGS, MASKS = 1, 2, 3, 4, 5, 6, 7, 8, 9
 
 
 def seed_for(*parts: int) -> int:

@@ -84,7 +84,8 @@ class Transformer:
         for blocks in self.blocks:
             for number, block in enumerate(model.get_submodule(blocks.path)):
                 path = f"{blocks.path}.{number}"
-                attention = self_attention(block, blocks.attention, path) if blocks.attention else None
+                has_attention = blocks.attention and hasattr(block, blocks.attention.split(".")[0])
+                attention = self_attention(block, blocks.attention, path) if has_attention else None
                 place = (path, path, len(sites), width, grid, blocks.layout)
                 sites.append(Site(*place, image_tokens=blocks.image_tokens, attention=attention))
         taps = (self.time_tap, self.condition_taps, self.optional_taps)

@@ -40,7 +40,18 @@ WEIGHED = "weighed_by_timestep"
 _FUSED = (torch.float32, torch.float64)
 # Of diffusers' attention; of this DiT; of HiDream, PRX and Kandinsky, which have names of their own.
 _ATTENTION = (
-    *("to_q", "to_k", "to_v", "to_out.0", "attn.qkv", "attn.proj", "attn1.to_out", "img_qkv_proj"),
+    *(
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "attn.qkv",
+        "attn.proj",
+        "mixer.qkv",
+        "mixer.proj",
+        "attn1.to_out",
+        "img_qkv_proj",
+    ),
     *("to_query", "to_key", "to_value", "self_attention.out_layer", "cross_attention.out_layer"),
 )
 

@@ -103,8 +103,8 @@ class WaveletGates(nn.Module):
         if self.config.gate_input != "features" and seen is not None:
             features.append(seen.to(dtype).expand(len(maps), -1))
         with torch.autocast(maps.device.type, enabled=False):
-            weights: Tensor = 2.0 * torch.sigmoid(gate(torch.cat(features, dim=1)))
-        return weights.unflatten(1, (-1, 4))
+            logits: Tensor = gate(torch.cat(features, dim=1))
+        return 2.0 * torch.sigmoid(logits.view(len(logits), -1, 4))
 
 
 def _new_gate(config: WaveletConfig, backbone: Backbone, site: Site) -> nn.Sequential:

@@ -1,6 +1,12 @@
 from .config import ModelConfig as ModelConfig
 from .convert import load_original_state_dict as load_original_state_dict
 from .dit import DiT as DiT
+from .elastic import Architectures as Architectures
+from .elastic import BlockCost as BlockCost
+from .elastic import Gated as Gated
+from .pruning import Kept as Kept
 from .pruning import check_prunable as check_prunable
+from .pruning import keep as keep
 from .pruning import prune as prune
+from .pruning import ranks as ranks
 from .sizes import DIT_SIZES as DIT_SIZES

@@ -18,6 +18,8 @@ class ModelConfig:
         num_layers: number L of transformer blocks.
         num_attention_heads: must divide hidden_size.
         mlp_ratio: hidden channels of a block's MLP over hidden_size.
+        convolved_heads: of a block's heads, how many are convolved in place of attending, or a list of one number for
+            each block (as in the experts of MEME, arXiv 2306.04990).
         conditioning: 'none', 'class' or 'text' (a pooled embedding).
         num_classes: classes, without the null label.
         learn_sigma: also predict the variance (improved DDPM, arXiv 2102.09672; DiT: on).
@@ -39,6 +41,7 @@ class ModelConfig:
     num_layers: int = 12
     num_attention_heads: int = 6
     mlp_ratio: float = 4.0
+    convolved_heads: int | list[int] = 0
     conditioning: Literal["none", "class", "text"] = "class"
     num_classes: int = 1000
     learn_sigma: bool = True

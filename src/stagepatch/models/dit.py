@@ -16,10 +16,10 @@ from diffusers.models.embeddings import LabelEmbedding, PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stagepatch.core import UserError
 from stagepatch.models import convert
+from stagepatch.models.attention import Attention, Mixer
 from stagepatch.models.embeddings import TextEmbedder, TimestepEmbedder, sincos_positions
 from stagepatch.models.sizes import DIT_SIZES
 
@@ -47,6 +47,8 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         norm_eps: of the norm before each MLP: 1e-6 as in the authors' code, 1e-5 in diffusers' DiT.
         attention_head_dim: channels of a head; by default `hidden_size` over `num_attention_heads`. A model that was
             pruned has fewer heads of the same size.
+        convolved_heads: of a block's heads, how many do not attend, but are convolved (see `Mixer`), or a list of one
+            number for each block.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -73,6 +75,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         downscale_freq_shift: float = 0.0,
         norm_eps: float = 1e-6,
         attention_head_dim: int | None = None,
+        convolved_heads: int | list[int] = 0,
     ) -> None:
         super().__init__()
         if (attention_head_dim is None and hidden_size % num_attention_heads) or hidden_size % 4:
@@ -85,6 +88,8 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
             raise UserError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}.")
         if conditioning not in ("none", "class", "text"):
             raise UserError(f"conditioning='{conditioning}' is none of 'none', 'class', 'text'.")
+        convolved = convolved_heads if isinstance(convolved_heads, list) else [convolved_heads] * num_layers
+        _check_convolved(convolved, num_layers, num_attention_heads, head_dim, hidden_size)
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
@@ -101,7 +106,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         elif conditioning == "text":
             self.y_embedder = TextEmbedder(pooled_projection_dim, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_attention_heads, head_dim, mlp_ratio, norm_eps) for _ in range(num_layers)
+            DiTBlock(hidden_size, num_attention_heads, head_dim, mlp_ratio, norm_eps, count) for count in convolved
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._base_grid = (sample_size // patch_size, sample_size // patch_size)
@@ -199,9 +204,9 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
             conditioning = conditioning + self.y_embedder(condition)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning, grid)
             else:
-                hidden_states = block(hidden_states, conditioning)
+                hidden_states = block(hidden_states, conditioning, grid)
         output = self._unpatchify(self.final_layer(hidden_states, conditioning), grid)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -244,44 +249,38 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each scaled, shifted and gated by the conditioning (adaLN-Zero)."""
+    """Attention, or a mixer in its place, and MLP, each scaled, shifted and gated by the conditioning (adaLN-Zero)."""
 
     def __init__(
-        self, hidden_size: int, num_attention_heads: int, head_dim: int, mlp_ratio: float, norm_eps: float
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        head_dim: int,
+        mlp_ratio: float,
+        norm_eps: float,
+        convolved_heads: int,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_attention_heads, head_dim)
+        self.is_mixed = convolved_heads > 0
+        if self.is_mixed:
+            self.mixer = Mixer(hidden_size, num_attention_heads, convolved_heads)
+        else:
+            self.attn = Attention(hidden_size, num_attention_heads, head_dim)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm_eps)
         mlp_size = round(hidden_size * mlp_ratio)
         fc1, fc2 = nn.Linear(hidden_size, mlp_size), nn.Linear(mlp_size, hidden_size)
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(approximate="tanh"), fc2=fc2))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
         modulation = self.adaLN_modulation(conditioning).unsqueeze(1).chunk(6, dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         normed = _modulate(self.norm1(hidden_states), shift_attn, scale_attn)
-        hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(normed))
+        heard = self.mixer(normed, grid) if self.is_mixed else self.attn(normed)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, heard)
         normed = _modulate(self.norm2(hidden_states), shift_mlp, scale_mlp)
         return torch.addcmul(hidden_states, gate_mlp, self.mlp(normed))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over all tokens: [B, N, D] -> [B, N, D]"""
-
-    def __init__(self, hidden_size: int, num_attention_heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.num_attention_heads = num_attention_heads
-        self.qkv = nn.Linear(hidden_size, 3 * num_attention_heads * head_dim)
-        self.proj = nn.Linear(num_attention_heads * head_dim, hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        batch, tokens, _ = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(batch, tokens, 3, self.num_attention_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(attended.transpose(1, 2).reshape(batch, tokens, -1))  # type: ignore[no-any-return]
 
 
 class FinalLayer(nn.Module):
@@ -296,6 +295,20 @@ class FinalLayer(nn.Module):
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(conditioning).unsqueeze(1).chunk(2, dim=2)
         return self.linear(_modulate(self.norm_final(hidden_states), shift, scale))  # type: ignore[no-any-return]
+
+
+def _check_convolved(counts: list[int], num_layers: int, num_heads: int, head_dim: int, hidden_size: int) -> None:
+    """Refuse numbers of convolved heads that cannot be."""
+    if len(counts) != num_layers or not all(0 <= count < num_heads for count in counts):
+        raise UserError(
+            f"convolved_heads={counts} must be from 0 to {num_heads - 1}, one less than the heads, or a list of "
+            f"{num_layers}, one for each block."
+        )
+    if any(counts) and (head_dim * num_heads != hidden_size or any(count * head_dim % 2 for count in counts)):
+        raise UserError(
+            f"convolved_heads={counts} of {head_dim} channels each need heads that make up hidden_size={hidden_size}, "
+            f"and an even number of channels."
+        )
 
 
 def _modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class DecoupleConfig(TrainConfig):
             and for fields of `training` that are left out AdamW betas .95/.999, weight decay 1e-6, clipping at 1, an
             average with power 3/4 up to .9999.
         num_stages: ranges N (DeMe: 4).
-        split: ranges equal in timesteps as the model is told them ('t', DeMe), or in log-SNR.
+        split: ranges equal in timesteps as the model is told them ('t', DeMe), or in log-SNR; or 'gradient', clusters
+            of timesteps whose gradients are alike, by `balancing.similarity` (docs/balancing.md).
         boundaries: first timesteps of the second and later ranges, in place of num_stages and split.
         tree: levels of a binary tree of ranges (eDiff-I, arXiv 2211.01324, Section 4.1), at the image's end and at the
             noise's, in place of num_stages: [3, 9] is an expert for the lowest of 2³ ranges, one for the highest of
@@ -60,6 +61,10 @@ class DecoupleConfig(TrainConfig):
         prune: share of the heads, and of the MLPs' hidden channels, that a DiT's copy loses before it is trained
             (Diff-Pruning, arXiv 2305.10924), or a list of one for each range. What goes is of least importance in the
             range, by gradients. Only for method 'finetune'; needs `pip install 'stagepatch[pruning]'`.
+        prune_budget: share of the model's FLOPs, in the mean over timesteps, that DiTs pruned for the ranges may take,
+            in place of `prune` (DiffPruning, arXiv 2409.15557): which blocks, heads and hidden channels stay in which
+            range is learned before the stages are trained. 0: none.
+        prune_steps: of that learning, on the frozen model.
         prune_threshold: of timesteps whose loss is below this share of the range's largest no gradients are taken
             (released code: 0.05).
         p: probability of a timestep from all of T instead of the range (DeMe: 0.3; CIFAR-10: 0.4), or a list of one
@@ -68,7 +73,8 @@ class DecoupleConfig(TrainConfig):
         projection: a C×C map after each stage of a U-Net, or on the input of each block, the identity at first, that
             trains with all weights (DeMe). It is folded into the model's own weights where that is exact; where it is
             not, it is kept in the model's file, and diffusers alone would leave it out. Only for method 'finetune',
-            without `tree`; off where stages are not merged, with `models` and `prune`.
+            without `tree`; off where stages are not merged, with `models`, `prune` and
+            `prune_budget`.
         antithetic: mirror half of a batch's timesteps; null is as the preset says.
         stage: number of the one stage to train, in this process; -1 trains all, as jobs.
         training: of each stage; each draws images, noise and timesteps of its own, from `training.seed` and its
@@ -80,11 +86,13 @@ class DecoupleConfig(TrainConfig):
     method: str = "finetune"
     preset: Literal["paper", "released"] = "paper"
     num_stages: int = 4
-    split: Literal["t", "log_snr"] = "t"
+    split: Literal["t", "log_snr", "gradient"] = "t"
     boundaries: list[int] = field(default_factory=list)
     tree: list[int] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     prune: float | list[float] = 0.0
+    prune_budget: float = 0.0
+    prune_steps: int = 1000
     prune_threshold: float = 0.05
     p: float | list[float] = 0.3
     consistency: float = 1.0
@@ -103,7 +111,9 @@ class DecoupleConfig(TrainConfig):
         if self.antithetic is None:
             self.antithetic = self.preset == "released"
         if self.projection is None:
-            self.projection = self.method == "finetune" and not (self.tree or self.models or self.prune)
+            self.projection = self.method == "finetune" and not (
+                self.tree or self.models or self.prune or self.prune_budget
+            )
         if self.projection and self.method != "finetune":
             raise UserError(
                 f"projection trains with all weights: set it to false, or method='{self.method}' to finetune."
@@ -127,7 +137,16 @@ class DecoupleConfig(TrainConfig):
             raise UserError(f"prune={self.prune} must be a share from 0 to less than 1, or a list of them.")
         if not 0.0 <= self.prune_threshold <= 1.0:
             raise UserError(f"prune_threshold={self.prune_threshold} must be a share from 0 to 1.")
-        for name in ("models", "prune"):
+        if not 0.0 <= self.prune_budget <= 1.0 or self.prune_steps < 1:
+            raise UserError(
+                f"prune_budget={self.prune_budget} must be a share from 0 to 1, and prune_steps={self.prune_steps} at "
+                f"least 1."
+            )
+        if self.prune_budget and (self.prune or self.models):
+            raise UserError(
+                "prune_budget decides what each range's copy of the model keeps: leave out prune and models."
+            )
+        for name in ("models", "prune", "prune_budget"):
             if getattr(self, name) and (self.method != "finetune" or self.tree or self.objective != "denoising"):
                 raise UserError(
                     f"{name} goes with method='finetune' and objective='denoising', without tree: leave it out, or "

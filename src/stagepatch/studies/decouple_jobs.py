@@ -22,18 +22,22 @@ from stagepatch.diffusion import (
     split_at,
 )
 from stagepatch.methods import STAGE_NAME, Consistent, Finetune, make_method
-from stagepatch.models import check_prunable
+from stagepatch.models import check_prunable, keep
 from stagepatch.patch import with_condition
 from stagepatch.sampling import check_fits, check_trained_alike
 from stagepatch.studies.decouple_config import DecoupleConfig
 from stagepatch.studies.decouple_cost import cost_of, cost_of_model
 from stagepatch.studies.decouple_pruning import prune_for
 from stagepatch.studies.job import Job
-from stagepatch.training import BOOKKEEPING, Run, TrainConfig
+from stagepatch.studies.learned_architectures import LearnedArchitectures
+from stagepatch.training import BOOKKEEPING, Run, TrainConfig, make_intervals
 
-STAGES, BRANCHES, EXPERTS_NAME = "stages", "branches", "experts.yaml"
+STAGES, BRANCHES, ARCHITECTURES, EXPERTS_NAME = "stages", "branches", "architectures", "experts.yaml"
 # Of a stage; the rest is its training run's.
-_OWN = ("preset", "p", "prune", "prune_threshold", "consistency", "projection", "antithetic")
+_OWN = (
+    *("preset", "p", "prune", "prune_budget", "prune_steps", "prune_threshold"),
+    *("consistency", "projection", "antithetic"),
+)
 _PER_RANGE = ("models", "p", "prune")  # may be lists
 Range = tuple[float, float]  # of timesteps as the model is told them
 _ELSEWHERE = ("output_dir", "cache", "cache_batch_size", "ddo")
@@ -48,6 +52,7 @@ class Stage(Job):
         study: of all stages.
         parent: the branch of a tree that it starts from, and trains first if need be; None where it starts from the
             model.
+        architectures: what stays of the model in each range, learned first if need be; None without a budget.
     """
 
     number: int
@@ -57,6 +62,7 @@ class Stage(Job):
     config: TrainConfig
     study: DecoupleConfig
     parent: "Stage | None" = None
+    architectures: LearnedArchitectures | None = None
     record = STAGE_NAME
     noun = "stage"
 
@@ -100,13 +106,18 @@ class Stage(Job):
         return value[self.number] if name in _PER_RANGE and isinstance(value, list) else value
 
     def work(self) -> None:
-        if self.parent is not None:
-            self.parent.run()
+        for before in (self.parent, self.architectures):
+            if before is not None:
+                before.run()
+        processes().wait_for_everyone()
         run = Run(self.config, identity=self.identity())
         timesteps, original = self.timesteps(run.objective.levels), None
         if ratio := self._choice("prune"):
             original = run.model
             run.model = prune_for(run, timesteps, ratio, self.study.prune_threshold)
+        if self.architectures is not None:
+            original = run.model
+            run.model = keep(run.model, self.architectures.read(self.number))
         if self.study.projection:
             checkpoints.add_projections(run.model)
         if self.config.method == "finetune":
@@ -123,7 +134,7 @@ class Stage(Job):
                 checkpoints.fold_projections(run.model)
                 learned.save(self.directory)
             cost = {}
-            if self.study.prune or self.study.models:
+            if self.study.prune or self.study.prune_budget or self.study.models:
                 own, base = (
                     cost_of(run.model, run.objective, run.dataset),
                     cost_of_model(self.study.model, run.dataset),
@@ -149,7 +160,7 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     model = checkpoints.build_denoiser(config.model)
     config = replace(config, patch=with_condition(config.patch, model))
     make_method(config).prepare(model)
-    if config.prune:
+    if config.prune or config.prune_budget:
         for place in config.models or [config.model]:
             check_prunable(checkpoints.build_denoiser(place))
     for place in config.models:
@@ -166,6 +177,9 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
         if config.split == "log_snr":
             ranges = equal_in_log_snr(objective.snr(torch.arange(total)), count)
             return [(told(first), told(stop)) for first, stop in ranges]
+        if config.split == "gradient":
+            by_gradient = replace(config.balancing, clustering="gradient", num_intervals=count)
+            return [(told(first), told(stop)) for first, stop in make_intervals(by_gradient, objective).intervals]
         return list(equal_in_t(total, count))
 
     if config.tree:
@@ -184,6 +198,12 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
         for each in (*stage.branches, stage):
             each.timesteps(objective.levels)
             each.check_directory(DecoupleConfig(), BOOKKEEPING)
+    if config.prune_budget:
+        timesteps = [stage.timesteps(objective.levels) for stage in stages]
+        architectures = LearnedArchitectures(_run_config(config, ARCHITECTURES, len(stages)), config, timesteps)
+        architectures.check_directory(DecoupleConfig(), BOOKKEEPING)
+        for stage in stages:
+            stage.architectures = architectures
     return stages
 
 

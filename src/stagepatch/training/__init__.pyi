@@ -1,3 +1,4 @@
+from .balancing import make_intervals as make_intervals
 from .balancing_config import BalancingConfig as BalancingConfig
 from .config import BOOKKEEPING as BOOKKEEPING
 from .config import POSTHOC_EMA as POSTHOC_EMA

@@ -44,7 +44,7 @@ def _read_similarity(name: str, num_train_timesteps: int) -> Tensor:
     """Cosines of the gradients in the middles of n equal ranges of timesteps, [n, n]."""
     if not name:
         raise UserError(
-            "balancing.clustering='gradient' needs balancing.similarity, the analysis.json that "
+            "Clustering by gradients needs balancing.similarity, the analysis.json that "
             "'stagepatch analyze --gradients=true' writes."
         )
     with as_user_error(f"'{name}' holds no similarity of gradients", KeyError, TypeError, ValueError):
