@@ -27,10 +27,9 @@ from matplotlib.figure import Figure
 from stagepatch.cli import main as run
 from stagepatch.cli.app import _parse
 from stagepatch.core import read_yaml, write_text
-from stagepatch.evaluation import metric_names
+from stagepatch.evaluation import difference_between, metric_names
 from stagepatch.report import markdown_table, metric_curves, print_table, write_picture
 from stagepatch.studies import plan_jobs
-from stagepatch.studies.compare_results import difference_between
 
 KINDS = {"experts": "experts by timestep", "merged": "merged, searched", "mean": "merged, 1/N"}
 CONTROL = "N copies on all t, 1/N"

@@ -8,7 +8,7 @@ import torch
 from stagepatch import evaluation
 from stagepatch.core import UserError
 from stagepatch.data import DataConfig, ImageDataset
-from stagepatch.evaluation import METRICS, References, direction_note, evaluate, metric_names
+from stagepatch.evaluation import METRICS, References, chosen, direction_note, evaluate, metric_names
 from stagepatch.sampling import SamplingConfig, spread
 from tests.evaluation.extractors import Counting
 from tests.runs import make_dataset, make_model, make_objective
@@ -40,7 +40,7 @@ def test_real_digits_are_told_from_noise():
     assert real["nearest_train"] < noise["nearest_train"]
     assert evaluate(both.train.images, both, extractor)["nearest_train"] == pytest.approx(0.0, abs=1e-2)
     assert "fid_held_out" not in real
-    assert [*noise, "fid_second"] == [*(key for key in metric_names("") if key != "fid_second"), "fid_second"]
+    assert [*noise] == [key for key in chosen(None) if key != "fid_second"]
 
 
 def test_references_are_hashed_and_computed_once_for_all_seeds_and_models(evaluator, monkeypatch):
@@ -112,7 +112,8 @@ def test_a_metric_is_one_entry(evaluator, monkeypatch):
         (["precision"], "Higher is better."),
         (["precision", "recall"], "Higher is better."),
         (["kid", "recall"], "Lower is better; of recall, higher."),
-        (METRICS, "Lower is better; of precision and recall, higher."),
+        (["kid", "recall", "vendi", "density"], "Lower is better; of recall, Vendi score and density, higher."),
+        (chosen(None), "Lower is better; of precision and recall, higher."),
     ],
 )
 def test_tables_say_which_way_is_better(keys, note):

@@ -89,8 +89,12 @@ def test_features_of_fashion_tell_images_of_one_split_from_worse_ones(name):
     assert recall(one_class, reference) < recall(features[: len(one_class)], reference) - 0.2
 
 
-def test_unknown_and_missing_extractors():
+def test_unknown_and_missing_extractors(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("STAGEPATCH_INCEPTION", raising=False)
     with pytest.raises(UserError, match="digits, fashion, fashion_vit, inception"):
         load_extractor("vgg")
-    with pytest.raises(UserError, match="torch-fidelity"):
+    with pytest.raises(UserError, match=r"none is in.*pytorch-fid.*STAGEPATCH_INCEPTION or inception:/path"):
         load_extractor("inception")
+    with pytest.raises(UserError, match="'/nowhere' is no file"):
+        load_extractor("inception:/nowhere")

@@ -67,7 +67,7 @@ def test_precision_and_recall_equal_brute_force_neighbours():
 
 def test_of_many_samples_or_references_so_many_spread_over_them_count(monkeypatch):
     x, y = random_features(90, 0), random_features(30, 1, 1.0)
-    monkeypatch.setattr("stagepatch.evaluation.metrics.NEIGHBOURS", 30)
+    monkeypatch.setattr("stagepatch.evaluation.neighbours.NEIGHBOURS", 30)
     assert precision(x, y) == precision(x[spread(90, 30)], y) != precision(x[:30], y)
     assert recall(y, x) == recall(y, x[spread(90, 30)]) != recall(y, x[:30])
 

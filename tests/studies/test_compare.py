@@ -17,11 +17,12 @@ from scipy import stats
 
 from stagepatch.checkpoints import load_denoiser, save_denoiser
 from stagepatch.core import read_json, read_tensors
+from stagepatch.evaluation import difference
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import CompareJob, plan_jobs
 from stagepatch.studies.compare_page import COLUMNS, JUDGED, note, short
-from stagepatch.studies.compare_results import SIGNIFICANCE, difference
+from stagepatch.studies.compare_results import SIGNIFICANCE
 from stagepatch.training import TrainConfig, TrainingConfig
 from tests.studies.conftest import study, write_config
 

@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from stagepatch.core import read_json
-from stagepatch.evaluation import evaluator
+from stagepatch.evaluation import difference, difference_between, evaluator, holm
 from stagepatch.studies import compare_jobs
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.studies.compare_page import note
-from stagepatch.studies.compare_results import difference, difference_between, holm
 from stagepatch.training import Run
 from tests.studies.conftest import study
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from stagepatch.evaluation import Difference
 from stagepatch.studies import verdict
-from stagepatch.studies.compare_results import Difference, Row
+from stagepatch.studies.compare_results import Row
 
 
 def row(name, mean=None, p=0.5, method="dmp", control="", corrected=math.nan, runs=3, **more):

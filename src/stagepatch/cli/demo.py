@@ -17,7 +17,7 @@ from stagepatch.cli import config as configs
 from stagepatch.cli.common import bar_over
 from stagepatch.core import write_json, write_tensors, write_text
 from stagepatch.data import DataConfig
-from stagepatch.evaluation import METRICS, Evaluator, Measured, comparison_table, direction_note, paired_difference
+from stagepatch.evaluation import Evaluator, Measured, chosen, comparison_table, direction_note, paired_difference
 from stagepatch.methods import DMP
 from stagepatch.sampling import SamplingConfig, attach_guide
 from stagepatch.training import RUN_CONFIG, Run, TrainConfig, TrainingConfig, apply_preset, read_log
@@ -179,7 +179,7 @@ _LEADS = {
 }
 _NOTE = (
     "Mean ± standard deviation over sampling seeds; differences are paired by seed, ± their standard error. "
-    f"{direction_note(METRICS)}"
+    f"{direction_note(chosen(None))}"
 )
 
 

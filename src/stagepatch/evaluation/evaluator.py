@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.data import DataConfig, ImageDataset, with_channels
-from stagepatch.evaluation.features import ClassifierFeatures, FeatureExtractor, extract_features, load_extractor
-from stagepatch.evaluation.metrics import Collected, Metric, Split, chosen, measure_collected, nearest_distance
+from stagepatch.evaluation.features import (
+    ClassifierFeatures,
+    ClipFeatures,
+    FeatureExtractor,
+    OneOutput,
+    extract_outputs,
+    load_extractor,
+    load_others,
+    outputs_of,
+)
+from stagepatch.evaluation.metrics import Collected, Metric, Split, chosen, measure_collected
+from stagepatch.evaluation.neighbours import nearest_distance
 from stagepatch.evaluation.references import References, load_references, reference_features
 from stagepatch.evaluation.statistics import Statistics
+from stagepatch.evaluation.uncertainty import measure_left_out
 from stagepatch.sampling import LatentSampling, SamplingConfig, generate, latent_sampling, spread
 
 OnBatch = Callable[[int], None]
@@ -28,10 +39,12 @@ class Measured:
     Args:
         metrics: a dict of metrics for each seed.
         images: of the first seed, [B, C, H, W].
+        without: of a single seed, its metrics without each group of images, by key; see `measure_left_out`.
     """
 
     metrics: list[dict[str, float]]
     images: Tensor
+    without: dict[str, list[float]] = field(default_factory=dict)
 
     def values(self, name: str) -> list[float]:
         """One metric, seed by seed."""
@@ -46,6 +59,8 @@ class Evaluator:
         extractor: of features.
         latents: how a model of latents is sampled.
         second: other features, in which FID is measured too.
+        others: extractors that metrics ask for by name, such as 'clip'.
+        keys: of the METRICS that are measured where no others are named; those that always are by default.
     """
 
     def __init__(
@@ -54,10 +69,12 @@ class Evaluator:
         extractor: FeatureExtractor,
         latents: LatentSampling | None = None,
         second: FeatureExtractor | None = None,
+        others: Mapping[str, FeatureExtractor] | None = None,
+        keys: Sequence[str] | None = None,
     ) -> None:
-        self.references, self.extractor, self.latents = references, extractor, latents
-        self._second = None if second is None else Evaluator(references, second)
-        self._features: dict[Split, Tensor] = {}
+        self.references, self.extractor, self.latents, self.keys = references, extractor, latents, keys
+        self._extractors = {"features": extractor, **({} if second is None else {"second": second}), **(others or {})}
+        self._features: dict[tuple[Split, str], Tensor] = {}
         self._moments: dict[tuple[Split, str], Statistics] = {}
 
     @classmethod
@@ -70,6 +87,7 @@ class Evaluator:
         held_out: Literal["held_out", "tune"] = "held_out",
         second: str = "",
         text_dtype: torch.dtype = torch.float32,
+        metrics: Sequence[str] = (),
     ) -> Evaluator:
         """For the samples of a model, patched or not.
 
@@ -81,10 +99,15 @@ class Evaluator:
             held_out: which of the held-out images; see `load_references`.
             second: name of an extractor, in whose features FID is measured too.
             text_dtype: that text encoders are loaded in, where the cache has to be made.
+            metrics: keys of METRICS, or 'all'; those that are always measured by default. 'all' leaves out what needs
+                an extractor that cannot be had.
 
         Raises:
-            UserError: the cache is of something else, the data or the extractor cannot be had, or these do not fit.
+            UserError: the cache is of something else, the data or an extractor cannot be had, these do not fit, or
+                there is no such metric.
         """
+        keys = list(metrics) or None
+        others = load_others({metric.of for metric in chosen(keys).values()}, is_optional="all" in metrics)
         data = with_channels(data, model)
         latents = latent_sampling(model, data, cache, text_dtype)
         extractors = [load_extractor(name) for name in (extractor, *([second] if second else []))]
@@ -92,13 +115,12 @@ class Evaluator:
         for one in extractors:  # what does not fit is refused here, not when all is sampled
             if isinstance(one, ClassifierFeatures):
                 one(references.train[0]["image"].unsqueeze(0))
-        return cls(references, extractors[0], latents, *extractors[1:])
+        return cls(references, extractors[0], latents, extractors[1] if second else None, others, keys)
 
     def without_held_out(self) -> Evaluator:
         """The same with the training images alone, for a choice that the held-out ones are to judge."""
         other = copy.copy(self)  # features are shared
         other.references = replace(self.references, held_out=None)
-        other._second = None if self._second is None else self._second.without_held_out()
         return other
 
     def reference(self, split: Split, of: str = "features") -> Tensor | None:
@@ -109,15 +131,20 @@ class Evaluator:
         """
         split = self._standing_for(split)
         dataset = self.references.train if split == "train" else self.references.held_out
-        if dataset is None:
+        if dataset is None or split == "captions":
             return None
-        if of == "second":
-            return None if self._second is None else self._second.reference(split)
         if of == "pixels":
             return dataset.images if isinstance(dataset, ImageDataset) else None
-        if of == "features" and split not in self._features:
-            self._features[split] = reference_features(dataset, self.extractor)
-        return self._features[split] if of == "features" else None
+        place, extractor = (split, of), self._extractors.get(of)
+        if of in outputs_of(self.extractor) and of != "features":
+            extractor = OneOutput(self.extractor, of)
+        if place not in self._features:
+            images, train = self.reference(split, "pixels"), self.reference("train", "pixels")
+            if extractor is not None:
+                self._features[place] = reference_features(dataset, extractor)
+            elif of == "nearest_pixels" and images is not None and train is not None:
+                self._features[place] = nearest_distance(images, train)
+        return self._features.get(place)
 
     def _standing_for(self, split: Split) -> Split:
         unseen: Split = "train" if self.references.held_out is None else "held_out"
@@ -138,28 +165,36 @@ class Evaluator:
         labels = train.labels if isinstance(train, ImageDataset) else torch.tensor(train.labels())
         return labels.sort().values[spread(len(labels), count)]
 
-    def collect(self, images: Tensor, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def collect(
+        self, images: Tensor, keys: Iterable[str] | None = None, captions: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """What metrics take of samples, a row an image. What was collected of parts, concatenated, is that of all.
 
-        It holds, as far as the metrics need it and it can be had: 'features' [B, F] of the extractor; those of the
-        'second' one; 'nearest_pixels' [B], the Euclidean distance to the nearest training image; 'pixels', the images
-        themselves.
+        It holds, as far as the metrics need it and it can be had: 'features' [B, F] of the extractor and what else it
+        puts out ('logits' [B, K], 'spatial' [B, S]); features of the 'second' extractor and of the others, by name;
+        'nearest_pixels' [B], the Euclidean distance to the nearest training image; 'pixels', the images themselves;
+        'captions' [B, F], CLIP's embeddings of the captions.
 
         Args:
             images: [B, C, H, W] in [−1, 1].
-            keys: of METRICS; those that are always measured by default.
+            keys: of METRICS; the evaluator's by default.
+            captions: that the images were made of.
         """
-        wanted = {metric.of for metric in chosen(keys).values()}
-        pixels, found = images.clamp(-1.0, 1.0), {}
-        if "features" in wanted:
-            found["features"] = extract_features(self.extractor, images)
-        if "second" in wanted and self._second is not None:
-            found["second"] = extract_features(self._second.extractor, images)
-        train = self.reference("train", "pixels")
+        metrics = chosen(self.keys if keys is None else keys).values()
+        wanted = {metric.of for metric in metrics}
+        own = [name for name in outputs_of(self.extractor) if name in wanted]
+        found = extract_outputs(self.extractor, images, own) if own else {}
+        for name, extractor in self._extractors.items():
+            if name in wanted and name != "features":
+                found[name] = extract_outputs(extractor, images)["features"]
+        pixels, train = images.clamp(-1.0, 1.0), self.reference("train", "pixels")
         if "nearest_pixels" in wanted and train is not None:
             found["nearest_pixels"] = nearest_distance(pixels, train)
         if "pixels" in wanted:
             found["pixels"] = pixels
+        clip = self._extractors.get("clip")
+        if captions is not None and isinstance(clip, ClipFeatures):
+            found["captions"] = clip.of_captions(captions)
         return found
 
     def measure_collected(
@@ -168,12 +203,18 @@ class Evaluator:
         """Metrics of what `collect` found, by key; those left out that need what there is not.
 
         Args:
-            keys: of METRICS; those that are always measured by default.
+            keys: of METRICS; the evaluator's by default.
 
         Raises:
             UserError: features that are no numbers.
         """
-        return measure_collected(samples, self._reference_of, keys)
+        return measure_collected(samples, self._reference_of, self.keys if keys is None else keys)
+
+    def measure_left_out(
+        self, samples: Mapping[str, Collected], keys: Iterable[str] | None = None
+    ) -> dict[str, list[float]]:
+        """Metrics without each of some groups of images, for intervals over images; see `measure_left_out`."""
+        return measure_left_out(samples, self._reference_of, self.keys if keys is None else keys)
 
     def metrics(self, images: Tensor, keys: Iterable[str] | None = None) -> dict[str, float]:
         """`collect` of samples [B, C, H, W] in [−1, 1], and `measure_collected`."""
@@ -202,12 +243,15 @@ class Evaluator:
         on_batch: OnBatch | None = None,
     ) -> Measured:
         """`sample` with each seed, and `metrics`: two calls with the same seeds start from the same noise."""
-        metrics, first = [], torch.empty(0)
+        metrics, without, first = [], {}, torch.empty(0)
         for index, seed in enumerate(seeds):
             images = self.sample(model, scheduler, replace(sampling, seed=seed), on_batch)
-            metrics.append(self.metrics(images))
+            samples = self.collect(images)
+            metrics.append(self.measure_collected(samples))
+            if len(seeds) == 1:
+                without = self.measure_left_out(samples)
             first = images if index == 0 else first
-        return Measured(metrics, first)
+        return Measured(metrics, first, without)
 
 
 def evaluate(images: Tensor, references: References, extractor: FeatureExtractor) -> dict[str, float]:

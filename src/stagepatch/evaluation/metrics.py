@@ -1,28 +1,28 @@
-"""The table of metrics, and their functions, by torchmetrics where it has them."""
+"""The table of metrics, and what each needs."""
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torchmetrics.image.kid import KernelInceptionDistance
+from torch import Tensor
 
+from stagepatch.core import UserError
+from stagepatch.evaluation import kernels, neighbours
+from stagepatch.evaluation.extrapolation import fid_infinity
+from stagepatch.evaluation.kernels import clip_score, cmmd, inception_score, kid, vendi
+from stagepatch.evaluation.neighbours import (
+    coverage,
+    density,
+    median,
+    memorised,
+    memorised_features,
+    precision,
+    recall,
+)
 from stagepatch.evaluation.statistics import Statistics, frechet_distance
-from stagepatch.sampling import spread
 
-NEIGHBOURS = 10_000
-Split = Literal["train", "held_out", "unseen"]
+Split = Literal["train", "held_out", "unseen", "captions"]
 Collected = Tensor | Statistics
-
-
-class _PrecomputedFeatures(nn.Identity):
-    """Stands where torchmetrics expects an extractor."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
 
 
 def fid(features: Collected, reference: Collected) -> float:
@@ -35,53 +35,6 @@ def fid(features: Collected, reference: Collected) -> float:
     return frechet_distance(one, other)
 
 
-def kid(features: Tensor, reference: Tensor, subsets: int = 50) -> float:
-    """Kernel distance (arXiv 1801.01401): unbiased, cubic kernel, mean over random subsets, always the same."""
-    size = min(len(features), len(reference), 500)
-    extractor = _PrecomputedFeatures(features.shape[1])
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features, which is so for any KID
-        torch.manual_seed(0)
-        metric = KernelInceptionDistance(feature=extractor, subsets=subsets, subset_size=size)
-        metric.update(reference.double(), real=True)
-        metric.update(features.double(), real=False)
-        return float(metric.compute()[0])
-
-
-def precision(features: Tensor, reference: Tensor, k: int = 3, rows: int = 1024) -> float:
-    """Share of samples within the k-th-neighbour radius of some reference (arXiv 1904.06991, Eq. 1, 2).
-
-    Of more than NEIGHBOURS samples or references, so many spread evenly over them stand for all: the distances grow
-    with the product of the two, and the radii, so the values too, with how many there are.
-    """
-    features, reference = _at_most(NEIGHBOURS, features).double(), _at_most(NEIGHBOURS, reference).double()
-    # The nearest of all is the point itself.
-    parts = [torch.cdist(part, reference).kthvalue(k + 1, dim=1).values for part in reference.split(rows)]
-    radii = torch.cat(parts)
-    inside = [(torch.cdist(part, reference) <= radii).any(dim=1) for part in features.split(rows)]
-    return float(torch.cat(inside).double().mean())
-
-
-def _at_most(count: int, features: Tensor) -> Tensor:
-    return features if len(features) <= count else features[spread(len(features), count)]
-
-
-def recall(features: Tensor, reference: Tensor, k: int = 3) -> float:
-    """Share of the reference within the k-th-neighbour radius of some sample; see `precision`."""
-    return precision(reference, features, k)
-
-
-def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Tensor:
-    """Euclidean distance in pixel values of each image to the nearest reference image: [B]."""
-    flat = reference.flatten(1)
-    return torch.cat([torch.cdist(part.flatten(1), flat).amin(dim=1) for part in images.split(rows)])
-
-
-def median(values: Tensor) -> float:
-    """Median of a number an image, [B]; of two in the middle the lower one."""
-    return float(values.median())
-
-
 @dataclass(frozen=True)
 class Metric:
     """One number of a set of samples.
@@ -91,13 +44,15 @@ class Metric:
         function: of the samples, then of each reference, to the number. It takes what was collected of the images,
             by default the extractor's features [B, F], not the images.
         reference: the images that it compares with: the 'train'ing ones, the 'held_out' ones, the 'unseen', which are
-            held out where there are any, else training images; several, or none. Where there are none of them, the
-            metric is left out.
+            held out where there are any, else training images, the samples' own 'captions'; several, or none. Where
+            there are none of them, the metric is left out.
         better: which of two values is the better one.
         of: what is collected of samples and references, see `Evaluator.collect`. Where it cannot be had, the metric is
             left out.
         moments: whether mean and covariance of it are enough: `function` is then given `Statistics`.
         always: whether it is measured where no metrics were named.
+        without: of the same and the group of each sample, [B] integers, to the metric without each group: where that
+            can be had in less time than by `function`, or where `function` draws lots. See `left_out`.
     """
 
     label: str
@@ -107,6 +62,7 @@ class Metric:
     of: str = "features"
     moments: bool = False
     always: bool = True
+    without: Callable[..., list[float]] | None = None
 
     @property
     def references(self) -> tuple[Split, ...]:
@@ -124,18 +80,64 @@ METRICS = {
     "fid_train": Metric("FID ({features}), training images", fid, "train", moments=True),
     "fid_held_out": Metric("FID ({features}), held-out images", fid, "held_out", moments=True),
     "fid_second": Metric("FID (second features)", fid, "unseen", of="second", moments=True),
-    "kid": Metric("KID ({features})", kid, "unseen"),
-    "precision": Metric("precision", precision, "unseen", "higher"),
-    "recall": Metric("recall", recall, "unseen", "higher"),
+    "fid_infinity": Metric("FID∞ ({features})", fid_infinity, "unseen", always=False),
+    "sfid": Metric("sFID ({features})", fid, "unseen", of="spatial", moments=True, always=False),
+    "fd_dinov2": Metric("Fréchet distance (DINOv2)", fid, "unseen", of="dinov2", moments=True, always=False),
+    "kid": Metric("KID ({features})", kid, "unseen", without=kernels.kid_without),
+    "cmmd": Metric("CMMD (CLIP)", cmmd, "unseen", of="clip", always=False, without=kernels.cmmd_without),
+    "precision": Metric("precision", precision, "unseen", "higher", without=neighbours.precision_without),
+    "recall": Metric("recall", recall, "unseen", "higher", without=neighbours.recall_without),
+    "density": Metric("density", density, "unseen", "higher", always=False, without=neighbours.density_without),
+    "coverage": Metric("coverage", coverage, "unseen", "higher", always=False, without=neighbours.coverage_without),
+    "inception_score": Metric(
+        "inception score ({features})", inception_score, (), "higher", of="logits", always=False
+    ),
+    "vendi": Metric("Vendi score ({features})", vendi, (), "higher", always=False),
+    "clip_score": Metric(
+        "CLIP score", clip_score, "captions", "higher", of="clip", always=False, without=kernels.clip_score_without
+    ),
     "nearest_train": Metric("distance to nearest training image, median", median, of="nearest_pixels"),
+    "memorised_pixels": Metric(
+        "share near training images (pixels)",
+        memorised,
+        "held_out",
+        of="nearest_pixels",
+        always=False,
+        without=neighbours.memorised_without,
+    ),
+    "memorised_features": Metric(
+        "share near training images ({features})",
+        memorised_features,
+        ("train", "held_out"),
+        always=False,
+        without=neighbours.memorised_features_without,
+    ),
 }
 
 
 def chosen(keys: Iterable[str] | None) -> dict[str, Metric]:
-    """Metrics by key; those that are always measured where `keys` is None."""
-    if keys is None:
-        return {key: metric for key, metric in METRICS.items() if metric.always}
+    """Metrics by key; those that are always measured where `keys` is None, every one where it holds 'all'.
+
+    Raises:
+        UserError: a key that there is not.
+    """
+    keys = [key for key, metric in METRICS.items() if metric.always] if keys is None else [*keys]
+    keys = [*METRICS] if "all" in keys else keys
+    for key in keys:
+        if key not in METRICS:
+            raise UserError(f"There is no metric '{key}'. Choose of: all, {', '.join(METRICS)}.")
     return {key: METRICS[key] for key in keys}
+
+
+def taken(
+    metric: Metric, samples: Mapping[str, Collected], reference: Callable[[Split, Metric], Collected | None]
+) -> list[Collected] | None:
+    """What a metric's function is given; None where some of it cannot be had. See `measure_collected`."""
+    given = [samples.get(metric.of)]
+    for split in metric.references:
+        given.append(samples.get("captions") if split == "captions" else reference(split, metric))
+    found = [each for each in given if isinstance(each, Tensor) or (each is not None and metric.moments)]
+    return found if len(found) == len(given) else None
 
 
 def measure_collected(
@@ -156,11 +158,12 @@ def measure_collected(
     moments: dict[str, Statistics] = {}
     found = {}
     for key, metric in chosen(keys).items():
-        given = [samples.get(metric.of), *(reference(split, metric) for split in metric.references)]
-        if any(of is None or (isinstance(of, Statistics) and not metric.moments) for of in given):
+        given = taken(metric, samples, reference)
+        if given is None:
             continue
         if metric.moments and isinstance(given[0], Tensor):  # once for all metrics of them
-            moments.setdefault(metric.of, Statistics.of(given[0]))
+            if metric.of not in moments:
+                moments[metric.of] = Statistics.of(given[0])
             given[0] = moments[metric.of]
         found[key] = metric.function(*given)
     return found
@@ -173,7 +176,9 @@ def metric_names(features: str) -> dict[str, str]:
 
 def direction_note(keys: Collection[str]) -> str:
     """Which values of metrics are the better ones: 'Lower is better.', or by name where they differ."""
-    higher = [METRICS[key].label for key in keys if METRICS[key].better == "higher"]
+    higher = [METRICS[key].label.replace(" ({features})", "") for key in keys if METRICS[key].better == "higher"]
     if len(higher) == len(keys):
         return "Higher is better."
-    return f"Lower is better; of {' and '.join(higher)}, higher." if higher else "Lower is better."
+    *others, last = higher or [""]
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"Lower is better; of {names}, higher." if higher else "Lower is better."

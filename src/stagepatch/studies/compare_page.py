@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from stagepatch import report
 from stagepatch.core import read_tensors, write_text
-from stagepatch.evaluation import METRICS, direction_note, metric_names
+from stagepatch.evaluation import METRICS, Difference, direction_note, metric_names
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies.compare_jobs import SAMPLES_NAME, CompareJob
-from stagepatch.studies.compare_results import SIGNIFICANCE, Difference, Row
+from stagepatch.studies.compare_results import SIGNIFICANCE, Row
 from stagepatch.studies.verdict import verdict
 
 _CONTROLS_NOTE = (

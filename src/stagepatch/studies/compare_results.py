@@ -5,36 +5,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from scipy import stats
-
 from stagepatch.core import read_json
+from stagepatch.evaluation import Difference, difference, difference_between, holm
 from stagepatch.studies.compare_jobs import COST_NAME, CompareJob
 
 SIGNIFICANCE = 0.05
 _COSTS = ("seconds_per_step", "peak_memory", "file_size")
-
-
-@dataclass
-class Difference:
-    """A metric's difference to another row.
-
-    Args:
-        mean: over training seeds, each a mean over sampling seeds paired with the other's.
-        error: its standard error.
-        p_value: of a two-sided t-test that it is zero; NaN where it cannot be made.
-        degrees: of freedom of that test.
-    """
-
-    mean: float
-    error: float
-    p_value: float
-    degrees: float = math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of 95%, by Student's t."""
-        half = float(stats.t.ppf(0.975, self.degrees)) * self.error if self.degrees > 0 else math.nan
-        return self.mean - half, self.mean + half
 
 
 @dataclass
@@ -108,32 +84,6 @@ def _last(jobs: list[CompareJob], metric: str) -> list[list[float]]:
     return [[seed[metric] for seed in each[max(each)]] for each in measured]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for how many there are (Holm 1979); what is NaN stays so, and does not count."""
-    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
-    corrected, so_far = list(p_values), 0.0
-    for rank, (p, place) in enumerate(order):
-        so_far = max(so_far, min(1.0, (len(order) - rank) * p))
-        corrected[place] = so_far
-    return corrected
-
-
-def difference_between(one: list[list[float]], other: list[list[float]]) -> Difference:
-    """Of two rows' values by training seed and sampling seed.
-
-    Rows of equally many training runs are paired by run, and a row without training is paired with each run; others
-    are compared by Welch's test over the runs' means.
-    """
-    if len(other) == 1:
-        other = other * len(one)
-    if len(one) == len(other):
-        return difference([[a - b for a, b in zip(*pair, strict=True)] for pair in zip(one, other, strict=True)])
-    means = [[statistics.fmean(run) for run in each] for each in (one, other)]
-    test = stats.ttest_ind(*means, equal_var=False)
-    mean = statistics.fmean(means[0]) - statistics.fmean(means[1])
-    return Difference(mean, abs(mean / float(test.statistic)), float(test.pvalue), float(test.df))
-
-
 def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: str) -> Row:
     measured = [job.metrics() for job in jobs]
     is_base = jobs[0].is_base
@@ -170,22 +120,6 @@ def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: st
 
 def _change(jobs: list[CompareJob], base: list[dict[str, float]], metric: str) -> Difference:
     return difference_between(_last(jobs, metric), [[seed[metric] for seed in base]])
-
-
-def difference(paired: list[list[float]]) -> Difference:
-    """Of differences by training seed and sampling seed.
-
-    With several training seeds the unit is a training run: a one-sample t-test over the runs' means. With one, it is
-    a sampling seed, and the test says nothing of another training run.
-    """
-    units = [statistics.fmean(each) for each in paired] if len(paired) > 1 else paired[0]
-    mean, deviation = statistics.fmean(units), _deviation(units)
-    if len(units) < 2:
-        return Difference(mean, math.nan, math.nan)
-    if deviation == 0.0:
-        return Difference(mean, 0.0, 1.0 if mean == 0.0 else 0.0, len(units) - 1)
-    error, p_value = deviation / math.sqrt(len(units)), float(stats.ttest_1samp(units, 0.0).pvalue)
-    return Difference(mean, error, p_value, len(units) - 1)
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from stagepatch.evaluation import METRICS
-from stagepatch.studies.compare_results import SIGNIFICANCE, Difference, Row
+from stagepatch.evaluation import METRICS, Difference
+from stagepatch.studies.compare_results import SIGNIFICANCE, Row
 
 _KINDS = {"steps": "equal steps", "parameters": "equal parameters", "free": "no training"}
 

@@ -1,0 +1,160 @@
+"""Metrics of which image lies near which: distances by rows, so that no matrix of all pairs is ever held.
+
+Of more than NEIGHBOURS samples or references, so many spread evenly over them stand for all in `precision`, `recall`,
+`density` and `coverage`: the distances grow with the product of the two, and the radii, so the values too, with how
+many there are.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stagepatch.sampling import spread
+
+NEIGHBOURS = 10_000
+MEMORISED = 0.05
+_ROWS = 1024
+
+
+def precision(features: Tensor, reference: Tensor, k: int = 3, rows: int = _ROWS) -> float:
+    """Share of samples within the k-th-neighbour radius of some reference (arXiv 1904.06991, Eq. 1, 2)."""
+    return float((_balls_around(features, reference, k, rows) > 0).double().mean())
+
+
+def recall(features: Tensor, reference: Tensor, k: int = 3, rows: int = _ROWS) -> float:
+    """Share of the reference within the k-th-neighbour radius of some sample; see `precision`."""
+    return precision(reference, features, k, rows)
+
+
+def density(features: Tensor, reference: Tensor, k: int = 5, rows: int = _ROWS) -> float:
+    """How many references' k-th-neighbour balls a sample lies in, on average, over k (arXiv 2002.09797, Eq. 4)."""
+    return float(_balls_around(features, reference, k, rows).double().mean() / k)
+
+
+def coverage(features: Tensor, reference: Tensor, k: int = 5, rows: int = _ROWS) -> float:
+    """Share of references with a sample within their k-th-neighbour radius (arXiv 2002.09797, Eq. 5)."""
+    return float(_covered(features, reference, k, rows).any(dim=1).double().mean())
+
+
+def precision_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
+    """`precision` without each group of samples."""
+    return _means_without(_balls_around(features, reference, 3) > 0, _at_most(NEIGHBOURS, groups))
+
+
+def density_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
+    """`density` without each group of samples."""
+    return _means_without(_balls_around(features, reference, 5) / 5, _at_most(NEIGHBOURS, groups))
+
+
+def coverage_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
+    """`coverage` without each group of samples."""
+    return _shares_without(_covered(features, reference, 5, groups=groups))
+
+
+def recall_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
+    """`recall` without each group of samples, whose radii stay those among all samples."""
+    features, groups = _at_most(NEIGHBOURS, features).double(), _at_most(NEIGHBOURS, groups)
+    radii = _radii(features, 3, _ROWS)
+    reached = [
+        _by_group(distances <= radii, groups) for distances in _distances(_at_most(NEIGHBOURS, reference), features)
+    ]
+    return _shares_without(torch.cat(reached))
+
+
+def nearest_distance(images: Tensor, reference: Tensor, rows: int = _ROWS) -> Tensor:
+    """Euclidean distance of each row [B, ...], image or features, to the nearest of the reference [R, ...]: [B]."""
+    flat = reference.flatten(1)
+    return torch.cat([torch.cdist(part.flatten(1), flat).amin(dim=1) for part in images.split(rows)])
+
+
+def median(values: Tensor) -> float:
+    """Median of a number an image, [B]; of two in the middle the lower one."""
+    return float(values.median())
+
+
+def memorised(nearest: Tensor, held_out: Tensor) -> float:
+    """Share of samples that lie closer to a training image than all but 1 in 20 held-out images do.
+
+    So it is 0.05 of samples that are as far from the training images as new images of the same kind, more where
+    training images are copied, and nothing about samples that are far from all images.
+
+    Args:
+        nearest: [B], distance of each sample to the nearest training image.
+        held_out: [H], the same of images that were not trained on.
+    """
+    return float(_is_memorised(nearest, held_out).double().mean())
+
+
+def memorised_features(features: Tensor, train: Tensor, held_out: Tensor) -> float:
+    """`memorised` by distances of features: of samples [B, F], of training and of held-out images [R, F]."""
+    return memorised(nearest_distance(features, train), nearest_distance(held_out, train))
+
+
+def memorised_without(nearest: Tensor, held_out: Tensor, groups: Tensor) -> list[float]:
+    """`memorised` without each group of samples."""
+    return _means_without(_is_memorised(nearest, held_out), groups)
+
+
+def memorised_features_without(features: Tensor, train: Tensor, held_out: Tensor, groups: Tensor) -> list[float]:
+    """`memorised_features` without each group of samples."""
+    return memorised_without(nearest_distance(features, train), nearest_distance(held_out, train), groups)
+
+
+def _is_memorised(nearest: Tensor, held_out: Tensor) -> Tensor:
+    """[B]: whether below the quantile of the held-out ones, which itself is one of their distances."""
+    place = int(MEMORISED * len(held_out))
+    return nearest < held_out.sort().values[place]
+
+
+def _at_most(count: int, rows: Tensor) -> Tensor:
+    return rows if len(rows) <= count else rows[spread(len(rows), count)]
+
+
+def _radii(points: Tensor, k: int, rows: int) -> Tensor:
+    """Distance of each point to its k-th neighbour, [R]; of fewer points, to the last. The nearest is itself."""
+    parts = (torch.cdist(part, points) for part in points.split(rows))
+    return torch.cat([part.kthvalue(min(k + 1, len(points)), dim=1).values for part in parts])
+
+
+def _distances(points: Tensor, others: Tensor, rows: int = _ROWS) -> Iterator[Tensor]:
+    for part in points.split(rows):
+        yield torch.cdist(part.double(), others)
+
+
+def _balls_around(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS) -> Tensor:
+    """In how many references' balls each sample lies, [B]."""
+    features, reference = _at_most(NEIGHBOURS, features), _at_most(NEIGHBOURS, reference).double()
+    radii = _radii(reference, k, rows)
+    return torch.cat([(distances <= radii).sum(dim=1) for distances in _distances(features, reference, rows)])
+
+
+def _covered(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS, groups: Tensor | None = None) -> Tensor:
+    """Whether each reference has a sample of each group in its ball, [R, G]; without groups, all are one."""
+    groups = torch.zeros(len(features), dtype=torch.long) if groups is None else groups
+    features, groups = _at_most(NEIGHBOURS, features).double(), _at_most(NEIGHBOURS, groups)
+    reference = _at_most(NEIGHBOURS, reference).double()
+    radii, parts = _radii(reference, k, rows).split(rows), _distances(reference, features, rows)
+    return torch.cat([_by_group(part <= own.unsqueeze(1), groups) for part, own in zip(parts, radii, strict=True)])
+
+
+def _by_group(reached: Tensor, groups: Tensor) -> Tensor:
+    """Whether any of a group, [R, B] -> [R, G]."""
+    found = torch.zeros(len(reached), int(groups.max()) + 1)
+    return found.index_add_(1, groups, reached.float()) > 0
+
+
+def _means_without(values: Tensor, groups: Tensor) -> list[float]:
+    """Means of values [B] without each group."""
+    count = int(groups.max()) + 1
+    sums = torch.zeros(count).double().index_add_(0, groups, values.double())
+    sizes = torch.bincount(groups, minlength=count)
+    means: list[float] = ((sums.sum() - sums) / (len(values) - sizes)).tolist()
+    return means
+
+
+def _shares_without(reached: Tensor) -> list[float]:
+    """Shares of rows [R, G] that some group reaches, without each."""
+    by = reached.sum(dim=1, keepdim=True)
+    shares: list[float] = (by - reached.long() > 0).double().mean(dim=0).tolist()
+    return shares
