@@ -112,19 +112,20 @@ def check_extractor(path: Path, file: StatisticsFile, extractor: FeatureExtracto
     Raises:
         UserError: they are of other weights, another preprocessing, or other dimensions than `num_features`.
     """
-    if file.fingerprint:
-        preprocessing = getattr(extractor, "preprocessing", "")
+    preprocessing = getattr(extractor, "preprocessing", "")
+    if file.fingerprint and (file.extractor, file.preprocessing) == (extractor.name, preprocessing):
         if file.fingerprint != extractor.fingerprint:
-            same = " of other weights" if file.extractor == extractor.name else ""
-            raise UserError(
-                f"'{path}' holds statistics of {file.extractor}{same}, not of {extractor.name}: choose its "
-                f"--extractor, or make it again."
-            )
-        if file.preprocessing != preprocessing:
-            raise UserError(
-                f"'{path}' holds statistics of images that were prepared otherwise ('{file.preprocessing}', here "
-                f"'{preprocessing}'): make it again."
-            )
+            raise UserError(f"'{path}' holds statistics of {file.extractor} with other weights: make it again.")
+    elif file.fingerprint and file.extractor == extractor.name:
+        raise UserError(
+            f"'{path}' holds statistics of images that were prepared otherwise ('{file.preprocessing}', here "
+            f"'{preprocessing}'): make it again."
+        )
+    elif file.fingerprint:
+        raise UserError(
+            f"'{path}' holds statistics of {file.extractor}, not of {extractor.name}: choose its --extractor, or make "
+            f"it again."
+        )
     dimensions = getattr(extractor, "num_features", None)
     if dimensions and len(file.statistics.mean) != dimensions:
         raise UserError(
