@@ -9,7 +9,7 @@ COMMANDS = {
     "train": "train a patch on a converged model's own data",
     "cache": "encode images and captions once, for training on latents",
     "sample": "generate images with a model, patched or not",
-    "evaluate": "measure a model, or a patch against its base",
+    "evaluate": "measure a model, a patch against its base, or any two sets of images",
     "compare": "train and measure many methods alike, in one table",
     "decouple": "train one copy of a model for each range of timesteps",
     "assemble": "train LoRA experts for ranges of timesteps, and a router that mixes them",
@@ -24,7 +24,12 @@ COMMANDS = {
     "pretrain": "train a DiT, or a U-Net, from scratch",
 }
 # Options that may be given by their places, before the others.
-_PLACES = {"inspect": ["path"], "export": ["path", "output"], "push": ["path", "repo_id"]}
+_PLACES = {
+    "inspect": ["path"],
+    "export": ["path", "output"],
+    "push": ["path", "repo_id"],
+    "evaluate": ["model", "against"],
+}
 _ALIASES = {"-h": "--help", "-V": "--version"}
 
 

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from stagepatch.checkpoints import MemoryConfig, load_denoiser, on_device
-from stagepatch.core import UserError, processes, progress_bar
+from stagepatch.core import UserError, processes, progress_bar, read_yaml
+from stagepatch.diffusion import make_sampler, pin_timesteps
+from stagepatch.families import find_denoiser
 from stagepatch.methods import DMP, LoRA, PerDenoiser, open_learned
+from stagepatch.sampling import SamplingConfig, load_experts, load_limited_loras
 from stagepatch.training import RUN_CONFIG as RUN_CONFIG
 
 
@@ -56,3 +59,20 @@ def put_on(directory: str, scale: float, target: Any, component: str = "") -> No
             raise UserError(f"patch_scale={scale} scales a patch; '{directory}' holds what {method.name} learned.")
         if isinstance(method, LoRA):
             method.fuse()
+
+
+def put_experts_on(
+    schedule: str, target: Any, scheduler: Any, sampling: SamplingConfig, component: str = ""
+) -> SamplingConfig:
+    """A file's experts, or its LoRAs by range, on a denoiser or on a pipeline's; returns how it is to be sampled."""
+    content = read_yaml(Path(schedule), "schedule")
+    if isinstance(content, dict) and "loras" in content:
+        load_limited_loras(schedule, target, component)
+        return sampling
+    experts = load_experts(schedule, find_denoiser(target), scheduler or target.scheduler)
+    experts.attach(target)
+    if scheduler is None and experts.timesteps is not None:
+        if experts.scheduler:
+            target.scheduler = make_sampler(experts.scheduler, target.scheduler)
+        pin_timesteps(target.scheduler, experts.timesteps)
+    return experts.sampling(sampling)

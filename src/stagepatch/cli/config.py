@@ -94,29 +94,45 @@ class ExpertsConfig:
 
 @dataclass
 class EvaluateConfig(EvaluationConfig):
-    """Measure a model against its training images, and for bundled data against the held-out ones.
+    """Measure a model against its training images, or one source of images against another: `stagepatch evaluate A B`.
+
+    A and B are each a model; MODEL+LEARNED, with a patch, a LoRA, weights or a file of experts on it; images, in
+    whatever form `data.source` takes, or samples.safetensors; of these IMAGES:train or IMAGES:held-out; or statistics
+    (.npz). `digits` is the model, `digits:train` the data. See docs/evaluating.md. The same command again goes on
+    where it was stopped.
 
     Args:
-        output_dir: takes metrics.json and the resolved config.
-        model: a model directory, 'digits' or 'fashion'.
+        output_dir: takes metrics.json and the resolved config; while it runs, what it goes on from.
+        model: a model directory, 'digits' or 'fashion'; with `against`, any source.
+        against: the source that `model` is measured against; empty for its training images, and for bundled data the
+            held-out ones.
+        conditions: images whose labels or captions models are sampled with; empty for the other source's.
+        save_statistics: a .npz that takes the statistics of `model`'s images, with the first seed; they can be
+            measured against from then on.
         dtype: of the denoiser's weights, but for those that its class keeps in float32.
         memory: how it is held in memory; see docs/memory.md.
         patch: directory of a patch, or of what another method learned; with one, base and patched model are compared
             from the same noise.
         patch_scale: factor on the patch's prompts; 1 as trained.
         schedule: YAML file of experts by range of timesteps, which then are compared with the base.
-        seeds: sampling seeds; the spread and the paired difference are over these.
+        seeds: sampling seeds; the spread and the paired difference are over these. The other side, where it is a
+            model, has the seed after their highest.
+        data: training images; with `against`, how images are read: at their own size where image_size is 0.
         sampling: sampler and count; its seed is replaced by each of `seeds`.
     """
 
     output_dir: str = "runs/evaluate"
     model: str = "digits"
+    against: str = ""
+    conditions: str = ""
+    save_statistics: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     patch: str = ""
     patch_scale: float = 1.0
     schedule: str = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    data: DataConfig = field(default_factory=lambda: DataConfig(image_size=0))
 
 
 @dataclass

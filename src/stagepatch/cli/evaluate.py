@@ -1,48 +1,91 @@
-"""Measure a model."""
+"""Measure a model, or one source of images against another."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
+from stagepatch.cli.evaluate_sources import evaluate_sources, learned_fingerprint, shard_size, weights_fingerprint
 from stagepatch.core import UserError, processes, write_json, write_text
+from stagepatch.data import DataConfig
 from stagepatch.evaluation import Evaluator, Measured, comparison_table
+from stagepatch.evaluation.shards import Shards, begin, finish
+from stagepatch.methods import open_learned
 from stagepatch.report import print_table
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts
 
 
 def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
-    """Measure a model; with a patch or a schedule, base and patched (or scheduled) from the same noise."""
+    """Measure a model, or A against B."""
+    if config.against or config.save_statistics:
+        evaluate_sources(config, resolved)
+    else:
+        _evaluate_model(config, resolved)
+
+
+def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
+    """A model against its training images; with a patch or a schedule, base and patched (or scheduled) from the same
+    noise.
+    """
     if config.patch and config.schedule:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
     directory = Path(config.output_dir)
     cache = Path(config.cache or directory / "cache")
     dtype = getattr(torch, config.dtype)
-    evaluator = Evaluator.load(config.model, config.data, config.extractor, cache, config.held_out, text_dtype=dtype)
+    data = replace(config.data, image_size=config.data.image_size or DataConfig.image_size)
+    evaluator = Evaluator.load(config.model, data, config.extractor, cache, config.held_out, text_dtype=dtype)
     model, scheduler = load_on_device(config.model, dtype, config.memory)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
+    if config.patch:
+        open_learned(Path(config.patch))  # refused before anything is sampled
     attach_guide(model, scheduler, config.sampling)
+    kept = directory / "features" / "model"
+    settings = {
+        "config": config,
+        "weights": weights_fingerprint(config.model),
+        "learned": learned_fingerprint(config.patch or config.schedule),
+        "extractor": evaluator.extractor.fingerprint,
+    }
+    begin(kept, settings, ignored=("output_dir", "cache"))
+    parts: dict[str, list[Shards]] = {}
     total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)
     with bar_over(total) as on_batch:
 
-        def measure(sampling: SamplingConfig) -> Measured:
-            return evaluator.measure(model, scheduler, sampling, config.seeds, on_batch)
+        def collect(name: str, sampling: SamplingConfig) -> None:
+            def shards(seed: int) -> Shards:
+                own = replace(sampling, seed=seed)
 
-        patched = None
+                def make(numbers: range) -> dict[str, Tensor]:
+                    return evaluator.collect(evaluator.sample(model, scheduler, own, on_batch, numbers))
+
+                return Shards(kept / f"{name}-{seed}", sampling.num_images, make, shard_size(sampling))
+
+            parts[name] = [shards(seed) for seed in config.seeds]
+            for each in parts[name]:
+                each.make_own(on_batch)
+
         if experts is not None:
             with experts.attach(model):
-                patched = measure(experts.sampling(config.sampling))
-        base = measure(config.sampling)
+                collect("schedule", experts.sampling(config.sampling))
+        collect("base", config.sampling)
         if config.patch:
             put_on(config.patch, config.patch_scale, model)
-            patched = measure(config.sampling)
+            collect("patched", config.sampling)
+    processes().wait_for_everyone()
     if not processes().is_main_process:
         return
+    measured = {
+        name: Measured([evaluator.measure_collected(each.gathered()) for each in shards], torch.empty(0))
+        for name, shards in parts.items()
+    }
     write_text(directory / RUN_CONFIG, resolved)
     name = "patched" if experts is None else "schedule"
-    results = {"base": base.metrics} | ({} if patched is None else {name: patched.metrics})
+    results = {each: measured[each].metrics for each in ("base", name) if each in measured}
     write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
-    columns, rows = comparison_table(base, patched, evaluator.extractor.name, name)
+    finish(kept)
+    columns, rows = comparison_table(measured["base"], measured.get(name), evaluator.extractor.name, name)
     print_table(columns, rows, f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds")
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'.")

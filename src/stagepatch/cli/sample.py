@@ -1,25 +1,19 @@
 """Generate images."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from stagepatch.checkpoints import is_pipeline, load_pipeline
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
-from stagepatch.core import UserError, processes, read_yaml, write_tensors, write_text
-from stagepatch.diffusion import make_sampler, pin_timesteps
-from stagepatch.families import find_denoiser
+from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_experts_on, put_on
+from stagepatch.core import UserError, processes, write_tensors, write_text
 from stagepatch.report import image_grid, write_picture
 from stagepatch.sampling import (
-    SamplingConfig,
     attach_guide,
     balanced_labels,
     generate,
     generate_with_pipeline,
-    load_experts,
-    load_limited_loras,
     prompted_latents,
 )
 
@@ -35,7 +29,9 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     else:
         model, scheduler = load_on_device(config.model, dtype, config.memory)
     attach_guide(model, scheduler or model.scheduler, config.sampling)
-    sampling = _put_experts_on(config, model, scheduler) if config.schedule else config.sampling
+    sampling = config.sampling
+    if config.schedule:
+        sampling = put_experts_on(config.schedule, model, scheduler, sampling, config.component)
     if config.patch:
         put_on(config.patch, config.patch_scale, model, config.component)
     with bar_over(own_share(sampling.num_images)) as on_batch:
@@ -52,18 +48,3 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     write_tensors(directory / "samples.safetensors", {"images": images})
     write_picture(directory / "grid.png", image_grid(images[:100], columns=10))
     print(f"{len(images)} images are in '{directory / 'samples.safetensors'}', a grid in '{directory / 'grid.png'}'.")
-
-
-def _put_experts_on(config: configs.SampleConfig, model: Any, scheduler: Any) -> SamplingConfig:
-    """The model schedule's experts, or LoRAs, on a denoiser or on a pipeline's; returns how it is to be sampled."""
-    content = read_yaml(Path(config.schedule), "schedule")
-    if isinstance(content, dict) and "loras" in content:
-        load_limited_loras(config.schedule, model, config.component)
-        return config.sampling
-    experts = load_experts(config.schedule, find_denoiser(model), scheduler or model.scheduler)
-    experts.attach(model)
-    if scheduler is None and experts.timesteps is not None:
-        if experts.scheduler:
-            model.scheduler = make_sampler(experts.scheduler, model.scheduler)
-        pin_timesteps(model.scheduler, experts.timesteps)
-    return experts.sampling(config.sampling)

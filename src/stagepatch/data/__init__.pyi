@@ -29,6 +29,7 @@ from .model_cache import load_training_data as load_training_data
 from .model_cache import make_cache as make_cache
 from .model_cache import open_cache as open_cache
 from .model_cache import with_channels as with_channels
+from .pictures import Pictures as Pictures
 from .pixels import Pixels as Pixels
 from .pixels import decode_once as decode_once
 from .preprocess import bucket_sizes as bucket_sizes

@@ -222,17 +222,23 @@ class Evaluator:
         return self.measure_collected(self.collect(images, keys), keys)
 
     def sample(
-        self, model: nn.Module, scheduler: Any, sampling: SamplingConfig, on_batch: OnBatch | None = None
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        sampling: SamplingConfig,
+        on_batch: OnBatch | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Tensor:
         """Images [B, C, H, W] of `labels`.
 
         Args:
             scheduler: the one that the model was trained with.
             on_batch: called with the number of images done after each batch.
+            numbers: which of them, made by this process alone; all by default.
         """
         latents: dict[str, Any] = {} if self.latents is None else vars(self.latents)
         labels = self.labels(sampling.num_images)
-        return generate(model, scheduler, sampling, labels, on_batch=on_batch, **latents)
+        return generate(model, scheduler, sampling, labels, on_batch=on_batch, numbers=numbers, **latents)
 
     def measure(
         self,

@@ -77,6 +77,7 @@ class Metric:
 
 # By key, in the order of tables; a new metric is an entry here.
 METRICS = {
+    "fid": Metric("FID ({features})", fid, "unseen", moments=True, always=False),
     "fid_train": Metric("FID ({features}), training images", fid, "train", moments=True),
     "fid_held_out": Metric("FID ({features}), held-out images", fid, "held_out", moments=True),
     "fid_second": Metric("FID (second features)", fid, "unseen", of="second", moments=True),

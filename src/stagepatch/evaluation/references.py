@@ -1,8 +1,8 @@
-"""What samples are measured against, out of a data config, and its features, cached by content."""
+"""What samples are measured against, out of a data config, and features of data sets, cached by content."""
 
-import contextlib
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,11 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stagepatch.core import UserError, read_tensors, write_tensors
-from stagepatch.data import BUNDLED, DataConfig, ImageDataset, Images, Mixture, in_memory, load_dataset
+from stagepatch.core import UserError
+from stagepatch.data import BUNDLED, DataConfig, ImageDataset, Images, Mixture, Part, in_memory, load_dataset
 from stagepatch.evaluation.features import FeatureExtractor, extract_features
+from stagepatch.evaluation.shards import Shards
 
 _MOST_NUMBERS = 2**28  # a GiB of float32
+_IN_SHARD = 512
+_IN_MEMORY = 64  # images at a time, of those in files
 
 
 @dataclass
@@ -59,30 +62,48 @@ def feature_cache() -> Path:
 def reference_features(
     dataset: ImageDataset | Images | Mixture, extractor: FeatureExtractor, cache: Path | None = None
 ) -> Tensor:
-    """Features [B, F] of a dataset, read from the cache where they are in it.
+    """Features [B, F] of a dataset, read from the cache where they are in it; see `feature_shards`."""
+    return feature_shards(dataset, extractor, cache).gathered()["features"]
+
+
+def feature_shards(
+    dataset: ImageDataset | Images | Mixture | Part,
+    extractor: FeatureExtractor,
+    cache: Path | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Shards:
+    """Features of a dataset, in the cache or made when they are come to.
 
     The key is a hash of the extractor's weights and of the images; of those that are not in memory, of the files'
-    names, sizes and times, and of how they are cropped. So nothing in the cache is ever stale. A broken file is made
+    names, sizes and times, and of how they are cropped. So nothing in the cache is ever stale. What is broken is made
     anew; a cache that cannot be written costs time, not the result.
+
+    Args:
+        on_batch: called with the number of images that features were made of.
     """
-    path = (cache or feature_cache()) / "features" / f"{_key(dataset, extractor)}.safetensors"
-    with contextlib.suppress(UserError):
-        cached = read_tensors(path)[0].get("features")
-        if cached is not None and len(cached) == len(dataset):
-            return cached
-    if isinstance(dataset, ImageDataset):
-        features = extract_features(extractor, dataset.images)
-    else:  # a few images in memory at a time
-        groups = torch.arange(len(dataset)).split(64)
-        batches = (torch.stack([dataset[int(index)]["image"] for index in group]) for group in groups)
-        features = torch.cat([extractor(batch).float() for batch in batches])
-    with contextlib.suppress(UserError):
-        write_tensors(path, {"features": features})
-    return features
+
+    def make(numbers: range) -> dict[str, Tensor]:
+        batches = []
+        for part in torch.tensor(numbers).split(len(numbers) if isinstance(dataset, ImageDataset) else _IN_MEMORY):
+            batches.append(extract_features(extractor, _images(dataset, part)))
+            if on_batch is not None:
+                on_batch(len(part))
+        return {"features": torch.cat(batches)}
+
+    directory = (cache or feature_cache()) / "features" / _key(dataset, extractor)
+    return Shards(directory, len(dataset), make, _IN_SHARD, must_write=False)
 
 
-def _key(dataset: ImageDataset | Images | Mixture, extractor: FeatureExtractor) -> str:
+def _images(dataset: ImageDataset | Images | Mixture | Part, numbers: Tensor) -> Tensor:
     if isinstance(dataset, ImageDataset):
+        return dataset.images[numbers]
+    return torch.stack([dataset[number]["image"] for number in numbers.tolist()])
+
+
+def _key(dataset: ImageDataset | Images | Mixture | Part, extractor: FeatureExtractor) -> str:
+    if isinstance(dataset, Part):
+        digest = hashlib.sha256(f"{_key(dataset.dataset, extractor)} {dataset.indices}".encode())
+    elif isinstance(dataset, ImageDataset):
         images = dataset.images
         digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {extractor.fingerprint}".encode())
         digest.update(images.cpu().contiguous().numpy().tobytes())

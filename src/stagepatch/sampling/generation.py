@@ -88,6 +88,7 @@ def generate(
     on_batch: Callable[[int], None] | None = None,
     captions: Captions | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] on the CPU, in the range the model was trained on.
 
@@ -102,6 +103,7 @@ def generate(
         on_batch: called with the number of images done after each batch.
         captions: conditions of a model that takes captions, in place of labels.
         decode: makes images of latents, a batch at a time.
+        numbers: which of the num_images are made, by this process alone; all by default.
 
     Raises:
         UserError: an unknown scheduler, guidance on an unconditional model or in no interval, or other than num_images
@@ -143,16 +145,20 @@ def generate(
             sample = sampler.step(output, timestep, sample, return_dict=False, **options)[0]
         return sample if decode is None else decode(sample)
 
-    return in_batches(denoise, config, on_batch)
+    return in_batches(denoise, config, on_batch, numbers)
 
 
 def in_batches(
-    make: Callable[[list[int]], Tensor], config: SamplingConfig, on_batch: Callable[[int], None] | None
+    make: Callable[[list[int]], Tensor],
+    config: SamplingConfig,
+    on_batch: Callable[[int], None] | None,
+    numbers: Sequence[int] | None = None,
 ) -> Tensor:
     """All images, on the CPU and in their order; the processes share them, a batch at a time.
 
     Args:
         make: the numbers of a batch's images -> the images.
+        numbers: of images that this process makes alone, in place of its share.
 
     Raises:
         UserError: no image is asked for.
@@ -160,7 +166,8 @@ def in_batches(
     if config.num_images < 1:
         raise UserError(f"num_images={config.num_images} must be at least 1.")
     state = processes()
-    own: list[int] = np.array_split(np.arange(config.num_images), state.num_processes)[state.process_index].tolist()
+    shares = np.array_split(np.arange(config.num_images), state.num_processes)
+    own: list[int] = shares[state.process_index].tolist() if numbers is None else list(numbers)
     batches = []
     for first in range(0, len(own), config.batch_size):
         indices = own[first : first + config.batch_size]
@@ -168,7 +175,7 @@ def in_batches(
         if on_batch is not None:
             on_batch(len(indices))
     images = torch.cat(batches or [torch.empty(0)])  # torch.cat passes over a process's nothing
-    return torch.cat(gather_object([images])) if state.num_processes > 1 else images
+    return torch.cat(gather_object([images])) if state.num_processes > 1 and numbers is None else images
 
 
 def conditions(model: nn.Module, labels: Tensor, captions: Captions | None, indices: list[int]) -> Conditions:

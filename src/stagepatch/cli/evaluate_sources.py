@@ -1,0 +1,235 @@
+"""Measure one source of images against another: `stagepatch evaluate A B`."""
+
+import hashlib
+import math
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stagepatch.checkpoints import denoiser_directory, find_model, sampled_fingerprint
+from stagepatch.cli import config as configs
+from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_experts_on, put_on
+from stagepatch.core import UserError, as_user_error, processes, write_json, write_text
+from stagepatch.evaluation import direction_note, load_extractor, metric_names
+from stagepatch.evaluation.features import FeatureExtractor, extract_features
+from stagepatch.evaluation.references import feature_shards
+from stagepatch.evaluation.shards import Shards, begin, finish
+from stagepatch.evaluation.sides import Reference, Side, two_sided
+from stagepatch.evaluation.sources import Dataset, NamedSource, load_images, name_source, sampling_conditions
+from stagepatch.evaluation.statistics import check_finite
+from stagepatch.evaluation.statistics_file import (
+    StatisticsFile,
+    check_extractor,
+    has_images,
+    read_statistics,
+    write_statistics,
+)
+from stagepatch.families import sample_shape
+from stagepatch.report import format_mean, print_table
+from stagepatch.sampling import SamplingConfig, attach_guide, generate
+
+_IN_SHARD = 256
+
+
+def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
+    """Metrics of A's images against B's, for each seed where A is a model; statistics of A's, where wanted."""
+    if config.patch or config.schedule:
+        raise UserError(f"Of two sources, say what is on a model as {config.model}+{config.patch or config.schedule}.")
+    if config.save_statistics and not config.save_statistics.endswith(".npz"):
+        raise UserError(
+            f"Statistics are written as .npz: --save_statistics='{config.save_statistics}' ends otherwise."
+        )
+    directory = Path(config.output_dir)
+    extractor = load_extractor(config.extractor)
+    named = [name_source(text) for text in (config.model, config.against) if text]
+    images = [load_images(each, config.data) if each.kind == "images" else None for each in named]
+    for dataset in images:  # what does not fit is refused here, not when all is sampled
+        if dataset is not None:
+            extractor(dataset[0]["image"].unsqueeze(0))
+    chosen = load_images(name_source(config.conditions), config.data) if config.conditions else None
+    seeds, notes = (config.seeds, [max(config.seeds) + 1]), list[str]()
+    sides: dict[int, list[Side]] = {}
+    for number in sorted(range(len(named)), key=lambda number: named[number].kind == "model"):  # models come last
+        source, dataset = named[number], images[number]
+        if source.kind == "statistics":
+            sides[number] = [_of_statistics(source, config, extractor, notes)]
+        elif dataset is not None:
+            sides[number] = [_of_images(source, dataset, config, extractor)]
+        else:
+            other = 1 - number if len(named) > 1 else number
+            conditions = (chosen, config.conditions) if config.conditions else (images[other], named[other].text)
+            kept = directory / "features" / "ab"[number]
+            sides[number] = _of_model(source, config, extractor, conditions, seeds[number], kept, notes)
+    processes().wait_for_everyone()
+    if not processes().is_main_process:
+        return
+    write_text(directory / RUN_CONFIG, resolved)
+    if config.save_statistics:
+        _save(Path(config.save_statistics), sides[0][0], extractor)
+    if config.against:
+        _measure(sides[0], sides[1][0], config, extractor, notes)
+    finish(directory / "features")
+
+
+def _of_statistics(
+    source: NamedSource, config: configs.EvaluateConfig, extractor: FeatureExtractor, notes: list[str]
+) -> Side:
+    path = Path(source.path)
+    file = read_statistics(path)
+    notes += [note] if (note := check_extractor(path, file, extractor)) else []
+    facts = {"images": file.statistics.count or "not said", "extracted by": file.extractor or "not said"}
+    parts = None
+    if has_images(path):  # as ADM's reference batches
+        parts = _of_images(source, load_images(source, config.data), config, extractor).parts
+        notes.append(f"Of '{source.text}', the statistics are the file's own; the rest is of the images in it.")
+    return Side(source.text, parts, file.statistics, _facts(source, **facts))
+
+
+def _of_images(
+    source: NamedSource, dataset: Dataset, config: configs.EvaluateConfig, extractor: FeatureExtractor
+) -> Side:
+    with bar_over(own_share(len(dataset)), f"features of {source.text}") as on_batch:
+        parts = feature_shards(dataset, extractor, on_batch=on_batch)
+        parts.make_own(on_batch)
+    facts: dict[str, Any] = {"images": len(dataset), "size": [*dataset[0]["image"].shape]}
+    if source.split:
+        facts["split"] = source.split
+        facts["held_out"] = config.data.held_out or "the data set's own"
+    return Side(source.text, parts, facts=_facts(source, **facts))
+
+
+def _of_model(
+    source: NamedSource,
+    config: configs.EvaluateConfig,
+    extractor: FeatureExtractor,
+    conditions: tuple[Dataset | None, str],
+    seeds: list[int],
+    kept: Path,
+    notes: list[str],
+) -> list[Side]:
+    dtype, sampling = getattr(torch, config.dtype), config.sampling
+    model, scheduler = load_on_device(source.path, dtype, config.memory)
+    attach_guide(model, scheduler, sampling)
+    if Path(source.learned).suffix in (".yaml", ".yml"):
+        sampling = put_experts_on(source.learned, model, scheduler, sampling)
+    elif source.learned:
+        put_on(source.learned, config.patch_scale, model)
+    given = sampling_conditions(source.path, model, sampling.num_images, *conditions, dtype)
+    notes += [given.said] if given.said else []
+    if given.latents is None:
+        extractor(torch.zeros(1, *sample_shape(model)))
+    settings = {
+        "source": source.text,
+        "weights": weights_fingerprint(source.path),
+        "learned": learned_fingerprint(source.learned),
+        "conditions": given.digest,
+        "extractor": extractor.fingerprint,
+        "dtype": config.dtype,
+        "memory": config.memory,
+        "patch_scale": config.patch_scale,
+        "sampling": sampling,
+    }
+    begin(kept, settings)
+    latents = {} if given.latents is None else vars(given.latents)
+    with bar_over(own_share(sampling.num_images) * len(seeds), f"sampling {source.text}") as on_batch:
+
+        def shards(seed: int) -> Shards:
+            own = replace(sampling, seed=seed)
+
+            def make(numbers: range) -> dict[str, Tensor]:
+                options: dict[str, Any] = {"on_batch": on_batch, "numbers": numbers, **latents}
+                features = extract_features(extractor, generate(model, scheduler, own, given.labels, **options))
+                with as_user_error(f"'{source.text}'", UserError):
+                    check_finite(features)
+                return {"features": features}
+
+            return Shards(kept / f"seed-{seed}", sampling.num_images, make, shard_size(sampling))
+
+        found = [shards(seed) for seed in seeds]
+        for each in found:
+            each.make_own(on_batch)
+    facts = {"images": sampling.num_images, "weights": settings["weights"], "conditions": given.said}
+    facts |= {"learned": settings["learned"]} if source.learned else {}
+    return [
+        Side(source.text, each, facts=_facts(source, **facts, seed=seed))
+        for seed, each in zip(seeds, found, strict=True)
+    ]
+
+
+def _facts(source: NamedSource, **facts: Any) -> dict[str, Any]:
+    return {"source": source.text, "kind": source.kind, **facts}
+
+
+def _save(path: Path, side: Side, extractor: FeatureExtractor) -> None:
+    with as_user_error(f"'{side.name}'", UserError):
+        found = side.statistics()
+    preprocessing = getattr(extractor, "preprocessing", "")
+    write_statistics(path, StatisticsFile(found, extractor.name, extractor.fingerprint, preprocessing, side.name))
+    print(f"Statistics of {found.count:,} images are in '{path}'.")
+
+
+def _measure(
+    ones: list[Side], other: Side, config: configs.EvaluateConfig, extractor: FeatureExtractor, notes: list[str]
+) -> None:
+    reference = Reference(other)
+    metrics = [reference.measure(one) for one in ones]
+    labels = metric_names(extractor.name)
+    left_out = [key for key in two_sided() if key not in metrics[0]]
+    if left_out:
+        names = ", ".join(labels[key] for key in left_out)
+        notes.append(f"Left out, since statistics are not enough for them: {names}.")
+    for side in (ones[0], other):
+        note = replace(reference.statistics, count=side.count).note()
+        notes += [f"'{side.name}': {note}"] if note else []
+    sizes = [side.facts["size"] for side in (ones[0], other) if "size" in side.facts]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        notes.append(
+            f"The images differ in size, {sizes[0]} and {sizes[1]} [C, H, W]: each is resized to the extractor's."
+        )
+    directory = Path(config.output_dir)
+    result = {
+        "a": ones[0].facts,
+        "b": other.facts,
+        "extractor": {
+            "name": extractor.name,
+            "fingerprint": extractor.fingerprint,
+            "preprocessing": getattr(extractor, "preprocessing", ""),
+        },
+        "sampling": asdict(config.sampling),
+        "seeds": [one.facts["seed"] for one in ones if "seed" in one.facts],
+        "metrics": metrics,
+        "notes": notes,
+    }
+    write_json(directory / "metrics.json", result)
+    rows = [[labels[key], _mean([each[key] for each in metrics])] for key in metrics[0]]
+    counts = " against ".join(f"{side.facts['images']} of {side.name}" for side in (ones[0], other))
+    print_table(["metric", ones[0].name], rows, f"Images: {counts}")
+    for line in (direction_note(metrics[0]), *notes):
+        print(line)
+    print(f"All figures, and what was measured, are in '{directory / 'metrics.json'}'.")
+
+
+def _mean(values: list[float]) -> str:
+    return format_mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, 4)
+
+
+def shard_size(sampling: SamplingConfig) -> int:
+    """Images in a file: whole batches, so that each is denoised beside the same others wherever a run was stopped."""
+    return math.ceil(_IN_SHARD / sampling.batch_size) * sampling.batch_size
+
+
+def weights_fingerprint(model: str) -> str:
+    """Changes with the files of a denoiser; they are not read wholly."""
+    return sampled_fingerprint(denoiser_directory(find_model(model)))
+
+
+def learned_fingerprint(path: str) -> str:
+    """Changes with what a method learned, or with a file of experts; '' for none."""
+    if not path:
+        return ""
+    learned = Path(path)
+    return sampled_fingerprint(learned) if learned.is_dir() else hashlib.sha256(learned.read_bytes()).hexdigest()
