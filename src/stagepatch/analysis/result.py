@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from stagepatch.report import Table
+from stagepatch.report import Comparison, Table
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Analysis:
         numbers: tensors, mappings and lists of them.
         caption: of the plot.
         tensors: what is too large for JSON, by name.
+        samples: of two models from the same noise.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Analysis:
     summary: Sequence[Table]
     details: Sequence[Table]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    samples: Sequence[Comparison] = ()
 
 
 def as_plain(value: Any) -> Any:

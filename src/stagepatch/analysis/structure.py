@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from stagepatch.analysis.result import Analysis, signed
 from stagepatch.core import UserError
-from stagepatch.report import Table
+from stagepatch.report import Comparison, Table
 
 _BINS = 120
 
@@ -89,7 +89,24 @@ def analyze_structure(samples: Mapping[str, Tensor], kind: str) -> Analysis:
         f"How alike two generated {kind} are: share of the pairs by their correlation and by their cosine.",
         [Table("Likeness between samples", ["model", "measure", "max", "min", "mean", "std"], rows, note)],
         [],
+        samples=_comparisons(samples, kind),
     )
+
+
+def _comparisons(samples: Mapping[str, Tensor], kind: str) -> list[Comparison]:
+    """Of each further model's samples over the first one's."""
+    (base, first), *others = samples.items()
+    shown = "; latents as they are, not decoded, of more than three channels the first three" * (kind == "latents")
+    return [
+        Comparison.of_samples(
+            f"Samples: {name}",
+            first,
+            own,
+            (base, name),
+            f"Equal places are from the same noise: {base} left of the slider, {name} right of it{shown}.",
+        )
+        for name, own in others
+    ]
 
 
 def _plot_pairs(pairs: Mapping[str, Mapping[str, Tensor]]) -> Figure:

@@ -185,7 +185,7 @@ def _write(config: configs.AnalyzeConfig, resolved: str, analyses: Sequence[Anal
         write_picture(directory / f"{each.name}.png", each.figure)
         if each.tensors:
             write_tensors(directory / f"{each.name}.safetensors", each.tensors)
-        sections += [Picture(each.title, each.figure, each.caption), *each.summary, *each.details]
+        sections += [Picture(each.title, each.figure, each.caption), *each.samples, *each.summary, *each.details]
         for table in each.summary:
             print_table(table.columns, table.rows, table.title)
         print(f"{each.summary[-1].note}\n" if each.summary else "", end="")

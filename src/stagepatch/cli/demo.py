@@ -148,15 +148,15 @@ def _sections(
     sections: list[report.Section] = [
         report.Prose("Verdict", verdict(measured, config.quick)),
         report.Table("What was gained", *gain_table(measured), _NOTE),
-        report.Picture("Beside what costs no training", figure, "Lines: standard error over sampling seeds, paired."),
-        report.Picture("Samples", pairs, "Base and patched model from the same noise."),
+        report.Picture("Beside what costs no training", figure, _GAIN_CAPTION),
+        _samples("Samples", first, "patched"),
         report.Table("All metrics", *whole, _NOTE),
-        report.Picture("Training", report.training_curves(read_log(run.directory)), "Loss and what else was logged."),
+        report.Picture("Training", report.training_curves(read_log(run.directory)), report.TRAINING_CAPTION),
     ]
     if GUIDED in first:
         guided = report.paired_grid(first["base"].images[:40], first[GUIDED].images[:40], columns=10)
         report.write_picture(directory / "guided.png", guided)
-        sections.insert(4, report.Picture("Samples with the guide", guided, "Base and guided, from the same noise."))
+        sections.insert(4, _samples("Samples with the guide", first, GUIDED))
     if patch is not None:
         timesteps = torch.arange(0, run.objective.num_train_timesteps, 10)
         activation = gate_activation(run.model, patch, timesteps)
@@ -165,6 +165,11 @@ def _sections(
         sections.append(report.Picture("Gate activation", plot, note))
     again = report.provenance(run.config_text, _commands(directory, config))
     return [*sections, report.KeyValues("In numbers", facts), *again]
+
+
+def _samples(title: str, row: Row, name: str) -> report.Comparison:
+    caption = f"Equal places are from the same noise: the base left of the slider, {name} right of it."
+    return report.Comparison.of_samples(title, row["base"].images, row[name].images, ("base", name), caption)
 
 
 _LEADS = {
@@ -177,6 +182,10 @@ _LEADS = {
         "these from the model's samples (DDO, arXiv 2503.01103). 5,000 images are held out from all training."
     ),
 }
+_GAIN_CAPTION = (
+    "Change of FID against held-out images, in percent of the first row's; below zero is better. Grey is the base in "
+    "more steps. Lines: standard error over sampling seeds, paired."
+)
 _NOTE = (
     "Mean ± standard deviation over sampling seeds; differences are paired by seed, ± their standard error. "
     f"{direction_note(chosen(None))}"

@@ -1,4 +1,5 @@
 from .page import Code as Code
+from .page import Comparison as Comparison
 from .page import KeyValues as KeyValues
 from .page import Picture as Picture
 from .page import Prose as Prose
@@ -8,11 +9,15 @@ from .page import provenance as provenance
 from .page import write_page as write_page
 from .pictures import image_grid as image_grid
 from .pictures import paired_grid as paired_grid
-from .pictures import to_data_uri as to_data_uri
+from .pictures import paired_grids as paired_grids
+from .pictures import split_pair as split_pair
+from .pictures import to_png as to_png
 from .pictures import write_picture as write_picture
+from .plots import TRAINING_CAPTION as TRAINING_CAPTION
 from .plots import metric_curves as metric_curves
 from .plots import similarity_heatmaps as similarity_heatmaps
 from .plots import training_curves as training_curves
+from .tables import as_number as as_number
 from .tables import format_mean as format_mean
 from .tables import markdown_table as markdown_table
 from .tables import print_table as print_table

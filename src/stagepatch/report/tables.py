@@ -1,6 +1,7 @@
 """Tables for the terminal and for Markdown."""
 
 import math
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -12,6 +13,15 @@ def format_mean(mean: float, spread: float, digits: int = 2) -> str:
     if math.isnan(spread):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+_NUMBER = re.compile(r"([+\-−]?)((?:\d[\d,]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?=$|[\s%*×])", re.IGNORECASE)
+
+
+def as_number(cell: str) -> float | None:
+    """The number that a cell begins with: 12.3 of '12.30 ± 0.40', −1.5 of '−1.5 %', 1024 of '1,024'; else None."""
+    found = _NUMBER.match(cell.strip())
+    return float(("-" if found[1] in ("-", "−") else "") + found[2].replace(",", "")) if found else None
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -27,7 +37,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=140, markup=False)
     console.print(table)

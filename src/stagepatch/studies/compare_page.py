@@ -23,6 +23,14 @@ _CONTROLS_NOTE = (
     "In percent of the base, ± standard error: the method's value less the control's, the best control first; paired "
     "by training run where both have as many, by Welch's test elsewhere. The p-values are of one difference each."
 )
+_CURVES_CAPTION = (
+    "The metric over iterations beyond the base's own; the dashed line is the base. Bars: standard deviation over "
+    "training seeds."
+)
+_GAIN_CAPTION = (
+    "Difference to the base at the last checkpoint, against the number of trained parameters and against the time of a "
+    "training step [s]. Bars: standard error."
+)
 COLUMNS = ["method", "trained", "share", "s/step", "peak MiB", "file MiB"]
 JUDGED = ["difference to base", "95% interval", "in percent", "p", "p (Holm)"]
 
@@ -68,11 +76,12 @@ def against_controls(rows: Sequence[Row], metric: str) -> tuple[list[str], list[
     return columns, cells
 
 
-def changes(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def changes(rows: Sequence[Row], features: str) -> tuple[list[str], list[list[str]]]:
     """Every metric's difference to the base, ± its standard error."""
     keys = list(rows[0].metrics)
     cells = [[row.name, *(_change(row.changes[key]) for key in keys)] for row in rows if row.changes]
-    return ["method", *keys], cells
+    names = metric_names(features)
+    return ["method", *(names[key] for key in keys)], cells
 
 
 def _change(change: Difference) -> str:
@@ -129,7 +138,7 @@ def write_results(
     features = jobs[0].extractor + " features"
     columns, cells = table(rows, metric, features)
     parts = [report.markdown_table(columns, cells), note(jobs, metric), verdict(rows, metric)]
-    controls, found = against_controls(rows, metric), changes(rows)
+    controls, found = against_controls(rows, metric), changes(rows, features)
     parts += [report.markdown_table(*each) for each in (controls, found) if each[1]]
     write_text(directory / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
     sheet = io.StringIO()
@@ -143,25 +152,35 @@ def write_results(
         report.Prose("Verdict", verdict(rows, metric)),
         report.Table("All methods", columns, cells, note(jobs, metric)),
         *([report.Table("Against the controls", *controls, _CONTROLS_NOTE)] if controls[1] else []),
-        report.Picture("Over iterations", curves(rows, metric, features), "Bars: standard deviation."),
-        report.Picture("Gain against cost", gain_against_cost(rows), f"Difference to the base. {direction}"),
+        report.Picture("Over iterations", curves(rows, metric, features), _CURVES_CAPTION),
+        report.Picture("Gain against cost", gain_against_cost(rows, metric, features), f"{_GAIN_CAPTION} {direction}"),
         report.Table("All metrics at the last checkpoint", header, values, direction_note(rows[0].metrics)),
         *([report.Table("Differences to the base", *found, "± standard error.")] if found[1] else []),
-        *_grids(jobs),
+        *_samples(jobs),
         *report.provenance(resolved, "stagepatch compare --config run.yaml\n"),
     ]
     lead = f"{len(rows)} methods on '{jobs[0].config.model}', trained on the same batches, noise and timesteps."
     report.write_page(directory / "report.html", "stagepatch compare", lead, sections)
 
 
-def _grids(jobs: Sequence[CompareJob]) -> list[report.Section]:
+def _samples(jobs: Sequence[CompareJob]) -> list[report.Section]:
+    """Of each method, over the base's; alone where there is no base, or one of another size."""
     first = {job.name: job for job in reversed(jobs)}
-    pictures: list[report.Section] = []
-    for name in dict.fromkeys(job.name for job in jobs):
-        images = read_tensors(first[name].directory / SAMPLES_NAME)[0]["images"]
-        grid = report.image_grid(images[:40], columns=20)
-        pictures.append(report.Picture(f"Samples: {name}", grid, "From the same noise in every row."))
-    return pictures
+    base = next((job.name for job in jobs if job.is_base), "")
+    images = {
+        name: read_tensors(first[name].directory / SAMPLES_NAME)[0]["images"]
+        for name in dict.fromkeys(job.name for job in jobs)
+    }
+    sections: list[report.Section] = []
+    for name, own in images.items():
+        title = f"Samples: {name}"
+        if base and own.shape[1:] == images[base].shape[1:]:
+            if name != base:
+                caption = f"Equal places are from the same noise: '{base}' left of the slider, '{name}' right of it."
+                sections.append(report.Comparison.of_samples(title, images[base], own, (base, name), caption))
+        else:
+            sections.append(report.Picture(title, report.image_grid(own[:40]), "From the same noise in every grid."))
+    return sections
 
 
 def curves(rows: Sequence[Row], metric: str, features: str) -> Figure:
@@ -185,7 +204,7 @@ def curves(rows: Sequence[Row], metric: str, features: str) -> Figure:
     return figure
 
 
-def gain_against_cost(rows: Sequence[Row]) -> Figure:
+def gain_against_cost(rows: Sequence[Row], metric: str, features: str) -> Figure:
     """Difference to the base against trained parameters and against time a step."""
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     trained = [row for row in rows if row.differences and row.method != "none"]
@@ -198,7 +217,7 @@ def gain_against_cost(rows: Sequence[Row]) -> Figure:
             axes.annotate(row.name, (cost, change.mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
         axes.axhline(0.0, color="black", linewidth=0.8, linestyle="--")
         axes.set_xlabel(label)
-        axes.set_ylabel("difference to the base")
+        axes.set_ylabel(f"difference to the base,\n{metric_names(features)[metric]}")
         if place == 0 and trained:
             axes.set_xscale("log")
         axes.grid(alpha=0.25)

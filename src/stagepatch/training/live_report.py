@@ -12,7 +12,7 @@ from stagepatch.training.config import HELD_OUT, HELD_OUT_BASE, TrainingConfig
 
 REPORT_NAME = "report.html"
 _MOST_RECORDS = 500  # that are plotted
-_LARGEST = 1600  # pixels of a picture's longer side
+_LARGEST = 1600  # pixels of a grid's longer side
 
 Records = Sequence[Mapping[str, float]]
 
@@ -55,7 +55,7 @@ class LiveReport:
         steps = [record for record in records if "loss" in record]
         curves = report.training_curves(steps[:: max(1, len(steps) // _MOST_RECORDS)])
         sections: list[Any] = [
-            report.Picture("Training", curves, "What is logged, each value and a running mean."),
+            report.Picture("Training", curves, report.TRAINING_CAPTION),
             *_held_out([record for record in records if f"{HELD_OUT}all" in record]),
             *self._pictures(),
             report.Code("Settings", self.settings),
@@ -72,10 +72,13 @@ class LiveReport:
             return []
         with Image.open(paths[-1]) as file:
             picture = file.convert("RGB")
-        picture.thumbnail((_LARGEST, _LARGEST))
         said = f" Captions, in turn: {'; '.join(self.prompts)}." if self.prompts else ""
-        caption = f"After {int(paths[-1].stem):,} steps: the base left, what is learned right, from equal noise.{said}"
-        return [report.Picture("Pictures", picture, caption)]
+        steps = f"After {int(paths[-1].stem):,} steps"
+        caption = f"{steps}: the base left of the slider, what is learned right of it, from equal noise.{said}"
+        grids = report.split_pair(picture)
+        for grid in grids:
+            grid.thumbnail((_LARGEST, _LARGEST))
+        return [report.Comparison("Pictures", *grids, ("base", "learned"), caption)]
 
 
 def _held_out(records: Records) -> list[Any]:
