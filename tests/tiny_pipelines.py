@@ -1006,7 +1006,6 @@ PIPELINES |= {
         more={"transformer_2": None},
         arguments=prompted(32, num_frames=5),
         sample_size=[3, 8, 8],
-        is_trained=False,
     ),
     "Kandinsky5Transformer3DModel": Tiny(
         diffusers.Kandinsky5T2VPipeline,

@@ -92,6 +92,26 @@ def test_pictures_to_edit_are_told_as_the_pipeline_tells_them(make, monkeypatch)
     assert not torch.allclose(predict(pipe.transformer, tokens, timestep.expand(1), alone), ours, atol=1e-4)
 
 
+def test_a_video_controls_vace_as_its_pipeline_has_it():
+    tiny = PIPELINES["WanVACETransformer3DModel"]
+    pipe = tiny.build()
+    video = [picture(seed, 32) for seed in range(5)]
+    calls, steps, step = [], [], pipe.scheduler.step
+    pipe.transformer.register_forward_hook(lambda *call: calls.append((call[2], call[3])), with_kwargs=True)
+    pipe.scheduler.step = lambda *args, **more: steps.append(args) or step(*args, **more)
+    tiny.call(pipe, video=video, guidance_scale=1.0, max_sequence_length=512)
+    pixels = torch.stack([to_tensor(each) for each in video], dim=1)[None]
+    given = torch.stack([encode_images(pipe.vae, each)[0] for each in (torch.zeros_like(pixels), pixels)], dim=1)
+    condition = family_of(type(pipe.transformer)).encode_captions(pipe, [PROMPT])
+    _, timestep, sample = steps[0]
+    ours = predict(pipe.transformer, sample, timestep.expand(1), {**condition, "reference_latents": given})
+    (expected, output), (told, _) = calls[0], calls[-1]
+    torch.testing.assert_close(told["control_hidden_states"], expected["control_hidden_states"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, output[0], rtol=1e-4, atol=1e-5)
+    blank = {**condition, "reference_latents": given[:, :1]}
+    assert not torch.allclose(predict(pipe.transformer, sample, timestep.expand(1), blank), ours, atol=1e-4)
+
+
 def test_captions_are_read_with_the_pictures_to_edit():
     _, pipe, pictures, _ = qwen_plus()
     encode = family_of(type(pipe.transformer)).encode_edits

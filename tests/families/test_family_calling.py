@@ -9,6 +9,7 @@ from diffusers.pipelines.cogview4 import pipeline_cogview4
 from diffusers.pipelines.ideogram4 import pipeline_ideogram4
 
 from stagepatch.core.errors import UserError
+from stagepatch.data import encode_images
 from stagepatch.diffusion import TimestepsConfig, make_timesteps
 from stagepatch.families import learns_sigma, null_label, num_classes, predict, sample_shape, takes_text, with_density
 from stagepatch.families.cogview import before_shift
@@ -159,6 +160,9 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
     tiny.call(pipe, **{**unguided, **length, **CALLS.get(name, {})})
     model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     condition = family_of(type(model)).encode_captions(pipe, [tiny.arguments["prompt"]])
+    if name.startswith("WanVACE"):
+        nothing = torch.zeros(1, 3, tiny.arguments["num_frames"], *tiny.pixels)
+        condition["reference_latents"] = encode_images(pipe.vae, nothing)[0][:, None]
     assert len(seen) >= 2
     output, timestep, sample = seen[0]
     if "Euler" in type(pipe.scheduler).__name__ and hasattr(pipe.scheduler, "scale_model_input"):
@@ -192,7 +196,7 @@ def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", [f"{kind}Transformer2DModel" for kind in ("ZImage", "Krea2", "ErnieImage", "Ideogram4")]
+    "name", [f"{kind}Transformer2DModel" for kind in ("ZImage", "Krea2", "ErnieImage", "Ideogram4", "OmniGen")]
 )
 def test_captions_of_different_lengths_are_told_side_by_side_as_alone(name):
     pipe = PIPELINES[name].build()

@@ -40,6 +40,7 @@ def build_cache(
     load_captioner: Callable[[], EncodeCaptions] | None,
     batch_size: int,
     reads_references: bool = False,
+    has_blank_reference: bool = False,
 ) -> None:
     """Encode what is not yet encoded. Processes under `accelerate launch` share the files.
 
@@ -49,6 +50,7 @@ def build_cache(
         load_vae, load_captioner: called once where there is something to encode; what they give is freed after. No
             `load_captioner`: the model takes no captions.
         batch_size: images, or frames of videos, encoded at a time, but a video at least; captions by eights.
+        has_blank_reference: a blank one is encoded before each image's own.
         reads_references: each caption is encoded with the references of its image, and so is the empty one.
 
     Raises:
@@ -73,7 +75,7 @@ def build_cache(
     text_files = _chunks(texts, CAPTIONS_PER_FILE) if load_captioner is not None else []
     with progress_bar(disable=not state.is_main_process) as progress:
         task = progress.add_task(f"{images.noun}s", total=len(images), status="")
-        encode_file = partial(_encode_images, images, batch_size, partial(progress.advance, task))
+        encode_file = partial(_encode_images, images, has_blank_reference, batch_size, partial(progress.advance, task))
         _write_missing(directory, "latents", image_files, load_vae, encode_file)
         if load_captioner is not None:
             task = progress.add_task("captions", total=len(texts), status="")
@@ -149,7 +151,12 @@ def _write_missing(
 
 
 def _encode_images(
-    images: Images, batch_size: int, advance: Callable[[int], None], vae: Any, indices: list[int]
+    images: Images,
+    has_blank_reference: bool,
+    batch_size: int,
+    advance: Callable[[int], None],
+    vae: Any,
+    indices: list[int],
 ) -> dict[str, Tensor]:
     """float16: 'mean', 'std' [B, C, h, w], of videos [B, C, f, h, w], and the same of the mirrored ones.
 
@@ -166,8 +173,12 @@ def _encode_images(
         if images.source.has_masks:
             masks = torch.stack([item["mask"] for item in items])
             parts.setdefault("mask", []).append(to_weights(masks, mean).half())
-        if "references" in items[0]:
-            for ending, given in _encode_references(vae, torch.stack([item["references"] for item in items])).items():
+        references = [item["references"] for item in items if "references" in item]
+        if has_blank_reference:
+            blank = torch.zeros_like(pixels[:1])
+            references = [torch.cat([blank, each]) for each in references] or [blank] * len(items)
+        if references:
+            for ending, given in _encode_references(vae, torch.stack(references)).items():
                 parts.setdefault(f"references{ending}", []).append(given.half().cpu())
         advance(len(pixels))
     return {name: torch.cat(values) for name, values in parts.items()}

@@ -123,10 +123,13 @@ class Images(Dataset[dict[str, Any]]):
             mask = white if path is None else self._cropped(open_mask(path), size)
             item["mask"] = (preprocess.to_tensor(mask) + 1.0) / 2.0
         if paths := self.source.references(index):
-            item["references"] = torch.stack([self._reference(path, size) for path in paths])
+            item["references"] = torch.stack([self._reference(path, candidate, size) for path in paths])
         return item
 
-    def _reference(self, path: Path, size: tuple[int, int]) -> Tensor:
+    def _check_reference(self, path: Path) -> None:
+        check_reference(path)
+
+    def _reference(self, path: Path, item: int, size: tuple[int, int]) -> Tensor:
         return preprocess.to_tensor(self._cropped(open_reference(path, self.config.channels or 3), size))
 
     def _pixels(self, item: int, size: tuple[int, int]) -> Tensor:
@@ -159,7 +162,7 @@ class Images(Dataset[dict[str, Any]]):
             if (mask := self.source.mask(index)) is not None:
                 check_mask(mask, (height, width))
             for path in self.source.references(index):
-                check_reference(path)
+                self._check_reference(path)
             self._indices += [index] * count
             self._sizes += [preprocess.nearest_bucket(width, height, self._buckets)] * count
         # In shared memory, so that loading processes count together.

@@ -127,6 +127,7 @@ def make_cache(
         (lambda: load_captioner(model, device, text_dtype, reads_references)) if takes_captions(model) else None,
         batch_size,
         reads_references,
+        family_of(type(build_denoiser(model))).has_blank_reference,
     )
 
 

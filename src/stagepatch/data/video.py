@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, as_user_error
 from stagepatch.data import preprocess
 from stagepatch.data.config import DataConfig
 from stagepatch.data.folder import VIDEOS, FolderSource
 from stagepatch.data.images import Images
+from stagepatch.data.source import BROKEN
 
 
 class VideoFolder(FolderSource):
@@ -59,8 +60,23 @@ class Clips(Images):
         self._times += [[times[number] for number in clip] for clip in clips]
         return (first.height, first.width), len(clips)
 
+    def _check_reference(self, path: Path) -> None:
+        """It is read with its clip."""
+
     def _pixels(self, item: int, size: tuple[int, int]) -> Tensor:
-        frames = read_frames(self.source.paths[self._indices[item]], self._times[item])
+        return self._clip(self.source.paths[self._indices[item]], item, size)
+
+    def _reference(self, path: Path, item: int, size: tuple[int, int]) -> Tensor:
+        """The frames of another video that are shown at the same times.
+
+        Raises:
+            UserError: it lacks some.
+        """
+        with as_user_error(f"'{path}' does not go with the video beside it, frame by frame", *BROKEN):
+            return self._clip(path, item, size)
+
+    def _clip(self, path: Path, item: int, size: tuple[int, int]) -> Tensor:
+        frames = read_frames(path, self._times[item])
         mode = "L" if self.config.channels == 1 else "RGB"
         cropped = [self._cropped(frame.convert(mode), size) for frame in frames]
         return torch.stack([preprocess.to_tensor(frame) for frame in cropped], dim=1)

@@ -96,6 +96,7 @@ class Family:
         embeds_text: the model takes tokens of text, and there is no text encoder beside it.
         takes_references: training can give it the latents of pictures to edit, [B, R, C, H, W], as `reference_latents`
             among its condition.
+        has_blank_reference: a blank one comes first, and is there also where images are no edits.
         encode_edits: in place of `encode_captions`, where captions are read together with pictures to edit.
         recomputes: whether diffusers' gradient checkpointing computes what the model does without it.
     """
@@ -115,6 +116,7 @@ class Family:
     recomputes: bool = True
     embeds_text: bool = False
     takes_references: bool = False
+    has_blank_reference: bool = False
     encode_edits: EncodeEdits | None = None
 
     def noise_level(self, timestep: Tensor) -> Tensor:

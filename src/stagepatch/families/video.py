@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stagepatch.core import UserError
 from stagepatch.families.base import Extent, patches
+from stagepatch.families.packing import split_references
 from stagepatch.families.registry import Call, Family, call_by_keywords, of_videos, prompt_encoder
 from stagepatch.families.table import call_wan, describe_sana
 from stagepatch.families.texts import pad_texts
@@ -69,6 +70,24 @@ def call_skyreels(model: Any, sample: Tensor, timesteps: Tensor, condition: dict
     """See `Call`. A model that is told frames a second knows two choices of them; 1 stands for 24."""
     added = {"fps": [1] * len(sample)} if model.config.inject_sample_info else {}
     return call_by_keywords(model, sample, timesteps, {**condition, **added})
+
+
+@of_videos
+def call_vace(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. What controls the video is told as the pipeline tells it: what is to stay, which is nothing; what is
+    made anew, which is as blank or follows the given video; and a mask of ones for all that is made anew.
+
+    Raises:
+        UserError: several videos that control one.
+    """
+    given, others = split_references(condition)
+    if len(given) > 2:
+        raise UserError(f"Wan VACE is controlled by one video, not by {len(given) - 1}.")
+    stays, changes = (each if each.ndim == 5 else each.unsqueeze(2) for each in (given[0], given[-1]))
+    channels = model.config.vace_in_channels - stays.shape[1] - changes.shape[1]
+    mask = torch.ones_like(stays[:, :1]).expand(-1, channels, -1, -1, -1)
+    control = torch.cat([stays, changes, mask], dim=1)
+    return call_by_keywords(model, sample, timesteps, {**others, "control_hidden_states": control})
 
 
 @of_videos
@@ -200,8 +219,11 @@ FAMILIES = [
     Family(
         "WanVACETransformer3DModel",
         Transformer((Blocks("blocks"),), "condition_embedder.time_embedder", sample_size=WAN_SIZE),
-        refuse("a video that controls it"),
+        call_vace,
+        prompt_encoder("encoder_hidden_states", max_sequence_length=512),
         sample_size=WAN_SIZE[1:],
+        takes_references=True,
+        has_blank_reference=True,
     ),
     # Mochi: 19 frames of 480×848. Time runs from noise to image.
     Family(
