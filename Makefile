@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-quantization check docs assets bench bench-quick papers-small clean
+.PHONY: demo test test-all test-quantization test-inception check docs assets bench bench-quick papers-small clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
@@ -20,6 +20,14 @@ test-quantization: .venv/quantization
 
 .venv/quantization: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ bitsandbytes torchao
+
+# Our Inception-v3 layer by layer against torch-fidelity's.
+test-inception: .venv/fidelity
+	PYTHONPATH=.venv/fidelity $(BIN)/pytest --numprocesses=0 tests/evaluation/test_inception.py
+
+.venv/fidelity: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ torch-fidelity
+	rm -rf $@/tests
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -17,7 +17,15 @@ from stagepatch.cli import config as configs
 from stagepatch.cli.common import bar_over
 from stagepatch.core import write_json, write_tensors, write_text
 from stagepatch.data import DataConfig
-from stagepatch.evaluation import Evaluator, Measured, chosen, comparison_table, direction_note, paired_difference
+from stagepatch.evaluation import (
+    Evaluator,
+    Measured,
+    chosen,
+    comparison_note,
+    comparison_table,
+    direction_note,
+    paired_difference,
+)
 from stagepatch.methods import DMP
 from stagepatch.sampling import SamplingConfig, attach_guide
 from stagepatch.training import RUN_CONFIG, Run, TrainConfig, TrainingConfig, apply_preset, read_log
@@ -150,7 +158,7 @@ def _sections(
         report.Table("What was gained", *gain_table(measured), _NOTE),
         report.Picture("Beside what costs no training", figure, _GAIN_CAPTION),
         _samples("Samples", first, "patched"),
-        report.Table("All metrics", *whole, _NOTE),
+        report.Table("All metrics", *whole, f"{comparison_note(first['base'])} {direction_note(chosen(None))}"),
         report.Picture("Training", report.training_curves(read_log(run.directory)), report.TRAINING_CAPTION),
     ]
     if GUIDED in first:

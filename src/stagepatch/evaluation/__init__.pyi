@@ -1,3 +1,4 @@
+from .comparison import comparison_note as comparison_note
 from .comparison import comparison_table as comparison_table
 from .comparison import paired_difference as paired_difference
 from .config import EvaluationConfig as EvaluationConfig

@@ -89,6 +89,17 @@ class RunningStatistics:
         if other.count:
             self._merge(other.count, other._mean, other._scatter)
 
+    def without(self, part: RunningStatistics) -> Statistics:
+        """Of all so far but a part of it.
+
+        Raises:
+            UserError: fewer than two rows.
+        """
+        rest = RunningStatistics()
+        rest.merge(self)
+        rest._merge(-part.count, part._mean, -part._scatter)
+        return rest.statistics()
+
     def statistics(self) -> Statistics:
         """Of all so far.
 

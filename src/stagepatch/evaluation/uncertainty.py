@@ -95,7 +95,7 @@ def groups_of(count: int, groups: int = GROUPS) -> Tensor:
 
 
 def left_out(metric: Metric, samples: Tensor, references: Sequence[Collected], groups: Tensor) -> list[float]:
-    """A metric without each group of samples, [G]; a constant may be missing from all.
+    """A metric without each group of samples, [G]; of all of them the same constant may be missing.
 
     Args:
         samples: what the metric takes, a row an image.
@@ -109,17 +109,11 @@ def left_out(metric: Metric, samples: Tensor, references: Sequence[Collected], g
     numbers = range(int(groups.max()) + 1)
     if not metric.moments:
         return [metric.function(samples[groups != number], *references) for number in numbers]
-    parts = [RunningStatistics() for _ in numbers]
-    for number in numbers:
-        parts[number].update(samples[groups == number])
-    found = []
-    for number in numbers:
-        rest = RunningStatistics()
-        for other in numbers:
-            if other != number:
-                rest.merge(parts[other])
-        found.append(metric.function(rest.statistics(), *references))
-    return found
+    parts, whole = [RunningStatistics() for _ in numbers], RunningStatistics()
+    for number, part in zip(numbers, parts, strict=True):
+        part.update(samples[groups == number])
+        whole.merge(part)
+    return [metric.function(whole.without(part), *references) for part in parts]
 
 
 def measure_left_out(

@@ -24,7 +24,7 @@ from torch import nn
 from stagepatch.checkpoints import files_fingerprint, find_model
 from stagepatch.core import UserError, as_json, processes, progress_bar, read_json, write_json
 from stagepatch.diffusion import make_sampler, set_steps, takes_timesteps
-from stagepatch.evaluation import METRICS, Evaluator, comparison_table
+from stagepatch.evaluation import METRICS, Evaluator, comparison_note, comparison_table
 from stagepatch.families import sample_shape
 from stagepatch.report import write_picture
 from stagepatch.sampling import (
@@ -381,7 +381,7 @@ def compare_with_base(zoo: Zoo, evaluator: Evaluator, best: Choices) -> tuple[li
     features = evaluator.extractor.name
     *others, base, schedule = measured
     _, rows = comparison_table(measured[base], measured[schedule], features)
-    rows = [row[:-1] for row in rows]  # not in percent too
+    rows = [row[:4] for row in rows]  # not in percent too
     for other in reversed(others):
         _, spreads = comparison_table(measured[other], None, features)
         rows = [[label, spread, *rest] for (label, *rest), (_, spread) in zip(rows, spreads, strict=True)]
@@ -389,6 +389,6 @@ def compare_with_base(zoo: Zoo, evaluator: Evaluator, best: Choices) -> tuple[li
     rows.append(["s per image, measured", *(f"{value:.3g}" for value in seconds.values()), ""])
     title = (
         f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds that the search did not see; the "
-        f"difference is to '{base}'"
+        f"difference is to '{base}'. {comparison_note(measured[base])}"
     )
     return ["metric", *measured, "difference, paired"], rows, title
