@@ -1,8 +1,10 @@
 """`stagepatch evaluate A B`: any two of a model, images and statistics; stopped anywhere, with the same table."""
 
+import itertools
 import json
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from stagepatch.checkpoints import save_denoiser
-from stagepatch.cli import main
+from stagepatch.cli import evaluate_sources, main
 from stagepatch.core import UserError, read_json, write_tensors
 from stagepatch.data import DataConfig, load_digits
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
@@ -18,8 +20,10 @@ from stagepatch.evaluation import fid, kid, load_extractor, precision, recall
 from stagepatch.evaluation.sources import labels_of, load_images, name_source
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
+from stagepatch.sampling import generation
 from tests.runs import Strike, make_model
 
+FEW = ["--sampling.num_images=100", "--sampling.num_inference_steps=1", "--sampling.batch_size=20"]
 SAMPLING = ["--sampling.num_images=600", "--sampling.num_inference_steps=1", "--sampling.batch_size=128"]
 
 
@@ -91,7 +95,8 @@ def test_statistics_are_written_and_measured_against_and_say_what_is_left_out(ma
     shown = capsys.readouterr().out
     assert found["metrics"] == [{"fid": pytest.approx(expected, rel=1e-9)}]
     assert found["b"]["images"] == 1198
-    assert "Left out" in shown and "precision" in shown and "trust" not in shown
+    assert "Left out, since they need more than these sources and this extractor give: KID" in shown
+    assert "trust" not in shown
     assert run(tmp_path, saved, made / "photos")["metrics"][0]["fid"] == pytest.approx(expected, rel=1e-6)
     foreign = tmp_path / "foreign.npz"
     with np.load(saved) as file:
@@ -103,7 +108,7 @@ def test_statistics_are_written_and_measured_against_and_say_what_is_left_out(ma
 
 def test_a_models_samples_are_those_of_the_present_form(made, tmp_path):
     """Of the labels of the data, from the same noise; a patch is put on with a plus."""
-    given = [*SAMPLING, "--seeds=[3]"]
+    given = [*FEW, "--seeds=[3]"]
     model = made / "model"
     present = run(tmp_path, f"--model={model}", f"--patch={made / 'patch'}", *given)
     base = run(tmp_path, model, "digits:train", *given)
@@ -111,26 +116,53 @@ def test_a_models_samples_are_those_of_the_present_form(made, tmp_path):
     for found, name in ((base, "base"), (patched, "patched")):
         assert found["metrics"][0]["fid"] == pytest.approx(present[name][0]["fid_train"], rel=1e-6)
     assert base["metrics"] != patched["metrics"]
-    assert patched["a"]["learned"] and "labels of 'digits:train'" in patched["a"]["conditions"]
+    assert patched["a"]["learned"]
+    assert "labels of 'digits:train'" in patched["a"]["conditions"]
     both = run(tmp_path, model, model, *given)
     assert (both["b"]["seed"], both["metrics"][0]["fid"] > 0) == (4, True)  # other noise
     assert not (tmp_path / "out" / "features").exists()
 
 
-def cut(made, out, strikes, processes, *more):
-    given = [str(made / "model"), "digits:held-out", *SAMPLING, "--seeds=[0,1]", f"--output_dir={out}", *more]
+class Stopped(BaseException):
+    """As a signal, it is not caught."""
+
+
+@pytest.mark.parametrize("second", [["digits:held-out"], []])
+def test_stopped_it_ends_with_the_same_table(made, tmp_path, monkeypatch, second):
+    """Against a source, and against its training images; at a shard of each seed, and at the result."""
+    monkeypatch.setattr(evaluate_sources, "_IN_SHARD", 40)
+    given = ["evaluate", str(made / "model"), *second, *FEW, "--seeds=[0,1]"]
+    assert main([*given, f"--output_dir={tmp_path / 'whole'}"]) == 0
+    sampled, replace = [], Path.replace
+    original = generation.in_batches
+    monkeypatch.setattr(generation, "in_batches", lambda *given: sampled.append(given[-1]) or original(*given))
+
+    def stop_at(due):
+        counted = itertools.count(1)
+
+        def replace_or_stop(path, target):
+            if tmp_path / "cut" in Path(target).parents and next(counted) == due:
+                raise Stopped
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", replace_or_stop)
+
+    for due in (4, 3, 2):  # with the plan and two shards; with two more; with one more: each time the next is lost
+        stop_at(due)
+        with pytest.raises(Stopped):
+            main([*given, f"--output_dir={tmp_path / 'cut'}"])
+    monkeypatch.setattr(Path, "replace", replace)
+    assert main([*given, f"--output_dir={tmp_path / 'cut'}"]) == 0
+    assert (tmp_path / "cut" / "metrics.json").read_bytes() == (tmp_path / "whole" / "metrics.json").read_bytes()
+    assert len(sampled) == 6 + 3  # three shards a seed, and those that were lost
+
+
+def cut(made, out, strikes, processes):
+    given = ["evaluate", str(made / "model"), "digits:held-out", *SAMPLING, "--seeds=[0,1]", f"--output_dir={out}"]
     for strike in strikes:
-        processes.call(main, -signal.SIGKILL, arguments=["evaluate", *given], strike=strike)
-    processes.call(main, arguments=["evaluate", *given])
+        processes.call(main, -signal.SIGKILL, arguments=given, strike=strike)
+    processes.call(main, arguments=given)
     return (out / "metrics.json").read_bytes()
-
-
-STRIKES = [Strike("half", 2, "00001.safetensors"), Strike("renamed", 1, "metrics.json")]
-
-
-def test_killed_it_ends_with_the_same_table(made, tmp_path, processes):
-    """With a file of features half written, and with the result written but what it was made of not yet removed."""
-    assert cut(made, tmp_path / "cut", STRIKES, processes) == cut(made, tmp_path / "whole", [], processes)
 
 
 def test_killed_at_ten_random_points_it_ends_with_the_same_table(made, tmp_path, processes):
@@ -141,6 +173,7 @@ def test_killed_at_ten_random_points_it_ends_with_the_same_table(made, tmp_path,
         where, name = chance.choice(["half", "written", "renamed"]), chance.choice(names)
         strike = Strike(where, chance.choice([1, 2]), name)  # of the first seed, of the second
         assert cut(made, tmp_path / f"cut-{number}", [strike], processes) == whole
+    assert cut(made, tmp_path / "result", [Strike("renamed", 1, "metrics.json")], processes) == whole
 
 
 def test_two_processes_give_the_table_of_one(made, tmp_path, processes):
@@ -155,7 +188,7 @@ def test_stopped_it_does_not_go_on_with_other_settings(made, tmp_path, capsys, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr("stagepatch.cli.evaluate_sources.Reference", stop)
-    given = ["evaluate", str(made / "model"), "digits:held-out", *SAMPLING, f"--output_dir={tmp_path}", "--seeds=[0]"]
+    given = ["evaluate", str(made / "model"), "digits:held-out", *FEW, f"--output_dir={tmp_path}", "--seeds=[0]"]
     assert main(given) == 130
     assert main([*given, "--sampling.num_inference_steps=2"]) == 2
     assert "sampling.num_inference_steps was 1, is 2" in capsys.readouterr().err

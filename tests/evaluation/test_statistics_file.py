@@ -43,30 +43,35 @@ def test_a_file_by_pytorch_fids_recipe_gives_the_fid_that_torchmetrics_gives(tmp
     metric.update(other.double(), real=False)
     expected = float(metric.compute())
     files = [read_statistics(by_recipe(tmp_path / f"{seed}.npz", each)) for seed, each in enumerate((one, other))]
-    assert frechet_distance(files[0].statistics, files[1].statistics) == pytest.approx(expected, rel=1e-6)
-    assert frechet_distance(files[0].statistics, Statistics.of(other)) == pytest.approx(expected, rel=1e-6)
-    assert files[0].statistics.count == 0
+    assert frechet_distance(*(file.statistics["features"] for file in files)) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(files[0].statistics["features"], Statistics.of(other)) == pytest.approx(expected, rel=1e-6)
+    assert files[0].statistics["features"].count == 0
 
 
-def test_adms_reference_batch_is_read_without_its_spatial_part(tmp_path):
+def test_adms_reference_batch_has_spatial_features_and_images_too(tmp_path):
     spatial = np.zeros(7), np.eye(7)
     images = np.zeros((5, 8, 8, 3), np.uint8)
     path = by_recipe(tmp_path / "adm.npz", features(0), mu_s=spatial[0], sigma_s=spatial[1], arr_0=images)
-    assert is_statistics(path) and has_images(path)
-    assert len(read_statistics(path).statistics.mean) == 12
+    assert is_statistics(path)
+    assert has_images(path)
+    assert [len(each.mean) for each in read_statistics(path).statistics.values()] == [12, 7]
     assert "taken on trust" in check_extractor(path, read_statistics(path), Extractor)
 
 
 def test_what_is_written_is_read_back_and_by_pytorch_fids_code(tmp_path):
     path, statistics = tmp_path / "own.npz", Statistics.of(features(0))
-    write_statistics(path, StatisticsFile(statistics, "Net", "a", "resized", "photos"))
+    write_statistics(
+        path, StatisticsFile({"features": statistics, "spatial": statistics}, "Net", "a", "resized", "photos")
+    )
     with np.load(path) as file:  # as pytorch-fid's `compute_statistics_of_path` does
         mean, covariance = file["mu"][:], file["sigma"][:]
     np.testing.assert_allclose(mean, features(0).double().numpy().mean(axis=0), rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(covariance, np.cov(features(0).double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
     back = read_statistics(path)
-    assert (back.extractor, back.preprocessing, back.source, back.statistics.count) == ("Net", "resized", "photos", 400)
-    assert torch.equal(back.statistics.covariance, statistics.covariance)
+    assert (back.extractor, back.preprocessing, back.source) == ("Net", "resized", "photos")
+    for name in ("features", "spatial"):
+        assert back.statistics[name].count == 400
+        assert torch.equal(back.statistics[name].covariance, statistics.covariance)
     assert check_extractor(path, back, Extractor) == ""
     assert not has_images(path)
 
@@ -82,11 +87,11 @@ def test_what_is_written_is_read_back_and_by_pytorch_fids_code(tmp_path):
 def test_a_reference_of_something_else_is_refused(tmp_path, changes, message):
     said = {"extractor": "Net", "fingerprint": "a", "preprocessing": "resized", **changes}
     with pytest.raises(UserError, match=message):
-        check_extractor(tmp_path, StatisticsFile(Statistics.of(features(0)), **said), Extractor)
+        check_extractor(tmp_path, StatisticsFile({"features": Statistics.of(features(0))}, **said), Extractor)
 
 
 def test_a_foreign_file_of_other_dimensions_is_refused(tmp_path):
-    file = StatisticsFile(Statistics.of(features(0)[:, :5]))
+    file = StatisticsFile({"features": Statistics.of(features(0)[:, :5])})
     with pytest.raises(UserError, match="5 features, but Net has 12"):
         check_extractor(tmp_path, file, Extractor)
 
@@ -110,5 +115,5 @@ def test_statistics_that_are_none_are_refused(tmp_path, mean, covariance, messag
 
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"as \.npz"):
-        write_statistics(tmp_path / "statistics.npy", StatisticsFile(Statistics.of(features(0))))
+        write_statistics(tmp_path / "statistics.npy", StatisticsFile({"features": Statistics.of(features(0))}))
     assert not is_statistics(tmp_path / "nowhere.npz")

@@ -106,6 +106,8 @@ class EvaluateConfig(EvaluationConfig):
         model: a model directory, 'digits' or 'fashion'; with `against`, any source.
         against: the source that `model` is measured against; empty for its training images, and for bundled data the
             held-out ones.
+        metrics: that are measured, by key, such as [fid, kid, vendi]; 'all' for as many as can be; empty for the usual
+            ones. See docs/evaluating.md.
         conditions: images whose labels or captions models are sampled with; empty for the other source's.
         save_statistics: a .npz that takes the statistics of `model`'s images, with the first seed; they can be
             measured against from then on.
@@ -124,6 +126,7 @@ class EvaluateConfig(EvaluationConfig):
     output_dir: str = "runs/evaluate"
     model: str = "digits"
     against: str = ""
+    metrics: list[str] = field(default_factory=list)
     conditions: str = ""
     save_statistics: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

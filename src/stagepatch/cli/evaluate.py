@@ -36,7 +36,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     cache = Path(config.cache or directory / "cache")
     dtype = getattr(torch, config.dtype)
     data = replace(config.data, image_size=config.data.image_size or DataConfig.image_size)
-    evaluator = Evaluator.load(config.model, data, config.extractor, cache, config.held_out, text_dtype=dtype)
+    evaluator = Evaluator.load(config.model, data, config.extractor, cache, config.held_out, "", dtype, config.metrics)
     model, scheduler = load_on_device(config.model, dtype, config.memory)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
     if config.patch:
@@ -77,10 +77,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     processes().wait_for_everyone()
     if not processes().is_main_process:
         return
-    measured = {
-        name: Measured([evaluator.measure_collected(each.gathered()) for each in shards], torch.empty(0))
-        for name, shards in parts.items()
-    }
+    measured = {name: _measured(evaluator, shards) for name, shards in parts.items()}
     write_text(directory / RUN_CONFIG, resolved)
     name = "patched" if experts is None else "schedule"
     results = {each: measured[each].metrics for each in ("base", name) if each in measured}
@@ -89,3 +86,14 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     columns, rows = comparison_table(measured["base"], measured.get(name), evaluator.extractor.name, name)
     print_table(columns, rows, f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds")
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'.")
+
+
+def _measured(evaluator: Evaluator, shards: list[Shards]) -> Measured:
+    """Of each seed; of a single one also without some of its images, which gives its interval."""
+    metrics, without = [], {}
+    for each in shards:
+        samples = each.gathered()
+        metrics.append(evaluator.measure_collected(samples))
+        if len(shards) == 1:
+            without = evaluator.measure_left_out(samples)
+    return Measured(metrics, torch.empty(0), without)

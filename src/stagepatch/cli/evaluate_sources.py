@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,20 @@ from stagepatch.checkpoints import denoiser_directory, find_model, sampled_finge
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_experts_on, put_on
 from stagepatch.core import UserError, as_user_error, processes, write_json, write_text
-from stagepatch.evaluation import direction_note, load_extractor, metric_names
-from stagepatch.evaluation.features import FeatureExtractor, extract_features
-from stagepatch.evaluation.references import feature_shards
+from stagepatch.evaluation import Measured, chosen, comparison_table, direction_note, load_extractor, metric_names
+from stagepatch.evaluation.collector import Collector
+from stagepatch.evaluation.features import load_others, outputs_of
+from stagepatch.evaluation.references import dataset_shards
 from stagepatch.evaluation.shards import Shards, begin, finish
-from stagepatch.evaluation.sides import Reference, Side, two_sided
-from stagepatch.evaluation.sources import Dataset, NamedSource, load_images, name_source, sampling_conditions
+from stagepatch.evaluation.sides import KEYS, Reference, Side
+from stagepatch.evaluation.sources import (
+    Dataset,
+    NamedSource,
+    captions_of,
+    load_images,
+    name_source,
+    sampling_conditions,
+)
 from stagepatch.evaluation.statistics import check_finite
 from stagepatch.evaluation.statistics_file import (
     StatisticsFile,
@@ -29,7 +36,7 @@ from stagepatch.evaluation.statistics_file import (
     write_statistics,
 )
 from stagepatch.families import sample_shape
-from stagepatch.report import format_mean, print_table
+from stagepatch.report import print_table
 from stagepatch.sampling import SamplingConfig, attach_guide, generate
 
 _IN_SHARD = 256
@@ -44,56 +51,65 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
             f"Statistics are written as .npz: --save_statistics='{config.save_statistics}' ends otherwise."
         )
     directory = Path(config.output_dir)
-    extractor = load_extractor(config.extractor)
+    keys = [*chosen(config.metrics or KEYS)]
+    collector = _collector(config, keys)
     named = [name_source(text) for text in (config.model, config.against) if text]
     images = [load_images(each, config.data) if each.kind == "images" else None for each in named]
     for dataset in images:  # what does not fit is refused here, not when all is sampled
         if dataset is not None:
-            extractor(dataset[0]["image"].unsqueeze(0))
-    chosen = load_images(name_source(config.conditions), config.data) if config.conditions else None
+            collector(dataset[0]["image"].unsqueeze(0))
+    given = load_images(name_source(config.conditions), config.data) if config.conditions else None
     seeds, notes = (config.seeds, [max(config.seeds) + 1]), list[str]()
     sides: dict[int, list[Side]] = {}
     for number in sorted(range(len(named)), key=lambda number: named[number].kind == "model"):  # models come last
         source, dataset = named[number], images[number]
         if source.kind == "statistics":
-            sides[number] = [_of_statistics(source, config, extractor, notes)]
+            sides[number] = [_of_statistics(source, config, collector, notes)]
         elif dataset is not None:
-            sides[number] = [_of_images(source, dataset, config, extractor)]
+            sides[number] = [_of_images(source, dataset, config, collector)]
         else:
             other = 1 - number if len(named) > 1 else number
-            conditions = (chosen, config.conditions) if config.conditions else (images[other], named[other].text)
+            conditions = (given, config.conditions) if config.conditions else (images[other], named[other].text)
             kept = directory / "features" / "ab"[number]
-            sides[number] = _of_model(source, config, extractor, conditions, seeds[number], kept, notes)
+            sides[number] = _of_model(source, config, collector, conditions, seeds[number], kept, notes)
     processes().wait_for_everyone()
     if not processes().is_main_process:
         return
     write_text(directory / RUN_CONFIG, resolved)
     if config.save_statistics:
-        _save(Path(config.save_statistics), sides[0][0], extractor)
+        _save(Path(config.save_statistics), sides[0][0], collector)
     if config.against:
-        _measure(sides[0], sides[1][0], config, extractor, notes)
+        _measure(sides[0], sides[1][0], config, collector, keys, notes)
     finish(directory / "features")
 
 
+def _collector(config: configs.EvaluateConfig, keys: list[str]) -> Collector:
+    """What the metrics need, and for statistics that are kept the features of sFID, where the extractor has them."""
+    wanted = {metric.of for metric in chosen(keys).values()} | {"features"}
+    wanted |= {"spatial"} if config.save_statistics else set()
+    extractor = load_extractor(config.extractor)
+    outputs = [name for name in outputs_of(extractor) if name in wanted]
+    return Collector(extractor, outputs, load_others(wanted, is_optional="all" in config.metrics))
+
+
 def _of_statistics(
-    source: NamedSource, config: configs.EvaluateConfig, extractor: FeatureExtractor, notes: list[str]
+    source: NamedSource, config: configs.EvaluateConfig, collector: Collector, notes: list[str]
 ) -> Side:
     path = Path(source.path)
     file = read_statistics(path)
-    notes += [note] if (note := check_extractor(path, file, extractor)) else []
-    facts = {"images": file.statistics.count or "not said", "extracted by": file.extractor or "not said"}
+    notes += [note] if (note := check_extractor(path, file, collector.extractor)) else []
+    facts = {"images": file.statistics["features"].count or "not said", "extracted by": file.extractor or "not said"}
     parts = None
     if has_images(path):  # as ADM's reference batches
-        parts = _of_images(source, load_images(source, config.data), config, extractor).parts
+        parts = _of_images(source, load_images(source, config.data), config, collector).parts
         notes.append(f"Of '{source.text}', the statistics are the file's own; the rest is of the images in it.")
     return Side(source.text, parts, file.statistics, _facts(source, **facts))
 
 
-def _of_images(
-    source: NamedSource, dataset: Dataset, config: configs.EvaluateConfig, extractor: FeatureExtractor
-) -> Side:
+def _of_images(source: NamedSource, dataset: Dataset, config: configs.EvaluateConfig, collector: Collector) -> Side:
+    captions = captions_of(dataset) if "clip" in collector.others else []
     with bar_over(own_share(len(dataset)), f"features of {source.text}") as on_batch:
-        parts = feature_shards(dataset, extractor, on_batch=on_batch)
+        parts = dataset_shards(dataset, collector, captions, on_batch=on_batch)
         parts.make_own(on_batch)
     facts: dict[str, Any] = {"images": len(dataset), "size": [*dataset[0]["image"].shape]}
     if source.split:
@@ -105,7 +121,7 @@ def _of_images(
 def _of_model(
     source: NamedSource,
     config: configs.EvaluateConfig,
-    extractor: FeatureExtractor,
+    collector: Collector,
     conditions: tuple[Dataset | None, str],
     seeds: list[int],
     kept: Path,
@@ -121,13 +137,13 @@ def _of_model(
     given = sampling_conditions(source.path, model, sampling.num_images, *conditions, dtype)
     notes += [given.said] if given.said else []
     if given.latents is None:
-        extractor(torch.zeros(1, *sample_shape(model)))
+        collector(torch.zeros(1, *sample_shape(model)))
     settings = {
         "source": source.text,
         "weights": weights_fingerprint(source.path),
         "learned": learned_fingerprint(source.learned),
         "conditions": given.digest,
-        "extractor": extractor.fingerprint,
+        "collected": collector.fingerprint,
         "dtype": config.dtype,
         "memory": config.memory,
         "patch_scale": config.patch_scale,
@@ -142,10 +158,11 @@ def _of_model(
 
             def make(numbers: range) -> dict[str, Tensor]:
                 options: dict[str, Any] = {"on_batch": on_batch, "numbers": numbers, **latents}
-                features = extract_features(extractor, generate(model, scheduler, own, given.labels, **options))
+                images = generate(model, scheduler, own, given.labels, **options)
+                found = collector(images, [given.captions[number] for number in numbers] if given.captions else [])
                 with as_user_error(f"'{source.text}'", UserError):
-                    check_finite(features)
-                return {"features": features}
+                    check_finite(found["features"])
+                return found
 
             return Shards(kept / f"seed-{seed}", sampling.num_images, make, shard_size(sampling))
 
@@ -164,32 +181,40 @@ def _facts(source: NamedSource, **facts: Any) -> dict[str, Any]:
     return {"source": source.text, "kind": source.kind, **facts}
 
 
-def _save(path: Path, side: Side, extractor: FeatureExtractor) -> None:
+def _save(path: Path, side: Side, collector: Collector) -> None:
+    extractor = collector.extractor
     with as_user_error(f"'{side.name}'", UserError):
-        found = side.statistics()
+        found = {name: side.statistics(name) for name in ("features", "spatial") if name in collector.outputs}
+    statistics = {name: each for name, each in found.items() if each is not None}
     preprocessing = getattr(extractor, "preprocessing", "")
-    write_statistics(path, StatisticsFile(found, extractor.name, extractor.fingerprint, preprocessing, side.name))
-    print(f"Statistics of {found.count:,} images are in '{path}'.")
+    write_statistics(path, StatisticsFile(statistics, extractor.name, extractor.fingerprint, preprocessing, side.name))
+    print(f"Statistics of {side.count:,} images are in '{path}'.")
 
 
 def _measure(
-    ones: list[Side], other: Side, config: configs.EvaluateConfig, extractor: FeatureExtractor, notes: list[str]
+    ones: list[Side],
+    other: Side,
+    config: configs.EvaluateConfig,
+    collector: Collector,
+    keys: list[str],
+    notes: list[str],
 ) -> None:
-    reference = Reference(other)
-    metrics = [reference.measure(one) for one in ones]
+    reference, extractor = Reference(other, keys), collector.extractor
+    found = [reference.measure(one, with_intervals=len(ones) == 1) for one in ones]
+    measured = Measured([metrics for metrics, _ in found], torch.empty(0), found[0][1] if len(found) == 1 else {})
     labels = metric_names(extractor.name)
-    left_out = [key for key in two_sided() if key not in metrics[0]]
-    if left_out:
-        names = ", ".join(labels[key] for key in left_out)
-        notes.append(f"Left out, since statistics are not enough for them: {names}.")
-    for side in (ones[0], other):
-        note = replace(reference.statistics, count=side.count).note()
-        notes += [f"'{side.name}': {note}"] if note else []
+    if left_out := [labels[key] for key in keys if key not in measured.metrics[0]]:
+        notes.append(
+            f"Left out, since they need more than these sources and this extractor give: {', '.join(left_out)}."
+        )
+    if not measured.metrics[0]:
+        raise UserError(f"Nothing can be measured of these two. {notes[-1]}")
+    if (moments := reference.moments()) is not None:
+        each = {side.name: replace(moments, count=side.count).note() for side in (ones[0], other)}
+        notes += [f"'{name}': {note}" for name, note in each.items() if note]
     sizes = [side.facts["size"] for side in (ones[0], other) if "size" in side.facts]
     if len(sizes) == 2 and sizes[0] != sizes[1]:
-        notes.append(
-            f"The images differ in size, {sizes[0]} and {sizes[1]} [C, H, W]: each is resized to the extractor's."
-        )
+        notes.append(f"The images differ in size, {sizes[0]} and {sizes[1]} [C, H, W]: the extractor resizes each.")
     directory = Path(config.output_dir)
     result = {
         "a": ones[0].facts,
@@ -201,20 +226,16 @@ def _measure(
         },
         "sampling": asdict(config.sampling),
         "seeds": [one.facts["seed"] for one in ones if "seed" in one.facts],
-        "metrics": metrics,
+        "metrics": measured.metrics,
         "notes": notes,
     }
     write_json(directory / "metrics.json", result)
-    rows = [[labels[key], _mean([each[key] for each in metrics])] for key in metrics[0]]
+    columns, rows = comparison_table(measured, None, extractor.name)
     counts = " against ".join(f"{side.facts['images']} of {side.name}" for side in (ones[0], other))
-    print_table(["metric", ones[0].name], rows, f"Images: {counts}")
-    for line in (direction_note(metrics[0]), *notes):
+    print_table([columns[0], ones[0].name], rows, f"Images: {counts}")
+    for line in (direction_note(measured.metrics[0]), *notes):
         print(line)
     print(f"All figures, and what was measured, are in '{directory / 'metrics.json'}'.")
-
-
-def _mean(values: list[float]) -> str:
-    return format_mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, 4)
 
 
 def shard_size(sampling: SamplingConfig) -> int:

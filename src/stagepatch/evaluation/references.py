@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from stagepatch.core import UserError
 from stagepatch.data import BUNDLED, DataConfig, ImageDataset, Images, Mixture, Part, in_memory, load_dataset
-from stagepatch.evaluation.features import FeatureExtractor, extract_features
+from stagepatch.evaluation.collector import Collector
+from stagepatch.evaluation.features import FeatureExtractor
 from stagepatch.evaluation.shards import Shards
 
 _MOST_NUMBERS = 2**28  # a GiB of float32
@@ -62,35 +63,39 @@ def feature_cache() -> Path:
 def reference_features(
     dataset: ImageDataset | Images | Mixture, extractor: FeatureExtractor, cache: Path | None = None
 ) -> Tensor:
-    """Features [B, F] of a dataset, read from the cache where they are in it; see `feature_shards`."""
-    return feature_shards(dataset, extractor, cache).gathered()["features"]
+    """Features [B, F] of a dataset, read from the cache where they are in it; see `dataset_shards`."""
+    return dataset_shards(dataset, Collector(extractor), cache=cache).gathered()["features"]
 
 
-def feature_shards(
+def dataset_shards(
     dataset: ImageDataset | Images | Mixture | Part,
-    extractor: FeatureExtractor,
+    collect: Collector,
+    captions: Sequence[str] = (),
     cache: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Shards:
-    """Features of a dataset, in the cache or made when they are come to.
+    """What is collected of a dataset, in the cache or made when it is come to.
 
-    The key is a hash of the extractor's weights and of the images; of those that are not in memory, of the files'
+    The key is a hash of the extractors' weights and of the images; of those that are not in memory, of the files'
     names, sizes and times, and of how they are cropped. So nothing in the cache is ever stale. What is broken is made
     anew; a cache that cannot be written costs time, not the result.
 
     Args:
-        on_batch: called with the number of images that features were made of.
+        captions: one an image, where a metric takes any.
+        on_batch: called with the number of images that are done after each batch.
     """
 
     def make(numbers: range) -> dict[str, Tensor]:
         batches = []
         for part in torch.tensor(numbers).split(len(numbers) if isinstance(dataset, ImageDataset) else _IN_MEMORY):
-            batches.append(extract_features(extractor, _images(dataset, part)))
+            own = [captions[number] for number in part.tolist()] if captions else []
+            batches.append(collect(_images(dataset, part), own))
             if on_batch is not None:
                 on_batch(len(part))
-        return {"features": torch.cat(batches)}
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
-    directory = (cache or feature_cache()) / "features" / _key(dataset, extractor)
+    key = hashlib.sha256(f"{_key(dataset, collect.fingerprint)}{captions if captions else ''}".encode()).hexdigest()
+    directory = (cache or feature_cache()) / "features" / key
     return Shards(directory, len(dataset), make, _IN_SHARD, must_write=False)
 
 
@@ -100,14 +105,14 @@ def _images(dataset: ImageDataset | Images | Mixture | Part, numbers: Tensor) ->
     return torch.stack([dataset[number]["image"] for number in numbers.tolist()])
 
 
-def _key(dataset: ImageDataset | Images | Mixture | Part, extractor: FeatureExtractor) -> str:
+def _key(dataset: ImageDataset | Images | Mixture | Part, fingerprint: str) -> str:
     if isinstance(dataset, Part):
-        digest = hashlib.sha256(f"{_key(dataset.dataset, extractor)} {dataset.indices}".encode())
+        digest = hashlib.sha256(f"{_key(dataset.dataset, fingerprint)} {dataset.indices}".encode())
     elif isinstance(dataset, ImageDataset):
         images = dataset.images
-        digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {extractor.fingerprint}".encode())
+        digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype} {fingerprint}".encode())
         digest.update(images.cpu().contiguous().numpy().tobytes())
     else:
-        digest = hashlib.sha256(f"{asdict(dataset.config)} {extractor.fingerprint}".encode())
+        digest = hashlib.sha256(f"{asdict(dataset.config)} {fingerprint}".encode())
         digest.update("\n".join(dataset.stamp()).encode())
     return digest.hexdigest()

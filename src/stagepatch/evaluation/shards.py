@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,22 @@ class Shards:
             elif on_batch is not None:
                 on_batch(len(self._images(number)))
 
-    def gathered(self) -> dict[str, Tensor]:
-        """All of them, by name: [count, …]. They are held once, and one shard besides."""
+    def names(self) -> list[str]:
+        """Of the tensors, as the first shard has them."""
+        return [*next(iter(self))]
+
+    def gathered(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """All of them, by name: [count, …]. They are held once, and one shard besides.
+
+        Args:
+            names: of those that are wanted; all by default.
+        """
         whole: dict[str, Tensor] = {}
         place = 0
         for shard in self:
             for name, tensor in shard.items():
+                if names is not None and name not in names:
+                    continue
                 if name not in whole:
                     whole[name] = torch.empty(self.count, *tensor.shape[1:], dtype=tensor.dtype)
                 whole[name][place : place + len(tensor)] = tensor

@@ -172,12 +172,14 @@ class Conditions:
     Args:
         labels: [num_images].
         latents: of a model with a VAE.
+        captions: of each image, where the model takes any.
         said: in a sentence, where they come from; '' where there are none.
         digest: changes with them.
     """
 
     labels: Tensor
     latents: LatentSampling | None
+    captions: list[str]
     said: str
     digest: str
 
@@ -208,7 +210,7 @@ def sampling_conditions(
             labels = known.sort().values[spread(len(known), count)]
             said = f"'{name}' is sampled with the labels of '{given}', in their shares."
     if not has_vae(name):
-        return Conditions(labels, None, said, _digest(labels, texts))
+        return Conditions(labels, None, texts, said, _digest(labels, texts))
     if takes_captions(name):
         every = [] if dataset is None else captions_of(dataset)
         if not any(every):
@@ -221,7 +223,7 @@ def sampling_conditions(
         captions = Captions(lambda indices: encode([texts[index] for index in indices]), encode([""]))
     vae = load_vae(name).to(processes().device)
     latents = LatentSampling(sample_shape(model), lambda latents: decode_latents(vae, latents), captions)
-    return Conditions(labels, latents, said, _digest(labels, texts))
+    return Conditions(labels, latents, texts, said, _digest(labels, texts))
 
 
 def _digest(labels: Tensor, texts: Sequence[str]) -> str:

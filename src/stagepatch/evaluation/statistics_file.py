@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stagepatch.core import UserError, as_user_error, write_atomically
 from stagepatch.evaluation.features import FeatureExtractor
@@ -20,6 +21,7 @@ from stagepatch.evaluation.statistics import Statistics
 
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, BadZipFile)
 _ASYMMETRY = 1e-4
+_ENDINGS = {"features": "", "spatial": "_s"}
 
 
 @dataclass
@@ -27,12 +29,13 @@ class StatisticsFile:
     """What such a file holds.
 
     Args:
-        statistics: of the features; count 0 where it does not say.
+        statistics: by name, of the 'features' and, where it has them, of the 'spatial' ones; count 0 where it does not
+            say.
         extractor, fingerprint, preprocessing: of what extracted them; empty where it does not say.
         source: of the images, as they were named; empty where it does not say.
     """
 
-    statistics: Statistics
+    statistics: dict[str, Statistics]
     extractor: str = ""
     fingerprint: str = ""
     preprocessing: str = ""
@@ -62,20 +65,31 @@ def read_statistics(path: Path) -> StatisticsFile:
     Raises:
         UserError: it cannot be read, its arrays are not [F] and [F, F], hold NaN, or are no covariance.
     """
+    arrays = {}
     with as_user_error(f"Cannot read '{path}'", *_UNREADABLE), np.load(path, allow_pickle=False) as file:
-        mean, covariance = (torch.from_numpy(np.array(file[name], np.float64)) for name in ("mu", "sigma"))
+        for name, ending in _ENDINGS.items():
+            if f"mu{ending}" in file.files:
+                pair = (f"mu{ending}", f"sigma{ending}")
+                arrays[name] = [torch.from_numpy(np.array(file[each], np.float64)) for each in pair]
         names = ("extractor", "fingerprint", "preprocessing", "source")
         said = {name: str(file[name]) for name in names if name in file.files}
         count = int(file["count"]) if "count" in file.files else 0
+    statistics = {name: _checked(path, _ENDINGS[name], count, *pair) for name, pair in arrays.items()}
+    return StatisticsFile(statistics, **said)
+
+
+def _checked(path: Path, ending: str, count: int, mean: Tensor, covariance: Tensor) -> Statistics:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(f"'{path}' has 'mu' {[*mean.shape]} and 'sigma' {[*covariance.shape]}, not [F] and [F, F].")
+        raise UserError(
+            f"'{path}' has 'mu{ending}' {[*mean.shape]} and 'sigma{ending}' {[*covariance.shape]}, not [F] and [F, F]."
+        )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError(f"'{path}' holds NaN or infinity, as statistics of a single image do: make it again.")
     scale = float(covariance.diagonal().abs().max()) if len(mean) else 0.0
     is_symmetric = float((covariance - covariance.mT).abs().max()) <= _ASYMMETRY * scale if len(mean) else False
     if not is_symmetric or float(covariance.diagonal().min()) < 0.0:
-        raise UserError(f"'sigma' of '{path}' is no covariance: not symmetric, or with a variance below 0.")
-    return StatisticsFile(Statistics(count, mean, (covariance + covariance.mT) / 2), **said)
+        raise UserError(f"'sigma{ending}' of '{path}' is no covariance: not symmetric, or with a variance below 0.")
+    return Statistics(count, mean, (covariance + covariance.mT) / 2)
 
 
 def write_statistics(path: Path, file: StatisticsFile) -> None:
@@ -87,14 +101,16 @@ def write_statistics(path: Path, file: StatisticsFile) -> None:
     if path.suffix != ".npz":
         raise UserError(f"Statistics are written as .npz: '{path}' ends otherwise.")
     arrays: dict[str, Any] = {
-        "mu": file.statistics.mean.numpy(),
-        "sigma": file.statistics.covariance.numpy(),
-        "count": np.array(file.statistics.count),
+        "count": np.array(file.statistics["features"].count),
         "extractor": np.array(file.extractor),
         "fingerprint": np.array(file.fingerprint),
         "preprocessing": np.array(file.preprocessing),
         "source": np.array(file.source),
     }
+
+    for name, statistics in file.statistics.items():
+        arrays[f"mu{_ENDINGS[name]}"] = statistics.mean.numpy()
+        arrays[f"sigma{_ENDINGS[name]}"] = statistics.covariance.numpy()
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as handle:
@@ -127,10 +143,11 @@ def check_extractor(path: Path, file: StatisticsFile, extractor: FeatureExtracto
             f"it again."
         )
     dimensions = getattr(extractor, "num_features", None)
-    if dimensions and len(file.statistics.mean) != dimensions:
+    found = len(file.statistics["features"].mean)
+    if dimensions and found != dimensions:
         raise UserError(
-            f"'{path}' holds statistics of {len(file.statistics.mean):,} features, but {extractor.name} has "
-            f"{dimensions:,}: choose the --extractor that it was made with."
+            f"'{path}' holds statistics of {found:,} features, but {extractor.name} has {dimensions:,}: choose the "
+            f"--extractor that it was made with."
         )
     if file.fingerprint:
         return ""
