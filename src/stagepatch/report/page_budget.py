@@ -80,6 +80,6 @@ def _reduce(pngs: Sequence[bytes], size: int) -> list[bytes]:
 
 def _to_webp(image: Image.Image, scale: float) -> bytes:
     buffer = io.BytesIO()
-    size = tuple(max(1, round(scale * side)) for side in image.size)
+    size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     (image if size == image.size else image.resize(size)).save(buffer, format="WEBP", quality=88, method=4)
     return buffer.getvalue()
