@@ -3,6 +3,7 @@
 import hashlib
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from stagepatch.evaluation.statistics_file import (
     write_statistics,
 )
 from stagepatch.families import sample_shape
-from stagepatch.report import format_mean, print_table
+from stagepatch.report import KeyValues, Section, Table, format_mean, print_table, provenance, write_page
 from stagepatch.sampling import SamplingConfig, attach_guide, generate
 
 _IN_SHARD = 256
@@ -71,7 +72,7 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     if config.save_statistics:
         _save(Path(config.save_statistics), sides[0][0], extractor)
     if config.against:
-        _measure(sides[0], sides[1][0], config, extractor, notes)
+        _measure(sides[0], sides[1][0], config, extractor, notes, resolved)
     finish(directory / "features")
 
 
@@ -173,7 +174,12 @@ def _save(path: Path, side: Side, extractor: FeatureExtractor) -> None:
 
 
 def _measure(
-    ones: list[Side], other: Side, config: configs.EvaluateConfig, extractor: FeatureExtractor, notes: list[str]
+    ones: list[Side],
+    other: Side,
+    config: configs.EvaluateConfig,
+    extractor: FeatureExtractor,
+    notes: list[str],
+    resolved: str,
 ) -> None:
     reference = Reference(other)
     metrics = [reference.measure(one) for one in ones]
@@ -191,7 +197,7 @@ def _measure(
             f"The images differ in size, {sizes[0]} and {sizes[1]} [C, H, W]: each is resized to the extractor's."
         )
     directory = Path(config.output_dir)
-    result = {
+    result: dict[str, Any] = {
         "a": ones[0].facts,
         "b": other.facts,
         "extractor": {
@@ -210,7 +216,22 @@ def _measure(
     print_table(["metric", ones[0].name], rows, f"Images: {counts}")
     for line in (direction_note(metrics[0]), *notes):
         print(line)
-    print(f"All figures, and what was measured, are in '{directory / 'metrics.json'}'.")
+    spread = f"Mean ± standard deviation over {len(ones)} sampling seeds. " if len(ones) > 1 else ""
+    said = " ".join([spread + direction_note(metrics[0]), *notes])
+    sections: list[Section] = [
+        Table("Metrics", ["metric", ones[0].name], rows, said),
+        *(KeyValues(f"{letter}: {side.name}", _texts(side.facts)) for letter, side in (("A", ones[0]), ("B", other))),
+        KeyValues("Extractor", _texts(result["extractor"])),
+        *provenance(resolved, f"stagepatch evaluate --config {directory / RUN_CONFIG}\n"),
+    ]
+    lead = f"Images of '{ones[0].name}' (A) against those of '{other.name}' (B)."
+    write_page(directory / "report.html", "stagepatch evaluate", lead, sections)
+    files = f"'{directory / 'metrics.json'}'; report: '{directory / 'report.html'}'"
+    print(f"All figures, and what was measured, are in {files}.")
+
+
+def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in facts.items() if value not in ("", None)}
 
 
 def _mean(values: list[float]) -> str:
