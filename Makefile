@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-quantization test-inception check docs assets bench bench-quick papers-small clean
+.PHONY: demo test test-all test-quantization test-inception test-browser check docs assets bench bench-quick papers-small clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
@@ -28,6 +28,14 @@ test-inception: .venv/fidelity
 .venv/fidelity: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ torch-fidelity
 	rm -rf $@/tests
+
+# Pages in Debian's Chromium, which is installed if there is none (as root); playwright's 170 MB are not in `dev`.
+test-browser: .venv/browser
+	PYTHONPATH=.venv/browser $(BIN)/pytest --numprocesses=0 tests/report/test_browser.py
+
+.venv/browser: .venv/installed
+	command -v chromium || (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium) >/dev/null
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ playwright greenlet pyee
 
 check: .venv/installed
 	$(BIN)/ruff check .

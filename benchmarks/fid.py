@@ -2,8 +2,8 @@
 
     python benchmarks/fid.py [--dimensions 2048] [--rounds 5]
 
-A and B alternate in one process, on the same statistics of correlated features; the figure is the median of the rounds'
-ratios. Both values are shown, and their relative difference, which is to be below 1e-6.
+A and B alternate in one process, on the same statistics of correlated features; the figure is the median of the
+rounds' ratios. Both values are shown, and their relative difference, which is to be below 1e-6.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
         ratios.append(seconds[1] / seconds[0])
         apart = abs(values[0] / values[1] - 1)
-        print(f"round {number}: {seconds[0]:.2f} s, sqrtm {seconds[1]:.2f} s, {ratios[-1]:.1f} times as fast;", end=" ")
+        print(
+            f"round {number}: {seconds[0]:.2f} s, sqrtm {seconds[1]:.2f} s, {ratios[-1]:.1f} times as fast;", end=" "
+        )
         print(f"{values[0]:.9g} and {values[1]:.9g}, apart by {apart:.1e}", flush=True)
     print(f"{args.dimensions} dimensions: {statistics.median(ratios):.1f} times as fast as sqrtm (median).")
 

@@ -70,7 +70,8 @@ def test_everything_of_a_patch_on_digits(patched_digits, tmp_path, capsys):
     for name in PICTURES:
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 300
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png") == len(PICTURES)
+    assert page.count("data:image/png") == len(PICTURES) + 2, "and the two grids under a slider"
+    assert page.count('type="range"') == 1
 
     model, scheduler = load_denoiser("digits")
     patch = Patch.from_pretrained(patched_digits)

@@ -78,6 +78,10 @@ def test_a_folder_against_data_is_what_the_metrics_say_of_the_same_features(made
     assert (found["b"]["images"], found["b"]["split"]) == (1198, "train")
     assert found["seeds"] == []
     assert any("40 images for 48 dimensions" in note for note in found["notes"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    number = f'data-number="{found["metrics"][0]["fid"]:.4f}'
+    for text in (number, "B: digits:train", "40 images for 48 dimensions", "photos"):
+        assert text in page
 
 
 @pytest.mark.parametrize("form", ["pixels.npy", "pixels.npz", "sample"])
@@ -111,6 +115,9 @@ def test_a_models_samples_are_those_of_the_present_form(made, tmp_path):
     given = [*FEW, "--seeds=[3]"]
     model = made / "model"
     present = run(tmp_path, f"--model={model}", f"--patch={made / 'patch'}", *given)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{present['patched'][0]['fid_train']:.4f}" in page
+    assert "over 1 sampling seeds of 600 images each; differences are paired" in page
     base = run(tmp_path, model, "digits:train", *given)
     patched = run(tmp_path, f"{model}+{made / 'patch'}", "digits:train", *given)
     for found, name in ((base, "base"), (patched, "patched")):

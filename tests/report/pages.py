@@ -31,13 +31,14 @@ ROWS = [
 
 
 def write(path: Path, evil: str = EVIL) -> None:
-    """Two tables, a plot, an image, a slider, and the rest."""
+    """Three tables, a plot, an image, a slider, and the rest."""
     images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
     black, white = torch.full((40, 1, 8, 8), -1.0), torch.full((40, 1, 8, 8), 1.0)
     sections: list[report.Section] = [
         report.Prose(evil, evil),
         report.Table("Methods", COLUMNS, ROWS, "Sorted, filtered."),
         report.Table(evil, [evil, "x" * 60], [[evil, "0"]], evil),
+        report.Table("Wide", [f"FID of {n} iterations" for n in range(16)], [["+0.1234 ± 0.5678"] * 16] * 2),
         report.Comparison.of_samples(evil, black, white, ("black", "white"), evil),
         report.Picture(evil, report.metric_curves({evil: [(1, 2.0), (2, 1.0)]}, evil), evil),
         report.Picture(evil, report.image_grid(images), evil),

@@ -11,7 +11,7 @@ from tests.report import pages
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: make test-browser")
-A4 = {"width": 718, "height": 1000}  # CSS pixels between margins of 1 cm
+A4, A4_TURNED = {"width": 687, "height": 1017}, 1017  # CSS pixels between margins of 14 mm
 NUMBERS = [f"method {place}" for place in (2, 0, 6, 4, 3, 7, 8, 9, 5, 1)]  # by the change
 
 
@@ -161,9 +161,13 @@ def test_rows_are_filtered_by_words(open_page):
 def test_on_paper_nothing_is_cut_and_grids_lie_side_by_side(open_page, scheme):
     page = open_page(viewport=A4, color_scheme=scheme)
     page.emulate_media(media="print", color_scheme=scheme)
-    cut = "[...document.querySelectorAll('*')].filter((e) => e.scrollWidth > e.clientWidth + 1 && e.clientWidth)"
-    assert page.evaluate(f"{cut}.map((e) => e.outerHTML.slice(0, 80))") == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= A4["width"]
+    wide = page.locator(".wide")
+    wide.evaluate("(element) => { element.hidden = true }")
+    assert cut(page) == []
+    wide.evaluate("(element) => { element.hidden = false }")
+    page.set_viewport_size({"width": A4_TURNED, "height": 700})
+    assert cut(page) == []
+    page.set_viewport_size(A4)
     side_by_side(page)
     assert contrast(page, "h1") >= 7
     for hidden in ("nav", ".filter", "input[type=range]"):
@@ -171,6 +175,16 @@ def test_on_paper_nothing_is_cut_and_grids_lie_side_by_side(open_page, scheme):
     for whole in ("tbody tr", "figure"):
         assert page.locator(whole).first.evaluate("(e) => getComputedStyle(e).breakInside") == "avoid"
     assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+def cut(page):
+    """The elements whose content is wider than they are, or that are wider than the page."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll("body *")].filter((element) =>
+            element.clientWidth && element.scrollWidth > element.clientWidth + 1
+            || element.getBoundingClientRect().right > innerWidth + 1
+        ).map((element) => element.outerHTML.slice(0, 80))"""
+    )
 
 
 def side_by_side(page):

@@ -71,8 +71,9 @@ def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
     assert [row[0] for row in rows] == ["method", "base", "DMP", "bias"]
     assert "two-sided t-test whose unit is a training run" in (out / "table.md").read_text()
     page = (out / "report.html").read_text()
-    for text in ("Over iterations", "Gain against cost", "Samples: DMP", "Samples: base"):
+    for text in ("Over iterations", "Gain against cost", "Samples: DMP", "&#39;base&#39; left of the slider"):
         assert text in page
+    assert page.count('type="range"') == 2, "a slider over the base for each method"
     assert "held-out images at 4" in " ".join(capsys.readouterr().out.replace("┃", " ").split())
 
 

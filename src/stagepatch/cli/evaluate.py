@@ -11,10 +11,10 @@ from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_shar
 from stagepatch.cli.evaluate_sources import evaluate_sources, learned_fingerprint, shard_size, weights_fingerprint
 from stagepatch.core import UserError, processes, write_json, write_text
 from stagepatch.data import DataConfig
-from stagepatch.evaluation import Evaluator, Measured, comparison_table
+from stagepatch.evaluation import Evaluator, Measured, comparison_note, comparison_table, direction_note
 from stagepatch.evaluation.shards import Shards, begin, finish
 from stagepatch.methods import open_learned
-from stagepatch.report import print_table
+from stagepatch.report import Table, print_table, provenance, write_page
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts
 
 
@@ -84,8 +84,15 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
     finish(kept)
     columns, rows = comparison_table(measured["base"], measured.get(name), evaluator.extractor.name, name)
-    print_table(columns, rows, f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds")
-    print(f"Metrics of every seed are in '{directory / 'metrics.json'}'.")
+    note = f"{comparison_note(measured['base'], name in measured)} {direction_note(results['base'][0])}"
+    counts = f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds"
+    print_table(columns, rows, counts)
+    print(note)
+    lead = f"'{config.model}' against the images of '{data.source}', in the features of '{evaluator.extractor.name}'."
+    table = Table("Metrics", columns, rows, f"{counts}. {note}")
+    again = provenance(resolved, f"stagepatch evaluate --config {directory / RUN_CONFIG}\n")
+    write_page(directory / "report.html", "stagepatch evaluate", lead, [table, *again])
+    print(f"Metrics of every seed are in '{directory / 'metrics.json'}'; report: '{directory / 'report.html'}'.")
 
 
 def _measured(evaluator: Evaluator, shards: list[Shards]) -> Measured:

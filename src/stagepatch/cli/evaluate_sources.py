@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from stagepatch.checkpoints import denoiser_directory, find_model, sampled_finge
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_experts_on, put_on
 from stagepatch.core import UserError, as_user_error, processes, write_json, write_text
-from stagepatch.evaluation import Measured, chosen, comparison_table, direction_note, load_extractor, metric_names
+from stagepatch.evaluation import (
+    Measured,
+    chosen,
+    comparison_note,
+    comparison_table,
+    direction_note,
+    load_extractor,
+    metric_names,
+)
 from stagepatch.evaluation.collector import Collector
 from stagepatch.evaluation.features import load_others, outputs_of
 from stagepatch.evaluation.references import dataset_shards
@@ -36,7 +45,7 @@ from stagepatch.evaluation.statistics_file import (
     write_statistics,
 )
 from stagepatch.families import sample_shape
-from stagepatch.report import print_table
+from stagepatch.report import KeyValues, Section, Table, print_table, provenance, write_page
 from stagepatch.sampling import SamplingConfig, attach_guide, generate
 
 _IN_SHARD = 256
@@ -79,7 +88,7 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     if config.save_statistics:
         _save(Path(config.save_statistics), sides[0][0], collector)
     if config.against:
-        _measure(sides[0], sides[1][0], config, collector, keys, notes)
+        _measure(sides[0], sides[1][0], config, collector, keys, notes, resolved)
     finish(directory / "features")
 
 
@@ -198,6 +207,7 @@ def _measure(
     collector: Collector,
     keys: list[str],
     notes: list[str],
+    resolved: str,
 ) -> None:
     reference, extractor = Reference(other, keys), collector.extractor
     found = [reference.measure(one, with_intervals=len(ones) == 1) for one in ones]
@@ -216,7 +226,7 @@ def _measure(
     if len(sizes) == 2 and sizes[0] != sizes[1]:
         notes.append(f"The images differ in size, {sizes[0]} and {sizes[1]} [C, H, W]: the extractor resizes each.")
     directory = Path(config.output_dir)
-    result = {
+    result: dict[str, Any] = {
         "a": ones[0].facts,
         "b": other.facts,
         "extractor": {
@@ -233,9 +243,22 @@ def _measure(
     columns, rows = comparison_table(measured, None, extractor.name)
     counts = " against ".join(f"{side.facts['images']} of {side.name}" for side in (ones[0], other))
     print_table([columns[0], ones[0].name], rows, f"Images: {counts}")
-    for line in (direction_note(measured.metrics[0]), *notes):
-        print(line)
-    print(f"All figures, and what was measured, are in '{directory / 'metrics.json'}'.")
+    said = [comparison_note(measured, is_compared=False), direction_note(measured.metrics[0]), *notes]
+    print("\n".join(said))
+    sections: list[Section] = [
+        Table("Metrics", ["metric", ones[0].name], rows, " ".join(said)),
+        *(KeyValues(f"{letter}: {side.name}", _texts(side.facts)) for letter, side in (("A", ones[0]), ("B", other))),
+        KeyValues("Extractor", _texts(result["extractor"])),
+        *provenance(resolved, f"stagepatch evaluate --config {directory / RUN_CONFIG}\n"),
+    ]
+    lead = f"Images of '{ones[0].name}' (A) against those of '{other.name}' (B)."
+    write_page(directory / "report.html", "stagepatch evaluate", lead, sections)
+    files = f"'{directory / 'metrics.json'}'; report: '{directory / 'report.html'}'"
+    print(f"All figures, and what was measured, are in {files}.")
+
+
+def _texts(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in facts.items() if value not in ("", None)}
 
 
 def shard_size(sampling: SamplingConfig) -> int:

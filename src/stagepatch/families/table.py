@@ -59,8 +59,8 @@ call_wan = of_videos(call_by_keywords)
 
 def call_omnigen(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """See `Call`. The mask of text, time and image is made by the pipeline's own collator, of an image of eight times
-    the sample's size. The model (diffusers 0.42) takes the first sample's positions for all: where texts are padded, in
-    front, positions are counted from the padding on, and are relative. It predicts x_start − noise."""
+    the sample's size. The model (diffusers 0.42) takes the first sample's positions for all: where texts are padded,
+    in front, positions are counted from the padding on, and are relative. It predicts x_start − noise."""
     from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
     rows = zip(condition["input_ids"], condition["encoder_attention_mask"].bool(), strict=True)

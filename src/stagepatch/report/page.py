@@ -22,6 +22,7 @@ from stagepatch.report.versions import environment
 PAGE_BYTES = 5_000_000
 _WIDE = 960  # pixels, about as many as a page's column
 _FILTERED = 8  # a table of more rows has a field to filter it
+_WIDE_TABLE = 8  # of more columns
 _BLANK = re.compile(r"\W*(nan|inf)?", re.IGNORECASE)
 
 
@@ -41,6 +42,11 @@ class Table:
     def is_filtered(self) -> bool:
         """Whether it is long enough for a field to filter it by."""
         return len(self.rows) > _FILTERED
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether paper has to be turned for it."""
+        return len(self.columns) > _WIDE_TABLE
 
     @property
     def numbers(self) -> list[list[float | None]]:

@@ -12,7 +12,8 @@ from PIL import Image
 from stagepatch.report.pictures import to_png
 
 _SMALLEST = 64  # pixels of the longer side below which nothing is scaled
-_LARGE = 450  # pixels; a narrower image is shown at twice its size
+_SHOWN = 700  # CSS pixels, that small images are enlarged to, up to _ENLARGED times
+_ENLARGED = 5
 _PIXELS_PER_INCH = 100  # of a plot on the page
 
 
@@ -63,7 +64,7 @@ def _total(files: Sequence[bytes]) -> int:
 def _width(picture: Figure | Image.Image) -> int:
     if isinstance(picture, Figure):
         return round(_PIXELS_PER_INCH * picture.get_figwidth())
-    return picture.width * (2 if picture.width < _LARGE else 1)
+    return picture.width * min(_ENLARGED, max(1, _SHOWN // picture.width))
 
 
 def _reduce(pngs: Sequence[bytes], size: int) -> list[bytes]:
@@ -79,6 +80,6 @@ def _reduce(pngs: Sequence[bytes], size: int) -> list[bytes]:
 
 def _to_webp(image: Image.Image, scale: float) -> bytes:
     buffer = io.BytesIO()
-    size = tuple(max(1, round(scale * side)) for side in image.size)
+    size = max(1, round(scale * image.width)), max(1, round(scale * image.height))
     (image if size == image.size else image.resize(size)).save(buffer, format="WEBP", quality=88, method=4)
     return buffer.getvalue()

@@ -27,7 +27,7 @@ def image_grid(images: Tensor, columns: int = 10, scale: int = 0) -> Image.Image
 
 
 def paired_grids(base: Tensor, patched: Tensor, columns: int = 10, scale: int = 0) -> tuple[Image.Image, Image.Image]:
-    """Grids of images from the same noise: equal places correspond, and more than three channels are stretched alike."""
+    """Grids of images from the same noise: equal places correspond, further channels are stretched alike."""
     tiles = _to_pixels(torch.cat([base.cpu(), patched.cpu()]), scale)
     return _laid_out(tiles[: len(base)], columns), _laid_out(tiles[len(base) :], columns)
 

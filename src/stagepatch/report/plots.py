@@ -16,7 +16,10 @@ _CURVES = {
     "images_per_second": "images/s",
 }
 
-TRAINING_CAPTION = "What is logged, over iterations: each value (pale) and its running mean (dark). Losses, norms and rates have no unit."
+TRAINING_CAPTION = (
+    "What is logged, over iterations: each value (pale) and its running mean (dark). Losses, norms and rates have no "
+    "unit."
+)
 _MOST_LABELLED = 8  # cells of a matrix of up to so many rows hold their numbers
 
 

@@ -23,13 +23,17 @@ _CONTROLS_NOTE = (
     "In percent of the base, ± standard error: the method's value less the control's, the best control first; paired "
     "by training run where both have as many, by Welch's test elsewhere. The p-values are of one difference each."
 )
+_COLUMNS_NOTE = (
+    "Trained: number of parameters that learn, and their share of the model's. s/step: seconds of a training step, "
+    "median. Peak MiB: memory of the job's process, on a GPU of its allocator."
+)
 _CURVES_CAPTION = (
     "The metric over iterations beyond the base's own; the dashed line is the base. Bars: standard deviation over "
     "training seeds."
 )
 _GAIN_CAPTION = (
-    "Difference to the base at the last checkpoint, against the number of trained parameters and against the time of a "
-    "training step [s]. Bars: standard error."
+    "Difference to the base at the last checkpoint, against the number of trained parameters and against the time of "
+    "a training step [s]. Bars: standard error."
 )
 COLUMNS = ["method", "trained", "share", "s/step", "peak MiB", "file MiB"]
 JUDGED = ["difference to base", "95% interval", "in percent", "p", "p (Holm)"]
@@ -150,7 +154,7 @@ def write_results(
     values = [[row.name, *(f"{row.metrics[key]:.4f}" for key in names)] for row in rows]
     sections: list[report.Section] = [
         report.Prose("Verdict", verdict(rows, metric)),
-        report.Table("All methods", columns, cells, note(jobs, metric)),
+        report.Table("All methods", columns, cells, f"{_COLUMNS_NOTE} {note(jobs, metric)}"),
         *([report.Table("Against the controls", *controls, _CONTROLS_NOTE)] if controls[1] else []),
         report.Picture("Over iterations", curves(rows, metric, features), _CURVES_CAPTION),
         report.Picture("Gain against cost", gain_against_cost(rows, metric, features), f"{_GAIN_CAPTION} {direction}"),
