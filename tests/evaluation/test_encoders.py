@@ -181,5 +181,5 @@ def test_outputs_do_not_depend_on_the_batch(weights):
 
 
 def test_metrics_that_there_are_not_are_refused():
-    with pytest.raises(UserError, match=r"no metric 'fidd'. Choose of: all, fid_train"):
+    with pytest.raises(UserError, match=r"no metric 'fidd'. Choose of: all, fid, fid_train"):
         evaluation.chosen(["fidd"])

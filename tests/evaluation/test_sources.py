@@ -117,7 +117,8 @@ def test_a_models_samples_are_those_of_the_present_form(made, tmp_path):
     present = run(tmp_path, f"--model={model}", f"--patch={made / 'patch'}", *given)
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"{present['patched'][0]['fid_train']:.4f}" in page
-    assert "over 1 sampling seeds of 600 images each; differences are paired" in page
+    assert "over the images of one sampling seed" in page
+    assert "Differences are paired by image" in page
     base = run(tmp_path, model, "digits:train", *given)
     patched = run(tmp_path, f"{model}+{made / 'patch'}", "digits:train", *given)
     for found, name in ((base, "base"), (patched, "patched")):
