@@ -938,7 +938,6 @@ PIPELINES: dict[str, Tiny] = {
         pixels=(16, 16),
         other_pixels=(24, 16),
         arguments=prompted(clean_caption=False),
-        is_trained=False,
     ),
 }
 PIPELINES |= {

@@ -181,6 +181,17 @@ def test_stale_cache_is_refused_with_the_reason(tmp_path, folder, sd, file, chan
         cache(tmp_path / "cache", sd, data(folder, **choices))
 
 
+def test_pixels_are_cached_beside_captions_where_there_is_no_vae(tmp_path, folder):
+    PIPELINES["UNet2DConditionModel of DeepFloyd IF"].build().save_pretrained(tmp_path / "model")
+    config = data(folder, image_size=16)
+    cached, images = cache(tmp_path / "cache", tmp_path / "model", config), Images(open_source(config), config)
+    assert set(cached[1]) == {"image", "label", "condition"}
+    torch.testing.assert_close(cached[1]["image"].float(), images[1]["image"], rtol=0, atol=1e-3)
+    encode = load_captioner(tmp_path / "model")
+    expected = encode([CAPTIONS[1]])["encoder_hidden_states"][0]
+    torch.testing.assert_close(cached[1]["condition"]["encoder_hidden_states"], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_model_without_captions_gets_none(tmp_path, folder):
     PIPELINES["DiTTransformer2DModel"].build().save_pretrained(tmp_path / "model")
     cached = cache(tmp_path / "cache", tmp_path / "model", data(folder))

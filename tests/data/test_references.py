@@ -9,15 +9,18 @@ from stagepatch.cli import main
 from stagepatch.core import UserError
 from stagepatch.data import (
     CachedLatents,
+    Clips,
     DataConfig,
     FolderSource,
     SourceConfig,
     encode_images,
     load_training_data,
     make_cache,
+    open_source,
 )
 from stagepatch.families.qwenimage import encode_edits
 from stagepatch.training import Conditions, TrainingConfig, draw, load_batches
+from tests.data.filming import film
 from tests.data.reading import load
 from tests.runs import make_objective, options
 from tests.tiny_pipelines import PIPELINES
@@ -78,6 +81,21 @@ def test_they_are_cropped_to_their_images_size(folder):
     (folder / "a-source.png").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"Cannot read the picture '.*a-source.png', which an image is the edit of"):
         load(folder, image_size=16)
+
+
+def test_clips_have_the_frames_of_the_video_beside_them(tmp_path):
+    film(tmp_path / "a.mkv", [10, 20, 30, 40, 50, 60])
+    film(tmp_path / "a-source.mkv", [110, 120, 130, 140, 150, 160])
+    config = DataConfig(str(tmp_path), image_size=16, num_frames=3, num_clips=2)
+    source = open_source(config)
+    assert source.names == ["a.mkv"]
+    item = Clips(source, config)[1]
+    for name, values in (("image", (40, 50, 60)), ("references", (140, 150, 160))):
+        means = item[name].reshape(3, 3, 16, 16).mean(dim=(0, 2, 3))
+        torch.testing.assert_close((means + 1) * 127.5, torch.tensor(values, dtype=torch.float32))
+    film(tmp_path / "a-source.mkv", [110, 120, 130])
+    with pytest.raises(UserError, match=r"'.*a-source.mkv' does not go with the video beside it, frame by frame"):
+        Clips(open_source(config), config)[1]
 
 
 @pytest.fixture

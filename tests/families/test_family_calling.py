@@ -138,9 +138,7 @@ CALLS = {
     [
         name
         for name, tiny in PIPELINES.items()
-        if (tiny.is_trained or "DeepFloyd" in name)
-        and not tiny.references
-        and name not in ("DiTTransformer2DModel", "UNet2DModel")
+        if tiny.is_trained and not tiny.references and name not in ("DiTTransformer2DModel", "UNet2DModel")
     ],
 )
 def test_model_is_called_as_its_own_pipeline_calls_it(name, monkeypatch):

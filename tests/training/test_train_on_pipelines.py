@@ -172,13 +172,6 @@ def test_half_precision_backbone_and_the_digits_are_refused_for_a_vae(sd, capsys
     assert "need no VAE" in capsys.readouterr().err
 
 
-def test_a_model_of_text_in_pixels_is_refused_in_words(tmp_path, capsys):
-    PIPELINES["UNet2DConditionModel of DeepFloyd IF"].build().save_pretrained(tmp_path / "model")
-    draw_images(tmp_path / "images", size=(16, 16))
-    assert train(tmp_path, size=16) == 2
-    assert "takes text and has no VAE" in " ".join(capsys.readouterr().err.split())
-
-
 def test_classes_and_variances_of_adm_are_trained_on_in_pixels(tmp_path, shows):
     model = FAMILIES["UNet2DModel of ADM"].model(in_channels=1, out_channels=2)
     save_denoiser(model, diffusers.DDPMScheduler(variance_type="learned_range"), tmp_path / "model")

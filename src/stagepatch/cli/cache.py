@@ -4,18 +4,21 @@ from pathlib import Path
 
 import torch
 
-from stagepatch.checkpoints import has_vae
+from stagepatch.checkpoints import build_denoiser, has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, say
 from stagepatch.core import UserError, processes, write_text
 from stagepatch.data import make_cache, open_cache
+from stagepatch.families import takes_text
 
 
 def cache(config: configs.CacheConfig, resolved: str) -> None:
     """Encode images and captions once."""
     directory = Path(config.output_dir)
-    if not config.model or not has_vae(config.model):
-        raise UserError(f"model='{config.model}' has no VAE, so there is nothing to cache: give a latent model.")
+    if not config.model or not (has_vae(config.model) or takes_text(build_denoiser(config.model))):
+        raise UserError(
+            f"model='{config.model}' has no VAE and takes no captions, so there is nothing to cache: give another."
+        )
     dtype = getattr(torch, config.dtype)
     make_cache(directory, config.model, config.data, config.batch_size, dtype, dtype)
     if processes().is_main_process:

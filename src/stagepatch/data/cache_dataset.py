@@ -53,17 +53,10 @@ class CachedLatents(Dataset[dict[str, Any]]):
         latents = self._file("latents", int(self.index["file"][index]))
         row = int(self.index["row"][index])
         item: dict[str, Any] = {
-            "image": latents.get_slice("mean")[row],
-            "std": latents.get_slice("std")[row],
-            "image_flipped": latents.get_slice("mean_flipped")[row],
-            "std_flipped": latents.get_slice("std_flipped")[row],
-            "label": int(self.index["label"][index]),
+            name.replace("mean", "image"): latents.get_slice(name)[row]
+            for name in latents.keys()  # noqa: SIM118 (it is no dict)
         }
-        if "mask" in latents.keys():  # noqa: SIM118 (it is no dict)
-            item["mask"] = latents.get_slice("mask")[row]
-        if "references" in latents.keys():  # noqa: SIM118
-            item["references"] = latents.get_slice("references")[row]
-            item["references_flipped"] = latents.get_slice("references_flipped")[row]
+        item["label"] = int(self.index["label"][index])
         if self.lengths:
             item["condition"] = self._condition(self._caption_of(index, caption))
             if "null_caption" in self.index:

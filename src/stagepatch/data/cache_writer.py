@@ -47,6 +47,7 @@ def build_cache(
     Args:
         key: what the cache is of, by part; see `cache_key`.
         load_images: called once where the cache is not whole.
+        load_vae: one that gives None keeps pixels.
         load_vae, load_captioner: called once where there is something to encode; what they give is freed after. No
             `load_captioner`: the model takes no captions.
         batch_size: images, or frames of videos, encoded at a time, but a video at least; captions by eights.
@@ -158,18 +159,23 @@ def _encode_images(
     vae: Any,
     indices: list[int],
 ) -> dict[str, Tensor]:
-    """float16: 'mean', 'std' [B, C, h, w], of videos [B, C, f, h, w], and the same of the mirrored ones.
+    """float16: 'mean', 'std' [B, C, h, w], of videos [B, C, f, h, w], and the same of the mirrored ones; without a VAE
+    'mean' alone, the pixels.
 
     Of masked images 'mask' [B, 1, h, w] too; of edits 'references' [B, R, C, h, w], the means, and those mirrored.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("mean", "std", "mean_flipped", "std_flipped")}
+    parts: dict[str, list[Tensor]] = {}
     for batch in _chunks(indices, batch_size):
         items = [images[index] for index in batch]
         pixels = torch.stack([item["image"] for item in items])
-        for ending, shown in (("", pixels), ("_flipped", pixels.flip(-1))):
-            mean, std = encode_images(vae, shown)
-            parts[f"mean{ending}"].append(mean.half().cpu())
-            parts[f"std{ending}"].append(std.half().cpu())
+        mean = pixels
+        if vae is None:
+            parts.setdefault("mean", []).append(mean.half())
+        else:
+            for ending, shown in (("", pixels), ("_flipped", pixels.flip(-1))):
+                mean, std = encode_images(vae, shown)
+                parts.setdefault(f"mean{ending}", []).append(mean.half().cpu())
+                parts.setdefault(f"std{ending}", []).append(std.half().cpu())
         if images.source.has_masks:
             masks = torch.stack([item["mask"] for item in items])
             parts.setdefault("mask", []).append(to_weights(masks, mean).half())

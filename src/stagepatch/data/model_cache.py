@@ -83,7 +83,9 @@ def make_cache(
     dtype: torch.dtype = torch.float32,
     text_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Make the cache of images or videos and captions for a model with a VAE, or check the one that is there.
+    """Make the cache of images or videos and captions for a model, or check the one that is there.
+
+    A model of captions without a VAE (DeepFloyd IF) has pixels in it.
 
     A whole cache is only compared with its key: neither images nor encoders are loaded. Of several data sets each has
     a cache of its own in the directory, which is found again when it is trained on beside others.
@@ -123,7 +125,7 @@ def make_cache(
         directory,
         key,
         lambda: Clips(source, data) if isinstance(source, VideoFolder) else Images(source, data),
-        lambda: load_vae(model, dtype).to(device),
+        lambda: load_vae(model, dtype).to(device) if has_vae(model) else None,
         (lambda: load_captioner(model, device, text_dtype, reads_references)) if takes_captions(model) else None,
         batch_size,
         reads_references,
@@ -180,19 +182,15 @@ def load_training_data(
     batch_size: int = 8,
     text_dtype: torch.dtype = torch.float32,
 ) -> Dataset[dict[str, Any]]:
-    """Items as `training.draws.draw` takes them: of a model with a VAE its cache, made first if it is not there.
+    """Items as `training.draws.draw` takes them: of a model with a VAE, or of text, its cache, made first if it is not
+    there.
 
     Without those that `data.held_out` holds out, which are the `held_out` of what is returned, and cached too.
 
     Args:
         model: empty for images in pixels.
     """
-    if not model or not has_vae(model):
-        if model and takes_text(build_denoiser(model)):
-            raise UserError(
-                f"The model '{model}' takes text and has no VAE, in 'vae/', beside it: images in pixels are trained "
-                f"on with classes or with nothing, not with captions."
-            )
+    if not model or (not has_vae(model) and not takes_text(build_denoiser(model))):
         dataset: Any = load_dataset(with_channels(data, model) if model else data, decode=True)
         if isinstance(dataset, ImageDataset):  # bundled: they have a split of their own
             return dataset

@@ -59,19 +59,17 @@ call_wan = of_videos(call_by_keywords)
 
 def call_omnigen(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
     """See `Call`. The mask of text, time and image is made by the pipeline's own collator, of an image of eight times
-    the sample's size. The model (diffusers 0.42) takes the first sample's positions for all: where texts are padded,
-    in front, positions are counted from the padding on, and are relative. It predicts x_start − noise."""
+    the sample's size. The model takes the first sample's positions for all (diffusers 0.42); they are relative, so all
+    are counted from the padding on, which is in front of texts. It predicts x_start − noise.
+    """
     from diffusers.pipelines.omnigen.processor_omnigen import OmniGenCollator
 
     rows = zip(condition["input_ids"], condition["encoder_attention_mask"].bool(), strict=True)
     texts = [{"input_ids": ids[mask].tolist(), "pixel_values": None} for ids, mask in rows]
     size = [8 * length for length in sample.shape[2:]]
     ids, _, mask, *_ = OmniGenCollator().process_mllm_input(texts, [size] * len(texts))
-    added = {
-        "input_ids": ids,
-        "position_ids": torch.arange(mask.shape[1]).expand(len(ids), -1),
-        "attention_mask": mask,
-    }
+    positions = torch.arange(mask.shape[1]).expand(len(ids), -1)
+    added = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     added = {name: value.to(sample.device) for name, value in added.items()}
     added |= {"input_img_latents": [], "input_image_sizes": {}}
     return -call_by_keywords(model, sample, timesteps, added)

@@ -78,11 +78,14 @@ def call_vace(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str
     made anew, which is as blank or follows the given video; and a mask of ones for all that is made anew.
 
     Raises:
-        UserError: several videos that control one.
+        UserError: none are there, or several that control one.
     """
     given, others = split_references(condition)
-    if len(given) > 2:
-        raise UserError(f"Wan VACE is controlled by one video, not by {len(given) - 1}.")
+    if not 1 <= len(given) <= 2:
+        raise UserError(
+            f"Wan VACE is told reference_latents [B, R, C, F, H, W], a blank video and at most one that controls what "
+            f"is made, and got {len(given)}."
+        )
     stays, changes = (each if each.ndim == 5 else each.unsqueeze(2) for each in (given[0], given[-1]))
     channels = model.config.vace_in_channels - stays.shape[1] - changes.shape[1]
     mask = torch.ones_like(stays[:, :1]).expand(-1, channels, -1, -1, -1)
