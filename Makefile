@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-quantization test-inception test-browser check docs assets bench bench-quick papers-small clean
+.PHONY: demo test test-all test-quantization test-inception test-browser faults check docs assets bench bench-quick papers-small clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
@@ -36,6 +36,10 @@ test-browser: .venv/browser
 .venv/browser: .venv/installed
 	command -v chromium || (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium) >/dev/null
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ playwright greenlet pyee
+
+# Every file operation of every command as a point of death, for docs/reliability.md: hours.
+faults: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.points
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from stagepatch.patch import PatchConfig
 from stagepatch.training import BalancingConfig, TrainingConfig, train
 from stagepatch.training.balancing import make_intervals
 from stagepatch.training.log import RunLog
+from tests.faults import strikes
 
 MODEL = {
     "sample_size": 8,
@@ -148,6 +151,9 @@ class Strike:
 
 def arm(strike):
     """Let this process be struck."""
+    if isinstance(strike, strikes.FileStrike):
+        strike.arm()
+        return
     counted = itertools.count(1)
 
     def reached(name=strike.name):
@@ -194,6 +200,7 @@ def train_job(directory, **choices):
 
 
 def _child(function, arguments, output, environment, strike):
+    os.environ.pop(strikes.ENVIRONMENT, None)  # of the server's alone, not of what this starts
     if strike is not None:
         arm(strike)
     os.environ.update(environment)
@@ -209,11 +216,18 @@ class Processes:
     """Starts jobs as forks of one server that has imported everything, so that each starts at once."""
 
     folder: Path
+    modules: Sequence[str] = ()  # that the server imports too
     started: list = field(default_factory=list)
 
     def __post_init__(self):
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pytest", "stagepatch.cli.train", "torch.distributed"])
+        self.context.set_forkserver_preload(["pytest", "stagepatch.cli.train", "torch.distributed", *self.modules])
+        former = os.environ.get(strikes.ENVIRONMENT)
+        os.environ[strikes.ENVIRONMENT] = str(strikes.library() or former or "")
+        forkserver.ensure_running()
+        os.environ.pop(strikes.ENVIRONMENT)
+        if former is not None:
+            os.environ[strikes.ENVIRONMENT] = former
 
     def start(self, function, environment=None, strike=None, **arguments):
         output = self.folder / f"{len(self.started)}.txt"
@@ -235,14 +249,18 @@ class Processes:
         return self.finish(self.start(function, **arguments), expected)
 
     def call_together(self, function, count, **arguments):
-        """One job in `count` processes that know of one another, as under `accelerate launch`."""
+        """One job in `count` processes that know of one another, as under `accelerate launch`; their output."""
+        return [self.finish(process) for process in self.start_together(function, count, **arguments)]
+
+    def start_together(self, function, count, strikes=None, **arguments):
+        """`call_together` without its end; strikes are by the process's number."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
-        processes = [self.start(function, environment, **arguments) for environment in ranks]
-        return [self.finish(process) for process in processes]
+        strikes = strikes or {}
+        return [self.start(function, each, strikes.get(rank), **arguments) for rank, each in enumerate(ranks)]
 
     def stop(self):
         for process in self.started:

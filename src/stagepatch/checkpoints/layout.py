@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stagepatch.core import TensorReader, UserError, read_json
+from stagepatch.core import TensorReader, UserError, copy_file, read_json, whole_directory
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = {name: _ASSETS / f"{name}-dit" for name in ("digits", "fashion")}
@@ -154,9 +154,8 @@ def lay_out_encoders(source: str | Path, directory: Path, with_text: bool) -> No
     directory.mkdir(parents=True, exist_ok=True)
     for name, path in encoders.items():
         if (with_text or name == "vae") and not (directory / name).exists():
-            shutil.rmtree(directory / f"{name}.tmp", ignore_errors=True)
-            shutil.copytree(path, directory / f"{name}.tmp")
-            (directory / f"{name}.tmp").rename(directory / name)
+            with whole_directory(directory / name) as whole:
+                shutil.copytree(path, whole, copy_function=copy_file)
 
 
 def encoder_directories(source: str | Path) -> dict[str, Path]:

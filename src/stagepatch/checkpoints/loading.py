@@ -26,7 +26,7 @@ from stagepatch.checkpoints.memory import check_available, hold, load_gguf, quan
 from stagepatch.checkpoints.memory_config import MemoryConfig
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
 from stagepatch.checkpoints.routing import WINDOWS, attach_routing
-from stagepatch.core import TensorReader, UserError, as_user_error, read_json, read_tensors, write_tensors
+from stagepatch.core import TensorReader, UserError, as_user_error, read_json, read_tensors, write_tensors, write_text
 from stagepatch.families import takes_text
 from stagepatch.families.registry import Family, family_of
 
@@ -229,17 +229,21 @@ def projection_width(source: str | Path) -> int:
 
 def save_config(model: Any, directory: Path) -> None:
     """Write what the model is, without its weights, as `save_denoiser` does."""
-    model.save_config(directory / component_for(model))
+    _write_config(model, directory / component_for(model))
 
 
 def save_denoiser(model: Any, scheduler: Any, directory: str | Path) -> None:
-    """Write `transformer/` (a U-Net: `unet/`) and `scheduler/`; the weights' file is whole or absent."""
+    """Write `transformer/` (a U-Net: `unet/`) and `scheduler/`, each file whole or absent."""
     directory = Path(directory)
     component = directory / component_for(model)
-    component.mkdir(parents=True, exist_ok=True)
-    model.save_config(component)
+    _write_config(model, component)
     write_tensors(component / _WEIGHTS, model.state_dict())
-    scheduler.save_pretrained(directory / "scheduler")
+    _write_config(scheduler, directory / "scheduler")
+
+
+def _write_config(part: Any, directory: Path) -> None:
+    """What diffusers' `save_config` writes, whole or absent."""
+    write_text(directory / part.config_name, part.to_json_string())
 
 
 def _class_of(directory: Path) -> type:

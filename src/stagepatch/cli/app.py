@@ -1,6 +1,8 @@
 """The command line: `stagepatch COMMAND --config FILE.yaml --key value`. Nothing heavy is imported for help."""
 
+import errno
 import sys
+import threading
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -30,6 +32,8 @@ _PLACES = {
     "push": ["path", "repo_id"],
     "evaluate": ["model", "against"],
 }
+# No space, quota, permission, a read-only or a broken disk: not what a command can do anything about.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 _ALIASES = {"-h": "--help", "-V": "--version"}
 
 
@@ -71,6 +75,7 @@ def _run(command: str, arguments: list[str]) -> int:
     for number, name in enumerate(_PLACES.get(command, [])):
         if arguments[2 * number :] and not arguments[2 * number].startswith("-"):
             arguments = [*arguments[: 2 * number], f"--{name}", *arguments[2 * number :]]
+    threading.excepthook = _say_of_thread
     try:
         config, resolved = _parse(command, arguments)
         from importlib import import_module
@@ -85,7 +90,34 @@ def _run(command: str, arguments: list[str]) -> int:
     except Interrupted as error:
         print(f"\nstagepatch {command}: {error}", file=sys.stderr)
         return 128 + error.signum
+    except (OSError, RuntimeError) as error:
+        if not (said := _in_words(error)):
+            raise
+        kept = "What is written is whole: the same command goes on from it."
+        print(f"stagepatch {command}: {said} {kept}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _in_words(error: OSError | RuntimeError) -> str:
+    """What is not a mistake of the program's, nor of the user's; empty for all else."""
+    if isinstance(error, OSError):
+        return f"'{error.filename or 'A file'}': {error.strerror}." if error.errno in _OF_THE_DISK else ""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    from stagepatch.core import LEFT_ALONE, is_left_alone
+
+    if should_reduce_batch_size(error):
+        return "Out of memory: give smaller batches, or hold the model in less memory (docs/memory.md)."
+    return LEFT_ALONE if is_left_alone(error) else ""
+
+
+def _say_of_thread(raised: threading.ExceptHookArgs) -> None:
+    """A full disk is found by a tracker's thread first; what it writes for says the rest."""
+    if isinstance(raised.exc_value, OSError):
+        print(f"stagepatch: {raised.exc_value}", file=sys.stderr)
+    else:
+        threading.__excepthook__(raised)
 
 
 def _parse(command: str, arguments: list[str]) -> tuple[object, str]:

@@ -4,12 +4,10 @@ import importlib.util
 from itertools import chain
 from pathlib import Path
 
-from filelock import FileLock
-
 from stagepatch.checkpoints import build_denoiser, has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over
-from stagepatch.core import UserError, write_text
+from stagepatch.core import UserError, locked, write_text
 from stagepatch.data import check_channels, load_training_data
 from stagepatch.merging import (
     MergeMethod,
@@ -89,8 +87,7 @@ def _search_and_merge(config: configs.MergeConfig, stages: Stages | Snapshots) -
 
     output, found = Path(config.output_dir), search_weights(config, stages)
     best = best_of(list(chain(*found.values()))).point
-    output.mkdir(parents=True, exist_ok=True)
-    with FileLock(output / "search.lock"):  # processes that shared a search end at the same time
+    with locked(output / "search.lock"):  # processes that shared a search end at the same time
         results.write_merge_results(config, found)
         stages.merge(best, output, config.method)
     results.print_merge_results(config, found)

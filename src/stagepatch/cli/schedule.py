@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, load_on_device
 from stagepatch.cli.merge import check_optuna
-from stagepatch.core import write_text
+from stagepatch.core import InUse, locked, write_text
 from stagepatch.evaluation import Evaluator
 from stagepatch.report import print_table
 
@@ -29,10 +27,11 @@ def schedule(config: configs.ScheduleConfig, resolved: str) -> None:
     print(f"Budget: {budget}. A step takes {costs}.")
     evaluations = schedule_search.search_model_schedule(zoo, evaluator)
     try:
-        with FileLock(directory / "search.lock", timeout=0):  # processes that shared a search end at the same time
+        # Processes that shared a search end at the same time.
+        with locked(directory / "search.lock", "Another process of this search compares the schedule with the base."):
             schedule_search.write_results(zoo, evaluations)
             best = schedule_search.choices_of(best_of(evaluations).point)
             print_table(*schedule_search.compare_with_base(zoo, evaluator, best))
-    except Timeout:
-        print("Another process of this search compares the schedule with the base.")
+    except InUse as error:
+        print(error)
     print(f"The schedule is in '{directory / schedule_search.SCHEDULE}': stagepatch sample --schedule takes it.")

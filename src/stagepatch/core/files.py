@@ -1,5 +1,7 @@
 """Files that are whole or absent: written to a temporary name, flushed, renamed; read with plain errors."""
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -19,27 +21,37 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         UserError: the file cannot be written (no space, no permission); `path` keeps its former content.
     """
     path = Path(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        temporary = None
-        _flush_directory(path.parent)
+        with _temporary(path) as temporary:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+            _flush_directory(path.parent)
     except OSError as error:
         raise UserError(
             f"Cannot write '{path}': {error.strerror or error}. Its former content, if any, is intact; free "
             f"space or choose another directory, and start again."
         ) from error
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A file beside `path`, locked while this process lives: those of processes that were killed go first."""
+    for unfinished in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        with suppress(OSError), open(unfinished, "rb") as file:  # one that is written now cannot be locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unfinished.unlink()
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield Path(name)
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+        os.close(handle)
 
 
 @contextmanager
@@ -69,6 +81,14 @@ def _flush_directory(directory: Path) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """`write_atomically` for text."""
     write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
+
+
+def copy_file(source: str | Path, path: str | Path) -> None:
+    """`write_atomically` of what another file holds; into a directory, by the same name."""
+    path = Path(path)
+    write_atomically(
+        path / Path(source).name if path.is_dir() else path, lambda temporary: shutil.copyfile(source, temporary)
+    )
 
 
 def append_text(path: str | Path, text: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stagepatch.checkpoints.layout import denoiser_directory, denoiser_reader
 from stagepatch.checkpoints.projection import PROJECTION
-from stagepatch.core import TensorReader, UserError, read_json, write_stream
+from stagepatch.core import TensorReader, UserError, copy_file, read_json, write_stream
 from stagepatch.merging.config import SUM, MergeMethod, check_weights
 from stagepatch.merging.dare import drop
 from stagepatch.merging.fisher_mean import Fishers, fisher_mean
@@ -104,10 +104,10 @@ def merge_models(
     for part in base.iterdir():
         is_component = part.is_dir() and any(part.glob("*config.json"))  # a training run may lie there too
         if is_component and part.name != component:
-            shutil.copytree(part, output / part.name, dirs_exist_ok=True)
+            shutil.copytree(part, output / part.name, copy_function=copy_file, dirs_exist_ok=True)
         elif part.name == "model_index.json":
-            shutil.copy(part, output)
-    shutil.copy(base / component / "config.json", output / component / "config.json")
+            copy_file(part, output)
+    copy_file(base / component / "config.json", output / component / "config.json")
 
     def merged(name: str) -> Iterator[Tensor]:
         size = piece_size(base_reader.shapes[name][0], method)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from stagepatch.checkpoints import encoder_directories, weights_fingerprint
-from stagepatch.core import TensorReader, UserError, read_yaml, write_stream
+from stagepatch.core import TensorReader, UserError, copy_file, read_yaml, write_stream
 from stagepatch.merging.config import SUM, MergeMethod, check_weights
 from stagepatch.merging.models import PIECE, combine, merge_models
 from stagepatch.methods import open_artifact
@@ -44,7 +44,7 @@ def merge_posthoc(run: Path, sigma_rel: float, output: Path) -> float:
     combine_directories(last, others, weights[:-1], output)
     if open_artifact(last).kind == "model":
         for name, directory in encoder_directories(run).items():
-            shutil.copytree(directory, output / name, dirs_exist_ok=True)
+            shutil.copytree(directory, output / name, copy_function=copy_file, dirs_exist_ok=True)
     return difference
 
 
@@ -65,8 +65,7 @@ def combine_directories(base: Path, others: Sequence[Path], weights: Sequence[fl
             _combine_files([directory / name for directory in (base, *others)], weights, output / name)
     for name in names:  # last: the file that marks what was learned as whole may be among them
         if name.suffix != ".safetensors":
-            (output / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(base / name, output / name)
+            copy_file(base / name, output / name)
 
 
 def _combine_files(paths: Sequence[Path], weights: Sequence[float], output: Path) -> None:

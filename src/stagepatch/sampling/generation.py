@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Generator, Tensor, nn
 
 from stagepatch.core import UserError, generator_for, processes
@@ -27,6 +29,7 @@ from stagepatch.sampling.config import SamplingConfig, check_interval
 from stagepatch.sampling.experts import experts_on
 from stagepatch.sampling.guide import guide_on
 
+_LOGGER = logging.getLogger("stagepatch")
 # a condition of each sample, and that of none; tensors by keyword, with a row a sample
 Conditions = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -156,26 +159,53 @@ def in_batches(
 ) -> Tensor:
     """All images, on the CPU and in their order; the processes share them, a batch at a time.
 
+    Where memory is short, batches are halved until they fit.
+
     Args:
         make: the numbers of a batch's images -> the images.
         numbers: of images that this process makes alone, in place of its share.
 
     Raises:
-        UserError: no image is asked for.
+        UserError: no image is asked for, or there is no memory for one.
     """
     if config.num_images < 1:
         raise UserError(f"num_images={config.num_images} must be at least 1.")
     state = processes()
     shares = np.array_split(np.arange(config.num_images), state.num_processes)
     own: list[int] = shares[state.process_index].tolist() if numbers is None else list(numbers)
-    batches = []
-    for first in range(0, len(own), config.batch_size):
-        indices = own[first : first + config.batch_size]
-        batches.append(make(indices).float().cpu())
+    batches, first, size = [], 0, config.batch_size
+    while first < len(own):
+        indices = own[first : first + size]
+        made = _made(make, indices)
+        if made is None:
+            size = len(indices) // 2
+            _LOGGER.warning("Out of memory with %d images at a time: going on with %d.", len(indices), size)
+            continue
+        batches.append(made)
+        first += len(indices)
         if on_batch is not None:
             on_batch(len(indices))
     images = torch.cat(batches or [torch.empty(0)])  # torch.cat passes over a process's nothing
     return torch.cat(gather_object([images])) if state.num_processes > 1 and numbers is None else images
+
+
+def _made(make: Callable[[list[int]], Tensor], indices: list[int]) -> Tensor | None:
+    """A batch on the CPU; None where there is no memory for more than one image of it.
+
+    Raises:
+        UserError: there is none for that one.
+    """
+    try:
+        return make(indices).float().cpu()
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        if len(indices) == 1:
+            raise UserError(
+                "Out of memory with one image at a time: hold the model in less memory (docs/memory.md)."
+            ) from error
+    clear_device_cache(garbage_collection=True)  # out here, where the error's traceback holds nothing any more
+    return None
 
 
 def conditions(model: nn.Module, labels: Tensor, captions: Captions | None, indices: list[int]) -> Conditions:

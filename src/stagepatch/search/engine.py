@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,7 @@ class _Run:
         self.study = search.study(storage, strategy)
         self.names = [f"w{number}" for number in range(len(search.space))]
         self.slots = 0
+        self.nameless: dict[int, float] = {}  # trials that no process has put its name to, and since when
 
     def finish(self) -> list[Evaluation]:
         """Until all is evaluated, by this process or by another."""
@@ -204,9 +205,9 @@ class _Run:
         """Fail the trials whose process died."""
         optuna.storages.fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            worker, start = trial.user_attrs.get("worker"), trial.datetime_start or datetime.min
-            if worker is None:
-                is_orphan = datetime.now() - start > timedelta(seconds=_CLAIM)
+            worker = trial.user_attrs.get("worker")
+            if worker is None:  # by a clock that nobody sets
+                is_orphan = time.monotonic() - self.nameless.setdefault(trial.number, time.monotonic()) > _CLAIM
             else:
                 is_orphan = self.workers is not None and self.workers.is_gone(worker)
             if is_orphan:

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.distributions import FloatDistribution
 from torch import nn
 
 from stagepatch.checkpoints import files_fingerprint, find_model
-from stagepatch.core import UserError, as_json, processes, progress_bar, read_json, write_json
+from stagepatch.core import UserError, as_json, locked, processes, progress_bar, read_json, write_json
 from stagepatch.diffusion import make_sampler, set_steps, takes_timesteps
 from stagepatch.evaluation import METRICS, Evaluator, comparison_note, comparison_table
 from stagepatch.families import sample_shape
@@ -173,8 +172,7 @@ class Zoo:
         Raises:
             UserError: the file is of other models, or has not what else a step takes.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # processes that share a search must have the same
+        with locked(Path(f"{path}.lock")):  # processes that share a search must have the same
             if not path.exists():
                 facts = {"device": str(processes().device), "batch_size": self._batch}
                 write_json(path, {**facts, "seconds": self._step(), "besides": self._besides()})

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import Connection, Engine, event
 
 from stagepatch.core import UserError
@@ -39,6 +39,28 @@ def open_storage(storage: str) -> Iterator[tuple[BaseStorage, Workers | None]]:
             yield journal, workers
 
 
+class _JournalLock:
+    """Of a journal. Optuna's own are files that a killed process leaves behind, which then are waited for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, FileLock(f"{path}.lock")
+
+    def acquire(self) -> bool:
+        """Wait for it; of a line that was not wholly written, as on a full disk or by a kill, nothing is kept."""
+        self._lock.acquire()
+        if self._path.stat().st_size:
+            with open(self._path, "rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Let others have it."""
+        self._lock.release()
+
+
 class _Journal(JournalFileBackend):
     """A journal that says when it cannot be written."""
 
@@ -52,21 +74,14 @@ class _Journal(JournalFileBackend):
 
 
 def _open_journal(path: Path) -> _Journal:
-    """A journal; of a line that was not wholly written, as on a full disk, nothing is kept."""
-    lock = JournalFileSymlinkLock(str(path))
+    """A journal that is one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        try:
-            content = path.read_bytes() if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            for line in whole.splitlines():
-                json.loads(line)["op_code"]
-            if whole != content:
-                os.truncate(path, len(whole))
-        finally:
-            lock.release()
-        return _Journal(str(path))
+        content = path.read_bytes() if path.exists() else b""
+        for line in content.splitlines()[: content.count(b"\n")]:
+            json.loads(line)["op_code"]
+        lock: Any = _JournalLock(path)  # Optuna exports no class for it
+        return _Journal(str(path), lock)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"'{path}' is no journal of a search that can be used: {error}. Give another.") from error
 

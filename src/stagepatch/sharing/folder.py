@@ -1,7 +1,6 @@
 """What was learned, as the folder that goes on the Hub: its files, and a card with samples, config and figures."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from stagepatch.checkpoints import is_hub_id
-from stagepatch.core import UserError, read_json, read_tensors, read_yaml, write_text
+from stagepatch.core import UserError, copy_file, read_json, read_tensors, read_yaml, write_text
 from stagepatch.families.registry import NUM_TIMESTEPS
 from stagepatch.methods import FILE_NAME, Artifact, LoRAConfig, PerDenoiser, open_artifact
 from stagepatch.methods.lora import CONFIG_NAME as LORA_CONFIG
@@ -71,13 +70,13 @@ def write_folder(
 
 def _write_patch(artifact: Artifact, folder: Path) -> str:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
-        _copy(artifact.path / name, folder / name)
+        copy_file(artifact.path / name, folder / name)
     return model_card(Patch.from_pretrained(artifact.path))
 
 
 def _write_lora(artifact: Artifact, folder: Path) -> str:
     for name in (LORA_CONFIG, FILE_NAME):
-        _copy(artifact.path / name, folder / name)
+        copy_file(artifact.path / name, folder / name)
     _, metadata = read_tensors(artifact.path / FILE_NAME)
     facts = json.loads(metadata.get(FACTS, "{}"))
     if artifact.stage:
@@ -89,7 +88,7 @@ def _write_lora(artifact: Artifact, folder: Path) -> str:
 
 
 def _write_denoisers(artifact: Artifact, folder: Path) -> str:
-    _copy(artifact.path / PerDenoiser.marker, folder / PerDenoiser.marker)
+    copy_file(artifact.path / PerDenoiser.marker, folder / PerDenoiser.marker)
     kinds = {}
     for name, facts in read_json(artifact.path / PerDenoiser.marker).items():
         own = open_artifact(PerDenoiser.directory_of(artifact.path, name), "patch", "LoRA")
@@ -150,11 +149,11 @@ def _beside(place: str, folder: Path, number: int) -> str:
     if not source.exists():
         return place
     if source.is_file():
-        _copy(source, folder / name)
+        copy_file(source, folder / name)
         return name
     (folder / name).mkdir()
     if (source / FILE_NAME).exists() and not (source / LORA_CONFIG).exists():  # as diffusers wrote it
-        _copy(source / FILE_NAME, folder / name / FILE_NAME)
+        copy_file(source / FILE_NAME, folder / name / FILE_NAME)
         return name
     own = open_artifact(source, "patch", "LoRA")
     write_text(folder / name / CARD_NAME, _WRITERS[own.kind](own, folder / name))
@@ -201,7 +200,7 @@ def _copy_validation(run: Path, folder: Path) -> list[tuple[str, str]]:
     pictures = sorted((run / VALIDATION).glob("*.png"))
     if not pictures:
         return []
-    _copy(pictures[-1], folder / "validation.png")
+    copy_file(pictures[-1], folder / "validation.png")
     steps = int(pictures[-1].stem)
     return [
         ("validation.png", f"Left the base, right with what was learned, from the same noise, after {steps} steps")
@@ -212,7 +211,7 @@ def _copy_files(run: Path, folder: Path) -> dict[str, str]:
     words = {RUN_CONFIG: "the run's config: `stagepatch train --config`", REPORT: "the run's report"}
     there = {name: text for name, text in words.items() if (run / name).is_file()}
     for name in there:
-        _copy(run / name, folder / name)
+        copy_file(run / name, folder / name)
     return there
 
 
@@ -224,10 +223,6 @@ def _figures(directory: Path) -> Figures:
     config = read_yaml(directory / RUN_CONFIG) if (directory / RUN_CONFIG).exists() else {}
     data = str(config.get("data", {}).get("source", "its data"))
     return Figures(metrics["base"], metrics[names[0]], data, str(config.get("extractor", "its extractor")))
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
 
 
 _WRITERS: dict[str, Callable[[Artifact, Path], str]] = {

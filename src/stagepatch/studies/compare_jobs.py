@@ -13,10 +13,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
-from stagepatch.core import UserError, as_json, as_user_error, processes, read_json, write_json, write_tensors
+from stagepatch.core import UserError, as_json, as_user_error, locked, processes, read_json, write_json, write_tensors
 from stagepatch.data import BUNDLED, cache_directory, with_channels
 from stagepatch.diffusion import TimestepsConfig, WeightingConfig, make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
@@ -134,8 +133,7 @@ class CompareJob(Job):
         run = Run(self.config, identity={k: v for k, v in self.identity().items() if k not in _MEASURING})
         if self.config.objective != "denoising" and self.config.ddo.fakes:  # one job makes them, the others wait
             path = Path(self.config.ddo.fakes) / "lock"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path) if processes().is_main_process else contextlib.nullcontext():
+            with locked(path) if processes().is_main_process else contextlib.nullcontext():
                 processes().wait_for_everyone()
                 run.load_fakes()
         run.train(progress=False)

@@ -6,9 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
-from filelock import FileLock
-
-from stagepatch.core import check_unchanged, processes, read_json
+from stagepatch.core import check_unchanged, locked, processes, read_json
 from stagepatch.training import TrainConfig
 
 
@@ -41,8 +39,7 @@ class Job(ABC):
 
     def run(self) -> None:
         """`work`, unless another process does; that is waited for."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.directory / "lock") if processes().is_main_process else contextlib.nullcontext():
+        with locked(self.directory / "lock") if processes().is_main_process else contextlib.nullcontext():
             processes().wait_for_everyone()
             if not self.is_done():
                 self.work()

@@ -5,13 +5,28 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from stagepatch.training.draws import Draws
+from stagepatch.training.faults import out_of_memory
 
 
 def backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Gradients of the mean loss over `parts` pieces of the batch; the scalars to log, averaged over them."""
+    """Gradients of the mean loss over `parts` pieces of the batch; the scalars to log, averaged over them.
+
+    Raises:
+        StepFault: there is no memory for it; it says in how many parts there is.
+    """
+    try:
+        return _backward(step, draws, parts, accelerator)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+    raise out_of_memory(step, draws, parts, accelerator)  # out here, where nothing that was computed is held
+
+
+def _backward(step: nn.Module, draws: Draws, parts: int, accelerator: Accelerator) -> dict[str, Tensor]:
     totals: dict[str, Tensor] = {}
     for index, piece in enumerate(draws.split(parts)):
         last = index == parts - 1

@@ -47,8 +47,6 @@ class TrainingState:
 
     def save(self, iteration: int) -> None:
         """Write it, as of the end of an iteration."""
-        for unfinished in self.path.parent.glob(f".{CHECKPOINT_NAME}.*"):
-            unfinished.unlink(missing_ok=True)  # A run was killed while it wrote this.
         tensors = self._tensors()
         kept = state_of(self.optimizer)
         tensors |= {f"optimizer.{name}": value for name, value in kept.items() if isinstance(value, Tensor)}

@@ -7,9 +7,11 @@ from typing import Any, Literal
 SNAPSHOTS, POSTHOC_EMA = "snapshots", "posthoc_ema"
 # What the names of losses on held-out images begin with in a run's log; then comes a range of noise levels, or 'all'.
 HELD_OUT, HELD_OUT_BASE = "held_out/", "held_out_base/"
-# What changes nothing that is learned.
+# What changes nothing that is learned. The second line is what a run that ran out of memory may go on with: the same
+# is computed in other pieces (of which the balance losses of a patch are means).
 BOOKKEEPING = (
     *("log_every", "checkpoint_every", "snapshot_every", "shard_base"),
+    *("gradient_accumulation_steps", "gradient_checkpointing"),
     *("tensorboard", "trackers", "tracker_project_name", "report_every"),
 )
 

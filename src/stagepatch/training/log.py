@@ -11,12 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from stagepatch.core import append_text, progress_bar, write_text
+from stagepatch.core import append_text, as_user_error, progress_bar, write_text
 from stagepatch.training.config import HELD_OUT, HELD_OUT_BASE
 from stagepatch.training.live_report import LiveReport
 from stagepatch.training.trackers import log_picture
 
 LOG_NAME = "log.jsonl"
+_TRACKER = "A tracker of the run cannot write"
 
 
 def read_log(directory: Path) -> list[dict[str, float]]:
@@ -73,8 +74,9 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.progress.stop()
-        for tracker in self.trackers:
-            tracker.finish()
+        with as_user_error(_TRACKER, OSError):
+            for tracker in self.trackers:
+                tracker.finish()
         if self.report is not None:
             self.report.close(read_log(self.directory), self.done, is_stopped=error is not None)
 
@@ -92,13 +94,15 @@ class RunLog:
             return
         append_text(self.directory / LOG_NAME, json.dumps(record) + "\n")
         values = {name: value for name, value in record.items() if name != "iteration"}
-        for tracker in self.trackers:
-            tracker.log(values, step=int(record["iteration"]))
+        with as_user_error(_TRACKER, OSError):
+            for tracker in self.trackers:
+                tracker.log(values, step=int(record["iteration"]))
         if self.report is not None and self.report.is_due():
             left = (time.monotonic() - self.since) / max(1, self.done - self.start) * (self.stop - self.done)
             self.report.write(read_log(self.directory), self.done, left)
 
     def show(self, name: str, picture: Image.Image, done: int) -> None:
         """Give a picture to the trackers that take one."""
-        for tracker in self.trackers:
-            log_picture(tracker, name, picture, done)
+        with as_user_error(_TRACKER, OSError):
+            for tracker in self.trackers:
+                log_picture(tracker, name, picture, done)

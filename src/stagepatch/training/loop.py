@@ -41,6 +41,7 @@ from stagepatch.training.checkpoint import CHECKPOINT_NAME, TrainingState
 from stagepatch.training.config import POSTHOC_EMA, SNAPSHOTS, TrainingConfig
 from stagepatch.training.ddo_config import DDOConfig
 from stagepatch.training.draws import Conditions, draw, load_batches
+from stagepatch.training.faults import living, saved_at_fault
 from stagepatch.training.live_report import LiveReport
 from stagepatch.training.log import RunLog
 from stagepatch.training.losses import DDOLoss, DenoisingLoss, UncertaintyLoss
@@ -158,13 +159,32 @@ def train(
     checked = ["loss"] if scaler.is_enabled() else ["loss", "grad_norm"]
     totals: dict[str, Tensor] = {}
     since = time.perf_counter()
+    # The iteration that what trains is of; -1 while a step is taken, and until all that is due then is done.
+    settled = start
+
+    def check_good(done: int) -> None:
+        """Refuse to keep what is not finite."""
+        sums = {name: float(value) for name, value in totals.items()}
+        sums["trained weight"] = float(sum((each.detach() - each.detach()).sum() for each in parameters))  # 0, or NaN
+        _check_finite(sums, [*checked, "trained weight"], done, directory, model)
+
+    def keep() -> str:
+        """At the fault of a step: save what is done, if it is good."""
+        if is_main and settled > start:
+            with contextlib.suppress(UserError):
+                check_good(settled)
+                state.save(settled)
+        if not state.path.exists():
+            return "There is no checkpoint yet: the same command begins anew."
+        return f"The checkpoint is '{state.path}': give the same command again to go on from there."
 
     with (
         contextlib.closing(method),
         StopSignals() as signals,
         RunLog(directory, start, config.steps, trackers, is_main, progress, report) as log,
+        saved_at_fault(keep),
     ):
-        for iteration, batch in enumerate(loader, start):
+        for iteration, batch in enumerate(living(loader), start):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(iteration)
             method.progress = iteration / config.steps
@@ -177,6 +197,7 @@ def train(
                 logged = backward_apart(step, draws, parts, accelerator, num_intervals, parameters, combine)
             else:
                 logged = backward(step, draws, parts, accelerator)
+            settled = -1
             scaler.unscale_(optimizer)
             logged["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
             scaler.step(optimizer)
@@ -193,7 +214,7 @@ def train(
                 count = done - max(start, (done - 1) // config.log_every * config.log_every)
                 summed = accelerator.reduce(totals, "mean")
                 means = {name: float(value.float() / count) for name, value in summed.items()}
-                _check_finite(means, checked, done, directory)
+                _check_finite(means, checked, done, directory, model)
                 elapsed = time.perf_counter() - since
                 speed = {"images_per_second": count * config.batch_size / elapsed, "lr": learning_rate_of(optimizer)}
                 log.write({"iteration": done, **means, **speed})
@@ -207,7 +228,7 @@ def train(
             stop = _stop_requested(signals, done, config, accelerator)
             is_due = done % config.checkpoint_every == 0 or done == config.steps or bool(stop)
             if is_due:
-                _check_finite({name: float(value) for name, value in totals.items()}, checked, done, directory)
+                check_good(done)
             if is_main:  # before the checkpoint: a run that goes on from it has the snapshots up to it
                 _save_snapshots(method, parameters, result, posthoc, config, done, directory)
             if due := [check for check in checks if check.is_due(done, config.steps)]:
@@ -224,6 +245,7 @@ def train(
                     f"Stopped at iteration {done} of {config.steps}; the checkpoint is "
                     f"'{directory / CHECKPOINT_NAME}'. Give the same command again to go on from there.",
                 )
+            settled = done
 
     if (average := result()) is not None:
         _copy_to(parameters, average)
@@ -290,10 +312,15 @@ def _check_settings(config: TrainingConfig, num_processes: int, num_intervals: i
         )
 
 
-def _check_finite(values: dict[str, float], checked: Sequence[str], iteration: int, directory: Path) -> None:
+def _check_finite(
+    values: dict[str, float], checked: Sequence[str], iteration: int, directory: Path, model: nn.Module
+) -> None:
     odd = [name for name in checked if not math.isfinite(values.get(name, 0.0))]
     if not odd:
         return
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad and weight.is_floating_point() and not weight.isfinite().all():
+            raise UserError(f"The model's own '{name}' holds numbers that are not finite: fetch or write it again.")
     kept = f"the last good checkpoint is '{directory / CHECKPOINT_NAME}'"
     if not (directory / CHECKPOINT_NAME).exists():
         kept = "no checkpoint was due before it"

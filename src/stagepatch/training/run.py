@@ -22,7 +22,7 @@ from stagepatch.checkpoints import (
     on_device,
     sign_of_distillation,
 )
-from stagepatch.core import UserError, processes, write_text
+from stagepatch.core import UserError, alone_in, processes, write_text
 from stagepatch.data import check_channels, load_held_out, load_training_data, with_channels
 from stagepatch.diffusion import Objective, TimestepsConfig, make_timesteps, make_weighting
 from stagepatch.families import learns_sigma, with_density
@@ -144,14 +144,18 @@ class Run:
         """Train, and write the result to the run's directory; returns the method, whose result is on the model.
 
         Raises:
+            InUse: another process trains in the directory.
             UserError, Interrupted: see `training.train`.
         """
         dataset, ddo = self.dataset, None
-        if self.config.objective == "samples":
-            dataset = self.load_fakes()
-        elif self.config.objective == "ddo":
-            ddo = (self.config.ddo, self.load_fakes())
-        with self.assistant.set(True) if self.assistant else contextlib.nullcontext():
+        with contextlib.ExitStack() as held:
+            held.enter_context(alone_in(self.directory))
+            if self.config.objective == "samples":
+                dataset = self.load_fakes()
+            elif self.config.objective == "ddo":
+                ddo = (self.config.ddo, self.load_fakes())
+            if self.assistant:
+                held.enter_context(self.assistant.set(True))
             self._train(dataset, ddo, progress)
         return self.method
 
