@@ -2,9 +2,11 @@
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 from stagepatch.analysis.config import DiagnoseConfig
 from stagepatch.analysis.diagnosis import Diagnosis
+from stagepatch.analysis.free import weights_of_mean
 from stagepatch.data import BUNDLED, DataConfig
 
 MEASURED, BENCH, UNMEASURED = "measured here", "measured on the fashion bench, not on your model", "not measured"
@@ -130,7 +132,8 @@ def _measured_free(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
             advice.append(Advice("sampling", f"Sample with {win.label}", why, MEASURED, command))
     if found.average is not None and found.average.is_below(0.0) == "yes":
         why = f"The mean of the later half of the snapshots changes the held-out loss by {found.average}."
-        command = f"stagepatch merge --run {shlex.quote(config.snapshots)} --weights '[…]'"
+        weights = ", ".join(f"{weight:.6g}" for weight in weights_of_mean(Path(config.snapshots)))
+        command = f"stagepatch merge --run {shlex.quote(config.snapshots)} --weights '[{weights}]'"
         advice.insert(0, Advice("average", "Average the snapshots", why, MEASURED, command))
     return advice
 

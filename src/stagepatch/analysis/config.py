@@ -102,7 +102,7 @@ class DiagnoseConfig:
     steps: int = 0
     rates: list[float] = field(default_factory=lambda: [1e-4, 1e-3])
     batch_size: int = 64
-    images: int = 1000
+    images: int = 2000
     timesteps: int = 20
     samples: int = 500
     cache: str = ""

@@ -30,7 +30,7 @@ _OVER_FITTED = {
 }
 
 
-def in_words(found: Diagnosis) -> list[str]:
+def diagnosis_in_words(found: Diagnosis) -> list[str]:
     """The verdicts, each with its numbers."""
     verdicts, rates = found.verdicts, zip(found.rates, found.longer, strict=True)
     each = "; ".join(f"{rate:g}: {change}" for rate, change in rates)
@@ -48,11 +48,11 @@ def in_words(found: Diagnosis) -> list[str]:
     ]
 
 
-def sections(found: Diagnosis, advice: Sequence[Advice]) -> list[Section]:
+def diagnosis_sections(found: Diagnosis, advice: Sequence[Advice]) -> list[Section]:
     """The page, but for how it came about."""
-    one, two = pictures(found).values()
+    one, two = diagnosis_pictures(found).values()
     return [
-        Prose("In short", " ".join(in_words(found))),
+        Prose("In short", " ".join(diagnosis_in_words(found))),
         _advice_table(advice),
         Code("The commands, in the same order", "\n".join(each.command for each in advice if each.command) + "\n"),
         one,
@@ -65,7 +65,7 @@ def sections(found: Diagnosis, advice: Sequence[Advice]) -> list[Section]:
     ]
 
 
-def pictures(found: Diagnosis) -> dict[str, Picture]:
+def diagnosis_pictures(found: Diagnosis) -> dict[str, Picture]:
     """By the name of its file."""
     on_diagonal = found.gradients.cosine.clone()
     on_diagonal.diagonal().copy_(found.gradients.reliability)

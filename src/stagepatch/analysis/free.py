@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from stagepatch import merging
 from stagepatch.analysis.changes import Change, change
 from stagepatch.analysis.losses import load_other, loss_at_timesteps
 from stagepatch.analysis.samples import Samples
@@ -99,6 +100,17 @@ def measure_free(
         changed = Change(over_seeds.mean, *over_seeds.interval)
         found.append(FreeWin(label, calls, sum(fids) / len(fids), changed, options))
     return found
+
+
+def weights_of_mean(run: Path) -> list[float]:
+    """Of a run's snapshots for `stagepatch merge --run`, which give the mean of their later half.
+
+    A snapshot of the last step is the run's result, which has what is left by the others.
+    """
+    count = len(find_snapshots(run))
+    later = count - count // 2
+    weights = [0.0] * (count // 2) + [1.0 / later] * later
+    return weights[: len(merging.find_snapshots(run).directories)]
 
 
 def measure_average(model: str, run: Path, base: nn.Module, objective: Objective, samples: Samples) -> Change:

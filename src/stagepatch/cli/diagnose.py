@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from stagepatch import analysis
-from stagepatch.analysis.advice import give_advice
-from stagepatch.analysis.diagnosis_page import in_words, pictures, sections
 from stagepatch.checkpoints import has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, load_on_device, say
@@ -38,17 +36,19 @@ def diagnose(config: configs.DiagnoseConfig, resolved: str) -> None:
     if config.samples and config.data.source in BUNDLED and not has_vae(config.model):
         parts = (config.model, config.data, config.samples, directory / "cache")
         found.free = analysis.measure_free(model, scheduler, *parts, on_way=on_part)
-    advice = give_advice(config, found)
+    advice = analysis.give_advice(config, found)
     head = {"model": config.model, "data": config.data.source, "held_out": _held_out_in_words(config)}
     numbers = {**head, **found.numbers(), "advice": [vars(each) for each in advice]}
     write_json(directory / "diagnosis.json", numbers)
     write_text(directory / RUN_CONFIG, resolved)
-    for name, picture in pictures(found).items():
+    for name, picture in analysis.diagnosis_pictures(found).items():
         write_picture(directory / f"{name}.png", picture.content)  # type: ignore[arg-type]
     lead = f"What '{config.model}' is limited by, and what is worth trying. Held out: {head['held_out']}."
     again = provenance(resolved, "stagepatch diagnose --config run.yaml\n")
-    write_page(directory / "report.html", "stagepatch diagnose", lead, [*sections(found, advice), *again])
-    for line in in_words(found):
+    write_page(
+        directory / "report.html", "stagepatch diagnose", lead, [*analysis.diagnosis_sections(found, advice), *again]
+    )
+    for line in analysis.diagnosis_in_words(found):
         print(f"- {line}")
     rows = [[each.title, each.evidence, each.command] for each in advice]
     print_table(["advice", "evidence", "command"], rows, "What is worth trying, in order of worth")
