@@ -6,7 +6,20 @@ from .activation import plot_gate_activation as plot_gate_activation
 from .activation import plot_spatial_bias as plot_spatial_bias
 from .activation import spatial_bias as spatial_bias
 from .activation import temporal_bias as temporal_bias
+from .advice import Advice as Advice
+from .advice import give_advice as give_advice
+from .changes import Change as Change
+from .changes import change as change
 from .config import AnalyzeConfig as AnalyzeConfig
+from .config import DiagnoseConfig as DiagnoseConfig
+from .diagnosis import Diagnosis as Diagnosis
+from .diagnosis import diagnose as diagnose
+from .diagnosis_page import diagnosis_in_words as diagnosis_in_words
+from .diagnosis_page import diagnosis_pictures as diagnosis_pictures
+from .diagnosis_page import diagnosis_sections as diagnosis_sections
+from .free import FreeWin as FreeWin
+from .free import measure_average as measure_average
+from .free import measure_free as measure_free
 from .gradients import GradientSimilarity as GradientSimilarity
 from .gradients import analyze_gradients as analyze_gradients
 from .gradients import count_sketch as count_sketch
@@ -18,6 +31,8 @@ from .losses import difference as difference
 from .losses import estimate as estimate
 from .losses import loss_at_timesteps as loss_at_timesteps
 from .losses import relative_difference as relative_difference
+from .prospects import Prospect as Prospect
+from .prospects import measure_prospects as measure_prospects
 from .result import Analysis as Analysis
 from .result import as_plain as as_plain
 from .samples import Samples as Samples
@@ -33,3 +48,6 @@ from .structure import correlation_matrix as correlation_matrix
 from .structure import cosine_matrix as cosine_matrix
 from .structure import off_diagonal as off_diagonal
 from .structure import pair_statistics as pair_statistics
+from .trials import Trial as Trial
+from .trials import Trials as Trials
+from .verdicts import Verdicts as Verdicts

@@ -68,3 +68,43 @@ class AnalyzeConfig:
     cache: str = ""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
+class DiagnoseConfig:
+    """Say what a model is limited by and what is worth trying, before you train: `stagepatch diagnose MODEL DATA`.
+
+    Args:
+        output_dir: takes report.html, diagnosis.json, the pictures and the resolved config.
+        model: a model directory as diffusers writes it, a Hub id, or 'digits' or 'fashion', bundled models.
+        held_out: images of the same kind that the model was not trained on, read as `data` is; empty for those of the
+            bundled data, or for the share that was held out in training, data.held_out.
+        snapshots: directory of a run that kept some (`training.snapshot_every`): what the mean of their later half
+            would give; empty for none.
+        minutes: for the trainings that are tried, two for each rate and one; the rest takes about as long.
+        steps: of each of them, whatever time they take; 0 for as many as `minutes` allow, from 50 to 2,000.
+        rates: learning rates that are tried.
+        batch_size: images a step.
+        images: most training images, and most held-out ones, that losses are measured on.
+        timesteps: how many, each in the middle of one of as many equal ranges.
+        samples: images that each sampler's FID is of, where model and data are bundled ones; 0 measures none.
+        cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for
+            'cache' in output_dir.
+        seed: of images, noise and trainings.
+        data: training images: the ones that the model was trained on.
+    """
+
+    output_dir: str = "runs/diagnose"
+    model: str = "digits"
+    held_out: str = ""
+    snapshots: str = ""
+    minutes: float = 5.0
+    steps: int = 0
+    rates: list[float] = field(default_factory=lambda: [1e-4, 1e-3])
+    batch_size: int = 64
+    images: int = 2000
+    timesteps: int = 20
+    samples: int = 500
+    cache: str = ""
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)

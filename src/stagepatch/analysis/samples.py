@@ -42,6 +42,7 @@ class Samples:
         horizontal_flip: mirror each image with probability ½.
         num_workers: loading processes.
         on_batch: called with the number of samples of a batch once it is done with.
+        same_images: every timestep has the same ones in the same order, with noise of its own.
     """
 
     dataset: Dataset[dict[str, Any]]
@@ -52,12 +53,13 @@ class Samples:
     horizontal_flip: bool = False
     num_workers: int = 0
     on_batch: Callable[[int], object] = lambda count: None
+    same_images: bool = False
 
     def at(self, timestep: int, model: nn.Module, objective: Objective, half: int | None = None) -> Iterator[Draws]:
         """The samples at a timestep, in batches, on the model's device.
 
         Images are drawn without repeating one before all had their turn. Another timestep or the other `half`, 0 or
-        1, which is half as many, draws its images and its noise independently.
+        1, which is half as many, draws its images and its noise independently; with `same_images` its noise.
         """
         dataset: Any = self.dataset
         if len(dataset) == 0:
@@ -67,7 +69,8 @@ class Samples:
         seed = seed_for(_ANALYSIS, self.seed, timestep, half or 0)
         config = TrainingConfig(batch_size=size, label_dropout=0.0, seed=seed)
         conditions, device = Conditions(model, dataset), next(model.parameters()).device
-        loader = load_batches(dataset, size, 0, math.ceil(count / size), seed, self.num_workers)
+        order = seed_for(_ANALYSIS, self.seed) if self.same_images else seed
+        loader = load_batches(dataset, size, 0, math.ceil(count / size), order, self.num_workers)
         for number, batch in enumerate(loader):
             draws = draw(batch, config, objective, conditions, number, self.horizontal_flip, device)
             draws.timesteps.fill_(timestep)

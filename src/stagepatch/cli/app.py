@@ -18,6 +18,7 @@ COMMANDS = {
     "experts": "limit LoRAs to ranges of timesteps, in one file for `sample`",
     "merge": "merge models of one architecture, or LoRAs, into one",
     "analyze": "show where over the timesteps a model has room, and a patch used it",
+    "diagnose": "say what limits a model, and what is worth trying, before you train",
     "schedule": "search which model of a zoo to use for each step, under a time budget",
     "params": "count a patch's parameters for a named model",
     "inspect": "say what a patch, model, run or checkpoint holds",
@@ -31,6 +32,7 @@ _PLACES = {
     "export": ["path", "output"],
     "push": ["path", "repo_id"],
     "evaluate": ["model", "against"],
+    "diagnose": ["model", "data.source"],
 }
 # No space, quota, permission, a read-only or a broken disk: not what a command can do anything about.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stagepatch.analysis.config import AnalyzeConfig as AnalyzeConfig
+from stagepatch.analysis.config import DiagnoseConfig as DiagnoseConfig
 from stagepatch.checkpoints import MemoryConfig
 from stagepatch.data import DataConfig
 from stagepatch.evaluation.config import EvaluationConfig
