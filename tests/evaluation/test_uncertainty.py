@@ -46,8 +46,8 @@ def test_without_a_group_a_frechet_distance_is_that_of_the_others():
     groups = groups_of(70, 7)
     expected = [fid(drawn[groups != group], OTHER) for group in range(7)]
     assert left_out(FID, drawn, [OTHER], groups) == pytest.approx(expected)
-    vendi = METRICS["vendi"]
-    assert left_out(vendi, drawn, [], groups)[3] == vendi.function(drawn[groups != 3])
+    score = METRICS["inception_score"]
+    assert left_out(score, drawn, [], groups)[3] == score.function(drawn[groups != 3])
 
 
 def shares(repeats, count):
@@ -70,8 +70,8 @@ def shares(repeats, count):
 
 
 def test_intervals_of_gaussians_hold_about_as_often_as_they_say():
-    found = shares(80, 200)
-    assert all(0.9 <= share <= 1.0 for share in found[:2]), found  # 80 of them tell ±5 points
+    found = shares(60, 200)
+    assert all(0.9 <= share <= 1.0 for share in found[:2]), found  # 60 of them tell ±6 points
 
 
 def test_intervals_of_gaussians_hold_93_to_97_times_in_100():

@@ -49,7 +49,7 @@ def test_a_guide_is_a_method_though_nothing_trains_the_model_itself():
 
 def test_a_method_gains_though_another_of_more_noise_looks_better():
     said = verdict([BASE, row("noisy", -0.9, 0.2, corrected=0.2), row("A", -0.4, corrected=0.01)], "fid_held_out")
-    assert said.startswith("A gains: fid_held_out changes by -20.0 % (95% interval -41.5 to +1.5 %) (p = 0.01, ")
+    assert said.startswith("A gains: fid_held_out changes by -20.0 % (95% interval -41.5 to +1.5 %) (p = 0.01 over ")
     assert "corrected for 2 methods" in said
     assert "no control" in said
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stagepatch.evaluation.statistics import Statistics, frechet_distance
 
-_POINTS = 15
+_POINTS, _ROWS = 15, 2048
 
 
 def fid_infinity(features: Tensor, reference: Tensor | Statistics) -> float:
@@ -28,6 +28,8 @@ def fid_infinity(features: Tensor, reference: Tensor | Statistics) -> float:
     fewest = min(max(total // 10, dimensions + 1, 2), max(total // 2, 2))
     generator = torch.Generator().manual_seed(0)
     sizes = np.linspace(fewest, total, _POINTS).round().astype(int)
-    subsets = (features[torch.randperm(total, generator=generator)[: int(size)]] for size in sizes)
-    values = [frechet_distance(Statistics.of(subset), other) for subset in subsets]
+    subsets = [torch.randperm(total, generator=generator)[: int(size)] for size in sizes]
+    values = []
+    for subset in subsets:  # a part at a time, so that the features are not held twice
+        values.append(frechet_distance(Statistics.gathered(features[part] for part in subset.split(_ROWS)), other))
     return float(np.polynomial.polynomial.polyfit(1.0 / sizes, values, 1)[0])

@@ -309,12 +309,16 @@ def extract_outputs(
     extractor: FeatureExtractor, images: Tensor, names: Sequence[str] = ("features",), batch_size: int | None = None
 ) -> dict[str, Tensor]:
     """What an extractor puts out of images [B, C, H, W], by name, a batch at a time."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in names}
-    for batch in images.split(batch_size or getattr(extractor, "batch_size", 512)):
+    whole: dict[str, Tensor] = {}
+    size = batch_size or getattr(extractor, "batch_size", 512)
+    for start in range(0, len(images), size):  # into one tensor: a list to be joined holds all twice
+        batch = images[start : start + size]
         found = {"features": extractor(batch)} if [*names] == ["features"] else extractor.outputs(batch)  # type: ignore[attr-defined]
         for name in names:
-            parts[name].append(found[name])
-    return {name: torch.cat(each).float() for name, each in parts.items()}
+            if name not in whole:
+                whole[name] = torch.empty(len(images), *found[name].shape[1:])
+            whole[name][start : start + size] = found[name]
+    return whole
 
 
 def extract_features(extractor: FeatureExtractor, images: Tensor, batch_size: int | None = None) -> Tensor:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from stagepatch.evaluation.neighbours import NEIGHBOURS, at_most
 from stagepatch.evaluation.statistics import check_dimensions
 
 _ROWS = 2048
@@ -28,9 +30,10 @@ def kid(features: Tensor, reference: Tensor, subsets: int = 50) -> float:
 
 
 def kid_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
-    """KID of all pairs, no subsets, without each group of samples. Those of its terms that do not change are left out.
+    """KID of all pairs, no subsets, without each group of samples, less the term of the reference alone.
 
-    A random subset would change with what it is drawn from, and its chance hide what a group makes.
+    A random subset would change with what it is drawn from, and its chance hide what a group makes. Of more than
+    NEIGHBOURS samples or references so many stand for all, which makes an interval wider, not narrower.
     """
     return _discrepancy_without(features, reference, groups, _cubic, is_unbiased=True)
 
@@ -42,16 +45,15 @@ def cmmd(features: Tensor, reference: Tensor, sigma: float = 10.0, scale: float 
     in the means, so of equally distributed sets it is a little above 0, by about scale·(1/B + 1/R)·(1 − mean kernel).
     """
     check_dimensions(features.shape[1], reference.shape[1])
-    kernel = _gaussian(sigma)
-    x, y = _normalised(features), _normalised(reference)
+    kernel, (x, y) = _gaussian(sigma), (features, reference)
     within = sum(_kernel_sum(of, of, kernel) / len(of) ** 2 for of in (x, y))
     return scale * (within - 2 * _kernel_sum(x, y, kernel) / (len(x) * len(y)))
 
 
 def cmmd_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
-    """`cmmd` without each group of samples, less the term of the reference alone."""
-    x, y = _normalised(features), _normalised(reference)
-    return [1000.0 * value for value in _discrepancy_without(x, y, groups, _gaussian(10.0), is_unbiased=False)]
+    """`cmmd` without each group of samples, less the term of the reference alone; see `kid_without`."""
+    without = _discrepancy_without(features, reference, groups, _gaussian(10.0), is_unbiased=False)
+    return [1000.0 * value for value in without]
 
 
 def vendi(features: Tensor) -> float:
@@ -60,12 +62,27 @@ def vendi(features: Tensor) -> float:
     exp of the entropy of the eigenvalues of K/B, K the cosine similarity of each with each; those other than zero are
     the ones of the [F, F] matrix XᵀX/B, so K is never made. It cannot exceed F, and grows with B up to it.
     """
+    return _effective_rank(_gram(features) / len(features))
+
+
+def vendi_without(features: Tensor, groups: Tensor) -> list[float]:
+    """`vendi` without each group of samples."""
+    whole, sizes = _gram(features), torch.bincount(groups)
+    parts = (_gram(features[groups == group]) for group in range(len(sizes)))
+    rests = zip(parts, (len(features) - sizes).tolist(), strict=True)
+    return [_effective_rank((whole - part) / rest) for part, rest in rests]
+
+
+def _gram(features: Tensor) -> Tensor:
     gram = torch.zeros(features.shape[1], features.shape[1]).double()
     for part in features.split(_ROWS):
-        x = torch.nn.functional.normalize(part.double(), dim=1)
+        x = F.normalize(part.double())
         gram += x.mT @ x
-    eigenvalues = torch.linalg.eigvalsh(gram / len(features)).clamp(min=0.0)
-    return float(torch.special.entr(eigenvalues).sum().exp())
+    return gram
+
+
+def _effective_rank(matrix: Tensor) -> float:
+    return float(torch.special.entr(torch.linalg.eigvalsh(matrix).clamp(min=0.0)).sum().exp())
 
 
 def inception_score(logits: Tensor) -> float:
@@ -93,7 +110,7 @@ def clip_score_without(features: Tensor, captions: Tensor, groups: Tensor) -> li
 
 
 def _cosines(features: Tensor, captions: Tensor) -> Tensor:
-    return 100.0 * torch.nn.functional.cosine_similarity(features.double(), captions.double()).clamp(min=0.0)
+    return 100.0 * F.cosine_similarity(features, captions).double().clamp(min=0.0)
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:
@@ -101,11 +118,8 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _gaussian(sigma: float) -> Kernel:
-    return lambda x, y: torch.exp((x @ y.mT - 1.0) / sigma**2)  # |x − y|² = 2 − 2xy of unit vectors
-
-
-def _normalised(features: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(features, dim=1)
+    """Of embeddings divided by their length: then |x − y|² = 2 − 2xy."""
+    return lambda x, y: torch.exp((F.normalize(x) @ F.normalize(y).mT - 1.0) / sigma**2)
 
 
 def _off_diagonal(kernel: Tensor) -> Tensor:
@@ -119,23 +133,27 @@ def _kernel_sum(x: Tensor, y: Tensor, kernel: Kernel) -> float:
 def _discrepancy_without(
     features: Tensor, reference: Tensor, groups: Tensor, kernel: Kernel, is_unbiased: bool
 ) -> list[float]:
-    count, size = int(groups.max()) + 1, torch.bincount(groups).double()
-    pairs, cross, diagonal = (
-        torch.zeros(count, count).double(),
-        torch.zeros(count).double(),
-        torch.zeros(count).double(),
-    )
-    for a, own in zip(features.split(_ROWS), groups.split(_ROWS), strict=True):
+    """Mean kernel of samples less twice that of samples and references, without each group, [G].
+
+    Args:
+        is_unbiased: leave out pairs of a sample with itself.
+    """
+    features, groups, reference = (at_most(NEIGHBOURS, rows) for rows in (features, groups, reference))
+    members = F.one_hot(groups).double()
+    size, count = members.sum(dim=0), members.shape[1]
+    pairs, (cross, itself) = torch.zeros(count, count).double(), torch.zeros(2, count).double()
+    blocks = [*zip(features.split(_ROWS), members.split(_ROWS), strict=True)]
+    for place, (a, own) in enumerate(blocks):
         x = a.double()
-        for b, other in zip(features.split(_ROWS), groups.split(_ROWS), strict=True):
-            columns = torch.zeros(len(x), count).double().index_add_(1, other, kernel(x, b.double()))
-            pairs.index_add_(0, own, columns)
+        for other_place, (b, other) in enumerate(blocks):
+            values = kernel(x, b.double())
+            pairs += own.mT @ values @ other
+            if is_unbiased and place == other_place:
+                itself += own.mT @ values.diagonal()
         for b in reference.split(_ROWS):
-            cross.index_add_(0, own, kernel(x, b.double()).sum(dim=1))
-        if is_unbiased:
-            diagonal.index_add_(0, own, torch.stack([kernel(row, row).squeeze() for row in x.split(1)]))
+            cross += own.mT @ kernel(x, b.double()).sum(dim=1)
     rest = len(features) - size
-    own_sum = pairs.sum() - 2 * pairs.sum(dim=1) + pairs.diag() - (diagonal.sum() - diagonal)
-    within = own_sum / (rest * (rest - 1) if is_unbiased else rest**2)
-    values: list[float] = (within - 2 * (cross.sum() - cross) / (rest * len(reference))).tolist()
-    return values
+    within = pairs.sum() - 2 * pairs.sum(dim=1) + pairs.diagonal() - (itself.sum() - itself)
+    within /= rest * (rest - 1) if is_unbiased else rest**2
+    values_without: list[float] = (within - 2 * (cross.sum() - cross) / (rest * len(reference))).tolist()
+    return values_without

@@ -93,7 +93,7 @@ METRICS = {
     "inception_score": Metric(
         "inception score ({features})", inception_score, (), "higher", of="logits", always=False
     ),
-    "vendi": Metric("Vendi score ({features})", vendi, (), "higher", always=False),
+    "vendi": Metric("Vendi score ({features})", vendi, (), "higher", always=False, without=kernels.vendi_without),
     "clip_score": Metric(
         "CLIP score", clip_score, "captions", "higher", of="clip", always=False, without=kernels.clip_score_without
     ),

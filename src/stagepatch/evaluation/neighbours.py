@@ -39,12 +39,12 @@ def coverage(features: Tensor, reference: Tensor, k: int = 5, rows: int = _ROWS)
 
 def precision_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
     """`precision` without each group of samples."""
-    return _means_without(_balls_around(features, reference, 3) > 0, _at_most(NEIGHBOURS, groups))
+    return _means_without(_balls_around(features, reference, 3) > 0, at_most(NEIGHBOURS, groups))
 
 
 def density_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
     """`density` without each group of samples."""
-    return _means_without(_balls_around(features, reference, 5) / 5, _at_most(NEIGHBOURS, groups))
+    return _means_without(_balls_around(features, reference, 5) / 5, at_most(NEIGHBOURS, groups))
 
 
 def coverage_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
@@ -54,10 +54,10 @@ def coverage_without(features: Tensor, reference: Tensor, groups: Tensor) -> lis
 
 def recall_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
     """`recall` without each group of samples, whose radii stay those among all samples."""
-    features, groups = _at_most(NEIGHBOURS, features).double(), _at_most(NEIGHBOURS, groups)
+    features, groups = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, groups)
     radii = _radii(features, 3, _ROWS)
     reached = [
-        _by_group(distances <= radii, groups) for distances in _distances(_at_most(NEIGHBOURS, reference), features)
+        _by_group(distances <= radii, groups) for distances in _distances(at_most(NEIGHBOURS, reference), features)
     ]
     return _shares_without(torch.cat(reached))
 
@@ -107,7 +107,8 @@ def _is_memorised(nearest: Tensor, held_out: Tensor) -> Tensor:
     return nearest < held_out.sort().values[place]
 
 
-def _at_most(count: int, rows: Tensor) -> Tensor:
+def at_most(count: int, rows: Tensor) -> Tensor:
+    """Rows [B, ...], or so many of them, spread evenly."""
     return rows if len(rows) <= count else rows[spread(len(rows), count)]
 
 
@@ -124,7 +125,7 @@ def _distances(points: Tensor, others: Tensor, rows: int = _ROWS) -> Iterator[Te
 
 def _balls_around(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS) -> Tensor:
     """In how many references' balls each sample lies, [B]."""
-    features, reference = _at_most(NEIGHBOURS, features), _at_most(NEIGHBOURS, reference).double()
+    features, reference = at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference).double()
     radii = _radii(reference, k, rows)
     return torch.cat([(distances <= radii).sum(dim=1) for distances in _distances(features, reference, rows)])
 
@@ -132,8 +133,8 @@ def _balls_around(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS
 def _covered(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS, groups: Tensor | None = None) -> Tensor:
     """Whether each reference has a sample of each group in its ball, [R, G]; without groups, all are one."""
     groups = torch.zeros(len(features), dtype=torch.long) if groups is None else groups
-    features, groups = _at_most(NEIGHBOURS, features).double(), _at_most(NEIGHBOURS, groups)
-    reference = _at_most(NEIGHBOURS, reference).double()
+    features, groups = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, groups)
+    reference = at_most(NEIGHBOURS, reference).double()
     radii, parts = _radii(reference, k, rows).split(rows), _distances(reference, features, rows)
     return torch.cat([_by_group(part <= own.unsqueeze(1), groups) for part, own in zip(parts, radii, strict=True)])
 

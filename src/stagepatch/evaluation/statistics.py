@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stagepatch.core import UserError
 
-_ROWS = 8192
+_ROWS = 2048
 
 
 @dataclass

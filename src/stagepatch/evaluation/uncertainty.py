@@ -109,11 +109,16 @@ def left_out(metric: Metric, samples: Tensor, references: Sequence[Collected], g
     numbers = range(int(groups.max()) + 1)
     if not metric.moments:
         return [metric.function(samples[groups != number], *references) for number in numbers]
-    parts, whole = [RunningStatistics() for _ in numbers], RunningStatistics()
-    for number, part in zip(numbers, parts, strict=True):
-        part.update(samples[groups == number])
-        whole.merge(part)
-    return [metric.function(whole.without(part), *references) for part in parts]
+
+    def part(number: int) -> RunningStatistics:  # made twice, since all of them take more memory than the features
+        running = RunningStatistics()
+        running.update(samples[groups == number])
+        return running
+
+    whole = RunningStatistics()
+    for number in numbers:
+        whole.merge(part(number))
+    return [metric.function(whole.without(part(number)), *references) for number in numbers]
 
 
 def measure_left_out(

@@ -25,7 +25,8 @@ def verdict(rows: Sequence[Row], metric: str) -> str:
         none = f"No method gains over the base beyond noise: the best, {best.name}, changes {metric} by {change}."
         return f"{none} {caveat}".strip()
     count = f"corrected for {len(methods)} methods" if len(methods) > 1 else "of one method"
-    said = [f"{best.name} gains: {metric} changes by {change} (p = {best.holm:.2g}, {count})."]
+    unit = f"{best.runs} training runs" if best.runs > 1 else "sampling seeds"
+    said = [f"{best.name} gains: {metric} changes by {change} (p = {best.holm:.2g} over {unit}, {count})."]
     if gaining[1:]:
         said.append(f"So do {', '.join(f'{row.name} ({_short(row, scale)})' for row in gaining[1:])}.")
     said += [_against(best, rows, sign, scale), _others(gaining[1:], sign), _second(best, base, metric)]
