@@ -17,13 +17,13 @@ from stagepatch.core import UserError, as_user_error, processes, write_json, wri
 from stagepatch.evaluation import (
     Measured,
     chosen,
-    comparison_note,
     comparison_table,
     direction_note,
     load_extractor,
     metric_names,
 )
 from stagepatch.evaluation.collector import Collector
+from stagepatch.evaluation.comparison import estimate
 from stagepatch.evaluation.features import load_others, outputs_of
 from stagepatch.evaluation.references import dataset_shards
 from stagepatch.evaluation.shards import Shards, begin, finish
@@ -89,7 +89,8 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
         _save(Path(config.save_statistics), sides[0][0], collector)
     if config.against:
         _measure(sides[0], sides[1][0], config, collector, keys, notes, resolved)
-    finish(directory / "features")
+    for letter in "ab":
+        finish(directory / "features" / letter)
 
 
 def _collector(config: configs.EvaluateConfig, keys: list[str]) -> Collector:
@@ -225,6 +226,11 @@ def _measure(
     sizes = [side.facts["size"] for side in (ones[0], other) if "size" in side.facts]
     if len(sizes) == 2 and sizes[0] != sizes[1]:
         notes.append(f"The images differ in size, {sizes[0]} and {sizes[1]} [C, H, W]: the extractor resizes each.")
+    found_intervals = {key: estimate(measured, key).interval for key in measured.metrics[0]}
+    intervals = {key: [*ends] for key, ends in found_intervals.items() if not math.isnan(ends[0])}
+    if intervals:
+        over = f"{len(ones)} sampling seeds (Student's t)" if len(ones) > 1 else "A's images (jackknife of 20 groups)"
+        notes.insert(0, f"In brackets 95% intervals over {over}; B's images are taken as they are.")
     directory = Path(config.output_dir)
     result: dict[str, Any] = {
         "a": ones[0].facts,
@@ -237,13 +243,14 @@ def _measure(
         "sampling": asdict(config.sampling),
         "seeds": [one.facts["seed"] for one in ones if "seed" in one.facts],
         "metrics": measured.metrics,
+        "intervals": intervals,
         "notes": notes,
     }
     write_json(directory / "metrics.json", result)
     columns, rows = comparison_table(measured, None, extractor.name)
     counts = " against ".join(f"{side.facts['images']} of {side.name}" for side in (ones[0], other))
     print_table([columns[0], ones[0].name], rows, f"Images: {counts}")
-    said = [comparison_note(measured, is_compared=False), direction_note(measured.metrics[0]), *notes]
+    said = [direction_note(measured.metrics[0]), *notes]
     print("\n".join(said))
     sections: list[Section] = [
         Table("Metrics", ["metric", ones[0].name], rows, " ".join(said)),
