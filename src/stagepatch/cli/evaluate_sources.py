@@ -14,6 +14,7 @@ from stagepatch.checkpoints import denoiser_directory, find_model, sampled_finge
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_experts_on, put_on
 from stagepatch.core import UserError, as_user_error, processes, write_json, write_text
+from stagepatch.data import Part
 from stagepatch.evaluation import (
     Measured,
     chosen,
@@ -63,6 +64,8 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     keys = [*chosen(config.metrics or KEYS)]
     collector = _collector(config, keys)
     named = [name_source(text) for text in (config.model, config.against) if text]
+    if config.save_statistics and named[0].kind == "statistics":
+        raise UserError(f"'{config.model}' holds statistics already: --save_statistics is of images, or of a model.")
     images = [load_images(each, config.data) if each.kind == "images" else None for each in named]
     for dataset in images:  # what does not fit is refused here, not when all is sampled
         if dataset is not None:
@@ -118,13 +121,14 @@ def _of_statistics(
 
 def _of_images(source: NamedSource, dataset: Dataset, config: configs.EvaluateConfig, collector: Collector) -> Side:
     captions = captions_of(dataset) if "clip" in collector.others else []
+    captions = captions if any(captions) else []
     with bar_over(own_share(len(dataset)), f"features of {source.text}") as on_batch:
         parts = dataset_shards(dataset, collector, captions, on_batch=on_batch)
         parts.make_own(on_batch)
     facts: dict[str, Any] = {"images": len(dataset), "size": [*dataset[0]["image"].shape]}
     if source.split:
         facts["split"] = source.split
-        facts["held_out"] = config.data.held_out or "the data set's own"
+        facts["held_out"] = config.data.held_out if isinstance(dataset, Part) else "the data set's own"
     return Side(source.text, parts, facts=_facts(source, **facts))
 
 
@@ -179,11 +183,16 @@ def _of_model(
         found = [shards(seed) for seed in seeds]
         for each in found:
             each.make_own(on_batch)
+
+    def lost(numbers: range) -> dict[str, Tensor]:  # so that the model need not stay in memory
+        raise UserError(f"What was collected of '{source.text}' cannot be read back: give the same command again.")
+
+    kept_parts = [Shards(each.directory, each.count, lost, each.size) for each in found]
     facts = {"images": sampling.num_images, "weights": settings["weights"], "conditions": given.said}
     facts |= {"learned": settings["learned"]} if source.learned else {}
     return [
         Side(source.text, each, facts=_facts(source, **facts, seed=seed))
-        for seed, each in zip(seeds, found, strict=True)
+        for seed, each in zip(seeds, kept_parts, strict=True)
     ]
 
 
