@@ -82,7 +82,6 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     name = "patched" if experts is None else "schedule"
     results = {each: measured[each].metrics for each in ("base", name) if each in measured}
     write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
-    finish(kept)
     columns, rows = comparison_table(measured["base"], measured.get(name), evaluator.extractor.name, name)
     note = f"{comparison_note(measured['base'], name in measured)} {direction_note(results['base'][0])}"
     counts = f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds"
@@ -92,6 +91,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     table = Table("Metrics", columns, rows, f"{counts}. {note}")
     again = provenance(resolved, f"stagepatch evaluate --config {directory / RUN_CONFIG}\n")
     write_page(directory / "report.html", "stagepatch evaluate", lead, [table, *again])
+    finish(kept)
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'; report: '{directory / 'report.html'}'.")
 
 

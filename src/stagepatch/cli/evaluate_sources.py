@@ -14,16 +14,17 @@ from stagepatch.checkpoints import denoiser_directory, find_model, sampled_finge
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_experts_on, put_on
 from stagepatch.core import UserError, as_user_error, processes, write_json, write_text
+from stagepatch.data import Part
 from stagepatch.evaluation import (
     Measured,
     chosen,
-    comparison_note,
     comparison_table,
     direction_note,
     load_extractor,
     metric_names,
 )
 from stagepatch.evaluation.collector import Collector
+from stagepatch.evaluation.comparison import estimate
 from stagepatch.evaluation.features import load_others, outputs_of
 from stagepatch.evaluation.references import dataset_shards
 from stagepatch.evaluation.shards import Shards, begin, finish
@@ -63,6 +64,8 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     keys = [*chosen(config.metrics or KEYS)]
     collector = _collector(config, keys)
     named = [name_source(text) for text in (config.model, config.against) if text]
+    if config.save_statistics and named[0].kind == "statistics":
+        raise UserError(f"'{config.model}' holds statistics already: --save_statistics is of images, or of a model.")
     images = [load_images(each, config.data) if each.kind == "images" else None for each in named]
     for dataset in images:  # what does not fit is refused here, not when all is sampled
         if dataset is not None:
@@ -89,7 +92,8 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
         _save(Path(config.save_statistics), sides[0][0], collector)
     if config.against:
         _measure(sides[0], sides[1][0], config, collector, keys, notes, resolved)
-    finish(directory / "features")
+    for letter in "ab":
+        finish(directory / "features" / letter)
 
 
 def _collector(config: configs.EvaluateConfig, keys: list[str]) -> Collector:
@@ -117,13 +121,14 @@ def _of_statistics(
 
 def _of_images(source: NamedSource, dataset: Dataset, config: configs.EvaluateConfig, collector: Collector) -> Side:
     captions = captions_of(dataset) if "clip" in collector.others else []
+    captions = captions if any(captions) else []
     with bar_over(own_share(len(dataset)), f"features of {source.text}") as on_batch:
         parts = dataset_shards(dataset, collector, captions, on_batch=on_batch)
         parts.make_own(on_batch)
     facts: dict[str, Any] = {"images": len(dataset), "size": [*dataset[0]["image"].shape]}
     if source.split:
         facts["split"] = source.split
-        facts["held_out"] = config.data.held_out or "the data set's own"
+        facts["held_out"] = config.data.held_out if isinstance(dataset, Part) else "the data set's own"
     return Side(source.text, parts, facts=_facts(source, **facts))
 
 
@@ -178,11 +183,16 @@ def _of_model(
         found = [shards(seed) for seed in seeds]
         for each in found:
             each.make_own(on_batch)
+
+    def lost(numbers: range) -> dict[str, Tensor]:  # so that the model need not stay in memory
+        raise UserError(f"What was collected of '{source.text}' cannot be read back: give the same command again.")
+
+    kept_parts = [Shards(each.directory, each.count, lost, each.size) for each in found]
     facts = {"images": sampling.num_images, "weights": settings["weights"], "conditions": given.said}
     facts |= {"learned": settings["learned"]} if source.learned else {}
     return [
         Side(source.text, each, facts=_facts(source, **facts, seed=seed))
-        for seed, each in zip(seeds, found, strict=True)
+        for seed, each in zip(seeds, kept_parts, strict=True)
     ]
 
 
@@ -225,6 +235,11 @@ def _measure(
     sizes = [side.facts["size"] for side in (ones[0], other) if "size" in side.facts]
     if len(sizes) == 2 and sizes[0] != sizes[1]:
         notes.append(f"The images differ in size, {sizes[0]} and {sizes[1]} [C, H, W]: the extractor resizes each.")
+    found_intervals = {key: estimate(measured, key).interval for key in measured.metrics[0]}
+    intervals = {key: [*ends] for key, ends in found_intervals.items() if not math.isnan(ends[0])}
+    if intervals:
+        over = f"{len(ones)} sampling seeds (Student's t)" if len(ones) > 1 else "A's images (jackknife of 20 groups)"
+        notes.insert(0, f"In brackets 95% intervals over {over}; B's images are taken as they are.")
     directory = Path(config.output_dir)
     result: dict[str, Any] = {
         "a": ones[0].facts,
@@ -237,13 +252,14 @@ def _measure(
         "sampling": asdict(config.sampling),
         "seeds": [one.facts["seed"] for one in ones if "seed" in one.facts],
         "metrics": measured.metrics,
+        "intervals": intervals,
         "notes": notes,
     }
     write_json(directory / "metrics.json", result)
     columns, rows = comparison_table(measured, None, extractor.name)
     counts = " against ".join(f"{side.facts['images']} of {side.name}" for side in (ones[0], other))
     print_table([columns[0], ones[0].name], rows, f"Images: {counts}")
-    said = [comparison_note(measured, is_compared=False), direction_note(measured.metrics[0]), *notes]
+    said = [direction_note(measured.metrics[0]), *notes]
     print("\n".join(said))
     sections: list[Section] = [
         Table("Metrics", ["metric", ones[0].name], rows, " ".join(said)),

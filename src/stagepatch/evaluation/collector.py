@@ -18,8 +18,8 @@ class Collector:
     Args:
         extractor: the one that is chosen.
         outputs: of what it puts out: 'features' [B, F], 'spatial', 'logits'.
-        others: further extractors by name, of features that go by it. 'clip' gives the 'captions' too, where there are
-            any.
+        others: further extractors by name, of features that go by it. 'clip' gives the 'captions' too, where they are
+            given.
     """
 
     extractor: FeatureExtractor
@@ -43,6 +43,6 @@ class Collector:
         found = extract_outputs(self.extractor, images, self.outputs)
         found |= {name: extract_features(extractor, images) for name, extractor in self.others.items()}
         clip = self.others.get("clip")
-        if any(captions) and isinstance(clip, ClipFeatures):
+        if captions and isinstance(clip, ClipFeatures):
             found["captions"] = clip.of_captions(captions)
         return found

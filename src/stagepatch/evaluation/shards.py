@@ -140,6 +140,8 @@ def begin(directory: Path, settings: Mapping[str, Any], ignored: Iterable[str] =
 
 
 def finish(directory: Path) -> None:
-    """Remove a directory of shards, once what was measured of them is written."""
+    """Remove a directory of shards, once what was measured of them is written; and the one that it is in, if empty."""
     (directory / PLAN_NAME).unlink(missing_ok=True)  # first: without it the rest counts for nothing
     shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):
+        directory.parent.rmdir()
