@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -54,6 +55,15 @@ def test_old_file_is_whole_until_the_new_one_is(path):
 
     write_atomically(path, write)
     assert path.read_text() == "half"
+
+
+def test_what_a_killed_process_left_half_written_goes(path):
+    dead, living = (path.with_name(f".{path.name}.{ending}") for ending in ("abcd1234", "efgh5678"))
+    dead.write_text("ha")
+    with open(living, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a process does that writes it
+        write_text(path, "new\n")
+    assert sorted(path.parent.iterdir()) == sorted([living, path])
 
 
 def test_flushes_to_disk_before_it_renames(path, monkeypatch):
