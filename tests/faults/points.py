@@ -149,7 +149,7 @@ class Results:
             operations = max(kind["operations"] for kind in kinds.values())
             rows.append(f"| {name} | {operations} | {' | '.join(cells)} |")
         before, _, rest = PAGE.read_text().partition(_BEGIN)
-        PAGE.write_text("\n".join([before + _BEGIN, *rows, _END + rest.partition(_END)[2]]))
+        PAGE.write_text("\n".join([before + _BEGIN, "", *rows, "", _END + rest.partition(_END)[2]]))
 
     @property
     def bad(self):
