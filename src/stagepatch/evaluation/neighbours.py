@@ -14,7 +14,7 @@ from stagepatch.sampling import spread
 
 NEIGHBOURS = 10_000
 MEMORISED = 0.05
-_ROWS = 1024
+_ROWS = 256
 
 
 def precision(features: Tensor, reference: Tensor, k: int = 3, rows: int = _ROWS) -> float:
@@ -62,7 +62,7 @@ def recall_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[
     return _shares_without(torch.cat(reached))
 
 
-def nearest_distance(images: Tensor, reference: Tensor, rows: int = _ROWS) -> Tensor:
+def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Tensor:
     """Euclidean distance of each row [B, ...], image or features, to the nearest of the reference [R, ...]: [B]."""
     flat = reference.flatten(1)
     return torch.cat([torch.cdist(part.flatten(1), flat).amin(dim=1) for part in images.split(rows)])
