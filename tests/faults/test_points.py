@@ -52,6 +52,7 @@ def assert_goes_on(processes, directory, undisturbed):
 @pytest.mark.parametrize(
     "where",
     ["write .*/log.jsonl", "rename .*/snapshots/0000002$", "write .*/.checkpoint", "rename .*/run/model.safetensors"],
+    ids=["log", "snapshot", "checkpoint", "result"],
 )
 def test_a_run_that_is_killed_in_a_file_operation_ends_with_the_same_bits(processes, tmp_path, undisturbed, where):
     strike = FileStrike(tmp_path / "run", last(undisturbed[0], where))
@@ -62,6 +63,7 @@ def test_a_run_that_is_killed_in_a_file_operation_ends_with_the_same_bits(proces
 @pytest.mark.parametrize(
     ("where", "error"),
     [("write .*/.checkpoint", errno.ENOSPC), ("write .*events", errno.ENOSPC), ("^1 ", errno.EROFS)],
+    ids=["checkpoint", "tracker", "directory"],
 )
 def test_a_full_or_read_only_disk_is_said_and_loses_nothing(processes, tmp_path, undisturbed, where, error):
     strike = FileStrike(tmp_path / "run", last(undisturbed[0], where), error)
