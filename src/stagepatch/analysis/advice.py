@@ -171,7 +171,7 @@ def _unmeasured_free(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
         why = (
             "More steps, another sampler, guidance in an interval of the noise levels: each may gain or lose. Measure."
         )
-        extractor = "--extractor inception"
+        extractor = f"--extractor {config.data.source if config.data.source in BUNDLED else 'inception'}"
         command = (
             f"stagepatch evaluate {_options(config)} {extractor} --sampling.num_inference_steps=50 "
             f"--sampling.guidance_scale=1.3 --sampling.guidance_interval='[0, 0.5]'"

@@ -162,8 +162,9 @@ def diagnose(
     tried_on = [_samples(config, each, timesteps, min(config.images, _TRIED_ON)) for each in (held_out, dataset)]
     steps = config.steps or _steps(config, prospects[0])
     on_part(f"trainings of {steps} steps")
-    parts = (model, objective, dataset, *tried_on, steps, config.batch_size, config.seed)
-    trials = Trials(*parts, on_training=on_part)
+    trials = Trials(
+        model, objective, dataset, tried_on[0], tried_on[1], steps, config.batch_size, config.seed, on_part
+    )
     before = [loss_at_timesteps(model, objective, samples) for samples in tried_on]
     longer = [trials.longer(rate) for rate in config.rates]
     copies = [trials.by_range(rate) for rate in config.rates]
