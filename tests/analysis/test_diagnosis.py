@@ -97,7 +97,7 @@ def advised(found):
 
 
 def test_of_a_model_at_its_optimum_the_losses_are_the_closed_form_and_nothing_lowers_them():
-    found = diagnosed(Affine(knots=25))
+    found = diagnosed(Affine(knots=25), rates=[0.01])
     expected = [optimum((timestep + 1) / 1000)[2] for timestep in found.timesteps]
     for losses in (found.trained, found.held_out):
         error = losses.std(dim=1) / math.sqrt(losses.shape[1])

@@ -172,6 +172,7 @@ def diagnose(
     count, least_rate = len(config.rates), _least(longer).learning_rate
     by_density, weights = trials.other_density(least_rate), density_at(objective, timesteps)
     changes = [change(before[0], trial.held_out, comparisons=count) for trial in longer]
+    by_training = [change(before[1], trial.trained, comparisons=count) for trial in longer]
     by_copies = [change(least, trial.held_out, comparisons=count) for trial in copies]
     density = change(before[0], by_density.held_out, weights)
     far = far_cosine(gradients)
@@ -183,7 +184,7 @@ def diagnose(
         steps,
         list(config.rates),
         changes,
-        [change(before[1], trial.trained, comparisons=count) for trial in longer],
+        by_training,
         by_copies,
         least_rate,
         density,
@@ -191,7 +192,7 @@ def diagnose(
         gradients,
         far,
         prospects,
-        judge(gap, changes, density, by_copies, how_stages_agree(far)),
+        judge(gap, changes, by_training, density, by_copies, how_stages_agree(far)),
     )
 
 
