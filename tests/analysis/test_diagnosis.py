@@ -1,6 +1,8 @@
 """A diagnosis of models whose trouble is known: of Gaussian pixels, where the best denoiser has a closed form."""
 
 import math
+import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from stagepatch.analysis import Change, DiagnoseConfig, change, diagnose, give_advice
+from stagepatch.analysis.advice import BENCH, MEASURED, UNMEASURED
 from stagepatch.analysis.verdicts import decide
+from stagepatch.cli import app
 from stagepatch.core import UserError
-from stagepatch.data import ImageDataset
+from stagepatch.data import DataConfig, ImageDataset
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 from stagepatch.families import describe_structure, register
 
@@ -84,7 +88,7 @@ def gaussian(count, seed):
 
 
 def diagnosed(model, images=1000, **options):
-    config = DiagnoseConfig(**{"steps": 60, "rates": [0.03], "timesteps": 8, "images": 500, **options})
+    config = DiagnoseConfig(**{"steps": 40, "rates": [0.03], "timesteps": 8, "images": 200, **options})
     return diagnose(config, model, OBJECTIVE, gaussian(images, 0), gaussian(1000, 1))
 
 
@@ -93,7 +97,7 @@ def advised(found):
 
 
 def test_of_a_model_at_its_optimum_the_losses_are_the_closed_form_and_nothing_lowers_them():
-    found = diagnosed(Affine(knots=25))
+    found = diagnosed(Affine(knots=25), rates=[0.01])
     expected = [optimum((timestep + 1) / 1000)[2] for timestep in found.timesteps]
     for losses in (found.trained, found.held_out):
         error = losses.std(dim=1) / math.sqrt(losses.shape[1])
@@ -123,8 +127,14 @@ def test_a_model_that_knows_its_images_by_heart_is_limited_by_data():
     assert advised(found)[0] == "more_data"
 
 
-def test_one_map_for_all_noise_levels_is_limited_by_capacity_and_its_stages_conflict():
-    found = diagnosed(Affine())  # the best slope is below zero at the image's end, above it at the noise's
+@pytest.fixture(scope="module")
+def one_map():
+    """Of one map for all noise levels: the best slope is below zero at the image's end, above it at the noise's."""
+    return diagnosed(Affine())
+
+
+def test_one_map_for_all_noise_levels_is_limited_by_capacity_and_its_stages_conflict(one_map):
+    found = one_map
     assert optimum(0.05)[0] < 0 < optimum(0.95)[0]
     verdicts = found.verdicts
     assert verdicts.converged == "yes"
@@ -179,8 +189,24 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_what_no_diagnosis_can_be_made_of_is_refused():
     for options, message in [
         ({"rates": []}, "rates"),
-        ({"images": 1}, "images=1"),
+        ({"timesteps": 1}, "timesteps=1"),
         ({"batch_size": 0}, "batch_size=0"),
     ]:
         with pytest.raises(UserError, match=message):
             diagnosed(Affine(), **options)
+
+
+@pytest.mark.parametrize("limit", ["training", "data", "capacity", "none_found", "unclear"])
+def test_advice_is_commands_that_there_are(one_map, limit):
+    verdicts = replace(one_map.verdicts, limited_by=limit, shares_too_little="no")
+    found = replace(one_map, verdicts=verdicts)
+    for source in ("digits", "some images"):
+        config = DiagnoseConfig(data=DataConfig(source, held_out=0.1))
+        advice = give_advice(config, found)
+        assert len({each.key for each in advice}) == len(advice)
+        for each in advice:
+            assert each.evidence in (MEASURED, BENCH, UNMEASURED)
+            program, command, *arguments = shlex.split(each.command) or ["stagepatch", "", ""]
+            assert program == "stagepatch"
+            if command:
+                app._parse(command, arguments)

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
+from stagepatch.analysis import free
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
 from tests.runs import run
 from tests.training.test_train_on_pipelines import draw_images
@@ -20,12 +23,14 @@ def base(tmp_path_factory):
     return directory
 
 
+def diagnosed(base, output, *more):
+    assert main(["diagnose", str(base), "digits", f"--output_dir={output}", *SHORT, *more]) == 0
+    return json.loads((output / "diagnosis.json").read_text())
+
+
 def test_a_page_and_numbers_with_advice_by_places(base, tmp_path, capsys):
-    given = [f"--output_dir={tmp_path}", *SHORT, "--samples=8", f"--snapshots={base}"]
-    assert main(["diagnose", str(base), "digits", *given]) == 0
-    text = capsys.readouterr().out
-    assert "What is worth trying" in text
-    numbers = json.loads((tmp_path / "diagnosis.json").read_text())
+    numbers = diagnosed(base, tmp_path, "--samples=0")
+    assert "What is worth trying" in capsys.readouterr().out
     assert (numbers["model"], numbers["data"]) == (str(base), "digits")
     assert set(numbers["verdicts"]) == {
         *("converged", "converged_other_density", "over_fitted", "shares_too_little", "limited_by", "stages")
@@ -35,15 +40,30 @@ def test_a_page_and_numbers_with_advice_by_places(base, tmp_path, capsys):
         assert each["refused"] == ""
         assert each["seconds"] > 0 < each["parameters"]
     assert numbers["methods"][-1]["sample_seconds"] > 0
-    assert [each["calls"] for each in numbers["free"]] == [25, 50, 25, 50, 37.5]
-    assert numbers["free"][0]["change"]["mean"] == 0
-    assert numbers["average_of_snapshots"]["low"] < numbers["average_of_snapshots"]["high"]
     assert len(numbers["losses"]["training_images"]["mean"]) == len(numbers["losses"]["timesteps"]) == 4
     assert all({"key", "title", "why", "evidence", "command"} == set(each) for each in numbers["advice"])
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png") == 2
+    assert "sampling" in {each["key"] for each in numbers["advice"]}
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 2
     for name in ("losses", "gradients"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 600
+
+
+def test_what_costs_nothing_is_measured(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(free, "STEPS", 2)
+    numbers = diagnosed(base, tmp_path, "--samples=8", f"--snapshots={base}")
+    assert [each["calls"] for each in numbers["free"]] == [2, 4, 2, 4, 3]
+    assert numbers["free"][0]["change"]["mean"] == 0
+    assert all(each["change"]["mean"] != 0 for each in numbers["free"][1:])
+    assert numbers["average_of_snapshots"]["low"] < numbers["average_of_snapshots"]["high"]
+    weights = free.weights_of_mean(base)
+    assert weights == [0, 0, 0.5]  # the fourth snapshot is the result, which has the other half
+    assert main(["merge", f"--run={base}", f"--weights={weights}", f"--output_dir={tmp_path / 'mean'}"]) == 0
+    merged, *later = (
+        load_denoiser(path)[0] for path in (tmp_path / "mean", *sorted((base / "snapshots").iterdir())[2:])
+    )
+    for name, value in merged.named_parameters():
+        mean = sum(model.get_parameter(name) for model in later) / 2
+        torch.testing.assert_close(value, mean)
 
 
 def test_what_was_not_trained_on_must_be_said(base, tmp_path, capsys):

@@ -100,9 +100,10 @@ def _cure(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
             Advice("stage_lora", "A LoRA with stages", "The same by low-rank maps.", UNMEASURED, lora),
         ]
     if limit == "unclear":
-        why = "Intervals are over images: four times as many halve them."
-        command = f"stagepatch diagnose {data} --images={4 * config.images}"
-        return [Advice("more_images", "Diagnose on more images", why, MEASURED, command)]
+        why = "Intervals are over images, of which four times as many halve them; longer trainings tell more."
+        source = f"{shlex.quote(config.model)} {shlex.quote(config.data.source)}"
+        command = f"stagepatch diagnose {source} --images={4 * config.images} --minutes={4 * config.minutes:g}"
+        return [Advice("diagnose_longer", "Diagnose for longer, on more images", why, MEASURED, command)]
     return []
 
 
@@ -126,7 +127,8 @@ def _measured_free(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
         if win.change.is_below(0.0) == "yes":
             why = (
                 f"FID changes by {win.change}, over three sampling seeds of {config.samples} images, at {win.calls:g} "
-                f"calls of the model a sample in place of {found.free[0].calls:g}."
+                f"calls of the model a sample in place of {found.free[0].calls:g}; one of {len(found.free) - 1} ways "
+                f"that were compared."
             )
             command = f"stagepatch sample --model {shlex.quote(config.model)} {win.options}"
             advice.append(Advice("sampling", f"Sample with {win.label}", why, MEASURED, command))
@@ -171,7 +173,7 @@ def _unmeasured_free(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
         why = (
             "More steps, another sampler, guidance in an interval of the noise levels: each may gain or lose. Measure."
         )
-        extractor = "--extractor inception"
+        extractor = f"--extractor {config.data.source if config.data.source in BUNDLED else 'inception'}"
         command = (
             f"stagepatch evaluate {_options(config)} {extractor} --sampling.num_inference_steps=50 "
             f"--sampling.guidance_scale=1.3 --sampling.guidance_interval='[0, 0.5]'"

@@ -162,8 +162,9 @@ def diagnose(
     tried_on = [_samples(config, each, timesteps, min(config.images, _TRIED_ON)) for each in (held_out, dataset)]
     steps = config.steps or _steps(config, prospects[0])
     on_part(f"trainings of {steps} steps")
-    parts = (model, objective, dataset, *tried_on, steps, config.batch_size, config.seed)
-    trials = Trials(*parts, on_training=on_part)
+    trials = Trials(
+        model, objective, dataset, tried_on[0], tried_on[1], steps, config.batch_size, config.seed, on_part
+    )
     before = [loss_at_timesteps(model, objective, samples) for samples in tried_on]
     longer = [trials.longer(rate) for rate in config.rates]
     copies = [trials.by_range(rate) for rate in config.rates]
@@ -171,6 +172,7 @@ def diagnose(
     count, least_rate = len(config.rates), _least(longer).learning_rate
     by_density, weights = trials.other_density(least_rate), density_at(objective, timesteps)
     changes = [change(before[0], trial.held_out, comparisons=count) for trial in longer]
+    by_training = [change(before[1], trial.trained, comparisons=count) for trial in longer]
     by_copies = [change(least, trial.held_out, comparisons=count) for trial in copies]
     density = change(before[0], by_density.held_out, weights)
     far = far_cosine(gradients)
@@ -182,7 +184,7 @@ def diagnose(
         steps,
         list(config.rates),
         changes,
-        [change(before[1], trial.trained, comparisons=count) for trial in longer],
+        by_training,
         by_copies,
         least_rate,
         density,
@@ -190,7 +192,7 @@ def diagnose(
         gradients,
         far,
         prospects,
-        judge(gap, changes, density, by_copies, how_stages_agree(far)),
+        judge(gap, changes, by_training, density, by_copies, how_stages_agree(far)),
     )
 
 

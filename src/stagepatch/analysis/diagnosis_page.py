@@ -16,7 +16,7 @@ from stagepatch.report import Code, Picture, Prose, Section, Table, similarity_h
 _CONVERGED = {
     "yes": "Converged, for this budget: no training lowers the held-out loss.",
     "no": "Not converged: training on lowers the held-out loss.",
-    "unclear": "Whether it is converged cannot be told.",
+    "unclear": "Whether it is converged cannot be told: intervals are too wide, or trainings too short.",
 }
 _OTHER_DENSITY = {
     "yes": "With another density of timesteps it is converged too, for the loss weighted so.",
@@ -120,10 +120,10 @@ def _losses_figure(found: Diagnosis) -> Figure:
         axes.set_xlabel("timestep (0: image, last: noise)")
         axes.grid(alpha=0.25)
     rows = _changes(found)
-    for place, (_, each) in enumerate(rows):
-        error = [[100.0 * (each.mean - each.low)], [100.0 * (each.high - each.mean)]]
-        color = "tab:green" if each.is_below(0.0) == "yes" else "tab:gray"
-        rooms.barh(place, 100.0 * each.mean, xerr=np.nan_to_num(error), color=color, height=0.7)
+    for place, (_, room) in enumerate(rows):
+        error = [[100.0 * (room.mean - room.low)], [100.0 * (room.high - room.mean)]]
+        color = "tab:green" if room.is_below(0.0) == "yes" else "tab:gray"
+        rooms.barh(place, 100.0 * room.mean, xerr=np.nan_to_num(error), color=color, height=0.7)
     rooms.axvline(0.0, color="black", linewidth=0.8)
     rooms.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     rooms.invert_yaxis()
@@ -184,7 +184,8 @@ def _free(found: Diagnosis) -> Table:
     rows[0][3] = ""
     note = (
         "FID in the features of the bundled classifier, against held-out images; changes are paired by sampling seed, "
-        "with intervals of 95 % over three seeds, each for itself."
+        f"with intervals of 95 % over three seeds, each for itself: of {len(found.free) - 1} such changes one may "
+        "pass for a gain, or a loss, by chance."
     )
     return Table("Without training", ["sampling", "calls", "FID", "change", "options"], rows, note)
 

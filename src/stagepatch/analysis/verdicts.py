@@ -22,7 +22,8 @@ class Verdicts:
     """What a model is limited by.
 
     Args:
-        converged: whether none of the trainings lowers the held-out loss, timesteps alike.
+        converged: whether none of the trainings lowers the held-out loss, timesteps alike; unclear too where each of
+            them raised the loss on training images, for which its rate was too high or its steps too few.
         converged_other_density: the same of one with another density of t, for the loss that it weighs so.
         over_fitted: whether the loss on held-out images is above that on training images.
         shares_too_little: whether copies of the model, each for a quarter of the timesteps, lower the held-out loss
@@ -43,17 +44,24 @@ _OTHER: dict[Answer, Answer] = {"yes": "no", "no": "yes", "unclear": "unclear"}
 
 
 def judge(
-    gap: Change, longer: Sequence[Change], density: Change, copies: Sequence[Change], stages: Stages
+    gap: Change,
+    longer: Sequence[Change],
+    longer_trained: Sequence[Change],
+    density: Change,
+    copies: Sequence[Change],
+    stages: Stages,
 ) -> Verdicts:
     """The verdicts, from relative changes of the held-out loss.
 
     Args:
         gap: from training to held-out images.
-        longer: by each training, timesteps alike.
+        longer: by each training, timesteps alike; and the same of the loss on training images.
         density: by the one with another density, of the loss weighted by it.
         copies: by copies for ranges of the timesteps, to the least that one model has.
     """
     lowers = any_below(list(longer), -LEAST_CHANGE)
+    if lowers == "no" and min(each.mean for each in longer_trained) > LEAST_CHANGE:
+        lowers = "unclear"
     over_fitted, too_little = gap.is_above(LEAST_GAP), any_below(list(copies), -LEAST_CHANGE)
     room = max(-each.mean for each in longer)
     limit = decide(lowers, room, over_fitted, gap.mean, too_little)
@@ -88,7 +96,8 @@ RULE = (
     f"images of it, bring the held-out loss {100 * LEAST_CHANGE:g} % or more under the least that one model has. In "
     f"each case all of an interval of 95 % must say so. Nothing found: all of each interval says the contrary. What "
     f"is left then is noise that no model can predict, or room that only a wider or deeper model would show: these "
-    f"two cannot be told apart here. Else it cannot be told; more images narrow the intervals."
+    f"two cannot be told apart here. Else it cannot be told; more images narrow the intervals, and a training that "
+    f"raises even the loss on training images, for its rate or its few steps, tells nothing."
 )
 LIMITS: dict[Limit, str] = {
     "training": "Limited by training: it still learns, and what it learns holds for images that it has not seen.",
@@ -96,7 +105,7 @@ LIMITS: dict[Limit, str] = {
     "still.",
     "capacity": "Limited by capacity: its stages share weights that each would rather have for itself.",
     "none_found": "No limit found: neither training, nor data, nor weights for each stage lower the loss.",
-    "unclear": "It cannot be told what limits it: the intervals are too wide.",
+    "unclear": "It cannot be told what limits it: intervals are too wide, or trainings too short.",
 }
 STAGES: dict[Stages, str] = {
     "conflict": "The stages conflict: timesteps far apart pull the weights in opposite directions.",

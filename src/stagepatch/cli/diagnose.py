@@ -42,7 +42,7 @@ def diagnose(config: configs.DiagnoseConfig, resolved: str) -> None:
     write_json(directory / "diagnosis.json", numbers)
     write_text(directory / RUN_CONFIG, resolved)
     for name, picture in analysis.diagnosis_pictures(found).items():
-        write_picture(directory / f"{name}.png", picture.content)  # type: ignore[arg-type]
+        write_picture(directory / f"{name}.png", picture.content)
     lead = f"What '{config.model}' is limited by, and what is worth trying. Held out: {head['held_out']}."
     again = provenance(resolved, "stagepatch diagnose --config run.yaml\n")
     write_page(
