@@ -242,6 +242,8 @@ def test_mistakes_have_messages_of_their_own(made, tmp_path, capsys, monkeypatch
         (["photos", tmp_path / "other.npz"], "2,048 features, but digits features has 48"),
         (["photos", "digits:train", "--patch=patch"], "photos+patch"),
         (["photos", "digits:train", "--extractor=fashion"], "set extractor to: digits"),
+        (["photos"], "say what its images are measured against"),
+        (["model+patch"], "Give --patch patch, or what"),
         (["photos", "--save_statistics=x.npy"], "written as .npz"),
     ]
     for arguments, message in expected:

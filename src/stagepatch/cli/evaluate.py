@@ -13,6 +13,7 @@ from stagepatch.core import UserError, processes, write_json, write_text
 from stagepatch.data import DataConfig
 from stagepatch.evaluation import Evaluator, Measured, comparison_note, comparison_table, direction_note
 from stagepatch.evaluation.shards import Shards, begin, finish
+from stagepatch.evaluation.sources import name_source
 from stagepatch.methods import open_learned
 from stagepatch.report import Table, print_table, provenance, write_page
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts
@@ -32,6 +33,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     """
     if config.patch and config.schedule:
         raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
+    _check_is_model(config.model)
     directory = Path(config.output_dir)
     cache = Path(config.cache or directory / "cache")
     dtype = getattr(torch, config.dtype)
@@ -93,6 +95,18 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     write_page(directory / "report.html", "stagepatch evaluate", lead, [table, *again])
     finish(kept)
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'; report: '{directory / 'report.html'}'.")
+
+
+def _check_is_model(text: str) -> None:
+    """Without a second source, the first is a model by itself."""
+    try:
+        named = name_source(text)
+    except UserError:
+        return  # whoever loads the model says what is wrong
+    if named.learned:
+        raise UserError(f"Give --patch {named.learned}, or what '{text}' is measured against, as a second source.")
+    if named.kind != "model":
+        raise UserError(f"'{text}' is no model: say what its {named.kind} are measured against, as a second source.")
 
 
 def _measured(evaluator: Evaluator, shards: list[Shards]) -> Measured:

@@ -73,7 +73,8 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     given = load_images(name_source(config.conditions), config.data) if config.conditions else None
     seeds, notes = (config.seeds, [max(config.seeds) + 1]), list[str]()
     sides: dict[int, list[Side]] = {}
-    for number in sorted(range(len(named)), key=lambda number: named[number].kind == "model"):  # models come last
+    order = ("statistics", "images", "model")  # what is quickly refused comes first
+    for number in sorted(range(len(named)), key=lambda number: order.index(named[number].kind)):
         source, dataset = named[number], images[number]
         if source.kind == "statistics":
             sides[number] = [_of_statistics(source, config, collector, notes)]
