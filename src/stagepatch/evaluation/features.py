@@ -310,7 +310,7 @@ def extract_outputs(
 ) -> dict[str, Tensor]:
     """What an extractor puts out of images [B, C, H, W], by name, a batch at a time."""
     whole: dict[str, Tensor] = {}
-    size: int = batch_size or getattr(extractor, "batch_size", 512)
+    size: int = batch_size or int(getattr(extractor, "batch_size", 512))
     for start in range(0, len(images), size):  # into one tensor: a list to be joined holds all twice
         batch = images[start : start + size]
         found = {"features": extractor(batch)} if [*names] == ["features"] else extractor.outputs(batch)  # type: ignore[attr-defined]
