@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("stagepatch", "torch", "diffusers", "accelerate", "torchmetrics", "numpy")
+_PACKAGES = ("stagepatch", "torch", "diffusers", "accelerate", "numpy")
 
 
 def environment() -> dict[str, str]:
