@@ -5,7 +5,7 @@ import torch
 
 from stagepatch.core import UserError
 from stagepatch.evaluation import shards
-from stagepatch.evaluation.shards import Shards, begin, finish
+from stagepatch.evaluation.shards import Shards, begin_shards, finish_shards
 
 
 @pytest.fixture
@@ -71,14 +71,14 @@ def test_where_nothing_can_be_written_it_costs_time_or_is_said(tmp_path, make):
 
 
 def test_other_settings_do_not_go_on_and_what_has_no_plan_counts_for_nothing(tmp_path, make, made):
-    begin(tmp_path / "a", {"steps": 20})
+    begin_shards(tmp_path / "a", {"steps": 20})
     Shards(tmp_path / "a" / "seed-0", 4, make, 4).make_own()
-    begin(tmp_path / "a", {"steps": 20})
+    begin_shards(tmp_path / "a", {"steps": 20})
     with pytest.raises(UserError, match=r"part of an evaluation of other settings \(steps was 20, is 30\)"):
-        begin(tmp_path / "a", {"steps": 30})
+        begin_shards(tmp_path / "a", {"steps": 30})
     (tmp_path / "a" / "plan.json").unlink()  # as if killed while it was removed
-    begin(tmp_path / "a", {"steps": 30})
+    begin_shards(tmp_path / "a", {"steps": 30})
     Shards(tmp_path / "a" / "seed-0", 4, make, 4).make_own()
     assert len(made) == 2
-    finish(tmp_path / "a")
+    finish_shards(tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -20,7 +20,7 @@ from stagepatch.evaluation import fid, kid, load_extractor, precision, recall
 from stagepatch.evaluation.sources import labels_of, load_images, name_source
 from stagepatch.methods import DMP
 from stagepatch.patch import PatchConfig
-from stagepatch.sampling import generation
+from stagepatch.sampling import SamplingConfig, generate, generation
 from tests.runs import Strike, make_model
 
 FEW = ["--sampling.num_images=100", "--sampling.num_inference_steps=1", "--sampling.batch_size=20"]
@@ -163,6 +163,13 @@ def test_stopped_it_ends_with_the_same_table(made, tmp_path, monkeypatch, second
     assert main([*given, f"--output_dir={tmp_path / 'cut'}"]) == 0
     assert (tmp_path / "cut" / "metrics.json").read_bytes() == (tmp_path / "whole" / "metrics.json").read_bytes()
     assert len(sampled) == 6 + 3  # three shards a seed, and those that were lost
+
+
+def test_images_by_number_are_those_of_the_whole():
+    model, scheduler = make_model(), make_scheduler(ObjectiveConfig(), True)
+    config = SamplingConfig(num_images=10, num_inference_steps=2, batch_size=4)
+    whole, part = (generate(model, scheduler, config, numbers=numbers) for numbers in (None, range(4, 9)))
+    torch.testing.assert_close(part, whole[4:9])
 
 
 def cut(made, out, strikes, processes):

@@ -11,9 +11,17 @@ from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_shar
 from stagepatch.cli.evaluate_sources import evaluate_sources, learned_fingerprint, shard_size, weights_fingerprint
 from stagepatch.core import UserError, processes, write_json, write_text
 from stagepatch.data import DataConfig
-from stagepatch.evaluation import Evaluator, Measured, comparison_note, comparison_table, direction_note
-from stagepatch.evaluation.shards import Shards, begin, finish
-from stagepatch.evaluation.sources import name_source
+from stagepatch.evaluation import (
+    Evaluator,
+    Measured,
+    Shards,
+    begin_shards,
+    comparison_note,
+    comparison_table,
+    direction_note,
+    finish_shards,
+    name_source,
+)
 from stagepatch.methods import open_learned
 from stagepatch.report import Table, print_table, provenance, write_page
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts
@@ -51,7 +59,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
         "learned": learned_fingerprint(config.patch or config.schedule),
         "extractor": evaluator.extractor.fingerprint,
     }
-    begin(kept, settings, ignored=("output_dir", "cache"))
+    begin_shards(kept, settings, ignored=("output_dir", "cache"))
     parts: dict[str, list[Shards]] = {}
     total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)
     with bar_over(total) as on_batch:
@@ -93,7 +101,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     table = Table("Metrics", columns, rows, f"{counts}. {note}")
     again = provenance(resolved, f"stagepatch evaluate --config {directory / RUN_CONFIG}\n")
     write_page(directory / "report.html", "stagepatch evaluate", lead, [table, *again])
-    finish(kept)
+    finish_shards(kept)
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'; report: '{directory / 'report.html'}'.")
 
 

@@ -16,33 +16,34 @@ from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_shar
 from stagepatch.core import UserError, as_user_error, processes, write_json, write_text
 from stagepatch.data import Part
 from stagepatch.evaluation import (
+    TWO_SIDED,
+    Collector,
+    Dataset,
     Measured,
+    NamedSource,
+    Reference,
+    Shards,
+    Side,
+    StatisticsFile,
+    begin_shards,
+    captions_of,
+    check_extractor,
+    check_finite,
     chosen,
     comparison_table,
+    dataset_shards,
     direction_note,
-    load_extractor,
-    metric_names,
-)
-from stagepatch.evaluation.collector import Collector
-from stagepatch.evaluation.comparison import estimate
-from stagepatch.evaluation.features import load_others, outputs_of
-from stagepatch.evaluation.references import dataset_shards
-from stagepatch.evaluation.shards import Shards, begin, finish
-from stagepatch.evaluation.sides import KEYS, Reference, Side
-from stagepatch.evaluation.sources import (
-    Dataset,
-    NamedSource,
-    captions_of,
-    load_images,
-    name_source,
-    sampling_conditions,
-)
-from stagepatch.evaluation.statistics import check_finite
-from stagepatch.evaluation.statistics_file import (
-    StatisticsFile,
-    check_extractor,
+    estimate,
+    finish_shards,
     has_images,
+    load_extractor,
+    load_images,
+    load_others,
+    metric_names,
+    name_source,
+    outputs_of,
     read_statistics,
+    sampling_conditions,
     write_statistics,
 )
 from stagepatch.families import sample_shape
@@ -61,7 +62,7 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
             f"Statistics are written as .npz: --save_statistics='{config.save_statistics}' ends otherwise."
         )
     directory = Path(config.output_dir)
-    keys = [*chosen(config.metrics or KEYS)]
+    keys = [*chosen(config.metrics or TWO_SIDED)]
     collector = _collector(config, keys)
     named = [name_source(text) for text in (config.model, config.against) if text]
     if config.save_statistics and named[0].kind == "statistics":
@@ -94,7 +95,7 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     if config.against:
         _measure(sides[0], sides[1][0], config, collector, keys, notes, resolved)
     for letter in "ab":
-        finish(directory / "features" / letter)
+        finish_shards(directory / "features" / letter)
 
 
 def _collector(config: configs.EvaluateConfig, keys: list[str]) -> Collector:
@@ -164,7 +165,7 @@ def _of_model(
         "patch_scale": config.patch_scale,
         "sampling": sampling,
     }
-    begin(kept, settings)
+    begin_shards(kept, settings)
     latents = {} if given.latents is None else vars(given.latents)
     with bar_over(own_share(sampling.num_images) * len(seeds), f"sampling {source.text}") as on_batch:
 

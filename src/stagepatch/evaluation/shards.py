@@ -119,7 +119,7 @@ class Shards:
         return tensors
 
 
-def begin(directory: Path, settings: Mapping[str, Any], ignored: Iterable[str] = ()) -> None:
+def begin_shards(directory: Path, settings: Mapping[str, Any], ignored: Iterable[str] = ()) -> None:
     """Make ready a directory of shards: empty, or with those of a run that was stopped, if it had the same settings.
 
     Args:
@@ -139,7 +139,7 @@ def begin(directory: Path, settings: Mapping[str, Any], ignored: Iterable[str] =
     state.wait_for_everyone()
 
 
-def finish(directory: Path) -> None:
+def finish_shards(directory: Path) -> None:
     """Remove a directory of shards, once what was measured of them is written; and the one that it is in, if empty."""
     (directory / PLAN_NAME).unlink(missing_ok=True)  # first: without it the rest counts for nothing
     shutil.rmtree(directory, ignore_errors=True)

@@ -12,7 +12,7 @@ from stagepatch.evaluation.shards import Shards
 from stagepatch.evaluation.statistics import Statistics
 from stagepatch.evaluation.uncertainty import measure_left_out
 
-KEYS = ("fid", "kid", "precision", "recall")
+TWO_SIDED = ("fid", "kid", "precision", "recall")
 """Of the metrics that are measured where none are named."""
 
 FEWEST = 4
