@@ -87,9 +87,10 @@ def gaussian(count, seed):
     return ImageDataset(images, torch.zeros(count, dtype=torch.long))
 
 
-def diagnosed(model, images=1000, **options):
-    config = DiagnoseConfig(**{"steps": 40, "rates": [0.03], "timesteps": 8, "images": 200, **options})
-    return diagnose(config, model, OBJECTIVE, gaussian(images, 0), gaussian(1000, 1))
+def diagnosed(model, count=1000, **options):
+    short = {"steps": 30, "rates": [0.05], "batch_size": 32, "timesteps": 6, "images": 128}
+    config = DiagnoseConfig(**{**short, **options})
+    return diagnose(config, model, OBJECTIVE, gaussian(count, 0), gaussian(1000, 1))
 
 
 def advised(found):
@@ -97,7 +98,7 @@ def advised(found):
 
 
 def test_of_a_model_at_its_optimum_the_losses_are_the_closed_form_and_nothing_lowers_them():
-    found = diagnosed(Affine(knots=25), rates=[0.01])
+    found = diagnosed(Affine(knots=25), rates=[0.01], steps=60, batch_size=64, images=500)
     expected = [optimum((timestep + 1) / 1000)[2] for timestep in found.timesteps]
     for losses in (found.trained, found.held_out):
         error = losses.std(dim=1) / math.sqrt(losses.shape[1])
@@ -120,7 +121,7 @@ def test_a_model_that_still_learns_is_limited_by_training():
 
 
 def test_a_model_that_knows_its_images_by_heart_is_limited_by_data():
-    found = diagnosed(Memory(gaussian(40, 0).images), images=40)
+    found = diagnosed(Memory(gaussian(40, 0).images), count=40)
     assert found.verdicts.over_fitted == "yes"
     assert found.gap.low > 0.1
     assert found.verdicts.limited_by == "data"

@@ -101,8 +101,7 @@ def _cure(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
         ]
     if limit == "unclear":
         why = "Intervals are over images, of which four times as many halve them; longer trainings tell more."
-        source = f"{shlex.quote(config.model)} {shlex.quote(config.data.source)}"
-        command = f"stagepatch diagnose {source} --images={4 * config.images} --minutes={4 * config.minutes:g}"
+        command = f"stagepatch diagnose {data} --images={4 * config.images} --minutes={4 * config.minutes:g}"
         return [Advice("diagnose_longer", "Diagnose for longer, on more images", why, MEASURED, command)]
     return []
 
