@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from stagepatch.core import check_numbers
 from stagepatch.data import DataConfig
 from stagepatch.sampling import SamplingConfig
 
@@ -68,6 +69,11 @@ class AnalyzeConfig:
     cache: str = ""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        amounts = ("gate_timesteps", "structure_samples", "projection", "memory_gib", "seed")
+        counts = dict.fromkeys(("gate_conditions", "batch_size"), 1)
+        check_numbers(self, **dict.fromkeys(amounts, 0), **counts, timesteps=2, samples=2)
 
 
 @dataclass
