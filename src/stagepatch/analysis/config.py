@@ -114,3 +114,7 @@ class DiagnoseConfig:
     cache: str = ""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        amounts = dict.fromkeys(("minutes", "steps", "rates", "samples", "seed"), 0)
+        check_numbers(self, **amounts, batch_size=1, images=1, timesteps=1)
