@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-quantization test-inception test-browser faults check docs assets bench bench-quick papers-small clean
+.PHONY: demo test test-all test-quantization test-inception test-browser faults fuzz check docs assets bench bench-quick papers-small clean
 
 demo: .venv/installed
 	$(BIN)/stagepatch demo
@@ -13,6 +13,10 @@ test: .venv/installed
 # Those of tests/slow.txt too.
 test-all: .venv/installed
 	$(BIN)/pytest --all
+
+# Broken files of every kind, ten thousand of each: hours.
+fuzz: .venv/installed
+	FUZZ_CASES=10000 $(BIN)/pytest --numprocesses=0 tests/test_fuzz.py
 
 # Of libraries that are not in `dev`, since each makes every import of diffusers or peft slower.
 test-quantization: .venv/quantization

@@ -10,10 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 COMMIT = "0" * 39 + "1"
+TAGGED = "0" * 39 + "2"  # the commit of the tag v1
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """Repositories in memory: name -> file -> content. Every commit has the same id."""
+    """Repositories in memory: name, or name@v1 -> file -> content. Every commit of a branch has the same id."""
 
     def log_message(self, *args):
         pass
@@ -32,6 +33,12 @@ class StandIn(BaseHTTPRequestHandler):
 
     def missing(self):
         self.reply({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def files(self, name, revision):
+        """Those of a repository at a revision, and its commit; None where there is no such."""
+        if revision in ("v1", TAGGED):
+            return self.server.repos.get(f"{name}@v1"), TAGGED
+        return self.server.repos.get(name) if revision in ("main", COMMIT) else None, COMMIT
 
     def do_POST(self):
         repos, body = self.server.repos, self.body()
@@ -58,21 +65,24 @@ class StandIn(BaseHTTPRequestHandler):
         return self.missing()
 
     def do_GET(self):
-        if found := re.fullmatch(r"/api/models/(.+?)/tree/\w+", self.path.split("?")[0]):
-            files = self.server.repos.get(found[1], {})
-            sizes = {name: len(content) for name, content in files.items()}
+        path = self.path.split("?")[0]
+        if found := re.fullmatch(r"/api/models/(.+?)/tree/(\w+)", path):
+            files, _ = self.files(found[1], found[2])
+            sizes = {name: len(content) for name, content in (files or {}).items()}
             return self.reply([{"type": "file", "path": n, "size": size, "oid": COMMIT} for n, size in sizes.items()])
-        if found := re.fullmatch(r"/api/models/(.+?)(/revision/\w+)?", self.path.split("?")[0]):
-            if found[1] not in self.server.repos:
+        if found := re.fullmatch(r"/api/models/(.+?)(?:/revision/([\w.-]+))?", path):
+            files, commit = self.files(found[1], found[2] or "main")
+            if files is None:
                 return self.missing()
-            siblings = [{"rfilename": name} for name in self.server.repos[found[1]]]
-            return self.reply({"id": found[1], "sha": COMMIT, "siblings": siblings, "private": False})
-        if found := re.fullmatch(r"/(.+?)/resolve/\w+/(.+)", self.path):
-            content = self.server.repos.get(found[1], {}).get(found[2])
+            siblings = [{"rfilename": name} for name in files]
+            return self.reply({"id": found[1], "sha": commit, "siblings": siblings, "private": False})
+        if found := re.fullmatch(r"/(.+?)/resolve/(\w+)/(.+)", self.path):
+            files, commit = self.files(found[1], found[2])
+            content = (files or {}).get(found[3])
             if content is None:
                 return self.missing()
             etag = hashlib.sha256(content).hexdigest()
-            return self.reply(content, headers={"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+            return self.reply(content, headers={"ETag": f'"{etag}"', "X-Repo-Commit": commit})
         return self.missing()
 
     do_HEAD = do_GET  # noqa: N815

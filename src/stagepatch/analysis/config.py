@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from stagepatch.core import check_numbers
 from stagepatch.data import DataConfig
 from stagepatch.sampling import SamplingConfig
 
@@ -69,6 +70,11 @@ class AnalyzeConfig:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
 
+    def __post_init__(self) -> None:
+        amounts = ("gate_timesteps", "structure_samples", "projection", "memory_gib", "seed")
+        counts = dict.fromkeys(("gate_conditions", "batch_size"), 1)
+        check_numbers(self, **dict.fromkeys(amounts, 0), **counts, timesteps=2, samples=2)
+
 
 @dataclass
 class DiagnoseConfig:
@@ -108,3 +114,7 @@ class DiagnoseConfig:
     cache: str = ""
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        amounts = dict.fromkeys(("minutes", "steps", "rates", "samples", "seed"), 0)
+        check_numbers(self, **amounts, batch_size=1, images=1, timesteps=1)

@@ -3,6 +3,14 @@ from .fingerprint import model_fingerprint as model_fingerprint
 from .fingerprint import module_fingerprint as module_fingerprint
 from .fingerprint import sampled_fingerprint as sampled_fingerprint
 from .fingerprint import weights_fingerprint as weights_fingerprint
+from .hub import from_hub as from_hub
+from .hub import is_hub_id as is_hub_id
+from .hub import load_lora as load_lora
+from .hub import note_commit as note_commit
+from .hub import pinned as pinned
+from .hub import pretrained_arguments as pretrained_arguments
+from .hub import split_revision as split_revision
+from .hub import with_commits as with_commits
 from .layout import BUNDLED as BUNDLED
 from .layout import DENOISERS as DENOISERS
 from .layout import component_for as component_for
@@ -11,9 +19,7 @@ from .layout import denoiser_ranges as denoiser_ranges
 from .layout import denoiser_reader as denoiser_reader
 from .layout import encoder_directories as encoder_directories
 from .layout import find_model as find_model
-from .layout import from_hub as from_hub
 from .layout import has_vae as has_vae
-from .layout import is_hub_id as is_hub_id
 from .layout import is_pipeline as is_pipeline
 from .layout import lay_out_encoders as lay_out_encoders
 from .layout import sign_of_distillation as sign_of_distillation

@@ -1,11 +1,11 @@
 """Where the parts of a model lie, in a directory laid out as diffusers lays out a pipeline."""
 
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stagepatch.checkpoints.hub import from_hub, is_hub_id
 from stagepatch.core import TensorReader, UserError, copy_file, read_json, whole_directory
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -28,7 +28,8 @@ def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, SECOND, "
     """The directory of a model.
 
     Args:
-        source: a directory, 'digits' or 'fashion' (bundled models), or a Hub id such as 'name/model'.
+        source: a directory, 'digits' or 'fashion' (bundled models), or a Hub id such as 'name/model' or
+            'name/model@revision'.
         parts: subdirectories to fetch where it is on the Hub.
 
     Raises:
@@ -40,33 +41,6 @@ def find_model(source: str | Path, parts: Sequence[str] = (*DENOISERS, SECOND, "
     if not is_hub_id(source):
         raise UserError(f"No model at '{source}': give a model directory, a Hub id, or one of: {', '.join(BUNDLED)}.")
     return from_hub(source, ["model_index.json", *(f"{part}/*" for part in parts)], "model")
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Whether it may name a repository on the Hub, such as 'name/model'."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is not None
-
-
-def from_hub(source: str | Path, patterns: list[str], kind: str, **options: Any) -> Path:
-    """The directory where a repository's files are kept, fetched if need be.
-
-    Args:
-        patterns: names of the files.
-        kind: what is in it, for the message.
-        options: of `snapshot_download`.
-
-    Raises:
-        UserError: no such repository, or it cannot be reached and is not in the cache.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns, **options))
-    except Exception as error:  # a dozen kinds, from HTTP to a missing cache
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise UserError(
-            f"No {kind} at '{source}': no such directory, and the Hub does not give it ({reason})."
-        ) from error
 
 
 def denoiser_directory(directory: Path, component: str = "") -> Path:

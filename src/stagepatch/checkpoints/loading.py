@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from torch import Tensor
 
 from stagepatch import models
+from stagepatch.checkpoints.hub import pinned
 from stagepatch.checkpoints.layout import (
     DENOISERS,
     SECOND,
@@ -32,7 +35,8 @@ from stagepatch.families.registry import Family, family_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What libraries raise on files that they cannot load.
-_UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError)
+_UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError, LookupError)
+_UNLOADABLE += (UnpicklingError, SafetensorError)
 # While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
 _ONE_AT_A_TIME = Lock()
 # What a pipeline does without to encode captions; the last three rewrite prompts.
@@ -67,7 +71,7 @@ def load_denoiser(
             f"sample` take such a model whole; other commands do not know of them."
         )
     model = _load_model(denoiser_directory(directory, component), dtype, memory)
-    model.register_to_config(_name_or_path=str(source))
+    model.register_to_config(_name_or_path=pinned(source))
     return model, load_scheduler(directory)
 
 
@@ -83,7 +87,8 @@ def load_scheduler(source: str | Path) -> Any:
     is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
     if not is_scheduler:
         raise UserError(f"'{directory}' names the scheduler '{config.get('_class_name')}', which diffusers lacks.")
-    return scheduler_class.from_config(config)
+    with as_user_error(f"'{directory}' describes no {scheduler_class.__name__}", *_UNLOADABLE, ArithmeticError):
+        return scheduler_class.from_config(config)
 
 
 def build_denoiser(source: str | Path, component: str = "") -> Any:
@@ -164,7 +169,7 @@ def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) 
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
     with as_user_error(f"The text encoder in '{directory}' cannot be loaded", *_UNLOADABLE):
-        tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer", trust_remote_code=False)
         encoder: Any = CLIPTextModelWithProjection.from_pretrained(directory / "text_encoder")
     return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
 
@@ -182,6 +187,7 @@ def load_pipeline(source: str | Path, memory: MemoryConfig | None = None, **opti
     directory, memory = find_model(source, ["*"]), memory or MemoryConfig()
     if not (directory / "model_index.json").exists():
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
+    _check_runs_no_code(directory)
     denoisers = [name for name in (*DENOISERS, SECOND) if (directory / name).is_dir()]
     if memory.gguf and len(denoisers) > 1:
         raise UserError(f"memory.gguf='{memory.gguf}' is one denoiser; '{source}' has {', '.join(denoisers)}.")
@@ -190,6 +196,23 @@ def load_pipeline(source: str | Path, memory: MemoryConfig | None = None, **opti
             options[name] = _load_model(directory / name, options.get("torch_dtype") or torch.float32, memory)
     with _ONE_AT_A_TIME, as_user_error(f"The pipeline in '{directory}' cannot be loaded", *_UNLOADABLE):
         return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
+
+
+def _check_runs_no_code(directory: Path) -> None:
+    """Refuse a pipeline that names Python files of its own, which diffusers of before 0.37 would run.
+
+    Raises:
+        UserError: it does.
+    """
+    index = read_json(directory / "model_index.json")
+    named = {name: value[0] for name, value in index.items() if isinstance(value, list) and value}
+    for name, module in named.items():
+        folder = directory if name == "_class_name" else directory / name
+        if (folder / f"{module}.py").is_file():
+            raise UserError(
+                f"The pipeline in '{directory}' wants to run code of its own, '{folder / module}.py', which is never "
+                f"done here. Load it yourself, if you trust it, and give `Patch.attach` the pipeline."
+            )
 
 
 def takes_captions(source: str | Path) -> bool:
@@ -299,12 +322,18 @@ def _shape(directory: Path) -> Any:
     """A model of a config on the meta device: its shape without its weights."""
     model_class: Any = _class_of(directory)
     with torch.device("meta"):
-        return model_class.from_config(read_json(directory / "config.json"))
+        return _from_config(model_class, directory)
+
+
+def _from_config(model_class: Any, directory: Path) -> Any:
+    path = directory / "config.json"
+    with as_user_error(f"'{path}' describes no {model_class.__name__}", *_UNLOADABLE, ArithmeticError):
+        return model_class.from_config(read_json(path))
 
 
 def _with_own_parts(model_class: Any, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
     """A model of a config with the projections and the routing of tensors, of which diffusers does not know."""
-    model = model_class.from_config(read_json(directory / "config.json"))
+    model = _from_config(model_class, directory)
     projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
     if projected:
         add_projections(model, projected)

@@ -12,8 +12,8 @@ from stagepatch import analysis
 from stagepatch.analysis import Analysis, Samples
 from stagepatch.checkpoints import find_model, has_vae, takes_captions
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
-from stagepatch.core import UserError, processes, progress_bar, write_json, write_tensors, write_text
+from stagepatch.cli.common import bar_over, load_on_device, own_share, put_on, write_run_config
+from stagepatch.core import UserError, processes, progress_bar, write_json, write_tensors
 from stagepatch.data import BUNDLED, cache_directory, load_dataset, load_held_out, load_training_data
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma, num_classes
@@ -33,15 +33,8 @@ def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:
         raise UserError(
             "Nothing to analyse: set gradients or losses to true, or give stages, a patch or structure_samples."
         )
-    if config.batch_size < 1 or config.samples < 2:
-        raise UserError(f"batch_size={config.batch_size} must be at least 1, and samples={config.samples} 2.")
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed} must be 0 or more.")
-    if config.gate_conditions < 1 or config.structure_samples < 0 or config.structure_samples == 1:
-        raise UserError(
-            f"gate_conditions={config.gate_conditions} must be at least 1, and structure_samples="
-            f"{config.structure_samples} 2, or 0 for none."
-        )
+    if config.structure_samples == 1:
+        raise UserError("structure_samples=1 must be at least 2, or 0 for none.")
     if config.learned and not config.losses:
         raise UserError("What was learned is compared by its losses: set losses to true, or leave `learned` out.")
     if config.snapshots and not config.gradients:
@@ -56,7 +49,7 @@ def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:
     if shows_gate or config.structure_samples:
         analyses += _analyze_patch(config)
     if processes().is_main_process:
-        write_text(Path(config.output_dir) / RUN_CONFIG, resolved)
+        write_run_config(config.output_dir, resolved)
         _write(config, resolved, analyses)
 
 

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 COMMANDS = {
     "demo": "patch a bundled model and report what it gained",
@@ -125,37 +126,32 @@ def _say_of_thread(raised: threading.ExceptHookArgs) -> None:
 def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
     """The command's config object, and the same as YAML."""
     from argparse import ArgumentError
+    from dataclasses import fields, is_dataclass
 
-    from jsonargparse import ArgumentParser
+    from jsonargparse import Namespace
 
     from stagepatch.cli import config as configs
     from stagepatch.core.errors import UserError
 
     config_class = getattr(configs, f"{command.capitalize()}Config")
-    parser = ArgumentParser(
-        prog=f"stagepatch {command}",
-        usage=f"stagepatch {command} [--config FILE.yaml] [--key value ...]",
-        description=config_class.__doc__.split("\n")[0],
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_class_arguments(config_class)
+    parser = _make_parser(command, config_class)
     keys = _keys(config_class)
     if command == "train":
-        from stagepatch.training.presets import PRESET_HELP, PRESETS, preset_values
-
-        parser.add_argument("--preset", choices=list(PRESETS), default="paper", help=PRESET_HELP)
         keys["preset"] = str
-    _check_config_files(arguments)
+    _check_for_tokens([*arguments, *_config_files(arguments)])
     arguments = _with_flags(arguments, keys)
     try:
         if command == "train":
+            from stagepatch.training.presets import preset_values
+
             given = [argument for argument in arguments if not argument.startswith("--print_config")]
             parser.set_defaults(preset_values(parser.parse_args(given).preset))
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
         raise UserError(f"{error}\nstagepatch {command} --help explains every key.") from error
+    for name, kind in keys.items():
+        if is_dataclass(kind) and not isinstance(value := namespace.get(name), Namespace):
+            raise UserError(f"{name} is {value!r}, and takes keys of its own, such as {name}.{fields(kind)[0].name}.")
     resolved = parser.dump(namespace)
     namespace = parser.instantiate_classes(namespace)
     values = {name: value for name, value in vars(namespace).items() if name in _keys(config_class)}
@@ -163,6 +159,25 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
         return config_class(**values), resolved
     except TypeError as error:
         raise UserError(str(error)) from error
+
+
+def _make_parser(command: str, config_class: type) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog=f"stagepatch {command}",
+        usage=f"stagepatch {command} [--config FILE.yaml] [--key value ...]",
+        description=str(config_class.__doc__).split("\n")[0],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(config_class)
+    if command == "train":
+        from stagepatch.training.presets import PRESET_HELP, PRESETS
+
+        parser.add_argument("--preset", choices=list(PRESETS), default="paper", help=PRESET_HELP)
+    return parser
 
 
 def _keys(config_class: type, prefix: str = "") -> dict[str, object]:
@@ -181,14 +196,16 @@ def _keys(config_class: type, prefix: str = "") -> dict[str, object]:
 def _with_flags(arguments: list[str], keys: dict[str, object]) -> list[str]:
     """Arguments in which a boolean without a value is true; a key that there is not is refused with its neighbour."""
     import difflib
+    from dataclasses import is_dataclass
 
     from stagepatch.core.errors import UserError
 
     completed = []
+    mappings = [f"{key}." for key, kind in keys.items() if not is_dataclass(kind)]  # whose keys are anyone's
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue="--"):
         name, is_given, _ = argument.removeprefix("--").partition("=")
         is_key = argument.startswith("--") and name not in ("config", "help", "print_config", "")
-        if is_key and not any(name.rstrip("+") == key or name.startswith(f"{key}.") for key in keys):
+        if is_key and name.rstrip("+") not in keys and not name.startswith(tuple(mappings)):
             close = difflib.get_close_matches(name, keys, n=1)
             hint = f" Did you mean --{close[0]}?" if close else ""
             raise UserError(f"There is no option --{name}.{hint}")
@@ -197,11 +214,31 @@ def _with_flags(arguments: list[str], keys: dict[str, object]) -> list[str]:
     return completed
 
 
-def _check_config_files(arguments: list[str]) -> None:
-    """Name the file that is missing or not YAML: the parser's own messages do not."""
+def _config_files(arguments: list[str]) -> list[str]:
+    """The texts of the config files; names the one that is missing or not YAML: the parser's own messages do not."""
+    from pathlib import Path
+
     from stagepatch.core.files import read_yaml
 
+    texts = []
     for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         name, _, value = argument.partition("=")
         if name == "--config":
             read_yaml(value or following, "config file")
+            texts.append(Path(value or following).read_text(encoding="utf-8"))
+    return texts
+
+
+def _check_for_tokens(texts: list[str]) -> None:
+    """Refuse a token among the options, which are kept in run.yaml and shown in reports; it is not repeated."""
+    import os
+    import re
+
+    from stagepatch.core.errors import UserError
+
+    kept = [value for name in ("HF_TOKEN", "WANDB_API_KEY") if len(value := os.environ.get(name, "")) >= 8]
+    if any(re.search(r"\bhf_[A-Za-z0-9]{16,}", text) or any(key in text for key in kept) for text in texts):
+        raise UserError(
+            "There is a token among the options, which are kept in files: take it out, revoke it if others saw it, "
+            "and log in by `hf auth login` or HF_TOKEN; to wandb by `wandb login` or WANDB_API_KEY."
+        )

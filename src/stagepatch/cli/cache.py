@@ -6,8 +6,8 @@ import torch
 
 from stagepatch.checkpoints import build_denoiser, has_vae
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, say
-from stagepatch.core import UserError, processes, write_text
+from stagepatch.cli.common import say, write_run_config
+from stagepatch.core import UserError, processes
 from stagepatch.data import make_cache, open_cache
 from stagepatch.families import takes_text
 
@@ -22,5 +22,5 @@ def cache(config: configs.CacheConfig, resolved: str) -> None:
     dtype = getattr(torch, config.dtype)
     make_cache(directory, config.model, config.data, config.batch_size, dtype, dtype)
     if processes().is_main_process:
-        write_text(directory / RUN_CONFIG, resolved)
+        write_run_config(directory, resolved)
     say(f"The cache of {len(open_cache(directory, config.data)):,} images is in '{directory}'.")

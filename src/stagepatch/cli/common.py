@@ -17,6 +17,7 @@ from stagepatch.families import find_denoiser
 from stagepatch.methods import DMP, LoRA, PerDenoiser, open_learned
 from stagepatch.sampling import SamplingConfig, load_experts, load_limited_loras
 from stagepatch.training import RUN_CONFIG as RUN_CONFIG
+from stagepatch.training import write_run_config as write_run_config
 
 
 def say(text: str) -> None:

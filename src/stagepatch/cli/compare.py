@@ -4,7 +4,6 @@ from pathlib import Path
 from textwrap import indent
 
 from stagepatch.cli import config as configs
-from stagepatch.core import write_text
 from stagepatch.report import print_table
 from stagepatch.studies import (
     PLAN_NAME,
@@ -18,7 +17,7 @@ from stagepatch.studies import (
     with_plan,
     write_results,
 )
-from stagepatch.training import RUN_CONFIG
+from stagepatch.training import write_run_config
 
 
 def compare(config: configs.CompareConfig, resolved: str) -> None:
@@ -28,7 +27,7 @@ def compare(config: configs.CompareConfig, resolved: str) -> None:
     directory = jobs[0].directory.parent.parent
     if config.hours:
         resolved += indent((Path(config.output_dir) / PLAN_NAME).read_text(), f"# {PLAN_NAME}: ")
-    write_text(directory / RUN_CONFIG, resolved)
+    write_run_config(directory, resolved)
     launch(jobs, config.launch, directory / "logs")
     rows = collect(jobs, config.metric)
     write_results(directory, jobs, rows, config.metric, resolved)

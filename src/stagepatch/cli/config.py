@@ -6,6 +6,7 @@ from typing import Any, Literal
 from stagepatch.analysis.config import AnalyzeConfig as AnalyzeConfig
 from stagepatch.analysis.config import DiagnoseConfig as DiagnoseConfig
 from stagepatch.checkpoints import MemoryConfig
+from stagepatch.core import check_numbers
 from stagepatch.data import DataConfig
 from stagepatch.evaluation.config import EvaluationConfig
 from stagepatch.patch import PatchConfig
@@ -38,6 +39,9 @@ class CacheConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: int = 8
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        check_numbers(self, batch_size=1)
 
 
 @dataclass
@@ -73,6 +77,9 @@ class SampleConfig:
     call: dict[str, Any] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
+    def __post_init__(self) -> None:
+        check_numbers(self, classes=0)
+
 
 @dataclass
 class ExpertsConfig:
@@ -91,6 +98,9 @@ class ExpertsConfig:
     loras: list[str] = field(default_factory=list)
     ranges: list[list[float]] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @dataclass
@@ -137,6 +147,9 @@ class EvaluateConfig(EvaluationConfig):
     schedule: str = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     data: DataConfig = field(default_factory=lambda: DataConfig(image_size=0))
+
+    def __post_init__(self) -> None:
+        check_numbers(self, seeds=0)
 
 
 @dataclass

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
-from stagepatch.core import processes, read_json, write_text
+from stagepatch.core import processes, read_json
 from stagepatch.methods import STAGE_NAME
 from stagepatch.report import print_table
 from stagepatch.studies import EXPERTS_NAME, STAGES, cost_table, launch, plan_stages, write_experts
-from stagepatch.training import RUN_CONFIG
+from stagepatch.training import write_run_config
 
 
 def decouple(config: configs.DecoupleConfig, resolved: str) -> None:
@@ -18,7 +18,7 @@ def decouple(config: configs.DecoupleConfig, resolved: str) -> None:
     if config.stage >= 0:
         stages[config.stage].run()
     else:
-        write_text(directory / RUN_CONFIG, resolved)
+        write_run_config(directory, resolved)
         launch(stages, config.launch, directory / "logs", "stages")
     if not processes().is_main_process:
         return

@@ -15,7 +15,7 @@ from stagepatch.analysis import gate_activation, plot_gate_activation
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import bar_over
-from stagepatch.core import write_json, write_tensors, write_text
+from stagepatch.core import write_json, write_tensors
 from stagepatch.data import DataConfig
 from stagepatch.evaluation import (
     Evaluator,
@@ -28,7 +28,7 @@ from stagepatch.evaluation import (
 )
 from stagepatch.methods import DMP
 from stagepatch.sampling import SamplingConfig, attach_guide
-from stagepatch.training import RUN_CONFIG, Run, TrainConfig, TrainingConfig, apply_preset, read_log
+from stagepatch.training import Run, TrainConfig, TrainingConfig, apply_preset, read_log, write_run_config
 
 SEEDS = [100, 101, 102]
 METRIC = "fid_held_out"
@@ -113,7 +113,7 @@ def _train(run: Run, directory: Path) -> None:
     if isinstance(run.method, DMP):
         run.method.patch.eval()
     run.method.save(directory)
-    write_text(directory / RUN_CONFIG, run.config_text)
+    write_run_config(directory, run.config_text)
 
 
 def _measure(run: Run, plan: DemoPlan, evaluator: Evaluator, directory: Path) -> dict[int, Row]:

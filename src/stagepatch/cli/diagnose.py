@@ -7,8 +7,8 @@ from typing import Any
 from stagepatch import analysis
 from stagepatch.checkpoints import has_vae
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, load_on_device, say
-from stagepatch.core import UserError, processes, write_json, write_text
+from stagepatch.cli.common import load_on_device, say, write_run_config
+from stagepatch.core import UserError, processes, write_json
 from stagepatch.data import BUNDLED, load_held_out, load_training_data, with_channels
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma
@@ -40,7 +40,7 @@ def diagnose(config: configs.DiagnoseConfig, resolved: str) -> None:
     head = {"model": config.model, "data": config.data.source, "held_out": _held_out_in_words(config)}
     numbers = {**head, **found.numbers(), "advice": [vars(each) for each in advice]}
     write_json(directory / "diagnosis.json", numbers)
-    write_text(directory / RUN_CONFIG, resolved)
+    write_run_config(directory, resolved)
     for name, picture in analysis.diagnosis_pictures(found).items():
         write_picture(directory / f"{name}.png", picture.content)
     lead = f"What '{config.model}' is limited by, and what is worth trying. Held out: {head['held_out']}."

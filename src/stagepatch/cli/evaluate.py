@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on
+from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on, write_run_config
 from stagepatch.cli.evaluate_sources import evaluate_sources, learned_fingerprint, shard_size, weights_fingerprint
-from stagepatch.core import UserError, processes, write_json, write_text
+from stagepatch.core import UserError, processes, write_json
 from stagepatch.data import DataConfig
 from stagepatch.evaluation import (
     Evaluator,
@@ -88,7 +88,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     if not processes().is_main_process:
         return
     measured = {name: _measured(evaluator, shards) for name, shards in parts.items()}
-    write_text(directory / RUN_CONFIG, resolved)
+    write_run_config(directory, resolved)
     name = "patched" if experts is None else "schedule"
     results = {each: measured[each].metrics for each in ("base", name) if each in measured}
     write_json(directory / "metrics.json", {"seeds": config.seeds, **results})

@@ -12,8 +12,16 @@ from torch import Tensor
 
 from stagepatch.checkpoints import denoiser_directory, find_model, sampled_fingerprint
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_experts_on, put_on
-from stagepatch.core import UserError, as_user_error, processes, write_json, write_text
+from stagepatch.cli.common import (
+    RUN_CONFIG,
+    bar_over,
+    load_on_device,
+    own_share,
+    put_experts_on,
+    put_on,
+    write_run_config,
+)
+from stagepatch.core import UserError, as_user_error, processes, write_json
 from stagepatch.data import Part
 from stagepatch.evaluation import (
     TWO_SIDED,
@@ -89,7 +97,7 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     processes().wait_for_everyone()
     if not processes().is_main_process:
         return
-    write_text(directory / RUN_CONFIG, resolved)
+    write_run_config(directory, resolved)
     if config.save_statistics:
         _save(Path(config.save_statistics), sides[0][0], collector)
     if config.against:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from stagepatch.checkpoints import build_denoiser, has_vae
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, bar_over
-from stagepatch.core import UserError, locked, write_text
+from stagepatch.cli.common import bar_over, write_run_config
+from stagepatch.core import UserError, locked
 from stagepatch.data import check_channels, load_training_data
 from stagepatch.merging import (
     MergeMethod,
@@ -27,7 +27,7 @@ def merge(config: configs.MergeConfig, resolved: str) -> None:
     output = Path(config.output_dir)
     if config.posthoc_ema:
         _average(config)
-        write_text(output / RUN_CONFIG, resolved)
+        write_run_config(output, resolved)
         return
     stages = _find(config)
     if stages.are_loras:
@@ -39,7 +39,7 @@ def merge(config: configs.MergeConfig, resolved: str) -> None:
     else:
         fishers = _write_fishers(config, stages) if config.method.kind == "fisher" else []
         stages.merge(config.weights, output, config.method, fishers)
-    write_text(output / RUN_CONFIG, resolved)
+    write_run_config(output, resolved)
     if isinstance(stages, Snapshots) and stages.model:
         print(f"The merged result of the run is in '{output}'.")
     else:

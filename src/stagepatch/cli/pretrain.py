@@ -13,12 +13,12 @@ from torch import nn
 from stagepatch.checkpoints import add_routing, lay_out_encoders, projection_width, save_config, save_denoiser
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
-from stagepatch.core import GLOBAL, UserError, as_user_error, processes, seed_for, write_text
+from stagepatch.core import GLOBAL, UserError, as_user_error, processes, seed_for
 from stagepatch.diffusion import make_scheduler
 from stagepatch.methods import Finetune
 from stagepatch.models import DIT_SIZES, DiT, ModelConfig
 from stagepatch.patch import with_condition
-from stagepatch.training import RUN_CONFIG, Run, TrainConfig
+from stagepatch.training import Run, TrainConfig, write_run_config
 
 _OF_UNETS = ("block_out_channels", "layers_per_block", "attention_stages", "unet_options")
 _OF_ROUTING = ("routed_share", "routing_shift")
@@ -76,7 +76,7 @@ def _keep_as_drawn(config: configs.PretrainConfig, model: Any, scheduler: Any, r
         raise UserError("method='joint' with training.steps=0 trains no patch: give steps, or leave out the method.")
     if processes().is_main_process:
         save_denoiser(model, scheduler, config.output_dir)
-        write_text(Path(config.output_dir) / RUN_CONFIG, resolved)
+        write_run_config(config.output_dir, resolved)
     processes().wait_for_everyone()
     say(f"The model, as it was drawn, is in '{config.output_dir}'.")
 

@@ -6,8 +6,8 @@ import torch
 
 from stagepatch.checkpoints import is_pipeline, load_pipeline
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_experts_on, put_on
-from stagepatch.core import UserError, processes, write_tensors, write_text
+from stagepatch.cli.common import bar_over, load_on_device, own_share, put_experts_on, put_on, write_run_config
+from stagepatch.core import UserError, processes, write_tensors
 from stagepatch.report import image_grid, write_picture
 from stagepatch.sampling import (
     attach_guide,
@@ -44,7 +44,7 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
             images = generate(model, scheduler, sampling, labels, on_batch=on_batch, **further)
     if not processes().is_main_process:
         return
-    write_text(directory / RUN_CONFIG, resolved)
+    write_run_config(directory, resolved)
     write_tensors(directory / "samples.safetensors", {"images": images})
     write_picture(directory / "grid.png", image_grid(images[:100], columns=10))
     print(f"{len(images)} images are in '{directory / 'samples.safetensors'}', a grid in '{directory / 'grid.png'}'.")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, load_on_device
+from stagepatch.cli.common import load_on_device, write_run_config
 from stagepatch.cli.merge import check_optuna
-from stagepatch.core import InUse, locked, write_text
+from stagepatch.core import InUse, locked
 from stagepatch.evaluation import Evaluator
 from stagepatch.report import print_table
 
@@ -21,7 +21,7 @@ def schedule(config: configs.ScheduleConfig, resolved: str) -> None:
     cache = Path(config.cache or directory / "cache")
     evaluator = Evaluator.load(config.model, config.data, config.extractor, cache, config.held_out)
     zoo = Zoo(config, model, scheduler, evaluator.latents)
-    write_text(directory / RUN_CONFIG, resolved)
+    write_run_config(directory, resolved)
     costs = ", ".join(f"{cost:.3g} s with {name}" for name, cost in zip(zoo.names, zoo.space.costs, strict=True))
     budget = f"{zoo.space.budget:.3g} s per image, {zoo.share:.0%} of the base model's {zoo.space.steps} steps"
     print(f"Budget: {budget}. A step takes {costs}.")

@@ -20,6 +20,8 @@ from stagepatch.core.files import check_exists, write_atomically
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _DTYPES |= {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+# What a header that is none raises.
+_MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -100,16 +102,27 @@ class TensorReader:
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     check_exists(path)
     with (
-        as_user_error(f"'{path}' is not a safetensors file", OSError, ValueError, struct.error),
+        as_user_error(f"'{path}' is not a whole safetensors file", *_MALFORMED),
         open(path, "rb") as file,
     ):
         size = path.stat().st_size
         (length,) = struct.unpack("<Q", file.read(8))
         header: dict[str, Any] = json.loads(file.read(length)) if length <= size else {}
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=-1)
-    if end < 0 or size < 8 + length + end:
+        ends = [_end_of(entry) for name, entry in header.items() if name != "__metadata__"]
+    if not ends or size < 8 + length + max(ends):
         raise UserError(f"'{path}' is not a whole safetensors file: fetch or write it again.")
     return header, 8 + length
+
+
+def _end_of(entry: dict[str, Any]) -> int:
+    """Where a tensor's bytes end; its shape, dtype and offsets must agree."""
+    first, last = entry["data_offsets"]
+    dtype = _DTYPES[entry["dtype"]]
+    if not 0 <= first <= last or min(entry["shape"], default=0) < 0:
+        raise ValueError(f"a tensor lies from byte {first} to {last}, of shape {entry['shape']}")
+    if last - first != math.prod(entry["shape"]) * dtype.itemsize:
+        raise ValueError(f"{last - first} bytes are not {entry['shape']} of {entry['dtype']}")
+    return int(last)
 
 
 def write_stream(

@@ -3,8 +3,6 @@
 import gzip
 import math
 import re
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from stagepatch.core import UserError, as_user_error
 from stagepatch.data.config import DataConfig
 from stagepatch.data.source import Source
 
-_BROKEN = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)
 _IDX = re.compile(r"idx(\d)-ubyte(\.gz)?$")
 _LAYOUTS = "[N, H, W], [N, H, W, C] or [N, C, H, W] of uint8, with 1 or 3 channels"
 
@@ -85,8 +82,8 @@ def is_array(path: Path) -> bool:
 
 
 def _from_npz(path: Path, config: DataConfig) -> tuple[Any, Any]:
-    with as_user_error(f"Cannot read '{path}'", *_BROKEN), np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    with as_user_error(f"Cannot read '{path}'", Exception), np.load(path, allow_pickle=False) as file:
+        arrays = {name: array for name in file.files if isinstance(array := file[name], np.ndarray)}
     images = {name: array for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim in (3, 4)}
     name = _choose(path, "image", config.image_column, arrays, images)
     if name is None:
@@ -122,8 +119,8 @@ def _named(arrays: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> Any:
-    """An array of a .npy or an IDX file."""
-    with as_user_error(f"Cannot read '{path}'", *_BROKEN):
+    """An array of a .npy or an IDX file; what a broken header raises depends on where it breaks."""
+    with as_user_error(f"Cannot read '{path}'", Exception):
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         content = path.read_bytes()

@@ -1,15 +1,16 @@
 """A cache as a dataset: latents and captions, mapped from its files as they are asked for."""
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from stagepatch.core import UserError, read_tensors
+from stagepatch.core import UserError, as_user_error, read_tensors
 from stagepatch.data.cache_writer import CAPTIONS_PER_FILE, INDEX_NAME, indices_by_size
 
 _OPEN_FILES = 128
@@ -39,10 +40,13 @@ class CachedLatents(Dataset[dict[str, Any]]):
             raise UserError(f"No whole cache at '{directory}': make it, or finish it, with stagepatch cache.")
         self.index, metadata = read_tensors(directory / INDEX_NAME)
         self._open: dict[str, Any] = {}
-        self.pad_to(json.loads(metadata["lengths"]))
-        self.caption_counts: Tensor | None = self.index.get("caption_count") if self.lengths else None
-        if self.caption_counts is not None:
-            self._first_captions = self.caption_counts.cumsum(0) - self.caption_counts
+        with self._as_broken():
+            self.pad_to(dict(json.loads(metadata["lengths"])))
+            self.caption_counts: Tensor | None = self.index.get("caption_count") if self.lengths else None
+            if self.caption_counts is not None:
+                self._first_captions = self.caption_counts.cumsum(0) - self.caption_counts
+            if any(len(self.index[name]) != len(self) for name in ("row", "label", "size")):
+                raise ValueError("its index has tensors of several lengths")
 
     def __len__(self) -> int:
         return len(self.index["file"])
@@ -50,6 +54,11 @@ class CachedLatents(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         """An item by its number, with its first caption; or by that and the number of one of its captions."""
         index, caption = index if isinstance(index, tuple) else (index, 0)
+        index = range(len(self))[index]
+        with self._as_broken():
+            return self._item(index, caption)
+
+    def _item(self, index: int, caption: int) -> dict[str, Any]:
         latents = self._file("latents", int(self.index["file"][index]))
         row = int(self.index["row"][index])
         item: dict[str, Any] = {
@@ -62,6 +71,10 @@ class CachedLatents(Dataset[dict[str, Any]]):
             if "null_caption" in self.index:
                 item["null_condition"] = self._condition(int(self.index["null_caption"][index]))
         return item
+
+    def _as_broken(self) -> AbstractContextManager[None]:
+        what = f"The cache at '{self.directory}' is broken; delete it and run stagepatch cache again"
+        return as_user_error(what, LookupError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError)
 
     def pad_to(self, lengths: dict[str, int]) -> None:
         """Give conditions so many rows, by name; at first they have as many as the cache's longest caption."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, check_numbers
 
 
 @dataclass
@@ -22,6 +22,9 @@ class TagsConfig:
     shuffle: bool = True
     dropout: float = 0.0
     keep_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "data.tags.", variants=1, dropout=(0, 1), keep_tokens=0)
 
 
 @dataclass
@@ -48,8 +51,8 @@ class DataConfig:
     Args:
         source: bundled data, 'digits' (scikit-learn's at 8×8, two thirds to train on) or 'fashion' (Fashion-MNIST at
             16×16); a folder of images, a dataset of Hugging Face `datasets` (a saved one's directory, a .parquet file,
-            or a name on the Hub), WebDataset tar shards (their directory, or one .tar file), or an array of images: a
-            .npz, a .npy or an IDX file as MNIST's, with labels beside it.
+            or a name on the Hub, or name@revision), WebDataset tar shards (their directory, or one .tar file), or an
+            array of images: a .npz, a .npy or an IDX file as MNIST's, with labels beside it.
         sources: several data sets in place of `source`, such as [{source: A, repeats: 10}, {source: B}]; all else here
             is for each of them.
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
@@ -106,11 +109,14 @@ class DataConfig:
     held_out: float = 0.0
 
     def __post_init__(self) -> None:
-        """Name several data sets in `source`.
+        """Name several data sets in `source`, and refuse numbers that make no sense.
 
         Raises:
-            UserError: they are given beside another `source`, or with values that make no sense.
+            UserError: they are given beside another `source`, or numbers make no sense.
         """
+        amounts = dict.fromkeys(("image_size", "num_workers", "max_broken", "in_memory", "fps", "channels"), 0)
+        counts = dict.fromkeys(("num_frames", "num_clips", "bucket_step"), 1)
+        check_numbers(self, "data.", **amounts, **counts, held_out=(0, 1))
         if not self.sources:
             return
         named = ", ".join(each.source for each in self.sources)

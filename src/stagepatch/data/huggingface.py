@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from stagepatch.checkpoints import note_commit, split_revision
 from stagepatch.core import UserError, as_user_error
 from stagepatch.data.config import DataConfig
 from stagepatch.data.source import Source, as_captions
@@ -105,7 +106,7 @@ def _load(path: str, split: str) -> Any:
         if is_parquet(Path(path)):
             return datasets.load_dataset("parquet", data_files=path, split=split)
         if not is_saved_dataset(Path(path)):
-            return datasets.load_dataset(path, split=split)
+            return _from_hub(path, split)
         dataset = datasets.load_from_disk(path)
     except Exception as error:
         raise UserError(
@@ -116,6 +117,18 @@ def _load(path: str, split: str) -> Any:
         if split not in dataset:
             raise UserError(f"'{path}' has no split '{split}': choose data.split from {', '.join(dataset)}.")
         return dataset[split]
+    return dataset
+
+
+def _from_hub(source: str, split: str) -> Any:
+    import datasets
+
+    name, revision = split_revision(source)
+    dataset = datasets.load_dataset(name, split=split, **({"revision": revision} if revision else {}))
+    # Where its files were fetched from: 'hf://datasets/name@commit/file'.
+    for file in getattr(getattr(dataset, "info", None), "download_checksums", None) or {}:
+        if file.startswith(f"hf://datasets/{name}@"):
+            note_commit(source, file.removeprefix(f"hf://datasets/{name}@").partition("/")[0])
     return dataset
 
 

@@ -45,17 +45,8 @@ class Images(Dataset[dict[str, Any]]):
     def __init__(self, source: Source, config: DataConfig) -> None:
         if config.channels not in (0, 1, 3):
             raise UserError(f"data.channels={config.channels} must be 1 (grey) or 3 (colour).")
-        limits = (
-            ("image_size", 1),
-            ("max_broken", 0),
-            ("num_frames", 1),
-            ("num_clips", 1),
-            ("fps", 0),
-            ("in_memory", 0),
-        )
-        for name, lowest in limits:
-            if getattr(config, name) < lowest:
-                raise UserError(f"{name}={getattr(config, name)} must be at least {lowest}.")
+        if config.image_size < 1:
+            raise UserError(f"image_size={config.image_size} must be at least 1.")
         check_tags(config.tags)
         self.source = source
         self.config = config

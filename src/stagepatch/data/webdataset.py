@@ -112,7 +112,7 @@ def read_index(shard: Path) -> list[Sample]:
             for member in tar:
                 path = PurePosixPath(member.name)
                 stem, _, extension = path.name.partition(".")
-                if member.isfile() and stem:
+                if member.isreg() and not member.issparse() and stem:  # the size of a sparse one is not in the shard
                     members = groups.setdefault(str(path.with_name(stem)), {})
                     members[extension.lower()] = (member.offset_data, member.size)
             end = tar.offset
@@ -121,7 +121,7 @@ def read_index(shard: Path) -> list[Sample]:
             # Where the last member ends, tarfile takes the end of the file for the end of the archive.
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("no end-of-archive block")
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(
             f"'{shard}' is not a whole, uncompressed tar ({error}): it may be truncated; fetch or write it again."
         ) from error

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stagepatch.core import check_numbers
+
 
 @dataclass
 class ObjectiveConfig:
@@ -26,6 +28,9 @@ class ObjectiveConfig:
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "epsilon"
     clip_sample: bool = False
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "objective.", num_train_timesteps=1, beta_start=(0, 1), beta_end=(0, 1))
+
 
 @dataclass
 class WeightingConfig:
@@ -47,6 +52,7 @@ class WeightingConfig:
     def __post_init__(self) -> None:
         if self.gamma is None:
             self.gamma = 5.0 if self.name == "min_snr" else 1.0
+        check_numbers(self, "weighting.")
 
 
 @dataclass
@@ -70,3 +76,6 @@ class TimestepsConfig:
     logit_std: float = 1.0
     mode_scale: float = 1.29
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "timesteps.")

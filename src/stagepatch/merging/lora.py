@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stagepatch.core import UserError, read_json, read_tensors, write_json, write_tensors
+from stagepatch.core import UserError, read_tensors, write_json, write_tensors
 from stagepatch.merging.config import SUM, MergeMethod, check_weights
 from stagepatch.merging.dare import drop
 from stagepatch.methods import LoRA, LoRAConfig
-from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME, MODEL_CLASS
+from stagepatch.methods.lora import CONFIG_NAME, FILE_NAME, MODEL_CLASS, read_config
 
 
 def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tensor]]]:
@@ -29,7 +29,7 @@ def read_loras(stages: Sequence[Path]) -> tuple[LoRAConfig, list[dict[str, Tenso
         odd = sorted(set(tensors) ^ set(loras[0]))
         if odd:
             raise UserError(f"'{stage}' is on other layers than '{stages[0]}': first '{odd[0]}'.")
-    choices = [LoRAConfig(**read_json(stage / CONFIG_NAME)) for stage in stages]
+    choices = [read_config(stage) for stage in stages]
     mixed = [stage for stage, choice in zip(stages, choices, strict=True) if choice.is_weighed]
     if mixed:
         raise UserError(f"'{mixed[0]}' is weighed by the noise level: its ranks do not add up to others'.")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, check_numbers
 from stagepatch.patch import PatchConfig
 
 # A method is a class and a line here; its config is a field of MethodConfig.
@@ -57,6 +57,10 @@ class LoRAConfig:
     gate_learning_rate_factor: float = 1.0
     scales: list[int] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        limits = dict.fromkeys(("rank", "num_stages", "num_ranges", "scales"), 1)
+        check_numbers(self, "lora.", **limits, min_rank=0, gate_prior=0, gate_learning_rate_factor=0)
+
     @property
     def num_maps(self) -> int:
         """Low-rank maps of a layer."""
@@ -84,8 +88,7 @@ class WaveletConfig:
     def __post_init__(self) -> None:
         if self.gate_input not in ("features", "timestep", "both"):
             raise UserError(f"wavelet gate_input='{self.gate_input}' is none of features, timestep, both.")
-        if self.hidden_channels < 1:
-            raise UserError(f"wavelet hidden_channels={self.hidden_channels} must be at least 1.")
+        check_numbers(self, "wavelet.", hidden_channels=1)
 
 
 @dataclass

@@ -56,6 +56,24 @@ _ATTENTION = (
 )
 
 
+def read_config(directory: Path) -> LoRAConfig:
+    """What a LoRA's directory says that it is.
+
+    Raises:
+        UserError: no such file, or one with other keys or types of values.
+    """
+    values = read_json(directory / CONFIG_NAME)
+    for name, default in vars(LoRAConfig()).items():
+        kinds = {float: (int, float), type(None): (type(None), str, list)}.get(type(default), (type(default),))
+        value = values.get(name, default)
+        inner = int if name == "scales" else str
+        is_odd = isinstance(value, list) and not all(isinstance(each, inner) for each in value)
+        if isinstance(value, bool) or not isinstance(value, kinds) or is_odd:
+            raise UserError(f"'{directory / CONFIG_NAME}' is not of a LoRA: {name} is {value!r}.")
+    with as_user_error(f"'{directory / CONFIG_NAME}' is not of a LoRA", TypeError):
+        return LoRAConfig(**values)
+
+
 class LoRA(Method):
     """Trains adapters on a frozen model, and saves them as diffusers does.
 
@@ -159,14 +177,14 @@ class LoRA(Method):
         write_json(directory / CONFIG_NAME, asdict(self.config))
 
     def load(self, model: nn.Module, directory: Path) -> None:
-        config = LoRAConfig(**read_json(directory / CONFIG_NAME))
+        config = read_config(directory)
         tensors, _ = read_tensors(directory / FILE_NAME)
         if self.model is not model:
             self.config = config
             self._inject(model)
         elif config != self.config:  # it is another checkpoint of the same run, or what a run starts from
             raise UserError(f"'{directory}' holds a LoRA of other choices: {config}, expected {self.config}.")
-        gate = {name: tensors.pop(name) for name in list(tensors) if name.split(".", 1)[1].startswith(_GATE)}
+        gate = {name: tensors.pop(name) for name in list(tensors) if name.partition(".")[2].startswith(_GATE)}
         self.load_maps(tensors, directory / FILE_NAME)
         if self.gate is not None and self._learned_by_gate():
             with as_user_error(f"'{directory / FILE_NAME}' has no whole gate of its stages", RuntimeError):
@@ -180,8 +198,9 @@ class LoRA(Method):
         """
         from peft.utils import set_peft_model_state_dict
 
-        state = {name.split(".", 1)[1]: value for name, value in tensors.items() if WEIGHED not in name}
-        odd: Any = set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
+        state = {name.partition(".")[2]: value for name, value in tensors.items() if WEIGHED not in name}
+        with as_user_error(f"'{path}' does not hold this LoRA", RuntimeError):
+            odd: Any = set_peft_model_state_dict(self.model, state, adapter_name=ADAPTER)
         if odd.unexpected_keys:
             raise UserError(f"'{path}' is of another model: it holds '{odd.unexpected_keys[0]}'.")
 

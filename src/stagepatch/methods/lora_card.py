@@ -3,7 +3,7 @@
 import diffusers
 from huggingface_hub import ModelCardData
 
-from stagepatch.checkpoints import is_hub_id
+from stagepatch.checkpoints import is_hub_id, pretrained_arguments, split_revision
 from stagepatch.methods.config import ROUTERS, LoRAConfig
 
 CARD_NAME = "README.md"
@@ -20,10 +20,10 @@ def lora_card(config: LoRAConfig, model_class: str, facts: dict[str, str]) -> st
     base = facts.get("base model", "")
     is_on_hub = is_hub_id(base)
     data = ModelCardData(
-        base_model=base if is_on_hub else None,
+        base_model=split_revision(base)[0] if is_on_hub else None,
         library_name="stagepatch" if config.is_weighed or not hasattr(diffusers, model_class) else "diffusers",
         tags=[
-            *([f"base_model:adapter:{base}"] if is_on_hub else []),
+            *([f"base_model:adapter:{split_revision(base)[0]}"] if is_on_hub else []),
             *("lora", "template:diffusion-lora", "diffusers", "stagepatch", model_class),
         ],
     )
@@ -64,7 +64,7 @@ def _ranks(config: LoRAConfig) -> str:
 
 def _how_to_load(config: LoRAConfig, base: str, facts: dict[str, str]) -> str:
     lines = ["from diffusers import DiffusionPipeline"]
-    make = f'pipe = DiffusionPipeline.from_pretrained("{base}")'
+    make = f"pipe = DiffusionPipeline.from_pretrained({pretrained_arguments(base)})"
     if config.is_weighed:
         lines += ["from huggingface_hub import snapshot_download", "from stagepatch import open_artifact", "", make]
         lines += ['open_artifact(snapshot_download("its Hub id")).put_on(pipe)  # or its directory']

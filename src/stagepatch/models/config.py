@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stagepatch.core import check_numbers
+
 
 @dataclass
 class ModelConfig:
@@ -51,3 +53,9 @@ class ModelConfig:
     layers_per_block: int = 2
     attention_stages: list[int] = field(default_factory=lambda: [1])
     unet_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = ("patch_size", "in_channels", "hidden_size", "num_layers", "num_attention_heads", "layers_per_block")
+        amounts = ("convolved_heads", "num_classes", "mlp_ratio", "routing_shift", "attention_stages")
+        limits = dict.fromkeys((*counts, "sample_size", "block_out_channels"), 1) | dict.fromkeys(amounts, 0)
+        check_numbers(self, "model.", **limits, routed_share=(0, 1))

@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCardData
 
-from stagepatch.checkpoints import is_hub_id
+from stagepatch.checkpoints import is_hub_id, pretrained_arguments, split_revision
 from stagepatch.patch.prompts import MixtureOfPrompts
 
 
@@ -10,8 +10,9 @@ def model_card(patch: MixtureOfPrompts) -> str:
     """README.md of a patch's directory: what it is for, what it was trained on, how to load it."""
     fingerprint, backbone = patch.fingerprint, patch.backbone
     base = fingerprint.model_id
+    source = pretrained_arguments(base if is_hub_id(base) else "the base model")
     data = ModelCardData(
-        base_model=base if is_hub_id(base) else None,
+        base_model=split_revision(base)[0] if is_hub_id(base) else None,
         library_name="stagepatch",
         tags=["stagepatch", "diffusion", "dmp", backbone.model_class],
     )
@@ -21,7 +22,7 @@ def model_card(patch: MixtureOfPrompts) -> str:
         "Prompts added to a diffusion model and mixed anew at every timestep (DMP, arXiv 2405.17825), made "
         "with stagepatch. The model's own weights are not in it, and stay as they are.",
         "## Load it\n```python\nfrom diffusers import DiffusionPipeline\nfrom stagepatch import Patch\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base if is_hub_id(base) else "the base model"}")\n'
+        f"pipe = DiffusionPipeline.from_pretrained({source})\n"
         'patch = Patch.from_pretrained("this directory or its Hub id")\n'
         "patch.attach(pipe)  # patch.scale = 0 is the base model, 1 the patch as trained\n```",
         "## What it is\n" + _rows(describe_patch(patch)),

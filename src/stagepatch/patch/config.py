@@ -8,7 +8,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, check_numbers
 
 # What a field left at None takes: in the paper's text, and in the released code (PAPERS).
 _BY_PRESET: dict[str, tuple[Any, Any]] = {
@@ -113,6 +113,7 @@ class PatchConfig:
             if isinstance(getattr(self, name), tuple):
                 setattr(self, name, list(getattr(self, name)))
             _check_field(name, getattr(self, name), kind)
+        check_numbers(self)
         self._check_sizes()
         self._check_combinations()
 

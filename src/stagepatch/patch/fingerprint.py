@@ -36,6 +36,23 @@ class Fingerprint:
     weights: dict[str, list[float]] = field(default_factory=dict)
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        """Refuse values of other types, as a broken file may have.
+
+        Raises:
+            TypeError: by name of the field.
+        """
+        for name, default in vars(Fingerprint).items():
+            if isinstance(default, str) and name in vars(self) and not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} is {getattr(self, name)!r}")
+        rows = list(self.weights.values()) if isinstance(self.weights, dict) else [None]
+        if not isinstance(self.config, dict) or not all(map(_are_numbers, rows)):
+            raise TypeError("config or weights are not by name")
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Adapters that PEFT put on the model are left out, and copies that fused projections made."""
@@ -92,7 +109,7 @@ def warn_of_other_weights(made_for: Fingerprint, model: Fingerprint) -> None:
     tolerance = 2.0 * max(map(_coarseness, dtypes))
     for name in (name for name in made_for.weights if name in model.weights):
         ours, theirs = torch.tensor(made_for.weights[name]), torch.tensor(model.weights[name])
-        if not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-6):
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=tolerance, atol=1e-6):
             trained_on = f" ('{made_for.model_id}')" if made_for.model_id else ""
             warnings.warn(
                 f"The patch was trained on other weights of this architecture{trained_on}: '{name}' differs. It may "

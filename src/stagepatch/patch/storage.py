@@ -18,6 +18,8 @@ from stagepatch.patch.prompts import MixtureOfPrompts
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+# What a config with odd values raises, wherever it is used.
+_ODD = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError, MemoryError)
 _FUNCTIONS = ("begin", "reduce")  # of a description, which a file does not hold
 _Patch = TypeVar("_Patch", bound=MixtureOfPrompts)
 
@@ -64,13 +66,15 @@ def load_patch(patch_class: type[_Patch], directory: Path) -> _Patch:
     tensors, _ = read_tensors(directory / WEIGHTS_NAME)
     if "gate.keys" in tensors:  # this gate was once called 'attention'
         config["patch"]["gate"] = "learned_keys"
-    patch = patch_class(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
+    with as_user_error(f"'{directory / CONFIG_NAME}' describes no patch", *_ODD):
+        patch = patch_class(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
     if (noise := tensors.get("gate.noise_weight")) is not None:  # it once saw the block's index too
         tensors["gate.noise_weight"] = noise[:, : patch.backbone.condition_channels]
     patch.fill(tensors, str(directory / WEIGHTS_NAME))
     with as_user_error("A patch's config has a fingerprint in a form not known here", TypeError):
         patch.fingerprint = Fingerprint(**config.get("fingerprint", {}))
-    patch.facts = {str(name): str(value) for name, value in config.get("facts", {}).items()}
+    facts = config.get("facts", {})
+    patch.facts = {str(name): str(value) for name, value in facts.items()} if isinstance(facts, dict) else {}
     return patch.eval()
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, check_numbers
 
 
 @dataclass
@@ -36,6 +36,15 @@ class SamplingConfig:
     num_images: int = 64
     batch_size: int = 256
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            UserError: by name of the setting.
+        """
+        counts = dict.fromkeys(("num_inference_steps", "num_images", "batch_size"), 1)
+        check_numbers(self, "sampling.", **counts, guidance_channels=0, seed=0)
 
 
 def check_interval(interval: list[float]) -> None:

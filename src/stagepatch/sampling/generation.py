@@ -168,8 +168,6 @@ def in_batches(
     Raises:
         UserError: no image is asked for, or there is no memory for one.
     """
-    if config.num_images < 1:
-        raise UserError(f"num_images={config.num_images} must be at least 1.")
     state = processes()
     shares = np.array_split(np.arange(config.num_images), state.num_processes)
     own: list[int] = shares[state.process_index].tolist() if numbers is None else list(numbers)

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import nn
 
-from stagepatch.checkpoints import is_hub_id
+from stagepatch.checkpoints import is_hub_id, load_lora
 from stagepatch.core import UserError, as_user_error, read_yaml, write_text
 from stagepatch.families import find_denoiser
 from stagepatch.families.registry import NUM_TIMESTEPS, family_of
@@ -167,7 +167,7 @@ def load_limited_loras(path: str | Path, pipe: Any, component: str = "") -> Limi
         if not Path(lora.name).exists() and not is_hub_id(lora.name):
             raise UserError(f"No LoRA at '{lora.name}': give a file, a directory or a Hub id.")
         with as_user_error(f"The LoRA '{lora.name}' cannot be loaded", Exception):  # a dozen kinds, HTTP's among them
-            pipe.load_lora_weights(lora.name, adapter_name=name)
+            load_lora(pipe, lora.name, name)
         named.append(LimitedLoRA(name, lora.start, lora.end, lora.weight))
     return LimitedLoRAs(pipe, named, component)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, check_numbers
 from stagepatch.evaluation.config import EvaluationConfig
 from stagepatch.merging import MergeMethod
 from stagepatch.sampling.config import SamplingConfig
@@ -47,6 +47,9 @@ class SearchConfig:
     storage: str = ""
     name: str = "merge"
     prune: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "search.", evaluations=1, seed=0)
 
 
 @dataclass
@@ -100,6 +103,7 @@ class MergeConfig(EvaluationConfig):
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=5000), kw_only=True)
 
     def __post_init__(self) -> None:
+        check_numbers(self, posthoc_ema=0, fisher_samples=0, seed=0)
         is_fisher = self.method.kind == "fisher"
         if is_fisher and self.fisher_samples < 1:
             raise UserError("merge_method='fisher' needs fisher_samples, of which its Fishers are means: 256, say.")
@@ -184,3 +188,7 @@ class ScheduleConfig(EvaluationConfig):
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig("dpmsolver++", num_images=1000), kw_only=True
     )
+
+    def __post_init__(self) -> None:
+        amounts = dict.fromkeys(("budget", "budget_ms", "seeds", "random_evaluations"), 0)
+        check_numbers(self, **amounts, evaluations=1)

@@ -251,8 +251,6 @@ def check_config(config: ScheduleConfig) -> None:
     check_alone("schedule")
     if not config.budget > 0.0:
         raise UserError(f"budget={config.budget} must be above 0: a share of the base model's time at all steps.")
-    if not config.budget_ms >= 0.0:
-        raise UserError(f"budget_ms={config.budget_ms} must not be negative: milliseconds per image; 0 for `budget`.")
     if config.predictor not in ("ridge", "lstm"):
         raise UserError(f"predictor='{config.predictor}' is none of ridge, lstm.")
     if config.predictor == "lstm" and not 0 < config.random_evaluations < config.evaluations:
@@ -260,8 +258,6 @@ def check_config(config: ScheduleConfig) -> None:
             f"random_evaluations={config.random_evaluations} must be at least 1 and below evaluations="
             f"{config.evaluations}: the LSTM learns of these, and proposes the rest."
         )
-    if config.evaluations < 1:
-        raise UserError(f"evaluations={config.evaluations} must be at least 1.")
     if not config.seeds or config.sampling.seed in config.seeds:
         raise UserError(
             f"seeds={config.seeds} must be some, and without {config.sampling.seed}, the search's own seed "

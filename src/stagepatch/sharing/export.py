@@ -12,7 +12,7 @@ from torch import Tensor
 from stagepatch.core import UserError, as_user_error, read_json, read_tensors, read_yaml, write_tensors
 from stagepatch.families.registry import NUM_TIMESTEPS
 from stagepatch.methods import FILE_NAME, Artifact, LoRAConfig, PerDenoiser, open_artifact
-from stagepatch.methods.lora import CONFIG_NAME, FACTS, MODEL_CLASS, WEIGHED
+from stagepatch.methods.lora import CONFIG_NAME, FACTS, MODEL_CLASS, WEIGHED, read_config
 from stagepatch.methods.lora_card import NOISE_LEVELS
 from stagepatch.sampling import LimitedLoRA, read_schedule, write_limited_loras
 from stagepatch.sampling.limited_loras import read_limited_loras
@@ -147,7 +147,7 @@ def _of_directory(directory: Path, ends: tuple[float, float] | None = None) -> l
         ends: of the range in which it acts; by default that in which it was trained.
     """
     artifact = open_artifact(directory, "LoRA")
-    config = LoRAConfig(**read_json(directory / CONFIG_NAME))
+    config = read_config(directory)
     tensors, metadata = read_tensors(directory / FILE_NAME)
     start, end = ends or noise_range(artifact, metadata)
     with as_user_error(f"'{directory}'", UserError):

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 
-from stagepatch.checkpoints import is_hub_id
+from stagepatch.checkpoints import is_hub_id, pretrained_arguments, split_revision
 from stagepatch.core import UserError, copy_file, read_json, read_tensors, read_yaml, write_text
 from stagepatch.families.registry import NUM_TIMESTEPS
 from stagepatch.methods import FILE_NAME, Artifact, LoRAConfig, PerDenoiser, open_artifact
@@ -102,7 +102,7 @@ def _write_denoisers(artifact: Artifact, folder: Path) -> str:
         "from huggingface_hub import snapshot_download",
         "from stagepatch import open_artifact",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{_base(artifact.path) or "the base model"}")',
+        f"pipe = DiffusionPipeline.from_pretrained({_arguments(artifact.path)})",
         'open_artifact(snapshot_download("its Hub id")).put_on(pipe)',
     ]
     return _card(artifact.path, "Learned for each denoiser of", load, {"denoiser": "what it has", **kinds})
@@ -138,7 +138,7 @@ def _write_experts(artifact: Artifact, folder: Path) -> str:
         folder / SCHEDULE, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True)
     )
     head = ["from diffusers import DiffusionPipeline", "from huggingface_hub import snapshot_download"]
-    make = f'pipe = DiffusionPipeline.from_pretrained("{_base(path.parent) or "the base model"}")'
+    make = f"pipe = DiffusionPipeline.from_pretrained({_arguments(path.parent)})"
     kinds = {"file": "where it acts", **kinds}
     return _card(path.parent, "Experts by timestep for", [*head, *load, "", make, put], kinds)
 
@@ -160,6 +160,10 @@ def _beside(place: str, folder: Path, number: int) -> str:
     return name
 
 
+def _arguments(run: Path) -> str:
+    return pretrained_arguments(_base(run) or "the base model")
+
+
 def _base(run: Path) -> str:
     """The base model's Hub id, as a run's config has it."""
     config = read_yaml(run / RUN_CONFIG) if (run / RUN_CONFIG).exists() else {}
@@ -169,7 +173,9 @@ def _base(run: Path) -> str:
 
 def _card(run: Path, what: str, load: list[str], table: dict[str, str]) -> str:
     base = _base(run)
-    data = ModelCardData(base_model=base or None, library_name="stagepatch", tags=["diffusers", "stagepatch"])
+    data = ModelCardData(
+        base_model=split_revision(base)[0] or None, library_name="stagepatch", tags=["diffusers", "stagepatch"]
+    )
     code = "\n".join(load)
     return "\n\n".join(
         [

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stagepatch.core import check_numbers
 from stagepatch.evaluation.config import EvaluationConfig
 from stagepatch.studies.launch_jobs import LaunchConfig
 from stagepatch.training import TrainingConfig
@@ -95,3 +96,7 @@ class CompareConfig(EvaluationConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     quick: bool = False
+
+    def __post_init__(self) -> None:
+        limits = dict.fromkeys(("hours", "training_seeds", "sampling_seeds", "evaluate_every"), 0)
+        check_numbers(self, **limits, cache_batch_size=1)

@@ -186,8 +186,6 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
         raise UserError(f"No images of '{config.data.source}' are held out: set metric to fid_train.")
     if config.held_out == "tune" and config.data.source != "fashion":
         raise UserError(f"held_out='tune' is of 'fashion' alone, not of '{config.data.source}'.")
-    if config.launch.workers < 1:
-        raise UserError(f"launch.workers={config.launch.workers} must be at least 1.")
     config = replace(config, data=with_channels(config.data, config.model))
     if config.quick:
         config = _quick(config)

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, check_numbers
 from stagepatch.diffusion import TimestepsConfig
 from stagepatch.studies.launch_jobs import LaunchConfig
 from stagepatch.training import TrainConfig, TrainingConfig
@@ -104,6 +104,8 @@ class DecoupleConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        limits = dict.fromkeys(("consistency", "boundaries", "tree"), 0)
+        check_numbers(self, **limits, num_stages=1, stage=-1, p=(0, 1))
         if self.method == "none":
             raise UserError("method='none' trains nothing: give one that does.")
         if self.preset not in ("paper", "released"):

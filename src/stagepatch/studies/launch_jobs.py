@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, check_numbers
 
 if TYPE_CHECKING:
     from stagepatch.studies.job import Job
@@ -34,6 +34,9 @@ class LaunchConfig:
     gpus: int = 0
     partition: str = ""
     minutes: int = 1440
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "launch.", workers=1, processes=1, gpus=0, minutes=1)
 
     @property
     def tasks(self) -> int:
@@ -63,8 +66,6 @@ def launch(jobs: Sequence[Job], config: LaunchConfig, logs: Path, noun: str = "j
     from stagepatch.core.progress import progress_bar
     from stagepatch.data import cache_directory, make_cache
 
-    if config.workers < 1:
-        raise UserError(f"launch.workers={config.workers} must be at least 1.")
     left = [job for job in jobs if not job.is_done()]
     print(f"{len(jobs)} {noun}, {len(jobs) - len(left)} of them done; logs in '{logs}'.")
     shared = [job.config for job in left if has_vae(job.config.model)]

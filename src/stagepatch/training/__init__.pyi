@@ -20,6 +20,7 @@ from .presets import apply_preset as apply_preset
 from .presets import preset_values as preset_values
 from .run import RUN_CONFIG as RUN_CONFIG
 from .run import Run as Run
+from .run import write_run_config as write_run_config
 from .run_config import PretrainConfig as PretrainConfig
 from .run_config import TrainConfig as TrainConfig
 from .several import train_all as train_all

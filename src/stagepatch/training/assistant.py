@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stagepatch.checkpoints import component_for, find_model, load_pipeline
+from stagepatch.checkpoints import component_for, find_model, load_lora, load_pipeline
 from stagepatch.core import UserError, as_user_error, read_json
 
 _NAME = "assistant"
@@ -35,7 +35,7 @@ class Assistant:
         if not hasattr(pipe, "load_lora_weights"):
             raise UserError(f"assistant_lora='{path}': {type(pipe).__name__} loads no LoRAs.")
         with as_user_error(f"assistant_lora='{path}' cannot be loaded", Exception):  # a dozen kinds, HTTP's among them
-            pipe.load_lora_weights(path, adapter_name=_NAME)
+            load_lora(pipe, path, _NAME)
         maps = {
             name: (layer.lora_A[_NAME], layer.lora_B[_NAME], layer.scaling[_NAME])
             for name, layer in model.named_modules()

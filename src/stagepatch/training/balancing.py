@@ -21,15 +21,10 @@ def make_intervals(config: BalancingConfig, objective: Objective) -> IntervalSam
     """What draws timesteps of each interval alike.
 
     Raises:
-        UserError: too many intervals or fewer than 2, a rate that is negative, or no matrix of gradients of the
+        UserError: too many intervals, or no matrix of gradients of the
             objective's timesteps.
     """
     total, count = objective.num_train_timesteps, config.num_intervals
-    if count < 2 or config.log_variance_learning_rate < 0.0:
-        raise UserError(
-            f"balancing.num_intervals={count} must be at least 2, and log_variance_learning_rate="
-            f"{config.log_variance_learning_rate} at least 0."
-        )
     if config.clustering == "timestep":
         return IntervalSampler(tuple(equal_in_t(total, count)))
     if config.clustering == "snr":

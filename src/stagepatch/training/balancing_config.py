@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from stagepatch.core import check_numbers
+
 
 @dataclass
 class BalancingConfig:
@@ -25,3 +27,6 @@ class BalancingConfig:
     num_intervals: int = 5
     similarity: str = ""
     log_variance_learning_rate: float = 0.025
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "balancing.", num_intervals=2, log_variance_learning_rate=0)

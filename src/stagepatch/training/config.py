@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from stagepatch.core import check_numbers
+
 # Where in a run's directory snapshots are, by step, and averages for post-hoc EMA, by sigma_rel and step.
 SNAPSHOTS, POSTHOC_EMA = "snapshots", "posthoc_ema"
 # What the names of losses on held-out images begin with in a run's log; then comes a range of noise levels, or 'all'.
@@ -14,6 +16,15 @@ BOOKKEEPING = (
     *("gradient_accumulation_steps", "gradient_checkpointing"),
     *("tensorboard", "trackers", "tracker_project_name", "report_every"),
 )
+
+_COUNTS = ("batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every")
+_AMOUNTS = (
+    *("steps", "learning_rate", "warmup_steps", "max_grad_norm", "seed", "snapshot_every", "ema_power"),
+    *("weight_decay", "report_every", "posthoc_ema"),
+)
+_SHARES = ("label_dropout", "ema_decay", "adam_beta1", "adam_beta2")
+# What the numbers may be.
+_LIMITS: dict[str, Any] = {**dict.fromkeys(_COUNTS, 1), **dict.fromkeys(_AMOUNTS, 0), **dict.fromkeys(_SHARES, (0, 1))}
 
 
 @dataclass
@@ -88,3 +99,11 @@ class TrainingConfig:
     trackers: list[str] = field(default_factory=list)
     tracker_project_name: str = "stagepatch"
     report_every: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            UserError: by name of the setting.
+        """
+        check_numbers(self, "training.", **_LIMITS)

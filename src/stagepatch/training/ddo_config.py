@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from stagepatch.core import check_numbers
 from stagepatch.sampling import SamplingConfig
 
 
@@ -27,3 +28,6 @@ class DDOConfig:
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(num_inference_steps=25, num_images=30_000, batch_size=500)
     )
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "ddo.", alpha=0, beta=0, max_denoising_change=0)

@@ -20,7 +20,9 @@ from stagepatch.checkpoints import (
     is_pipeline,
     load_denoiser,
     on_device,
+    pinned,
     sign_of_distillation,
+    with_commits,
 )
 from stagepatch.core import UserError, alone_in, processes, write_text
 from stagepatch.data import check_channels, load_held_out, load_training_data, with_channels
@@ -42,10 +44,16 @@ from stagepatch.training.validation import Validation
 
 _LOGGER = logging.getLogger("stagepatch")
 RUN_CONFIG = "run.yaml"
+
 _IDENTITY = (
     *("model", "component", "method", "dtype", "patch", "lora", "assistant_lora", "start_from"),
     *("weighting", "timesteps", "data"),
 )
+
+
+def write_run_config(directory: str | Path, text: str) -> None:
+    """Write a run's config, and which commits its Hub ids were."""
+    write_text(Path(directory) / RUN_CONFIG, with_commits(text))
 
 
 class Run:
@@ -90,7 +98,7 @@ class Run:
         own["memory"] = replace(config.memory, group_offload=False)  # which changes nothing that is learned
         self.identity = dict(identity or own)
         self.config_text = config_text or yaml.safe_dump(asdict(config), sort_keys=False)
-        facts = {"base model": config.model, "data": config.data.source, "steps": str(config.training.steps)}
+        facts = {"base model": pinned(config.model), "data": config.data.source, "steps": str(config.training.steps)}
         facts |= {name: str(getattr(config.training, name)) for name in ("batch_size", "learning_rate", "seed")}
         self.timesteps = _own_part(config.timesteps, config) if config.component else config.timesteps
         if (ends := self.timesteps.range) != [0.0, 1.0]:
@@ -173,7 +181,7 @@ class Run:
             self.config.data.horizontal_flip,
             self.config.data.num_workers,
             progress,
-            lambda: write_text(self.directory / RUN_CONFIG, self.config_text),
+            lambda: write_run_config(self.directory, self.config_text),
             self.start_from,
             ddo,
             self.config.balancing,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from stagepatch.checkpoints import MemoryConfig
+from stagepatch.core import check_numbers
 from stagepatch.data import DataConfig
 from stagepatch.diffusion import ObjectiveConfig, TimestepsConfig, WeightingConfig
 from stagepatch.methods import MethodConfig
@@ -61,6 +62,10 @@ class TrainConfig(MethodConfig):
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, cache_batch_size=1)
 
     def learns_by(self) -> dict[str, Any]:
         """The objective and its choices, and a young method's, as what a run must share to go on: wherever its files

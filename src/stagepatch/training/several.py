@@ -6,10 +6,10 @@ from pathlib import Path
 import yaml
 
 from stagepatch.checkpoints import denoiser_ranges
-from stagepatch.core import UserError, processes, write_json, write_text
+from stagepatch.core import UserError, processes, write_json
 from stagepatch.data import cache_directory
 from stagepatch.methods import PerDenoiser
-from stagepatch.training.run import RUN_CONFIG, Run
+from stagepatch.training.run import Run, write_run_config
 from stagepatch.training.run_config import TrainConfig
 
 
@@ -36,5 +36,5 @@ def train_all(config: TrainConfig, config_text: str = "") -> None:
         where = PerDenoiser.directory_of(directory, name)
         Run(replace(config, component=name, output_dir=str(where), cache=cache)).train()
     if processes().is_main_process:
-        write_text(directory / RUN_CONFIG, config_text or yaml.safe_dump(vars(config), sort_keys=False))
+        write_run_config(directory, config_text or yaml.safe_dump(vars(config), sort_keys=False))
         write_json(directory / PerDenoiser.marker, {name: {"range": list(ends)} for name, ends in ranges.items()})

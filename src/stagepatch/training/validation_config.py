@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from stagepatch.core import check_numbers
 from stagepatch.sampling.config import SamplingConfig
 
 
@@ -27,3 +28,6 @@ class ValidationConfig:
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_images=16, num_inference_steps=25))
     loss_every: int = 0
     loss_images: int = 64
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "validation.", every=0, loss_every=0, loss_images=1, classes=0)

@@ -1,0 +1,193 @@
+"""Every option of every command, given wrongly: exit code 2 and a line or two, before anything is loaded.
+
+The options come from the config classes, so a new one is tried as it comes. What may be given is listed here: an
+option that takes numbers below 0, for example, is one of `SIGNED`, or it refuses them.
+"""
+
+import dataclasses
+import types
+from argparse import ArgumentError
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from stagepatch.cli import COMMANDS, app, config, main
+from stagepatch.core import UserError
+from stagepatch.diffusion import TimestepsConfig, WeightingConfig
+from stagepatch.sampling import SamplingConfig
+from stagepatch.search.config import SearchConfig
+
+# What a number below 0 means something for.
+SIGNED = {"sampling.guidance_scale", "sampling.guide_scale", "patch_scale", "weights", "call"}
+SIGNED |= {"timesteps.logit_mean", "timesteps.mode_scale", "search.low", "search.high", "search.coarse", "search.fine"}
+# What is refused where it is used, since the message needs more than the number.
+LATER = {"weighting.gamma", "weighting.k", "timesteps.logit_std", "timesteps.shift", "timesteps.range", "ranges"}
+LATER |= {"sampling.guidance_interval"}
+# What names of a class's options begin with in these lists.
+PREFIXES = {SamplingConfig: "sampling.", TimestepsConfig: "timesteps.", WeightingConfig: "weighting."}
+PREFIXES |= {SearchConfig: "search."}
+
+
+def options_of(config_class: type, prefix: str = "") -> dict[str, Any]:
+    """The type of every option that is not a config itself, by its dotted name."""
+    options = {}
+    for name, kind in get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(kind):
+            options |= options_of(kind, f"{prefix}{name}.")
+        else:
+            options[prefix + name] = kind
+    return options
+
+
+def kinds_of(kind: Any) -> list[Any]:
+    """What a type is made of: the members of a union, and what a list holds."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return [each for member in get_args(kind) for each in kinds_of(member)]
+    return kinds_of(get_args(kind)[0]) if get_origin(kind) is list else [kind]
+
+
+def as_given(kind: Any, value: str) -> str:
+    """A value, in brackets where the option is a list of such."""
+    lists = [member for member in get_args(kind) or () if get_origin(member) is list]
+    is_list = get_origin(kind) is list or bool(lists)
+    inner = get_args(kind)[0] if get_origin(kind) is list else None
+    return f"[{as_given(inner, value)}]" if is_list and inner else value
+
+
+def wrong_values(name: str, kind: Any) -> list[str]:
+    """What an option must refuse."""
+    kinds = kinds_of(kind)
+    short = name.split("validation.")[-1].split("ddo.")[-1]
+    wrong = []
+    if any(each in (int, float) for each in kinds):
+        wrong += [".nan", ".inf", str(10**30)]
+        if short not in SIGNED | LATER and name != "stage":
+            wrong += ["-1"]
+        if str not in kinds:
+            wrong += ["words"]
+    elif bool in kinds:
+        wrong += ["maybe", "2"]
+    elif any(get_origin(each) is Literal for each in kinds) and str not in kinds:
+        wrong += ["no_such_choice"]
+    elif get_origin(kind) is list:
+        wrong += ["{a: b}"]
+    elif get_origin(kind) is dict:
+        wrong += ["words", "17"]
+    return [as_given(kind, value) if get_origin(kind) is list and value != "{a: b}" else value for value in wrong]
+
+
+def classes() -> dict[str, type]:
+    return {command: getattr(config, f"{command.capitalize()}Config") for command in COMMANDS}
+
+
+def configs_of(config_class: type) -> list[type]:
+    """A config's class and those in it."""
+    inner = [kind for kind in get_type_hints(config_class).values() if dataclasses.is_dataclass(kind)]
+    return [config_class, *(found for kind in inner for found in configs_of(kind))]
+
+
+def refused(command: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message; the command did not get to run."""
+    code = main([command, *arguments])
+    message = capsys.readouterr().err
+    assert code == 2, f"{command} {arguments} was taken"
+    assert "Traceback" not in message
+    assert len(message) < 1500
+    return message
+
+
+def taken(name: str, values: list[str], parse: Callable[[str], object]) -> list[str]:
+    """Those of some wrong values that are not refused by the option's name, and why."""
+    wrong = []
+    for value in values:
+        try:
+            parse(f"--{name}={value}")
+        except (UserError, ArgumentError) as error:
+            if name.split(".")[-1] not in str(error) or len(str(error)) > 1500:
+                wrong.append(f"{name}={value} is told as: {error}")
+        except Exception as error:
+            wrong.append(f"{name}={value}: {type(error).__name__}: {error}")
+        else:
+            wrong.append(f"{name}={value} is taken")
+    return wrong
+
+
+# One parser a class, of what is its own: a command's takes ten times as long.
+CLASSES = {found: None for config_class in classes().values() for found in configs_of(config_class)}
+
+
+@pytest.mark.parametrize("config_class", CLASSES, ids=lambda found: found.__name__)
+def test_wrong_values_of_every_option_are_refused(config_class):
+    parser = ArgumentParser(exit_on_error=False)
+    hints = get_type_hints(config_class)
+    own = {name: hints[name] for name in config_class.__annotations__ if not dataclasses.is_dataclass(hints[name])}
+    parser.add_class_arguments(config_class, skip={*hints} - {*own})
+    required = [field.name for field in dataclasses.fields(config_class) if field.default is field.default_factory]
+
+    def parse(argument):
+        given = [f"--{name}=a" for name in required if f"--{name}=" not in argument]
+        return config_class(**vars(parser.instantiate_classes(parser.parse_args([*given, argument]))))
+
+    prefix = next((prefix for found, prefix in PREFIXES.items() if issubclass(config_class, found)), "")
+    wrong = [told for name, kind in own.items() for told in taken(name, wrong_values(f"{prefix}{name}", kind), parse)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_wrong_values_of_every_option_of_every_command(monkeypatch):
+    wrong = []
+    for command, config_class in classes().items():
+        parser = app._make_parser(command, config_class)
+        monkeypatch.setattr(app, "_make_parser", lambda *_, parser=parser: parser)
+        for name, kind in options_of(config_class).items():
+            values = wrong_values(name, kind)
+            wrong += [
+                f"{command} {told}" for told in taken(name, values, lambda given, to=command: app._parse(to, [given]))
+            ]
+        monkeypatch.undo()
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_misspelt_options_are_refused_with_their_neighbour(command, capsys):
+    names = [name for name in options_of(classes()[command]) if len(name) > 3]
+    for name in (names[0], names[-1]):
+        message = refused(command, [f"--{name[:-2]}{name[-1]}{name[-2]}x=1"], capsys)
+        assert "There is no option" in message
+        assert f"Did you mean --{name}?" in message
+
+
+def test_misspelt_keys_of_a_config_file_are_refused(tmp_path, capsys):
+    for text in ("trainin: {steps: 5}\n", "training: {stps: 5}\n", "- a\n- b\n", "training: 5\n", "just words\n"):
+        (tmp_path / "a.yaml").write_text(text)
+        refused("train", ["--config", str(tmp_path / "a.yaml")], capsys)
+
+
+# Those that a config alone tells.
+EXCLUSIVE = [
+    ("sample", ["--memory.quantization=torchao_int8", "--memory.gguf=a.gguf"]),
+    ("train", ["--data.source=here", "--data.sources=[{source: there}]"]),
+    ("train", ["--patch.num_experts=2", "--patch.gate=none"]),
+    ("train", ["--patch.normalization=sigmoid", "--patch.selection=hard"]),
+    ("train", ["--patch.gate=attention", "--patch.selection=hard"]),
+    ("train", ["--patch.load_loss=smooth", "--patch.selection=soft"]),
+    ("merge", ["--merge_method=fisher"]),
+    ("merge", ["--merge_method=ties", "--fisher_samples=5"]),
+    ("merge", ["--merge_method=fisher", "--fisher_samples=5", "--search.strategies=[grid]"]),
+    ("assemble", ["--method=dmp"]),
+    ("assemble", ["--objective=ddo"]),
+    ("assemble", ["--lora.stage_gate=gaussian"]),
+    ("decouple", ["--method=none"]),
+    ("decouple", ["--prune=0.5", "--prune_budget=0.5"]),
+    ("decouple", ["--prune=0.5", "--tree=[1, 1]"]),
+    ("decouple", ["--tree=[3, 9]", "--boundaries=[500]"]),
+    ("decouple", ["--training.shard_base", "--consistency=1"]),
+    ("decouple", ["--projection", "--method=lora"]),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments"), EXCLUSIVE, ids=lambda value: " ".join(value))
+def test_options_that_exclude_each_other(command, arguments):
+    with pytest.raises(UserError):
+        app._parse(command, arguments)
