@@ -35,8 +35,8 @@ from stagepatch.families.registry import Family, family_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What libraries raise on files that they cannot load.
-_UNLOADABLE = (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError, LookupError)
-_UNLOADABLE += (UnpicklingError, SafetensorError)
+_UNLOADABLE: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError)
+_UNLOADABLE += (LookupError, UnpicklingError, SafetensorError)
 # While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
 _ONE_AT_A_TIME = Lock()
 # What a pipeline does without to encode captions; the last three rewrite prompts.

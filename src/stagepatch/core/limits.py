@@ -5,7 +5,7 @@ import math
 from stagepatch.core.errors import UserError
 
 
-def check_numbers(config: object, prefix: str = "", **limits: float | tuple[float, float]) -> None:
+def check_numbers(config: object, prefix: str = "", /, **limits: float | tuple[float, float]) -> None:
     """Refuse numbers of a dataclass that are out of range, and any that are not finite or need more than 64 bits.
 
     Args:

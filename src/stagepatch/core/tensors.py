@@ -115,12 +115,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _end_of(entry: dict[str, Any]) -> int:
-    """Where a tensor's bytes end; its shape, dtype and offsets must agree."""
+    """Where a tensor's bytes end; its shape, offsets and dtype, if it is one that is read here, must agree."""
     first, last = entry["data_offsets"]
-    dtype = _DTYPES[entry["dtype"]]
+    dtype = _DTYPES.get(entry["dtype"])
     if not 0 <= first <= last or min(entry["shape"], default=0) < 0:
         raise ValueError(f"a tensor lies from byte {first} to {last}, of shape {entry['shape']}")
-    if last - first != math.prod(entry["shape"]) * dtype.itemsize:
+    if dtype is not None and last - first != math.prod(entry["shape"]) * dtype.itemsize:
         raise ValueError(f"{last - first} bytes are not {entry['shape']} of {entry['dtype']}")
     return int(last)
 
