@@ -1,6 +1,6 @@
 """Write docs/licences.md: the licences of what stagepatch is installed with, as their own metadata say.
 
-    python experiments/licences.py
+python experiments/licences.py
 """
 
 import re
