@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused(two):
         ({"sources": [SourceConfig(str(two[0]), 0)]}, "repeats=0 must be at least 1"),
         ({"sources": [SourceConfig("", 1)]}, "each names a source"),
         ({"sources": [SourceConfig("A")], "source": "B"}, "in place of data.source"),
-        ({"sources": [SourceConfig("A")], "masks": "B"}, "and data.masks"),
+        ({"sources": [SourceConfig("A")], "masks": "B"}, "data.masks and data.references"),
     ):
         with pytest.raises(UserError, match=message):
             DataConfig(**choices)

@@ -45,13 +45,13 @@ def naive_forward(model, patch, sample, timesteps, labels, scale):
     hidden_states = model.x_embedder(sample) + model.positions
     for index, block in enumerate(model.blocks):
         if index not in prompts:
-            hidden_states = block(hidden_states, t + y)
+            hidden_states = block(hidden_states, t + y, (4, 4))
             continue
         mixed = torch.stack([scale * naive_mixture(patch, row, index, prompts[index]) for row in seen])
         if patch.config.position == "add":
-            hidden_states = block(hidden_states + mixed, t + y)
+            hidden_states = block(hidden_states + mixed, t + y, (4, 4))
         else:
-            hidden_states = block(torch.cat([mixed, hidden_states], dim=1), t + y)[:, mixed.shape[1] :]
+            hidden_states = block(torch.cat([mixed, hidden_states], dim=1), t + y, (4, 4))[:, mixed.shape[1] :]
     return model._unpatchify(model.final_layer(hidden_states, t + y), (4, 4))
 
 

@@ -37,7 +37,7 @@ def released_forward(model, state, batch, top_k=1.0):
                 exponentials = torch.where(rank < int(top_k * N), logits.exp(), 0.0)
                 added = added * (exponentials / exponentials.sum(dim=1, keepdim=True)).unsqueeze(-1)
             hidden_states = hidden_states + added
-        hidden_states = block(hidden_states, condition)
+        hidden_states = block(hidden_states, condition, (4, 4))
     return model._unpatchify(model.final_layer(hidden_states, condition), (4, 4))
 
 
