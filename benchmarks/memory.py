@@ -113,7 +113,7 @@ def saved_by_a_block(model: DiT, batch: int) -> int:
     tokens = torch.randn(batch, 16, hidden, dtype=torch.bfloat16, requires_grad=True)
     condition = torch.randn(batch, hidden, dtype=torch.bfloat16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        model.blocks[0](tokens, condition)
+        model.blocks[0](tokens, condition, (4, 4))
     return sum(kept.values())
 
 
