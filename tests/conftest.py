@@ -11,7 +11,6 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 import pytest
 import torch
 
-from stagepatch.evaluation import features
 from stagepatch.training import loop
 from tests.hub import hub as hub
 from tests.runs import Processes, make_model
@@ -93,8 +92,8 @@ def pixels(tmp_path, monkeypatch):
             seen.append(images)
             return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
-    for name in features._EXTRACTORS:
-        monkeypatch.setitem(features._EXTRACTORS, name, Pixels)
+    for place in ("evaluation.evaluator", "cli.evaluate_sources"):
+        monkeypatch.setattr(f"stagepatch.{place}.load_extractor", lambda name: Pixels())
     monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path / "features"))
     return seen
 

@@ -16,7 +16,7 @@ from stagepatch.cli import app
 from stagepatch.core import UserError
 from stagepatch.data import DataConfig, ImageDataset
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
-from stagepatch.families import describe_structure, register
+from stagepatch.families import describe_structure, register, registry
 
 MEAN, DEVIATION = 0.5, 0.7
 OBJECTIVE = Objective(make_scheduler(ObjectiveConfig(prediction_type="flow_prediction")))
@@ -78,8 +78,13 @@ class Memory(Toy):
         return ((sample - x_start) / sigma,)
 
 
-for each in (Affine, Memory):
-    register(each.__name__, describe_structure)
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    for each in (Affine, Memory):
+        register(each.__name__, describe_structure)
+    yield
+    for each in (Affine, Memory):
+        registry._FAMILIES.pop(each.__name__)
 
 
 def gaussian(count, seed):

@@ -379,7 +379,7 @@ def test_a_gguf_file_is_one_denoiser(monkeypatch, tmp_path):
         train_all(TrainConfig(memory=MemoryConfig(gguf="a.gguf")))
     for name in both:
         (tmp_path / name).mkdir()
-    (tmp_path / "model_index.json").touch()
+    (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(UserError, match=r"is one denoiser; .* has transformer, transformer_2"):
         load_pipeline(tmp_path, MemoryConfig(gguf="a.gguf"))
 

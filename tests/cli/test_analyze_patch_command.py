@@ -132,7 +132,7 @@ def test_a_latent_model_of_captions_is_not_decoded(tmp_path, monkeypatch):
         (["--patch=MADE/patch", "--gate=false"], "set gate to true"),
         (["--patch=MADE/patch", "--gate_timesteps=1"], "gate_timesteps=1 must be from 2 to 1000"),
         (["--patch=MADE/patch", "--gate_conditions=0"], "gate_conditions=0 must be at least 1"),
-        (["--structure_samples=1"], "structure_samples=1 2, or 0 for none"),
+        (["--structure_samples=1"], "structure_samples=1 must be at least 2, or 0 for none"),
         (["--patch=MADE/lora"], "does not hold a patch, but a LoRA"),
         (["--patch=MADE/tuned"], "no weights over its prompts"),
         (["--patch=MADE/patch", "--model=MADE/text"], "takes captions: give --prompts"),

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+import struct
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from stagepatch.core.errors import UserError
 from stagepatch.core.files import append_text, read_json, whole_directory, write_atomically, write_json, write_text
-from stagepatch.core.tensors import read_tensors, write_tensors
+from stagepatch.core.tensors import TensorReader, read_tensors, write_tensors
 from tests.runs import assert_same
 
 OLD = "what was there before\n"
@@ -235,3 +236,12 @@ def test_append_adds_lines_and_tells_of_a_full_disk(tmp_path):
     assert (tmp_path / "log").read_text() == "a\nb\n"
     with pytest.raises(UserError, match="Cannot write '/dev/full': No space left"):
         append_text("/dev/full", "a")
+
+
+def test_a_dtype_that_is_not_read_here_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"odd": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+    assert TensorReader([path]).shape("odd") == (2,)
+    with pytest.raises(UserError, match="holds 'odd' as F4, which is none of F64"):
+        TensorReader([path]).read("odd")

@@ -119,7 +119,12 @@ def test_a_cache_from_before_there_were_keys(cached, tmp_path):
 
 @pytest.mark.parametrize(
     ("share", "message"),
-    [(1.0, "must be a share"), (-0.1, "must be a share"), (1e-9, "holds out 0 of 40"), (0.9999, "holds out 40 of 40")],
+    [
+        (1.0, "must be a share"),
+        (-0.1, "must be from 0 to 1"),
+        (1e-9, "holds out 0 of 40"),
+        (0.9999, "holds out 40 of 40"),
+    ],
 )
 def test_shares_that_cannot_be(folder, share, message):
     with pytest.raises(UserError, match=message):

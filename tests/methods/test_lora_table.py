@@ -152,8 +152,8 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path, processes):
     ("choices", "message"),
     [
         ({"num_ranges": 2}, "num_ranges=2 must be at least num_stages=3"),
-        ({"gate_prior": -1.0}, "gate_prior=-1.0 must not be negative"),
-        ({"gate_learning_rate_factor": -1.0}, "gate_learning_rate_factor=-1.0 must not be negative"),
+        ({"gate_prior": -1.0}, "gate_prior=-1.0 must be at least 0"),
+        ({"gate_learning_rate_factor": -1.0}, "gate_learning_rate_factor=-1.0 must be at least 0"),
         ({"min_rank": 1}, "num_stages=3 and min_rank=1 weigh the ranks"),
     ],
 )

@@ -247,7 +247,7 @@ def test_command_keeps_to_a_budget_in_milliseconds(models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--budget_ms=-1"], "budget_ms=-1.0 must not be negative"),
+        (["--budget_ms=-1"], "budget_ms=-1.0 must be at least 0"),
         (["--budget_ms=0.0001"], "Give a larger budget"),
         (["--predictor=gbdt"], "predictor"),
         (

@@ -233,7 +233,7 @@ def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
 
 
 def test_failed_job_is_named_with_its_log_and_the_others_are_finished(tmp_path, capsys, monkeypatch):
-    entries = [*ENTRIES, {"name": "wild", "method": "finetune", "training": {"learning_rate": 1e30}}]
+    entries = [*ENTRIES, {"name": "wild", "method": "finetune", "training": {"learning_rate": 9e18}}]
     assert compare(tmp_path, entries=entries) == 2
     error = capsys.readouterr().err
     assert "1 of 4 jobs failed: 'wild' (seed 0)" in error

@@ -170,7 +170,7 @@ def test_a_branch_of_another_config_is_not_built_on(tmp_path, model, capsys):
     [
         ({"tree": [3]}, "tree=[3] must be two levels"),
         ({"tree": [0, 0]}, "must be two levels"),
-        ({"tree": [-1, 2]}, "must be two levels"),
+        ({"tree": [-1, 2]}, "tree=[-1, 2] must be at least 0"),
         ({"tree": [1, 10]}, "tree=[1, 10]: 2^10 ranges are more than there is room for"),
         ({"tree": [9, 1], "split": "log_snr"}, "tree=[9, 1]: 2^"),
         ({"tree": [1, 1], "boundaries": [500]}, "boundaries say where ranges begin"),

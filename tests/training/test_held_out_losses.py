@@ -155,5 +155,5 @@ def test_progress_says_both(tmp_path, capsys):
 
 @pytest.mark.parametrize("choice", [{"every": -1}, {"images": 0}])
 def test_numbers_that_cannot_be(choice):
-    with pytest.raises(UserError, match=r"validation\.loss_(every=-1|images=0) must be at least 1"):
+    with pytest.raises(UserError, match=r"validation\.loss_(every=-1 must be at least 0|images=0 must be at least 1)"):
         losses_of(**choice)

@@ -92,5 +92,5 @@ def test_prompts_of_a_text_model(tmp_path, name, capsys):
 
 
 def test_a_negative_number_of_steps_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"validation\.every=-1 must be 0 or more"):
+    with pytest.raises(UserError, match=r"validation\.every=-1 must be at least 0"):
         Run(config(tmp_path, every=-1)).train(progress=False)

@@ -77,8 +77,15 @@ class TensorReader:
         return tuple(self._places[name][2]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, which is not read."""
-        return _DTYPES[self._places[name][2]["dtype"]]
+        """Dtype of a tensor, which is not read.
+
+        Raises:
+            UserError: one that is not known here.
+        """
+        path, _, entry = self._places[name]
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"'{path}' holds '{name}' as {entry['dtype']}, which is none of {', '.join(_DTYPES)}.")
+        return _DTYPES[entry["dtype"]]
 
     def read(self, name: str) -> Tensor:
         """A tensor."""
