@@ -88,9 +88,13 @@ def _cure(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
         why = (
             f"Four copies, each trained on a quarter of the timesteps, change the held-out loss by {best} to the "
             f"least that one model has: for this budget, the most that weights by stage can give. Copies that are "
-            f"sampled by range give all of it, a LoRA with stages a part at a small part of the size."
+            f"sampled by range give all of it (on the fashion bench FID −14.2 ± 0.5 %), a LoRA with stages a part, or "
+            f"none, at a small part of the size."
         )
-        stages = f"stagepatch decouple {data} --training.learning_rate={rate:g}"
+        stages = (
+            f"stagepatch decouple {data} --p=0 --consistency=0 --projection=false --training.learning_rate={rate:g} "
+            f"--training.lr_scheduler=linear --training.ema_decay=0.998"
+        )
         lora = (
             f"stagepatch train {data} --method lora --lora.rank=8 --lora.num_stages=4 --lora.targets=all "
             f"--training.learning_rate=1e-3 --training.lr_scheduler=linear --training.ema_decay=0.998"
@@ -193,8 +197,9 @@ def _not_to_expect(found: Diagnosis) -> list[Advice]:
     if verdicts.limited_by == "capacity" or verdicts.shares_too_little != "no":
         return []
     why = (
-        "Weights of their own for each quarter of the timesteps did not lower the held-out loss, so prompts, LoRAs "
-        "and copies by stage that learn by the denoising loss have no room to gain, as on the fashion bench, where "
-        "DMP gave −0.1 ± 0.1 % and LoRA +0.6 ± 1.3 %."
+        f"Weights of their own for each quarter of the timesteps did not lower the held-out loss in {found.steps} "
+        "steps, so prompts, LoRAs and copies by stage that learn by the denoising loss have no room to gain in so "
+        "few. On the fashion bench DMP gave −0.1 ± 0.1 % of FID and LoRA +0.6 ± 1.3 %, but four copies of 2,000 "
+        "steps each −14.2 ± 0.5 %."
     )
     return [Advice("no_stages", "Do not expect stages to gain by the denoising loss", why, MEASURED)]
