@@ -178,6 +178,21 @@ def test_released_preset_fills_in_what_was_left_out_and_nothing_else():
     assert not DecoupleConfig(preset="released", antithetic=False).antithetic
 
 
+def test_preset_of_experts_trains_each_on_its_range_alone():
+    experts = DecoupleConfig(preset="experts", p=0.1)
+    training = experts.training.resolve("experts")
+    assert (experts.p, experts.consistency, experts.projection, experts.antithetic) == (0.1, 0, False, False)
+    assert (training.steps, training.batch_size, training.lr_scheduler, training.ema_decay) == (
+        2000,
+        128,
+        "linear",
+        0.998,
+    )
+    assert (
+        DecoupleConfig(preset="experts", training=StageTrainingConfig(steps=7)).training.resolve("experts").steps == 7
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

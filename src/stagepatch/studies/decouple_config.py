@@ -1,26 +1,41 @@
 """What decoupling takes."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from stagepatch.core import UserError, check_numbers
 from stagepatch.diffusion import TimestepsConfig
 from stagepatch.studies.launch_jobs import LaunchConfig
 from stagepatch.training import TrainConfig, TrainingConfig
 
-_RELEASED = {"adam_beta1": 0.95, "weight_decay": 1e-6, "max_grad_norm": 1.0, "ema_decay": 0.9999, "ema_power": 0.75}
+_OF_PAPER = {"p": 0.3, "consistency": 1.0, "antithetic": False}
+_TRAINING_OF_PAPER = {"steps": 20_000, "batch_size": 64, "learning_rate": 5e-5}
+_OPTIMIZER_OF_CODE = {"adam_beta1": 0.95, "weight_decay": 1e-6, "max_grad_norm": 1.0}
+# Of a preset: the config's own fields, and its training's.
+_PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": (_OF_PAPER, _TRAINING_OF_PAPER),
+    "released": (
+        _OF_PAPER | {"antithetic": True},
+        _TRAINING_OF_PAPER | _OPTIMIZER_OF_CODE | {"ema_decay": 0.9999, "ema_power": 0.75},
+    ),
+    "experts": (
+        {"p": 0.0, "consistency": 0.0, "antithetic": False, "projection": False},
+        _TRAINING_OF_PAPER | {"steps": 2000, "batch_size": 128, "lr_scheduler": "linear", "ema_decay": 0.998},
+    ),
+}
 
 
 @dataclass
 class StageTrainingConfig(TrainingConfig):
     """Of each stage (DeMe: 20,000 steps; LSUN: batch 16 × 4, rate 5e-5; CIFAR-10: batch 64, rate 2e-4).
 
-    What is null is as the preset says, and with preset 'paper' as in TrainingConfig.
+    What is null is as the preset says, and where that says nothing as in TrainingConfig.
     """
 
-    steps: int = 20_000
-    batch_size: int = 64
-    learning_rate: float = 5e-5
+    steps: int | None = None  # type: ignore[assignment]
+    batch_size: int | None = None  # type: ignore[assignment]
+    learning_rate: float | None = None  # type: ignore[assignment]
+    lr_scheduler: Literal["constant", "linear", "cosine"] | None = None  # type: ignore[assignment]
     adam_beta1: float | None = None  # type: ignore[assignment]
     weight_decay: float | None = None  # type: ignore[assignment]
     max_grad_norm: float | None = None  # type: ignore[assignment]
@@ -30,7 +45,7 @@ class StageTrainingConfig(TrainingConfig):
     def resolve(self, preset: str) -> TrainingConfig:
         """With what was left out filled in."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        return TrainingConfig(**(_RELEASED if preset == "released" else {}) | values)
+        return TrainingConfig(**_PRESETS[preset][1] | values)
 
 
 @dataclass
@@ -44,9 +59,11 @@ class DecoupleConfig(TrainConfig):
         output_dir: takes a directory a stage under 'stages', and experts.yaml.
         method: what each copy trains: 'finetune', all weights (DeMe), and then a stage is a whole model; or 'lora',
             'bitfit', 'dmp', 'prompt_tuning', 'wavelet', and then a stage is a small file.
-        preset: 'paper', as the supplement says; 'released', what the authors' code has besides: antithetic timesteps,
-            and for fields of `training` that are left out AdamW betas .95/.999, weight decay 1e-6, clipping at 1, an
-            average with power 3/4 up to .9999.
+        preset: where p, consistency, projection, antithetic and fields of `training` come from that are left out.
+            'paper', as the supplement says; 'released', what the authors' code has besides: antithetic timesteps,
+            AdamW betas .95/.999, weight decay 1e-6, clipping at 1, an average with power 3/4 up to .9999; 'experts',
+            copies that are used by range and not merged, what won on the bench of docs/evidence.md: each on its range
+            alone (p, consistency 0, no projection), 2000 steps of 128, the rate falling to zero, averaged.
         num_stages: ranges N (DeMe: 4).
         split: ranges equal in timesteps as the model is told them ('t', DeMe), or in log-SNR; or 'gradient', clusters
             of timesteps whose gradients are alike, by `balancing.similarity` (docs/balancing.md).
@@ -84,7 +101,7 @@ class DecoupleConfig(TrainConfig):
 
     output_dir: str = "runs/decouple"
     method: str = "finetune"
-    preset: Literal["paper", "released"] = "paper"
+    preset: Literal["paper", "released", "experts"] = "paper"
     num_stages: int = 4
     split: Literal["t", "log_snr", "gradient"] = "t"
     boundaries: list[int] = field(default_factory=list)
@@ -94,8 +111,8 @@ class DecoupleConfig(TrainConfig):
     prune_budget: float = 0.0
     prune_steps: int = 1000
     prune_threshold: float = 0.05
-    p: float | list[float] = 0.3
-    consistency: float = 1.0
+    p: float | list[float] | None = None
+    consistency: float | None = None
     projection: bool | None = None
     antithetic: bool | None = None
     stage: int = -1
@@ -104,14 +121,15 @@ class DecoupleConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.preset not in _PRESETS:
+            raise UserError(f"preset='{self.preset}' is none of {', '.join(_PRESETS)}.")
+        for name, value in _PRESETS[self.preset][0].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         limits = dict.fromkeys(("consistency", "boundaries", "tree"), 0)
         check_numbers(self, **limits, num_stages=1, stage=-1, p=(0, 1))
         if self.method == "none":
             raise UserError("method='none' trains nothing: give one that does.")
-        if self.preset not in ("paper", "released"):
-            raise UserError(f"preset='{self.preset}' is none of paper, released.")
-        if self.antithetic is None:
-            self.antithetic = self.preset == "released"
         if self.projection is None:
             self.projection = self.method == "finetune" and not (
                 self.tree or self.models or self.prune or self.prune_budget
@@ -129,8 +147,6 @@ class DecoupleConfig(TrainConfig):
             self._check_tree()
         if self.timesteps != TimestepsConfig():
             raise UserError("timesteps are those of each stage: say with num_stages, split and boundaries which.")
-        if self.consistency < 0.0:
-            raise UserError(f"consistency={self.consistency} must not be negative.")
 
     def _check_unequal(self) -> None:
         """Of stages that are not copies of the model."""
