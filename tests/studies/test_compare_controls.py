@@ -209,7 +209,7 @@ def test_fakes_are_made_by_one_job_while_others_wait(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare_jobs.Run, "load_fakes", watched)
     monkeypatch.setattr(compare_jobs.Run, "train", lambda run, progress: None)
-    threads = [threading.Thread(target=job._train) for job in jobs]
+    threads = [threading.Thread(target=job._train_one) for job in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -58,11 +58,12 @@ def test_work_counts_trained_rows_by_seed_and_dearer_samplers():
         EntryConfig("steps", "none", sampling={"num_inference_steps": 80}),
         EntryConfig("guided", "none", sampling={"guidance_scale": 1.5}),
         EntryConfig("fine-tuning", "finetune"),
-        EntryConfig("DDO", "lora", objective="ddo", sampling={"num_inference_steps": 40}),
+        EntryConfig("DDO", "lora", objective="ddo"),
+        EntryConfig("DDO, more steps", "lora", objective="ddo", sampling={"num_inference_steps": 40}),
     ]
     work = work_of(entries, config)
-    assert math.isclose(work.steps, 1 + 8 / 3)
-    assert math.isclose(work.images, 3 * (1 + 2))
+    assert math.isclose(work.steps, 1 + 8 / 3)  # the last two are of one training
+    assert math.isclose(work.images, 3 * (1 + 1 + 2))
     fakes = protocol.FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / 20
     assert math.isclose(work.images_once, 3 * (1 + 4 + 2) + fakes)
 
@@ -80,7 +81,13 @@ def test_rows_are_base_free_wins_controls_and_methods_of_the_same_steps():
     ]
     assert sum(kind == "steps" for kind in kinds.values()) == len(protocol.FINETUNE_RATES)
     methods = [name for name, kind in kinds.items() if not kind and name != "base"]
-    assert methods == ["DMP as in the paper", "stage LoRA", "recommended", "recommended, 2 times the steps"]
+    by_range = ["LoRAs by range", "copies by range"]
+    assert methods == [
+        *("DMP as in the paper", "stage LoRA"),
+        *by_range,
+        *("recommended", "recommended, 2 times the steps"),
+    ]
+    assert [entries[name].num_stages * entries[name].training["steps"] for name in by_range] == [1000, 1000]
     recipe, won = PRESETS["recommended"], entries["recommended"]
     assert (won.method, won.objective, won.lora) == (recipe["method"], recipe["objective"], recipe["lora"])
     assert won.training["steps"] == min(1000, recipe["training"]["steps"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import re
 import resource
 import statistics
@@ -24,15 +25,19 @@ from stagepatch.methods import LoRAConfig, WaveletConfig, load_learned, make_met
 from stagepatch.patch import PatchConfig, with_condition
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts, read_schedule
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
+from stagepatch.studies.decouple_config import DecoupleConfig, StageTrainingConfig
+from stagepatch.studies.decouple_jobs import EXPERTS_NAME, Stage, plan_stages, write_experts
 from stagepatch.studies.job import Job
 from stagepatch.training import BOOKKEEPING, BalancingConfig, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
 
+_WEIGHTS = (".", "weights", "patch", "transformer", "unet")  # 'weights' and 'patch' of method 'joint'
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
 _RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data", "training")
 _MEASURING = ("held_out", "second_extractor")  # what training need not share, nor knows the defaults of
 # Of jobs that are older than these options.
 _DEFAULTS = SimpleNamespace(
-    dtype="float32", schedule="", start_from="", objective="denoising", held_out="held_out", second_extractor=""
+    **{"dtype": "float32", "schedule": "", "start_from": "", "objective": "denoising"},
+    **{"held_out": "held_out", "second_extractor": "", "num_stages": 0},
 )
 # Of an entry: its dictionaries, and what they are fields of.
 _PARTS: dict[str, Any] = {
@@ -61,6 +66,8 @@ class CompareJob(Job):
         held_out: which of the held-out images it is measured against.
         second_extractor: of a second FID.
         control: see `EntryConfig`.
+        num_stages: ranges of timesteps, each with what it learned alone; 0 for one training of all.
+        trained_by: the job that trains the same, in its directory, where another does.
     """
 
     directory: Path
@@ -75,6 +82,8 @@ class CompareJob(Job):
     held_out: Literal["held_out", "tune"] = "held_out"
     second_extractor: str = ""
     control: str = ""
+    num_stages: int = 0
+    trained_by: "CompareJob | None" = None
     record = "job.json"
     noun = "job"
 
@@ -82,7 +91,7 @@ class CompareJob(Job):
         return f"'{self.name}' (seed {self.config.training.seed})"
 
     def identity(self) -> dict[str, Any]:
-        elsewhere = ("directory", "config", "is_base", "control")
+        elsewhere = ("directory", "config", "is_base", "control", "trained_by")
         own = {name: value for name, value in vars(self).items() if name not in elsewhere}
         own |= {name: getattr(self.config, name) for name in _RUN}
         return own | self.config.learns_by()
@@ -99,18 +108,22 @@ class CompareJob(Job):
         is_main = processes().is_main_process
         if is_main:
             write_json(self.directory / self.record, as_json(self.identity()))
-        learned = self.directory / "learned"
-        if self.config.method != "none" and not (self.directory / COST_NAME).exists():
-            self._train()
-            if is_main:
-                write_json(self.directory / COST_NAME, _cost(self.config.training.batch_size, learned))
-        done, method, sampling = self.metrics(), None, self.sampling
+        learned, schedule, method = Path(self.config.output_dir), self.schedule, None
+        if self.trained_by is not None:  # which is waited for, where another process is at it
+            with locked(self.trained_by.directory / "lock") if is_main else contextlib.nullcontext():
+                processes().wait_for_everyone()
+                self.trained_by.train()
+        elif self.config.method != "none":
+            self.train()
+        if self.num_stages:
+            schedule = str(learned / EXPERTS_NAME)
+        done, sampling = self.metrics(), self.sampling
         dtype = getattr(torch, self.config.dtype)
         model, scheduler = load_denoiser(self.config.model, dtype)
         model.to(processes().device)
         attach_guide(model, scheduler, sampling)
-        if self.schedule:
-            experts = load_experts(self.schedule, model, scheduler)
+        if schedule:
+            experts = load_experts(schedule, model, scheduler)
             experts.attach(model)
             sampling = experts.sampling(sampling)
         cache, second = Path(self.config.cache), self.second_extractor
@@ -121,7 +134,7 @@ class CompareJob(Job):
             saved = learned if step == self.config.training.steps else learned / "snapshots" / f"{step:07d}"
             if method is not None:
                 method.load(model, saved)
-            elif self.config.method != "none":
+            elif self.config.method != "none" and not self.num_stages:
                 method = load_learned(model, saved)
             measured = evaluator.measure(model, scheduler, sampling, self.sampling_seeds)
             done[step] = measured.metrics
@@ -129,7 +142,33 @@ class CompareJob(Job):
                 write_tensors(self.directory / SAMPLES_NAME, {"images": measured.images[:100]})
                 write_json(self.directory / METRICS_NAME, {str(key): value for key, value in sorted(done.items())})
 
-    def _train(self) -> None:
+    def train(self) -> None:
+        """Train, or what is left of it, and say what it took."""
+        if (self.directory / COST_NAME).exists():
+            return
+        runs = [Path(stage.config.output_dir) for stage in self.stages()] or [Path(self.config.output_dir)]
+        for stage in self.stages():
+            stage.run()
+        if not self.num_stages:
+            self._train_one()
+        if processes().is_main_process:
+            if self.num_stages:
+                write_experts(self.stages(), Path(self.config.output_dir) / EXPERTS_NAME)
+            write_json(self.directory / COST_NAME, _cost(self.config.training.batch_size, runs))
+
+    def stages(self) -> list[Stage]:
+        """Of each range of timesteps, where it has ranges.
+
+        Raises:
+            UserError: ranges, or a method, that the model cannot take.
+        """
+        if not self.num_stages:
+            return []
+        values = {field.name: getattr(self.config, field.name) for field in fields(TrainConfig)}
+        values["training"] = StageTrainingConfig(**vars(replace(self.config.training, snapshot_every=0)))
+        return plan_stages(DecoupleConfig(**values, preset="experts", num_stages=self.num_stages))
+
+    def _train_one(self) -> None:
         run = Run(self.config, identity={k: v for k, v in self.identity().items() if k not in _MEASURING})
         if self.config.objective != "denoising" and self.config.ddo.fakes:  # one job makes them, the others wait
             path = Path(self.config.ddo.fakes) / "lock"
@@ -137,6 +176,11 @@ class CompareJob(Job):
                 processes().wait_for_everyone()
                 run.load_fakes()
         run.train(progress=False)
+
+    def costs(self) -> dict[str, float]:
+        """Seconds a step, peak memory [bytes] and size of what was learned [bytes]."""
+        values: dict[str, float] = read_json((self.trained_by or self).directory / COST_NAME)
+        return values
 
     def trainable_parameters(self) -> tuple[int, int]:
         """Numbers that it trains, and numbers of the model; counted without allocating any.
@@ -154,7 +198,8 @@ class CompareJob(Job):
         groups = method.prepare(model)
         if self.schedule:
             read_schedule(Path(self.schedule), load_scheduler(self.config.model).config.num_train_timesteps)
-        return sum(parameter.numel() for group in groups for parameter in group["params"]), total
+        trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+        return trained * max(1, len(self.stages())), total
 
 
 def plan_jobs(config: CompareConfig) -> list[CompareJob]:
@@ -196,10 +241,27 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
             for job in {(job.config.model, job.schedule, job.config.start_from): job for job in own}.values():
                 job.trainable_parameters()
         jobs += own
+    _train_once(jobs)
     ignored = set(BOOKKEEPING) - {"snapshot_every"}  # a snapshot is a checkpoint that is measured
     for job in jobs:
         job.check_directory(_DEFAULTS, ignored)
     return jobs
+
+
+def _train_once(jobs: list[CompareJob]) -> None:
+    """Let rows that differ in sampling alone share a training; what has begun one of its own keeps it."""
+    first: dict[str, CompareJob] = {}
+    for job in jobs:
+        if job.config.method != "none":
+            identity = job.identity()
+            own = {name: identity[name] for name in (*_RUN, *job.config.learns_by(), "num_stages", "checkpoints")}
+            trains = first.setdefault(json.dumps([as_json(own), job.config.ddo.fakes]), job)
+            if trains is not job and trains.sampling == job.sampling:
+                raise UserError(
+                    f"Entries '{trains.name}' and '{job.name}' train and sample alike: change one, or leave one out."
+                )
+            if trains is not job and not Path(job.config.output_dir).exists():
+                job.trained_by, job.config.output_dir = trains, trains.config.output_dir
 
 
 def _quick(config: CompareConfig) -> CompareConfig:
@@ -244,6 +306,12 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     if entry.schedule and entry.method != "none":
         raise UserError(f"a schedule is sampled as it is: set method='{entry.method}' to none.")
     is_trained = entry.method != "none"
+    if entry.num_stages and not (is_trained and entry.num_stages > 1):
+        raise UserError(
+            f"num_stages={entry.num_stages} are ranges, each trained apart: give 2 or more, and a method, or none."
+        )
+    if entry.num_stages and (entry.start_from or entry.timesteps or config.evaluate_every):
+        raise UserError("num_stages goes without start_from, timesteps and evaluate_every: leave them out.")
     if entry.ddo and entry.objective == "denoising":
         raise UserError("ddo is of objectives 'ddo' and 'samples': set one, or leave ddo out.")
     if not is_trained and (entry.objective != "denoising" or entry.start_from):
@@ -276,7 +344,7 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
             open_artifact(sampled.guide)
         measuring = (sampled, config.sampling_seeds, config.extractor, checkpoints)
         schedule = entry.schedule.replace("{seed}", str(seed))
-        further = (config.held_out, config.second_extractor, entry.control)
+        further = (config.held_out, config.second_extractor, entry.control, entry.num_stages)
         jobs.append(CompareJob(directory, run, entry.name, *measuring, schedule, is_base, *further))
     return jobs
 
@@ -302,10 +370,10 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _cost(batch_size: int, learned: Path) -> dict[str, Any]:
-    """Seconds a step, peak memory [bytes] and size of what was learned [bytes]."""
-    speeds = [record["images_per_second"] for record in read_log(learned)]
-    folders = [learned, learned / "weights", learned / "patch"]  # those of method 'joint'
+def _cost(batch_size: int, runs: list[Path]) -> dict[str, Any]:
+    """See `CompareJob.costs`."""
+    speeds = [record["images_per_second"] for learned in runs for record in read_log(learned)]
+    folders = [learned / name for learned in runs for name in _WEIGHTS]
     files = [path for folder in folders for path in folder.glob("*.safetensors")]
     kept = [path for path in files if "checkpoint" not in path.name]
     # Of the accelerator, or of the process, its imports included.

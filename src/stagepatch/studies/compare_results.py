@@ -5,9 +5,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from stagepatch.core import read_json
 from stagepatch.evaluation import Difference, difference, difference_between, holm
-from stagepatch.studies.compare_jobs import COST_NAME, CompareJob
+from stagepatch.studies.compare_jobs import CompareJob
 
 SIGNIFICANCE = 0.05
 _COSTS = ("seconds_per_step", "peak_memory", "file_size")
@@ -88,7 +87,7 @@ def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: st
     measured = [job.metrics() for job in jobs]
     is_base = jobs[0].is_base
     trainable, total = jobs[0].trainable_parameters()
-    costs = [read_json(job.directory / COST_NAME) for job in jobs if job.config.method != "none"]
+    costs = [job.costs() for job in jobs if job.config.method != "none"]
     curve, differences = {}, {}
     for step in jobs[0].checkpoints:
         values = [[seed[metric] for seed in each[step]] for each in measured]

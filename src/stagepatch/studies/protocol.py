@@ -94,15 +94,19 @@ def plan_budget(seconds_per_step: float, seconds_per_image: float, hours: float,
 
 
 def work_of(entries: Sequence[EntryConfig], config: CompareConfig) -> Work:
-    """Of some rows; all that trains costs what fine-tuning does, and DDO more."""
+    """Of some rows; all that trains costs what fine-tuning does, and DDO more. Rows of one training share it."""
     steps = images = once = 0.0
+    trainings: list[EntryConfig] = []
     for entry in entries:
         own = len(config.sampling_seeds) * _sampling_cost(entry.sampling, config)
         if entry.method == "none":
             once += own
             continue
         images += own
-        steps += _DDO_STEP if entry.objective == "ddo" else 1.0
+        training = replace(entry, name="", sampling={}, control="")
+        if training not in trainings:
+            trainings.append(training)
+            steps += _DDO_STEP if entry.objective == "ddo" else 1.0
     fakes = [entry for entry in entries if entry.objective == "ddo"]
     if fakes:  # one set for all
         once += FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / config.sampling.num_inference_steps
@@ -138,12 +142,28 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
         ),
         EntryConfig("DMP as in the paper", "dmp", training={"learning_rate": PAPER_RATE}),
         EntryConfig("stage LoRA", "lora", lora={"rank": max(1, RANK // STAGES), "num_stages": STAGES}, training=lora),
+        # Of as many steps in all as the others.
+        EntryConfig(
+            "LoRAs by range", "lora", lora={"rank": RANK}, training={**lora, **_share(steps)}, num_stages=STAGES
+        ),
+        EntryConfig(
+            "copies by range",
+            "finetune",
+            training={**warm, **_share(steps), "learning_rate": FINETUNE_RATES[-1]},
+            num_stages=STAGES,
+        ),
         _recommended(config, steps, num_images, _fits("ddim", trained_with)),
     ]
     doubled = {"num_inference_steps": 2 * config.sampling.num_inference_steps}
     if doubled in [entry.sampling for entry in entries]:  # does it bear more steps, and add to them?
         entries.append(replace(entries[-1], name="recommended, 2 times the steps", sampling=doubled))
     return entries
+
+
+def _share(steps: int) -> dict[str, int]:
+    """Of a stage."""
+    own = max(1, steps // STAGES)
+    return {"steps": own, "warmup_steps": own // 20}
 
 
 def _free_wins(config: CompareConfig, trained_with: Any) -> dict[str, dict[str, Any]]:
