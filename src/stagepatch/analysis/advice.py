@@ -88,20 +88,19 @@ def _cure(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
         why = (
             f"Four copies, each trained on a quarter of the timesteps, change the held-out loss by {best} to the "
             f"least that one model has: for this budget, the most that weights by stage can give. Copies that are "
-            f"sampled by range give all of it (on the fashion bench FID −14.2 ± 0.5 %), a LoRA with stages a part, or "
-            f"none, at a small part of the size."
+            f"sampled by range give all of it (on the fashion bench FID −14.2 ± 0.5 %), LoRAs by range a part of it, "
+            f"at a part of the size."
         )
-        stages = (
-            f"stagepatch decouple {data} --p=0 --consistency=0 --projection=false --training.learning_rate={rate:g} "
-            f"--training.lr_scheduler=linear --training.ema_decay=0.998"
-        )
+        stages = f"stagepatch decouple --preset=experts {data} --training.learning_rate={rate:g}"
         lora = (
-            f"stagepatch train {data} --method lora --lora.rank=8 --lora.num_stages=4 --lora.targets=all "
-            f"--training.learning_rate=1e-3 --training.lr_scheduler=linear --training.ema_decay=0.998"
+            f"stagepatch decouple --preset=experts {data} --method=lora --lora.targets=all "
+            f"--training.learning_rate={3 * rate:g}"
         )
         return [
-            Advice("copies_by_range", "A copy for each range of timesteps (DeMe)", why, MEASURED, stages),
-            Advice("stage_lora", "A LoRA with stages", "The same by low-rank maps.", UNMEASURED, lora),
+            Advice("copies_by_range", "A copy for each range of timesteps", why, MEASURED, stages),
+            Advice(
+                "loras_by_range", "A LoRA for each range of timesteps", "The same by low-rank maps.", UNMEASURED, lora
+            ),
         ]
     if limit == "unclear":
         why = "Intervals are over images, of which four times as many halve them; longer trainings tell more."
