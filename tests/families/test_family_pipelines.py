@@ -109,9 +109,7 @@ def test_captions_of_different_lengths_are_patched_side_by_side(name, tiny, pipe
         assert differ(patched[row], base[row])
 
 
-@pytest.mark.parametrize(
-    "name", ["Flux2Transformer2DModel", "Flux2Transformer2DModel of klein"], scope="module"
-)
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Flux2Transformer2DModel of klein"], scope="module")
 def test_patch_works_where_images_are_edited(name, tiny, pipe):
     one, other = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "black")
     base = tiny.call(pipe, image=one)

@@ -53,7 +53,12 @@ def sd(tmp_path):
     return tmp_path
 
 
-ALSO_AT_ANOTHER_SIZE = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel")
+ALSO_AT_ANOTHER_SIZE = (
+    "UNet2DConditionModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "WanTransformer3DModel",
+)
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in PIPELINES.items() if tiny.is_trained])
