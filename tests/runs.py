@@ -37,6 +37,8 @@ MODEL = {
 }
 TRAINING = {"steps": 6, "batch_size": 8, "learning_rate": 1e-2, "log_every": 1, "tensorboard": False}
 RELEASED = {"preset": "released"}
+# By most jobs, each of which would take a second for it.
+IMPORTED = ["pytest", "stagepatch.cli.train", "torch.distributed", "jsonargparse", "sklearn.datasets"]
 # Everything that has a state or a draw of its own.
 EVERYTHING = {
     "steps": 12,
@@ -221,7 +223,7 @@ class Processes:
 
     def __post_init__(self):
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["pytest", "stagepatch.cli.train", "torch.distributed", *self.modules])
+        self.context.set_forkserver_preload([*IMPORTED, *self.modules])
         former = os.environ.get(strikes.ENVIRONMENT)
         os.environ[strikes.ENVIRONMENT] = str(strikes.library() or former or "")
         forkserver.ensure_running()

@@ -59,6 +59,7 @@ class Tiny:
         family: key of tests.tiny.FAMILIES.
         references: pictures to edit for each image that it is trained on.
         accumulates: it is trained on so many parts of a batch, one after the other.
+        steps: of a call.
     """
 
     pipeline: Any
@@ -78,6 +79,7 @@ class Tiny:
     family: str = ""
     references: int = 0
     accumulates: int = 1
+    steps: int = 2
 
     @property
     def is_prompted(self) -> bool:
@@ -122,7 +124,7 @@ class Tiny:
                     parameter.data = parameter.data.clone()
         return pipe
 
-    def call(self, pipe: Any, seed: int = 0, steps: int = 2, **more: Any) -> Tensor:
+    def call(self, pipe: Any, seed: int = 0, steps: int = 0, **more: Any) -> Tensor:
         """Images [B, 3, height, width] in 0…1; videos [B, frames, 3, height, width].
 
         Args:
@@ -130,7 +132,7 @@ class Tiny:
         """
         pipe.set_progress_bar_config(disable=True)
         size = dict(zip(("height", "width"), self.pixels, strict=True))
-        arguments = {"output_type": "pt", **self.arguments, **size, "num_inference_steps": steps, **more}
+        arguments = {"output_type": "pt", **self.arguments, **size, "num_inference_steps": steps or self.steps, **more}
         # Z-Image's pipeline writes into the list of prompts that it is given.
         arguments = {name: value[:] if isinstance(value, list) else value for name, value in arguments.items()}
         if self.other_pixels is None and (arguments.pop("height"), arguments.pop("width")) != self.pixels:
@@ -781,6 +783,7 @@ PIPELINES: dict[str, Tiny] = {
         pixels=(128, 128),
         other_pixels=(256, 64),
         arguments=prompted(32),
+        steps=1,
     ),
     "OvisImageTransformer2DModel": Tiny(
         diffusers.OvisImagePipeline,

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 from inspect import signature
 
@@ -23,10 +24,9 @@ from tests.tiny_pipelines import PIPELINES
 CAPTIONS = ["a red house", "a blue tree on the old house", "", "a red house"]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    directory = tmp_path / "images"
-    directory.mkdir()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("images")
     torch.manual_seed(0)
     for number in range(4):
         pixels = torch.randint(0, 255, (32, 48 if number % 2 else 32, 3), dtype=torch.uint8)
@@ -36,10 +36,27 @@ def folder(tmp_path):
     return directory
 
 
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sd")
+    PIPELINES["UNet2DConditionModel"].build().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cached_by_sd(tmp_path_factory, folder, sd):
+    """The directory of a whole cache."""
+    directory = tmp_path_factory.mktemp("cached")
+    cache(directory, sd, data(folder))
+    return directory
+
+
 @pytest.fixture
-def sd(tmp_path):
-    PIPELINES["UNet2DConditionModel"].build().save_pretrained(tmp_path / "sd")
-    return tmp_path / "sd"
+def changeable(tmp_path, folder, sd, cached_by_sd):
+    """A directory of images, model and whole cache, to change."""
+    for name, directory in (("images", folder), ("sd", sd), ("cache", cached_by_sd)):
+        shutil.copytree(directory, tmp_path / name)
+    return tmp_path
 
 
 def data(folder, **changes):
@@ -58,19 +75,20 @@ OF_LATENTS = [
 ]
 
 
-@pytest.fixture(params=OF_LATENTS)
-def of_pipeline(request, tmp_path, folder):
-    """A pipeline of latents, and its cache of the folder's images."""
-    tiny = PIPELINES[request.param]
+@pytest.fixture(scope="module", params=OF_LATENTS)
+def of_pipeline(request, tmp_path_factory, folder):
+    """A pipeline of latents, where it is saved, and its cache of the folder's images."""
+    tiny, directory = PIPELINES[request.param], tmp_path_factory.mktemp("of_pipeline")
     pipe = tiny.build()
-    pipe.save_pretrained(tmp_path / "model")
+    pipe.save_pretrained(directory / "model")
     config = data(folder, image_size=tiny.pixels[0])
-    return pipe, cache(tmp_path / "cache", tmp_path / "model", config), Images(open_source(config), config)
+    cached = cache(directory / "cache", directory / "model", config)
+    return pipe, directory / "model", cached, Images(open_source(config), config)
 
 
 def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pipeline):
     """The mean of the posterior, through the pipeline's own decoding, is the VAE's own reconstruction."""
-    pipe, cached, images = of_pipeline
+    pipe, _, cached, images = of_pipeline
     pixels, latents = images[1]["image"].unsqueeze(0), cached[1]["image"].float().unsqueeze(0)
     vae = pipe.vae
     is_video = isinstance(vae, diffusers.AutoencoderKLQwenImage) or "num_frames" in signature(pipe.__call__).parameters
@@ -103,9 +121,9 @@ def test_cached_latents_decode_to_the_images_as_the_pipeline_decodes_them(of_pip
     assert expected.std() > 0.01
 
 
-def test_cached_captions_are_the_encoders_own(of_pipeline, tmp_path):
-    _, cached, _ = of_pipeline
-    encode = load_captioner(tmp_path / "model")
+def test_cached_captions_are_the_encoders_own(of_pipeline):
+    _, model, cached, _ = of_pipeline
+    encode = load_captioner(model)
     for index, caption in enumerate(CAPTIONS):
         with torch.no_grad():
             condition = encode([caption])
@@ -119,15 +137,13 @@ def test_cached_captions_are_the_encoders_own(of_pipeline, tmp_path):
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_each_distinct_caption_is_encoded_once(tmp_path, folder, sd):
-    cache(tmp_path / "cache", sd, data(folder))
-    tensors, _ = read_tensors(tmp_path / "cache" / "captions-00000.safetensors")
+def test_each_distinct_caption_is_encoded_once(cached_by_sd):
+    tensors, _ = read_tensors(cached_by_sd / "captions-00000.safetensors")
     assert {name.split(".")[0] for name in tensors} == {"0", "1", "2"}  # the empty one, and two
 
 
-def test_both_flips_are_kept(tmp_path, folder, sd):
-    config = data(folder)
-    cached = cache(tmp_path / "cache", sd, config)
+def test_both_flips_are_kept(cached_by_sd, folder, sd):
+    config, cached = data(folder), CachedLatents(cached_by_sd)
     images = Images(open_source(config), config)
     vae = load_vae(sd)
     for index in range(4):
@@ -148,12 +164,10 @@ def test_buckets_are_groups_and_batches_come_out_of_loading_processes(tmp_path, 
     assert torch.equal(pickle.loads(pickle.dumps(cached))[3]["image"], cached[3]["image"])
 
 
-def test_whole_cache_is_opened_without_images_or_encoders(tmp_path, folder, sd, monkeypatch):
-    config = data(folder)
-    cache(tmp_path / "cache", sd, config)
+def test_whole_cache_is_opened_without_images_or_encoders(cached_by_sd, folder, sd, monkeypatch):
     for name in ("load_vae", "load_captioner", "Images"):
         monkeypatch.setattr(f"stagepatch.data.model_cache.{name}", None)
-    assert len(cache(tmp_path / "cache", sd, config)) == 4
+    assert len(cache(cached_by_sd, sd, data(folder))) == 4
 
 
 def flip_last_bit(path):
@@ -172,13 +186,12 @@ def flip_last_bit(path):
     ],
 )
 @pytest.mark.parametrize("whole", [True, False])
-def test_stale_cache_is_refused_with_the_reason(tmp_path, folder, sd, file, change, choices, reason, whole):
-    cache(tmp_path / "cache", sd, data(folder))
+def test_stale_cache_is_refused_with_the_reason(changeable, file, change, choices, reason, whole):
     if not whole:
-        (tmp_path / "cache" / "index.safetensors").unlink()
-    change(tmp_path / file)
+        (changeable / "cache" / "index.safetensors").unlink()
+    change(changeable / file)
     with pytest.raises(UserError, match=f"of something else: changed since are {reason}"):
-        cache(tmp_path / "cache", sd, data(folder, **choices))
+        cache(changeable / "cache", changeable / "sd", data(changeable / "images", **choices))
 
 
 def test_pixels_are_cached_beside_captions_where_there_is_no_vae(tmp_path, folder):
@@ -199,11 +212,11 @@ def test_model_without_captions_gets_none(tmp_path, folder):
     assert cached.null_condition is None
 
 
-def test_cache_that_is_not_whole_cannot_be_read(tmp_path, folder, sd):
+def test_cache_that_is_not_whole_cannot_be_read(changeable):
     with pytest.raises(UserError, match="No whole cache at"):
-        CachedLatents(tmp_path)
-    cached = cache(tmp_path / "cache", sd, data(folder))
-    path = tmp_path / "cache" / "latents-00000.safetensors"
+        CachedLatents(changeable)
+    cached = CachedLatents(changeable / "cache")
+    path = changeable / "cache" / "latents-00000.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"latents-00000.safetensors' cannot be read .* delete it and 'index"):
         cached[0]

@@ -105,12 +105,13 @@ def entering(site, args, kwargs):
 
 def choices_of(name):
     grid = [2] * len(SIZES.get(name, [8, 8]))
+    sites = describe(FAMILIES[name].model()).sites
     everywhere = [{}, {"num_experts": 2}, {"condition": "t+c"}, {"grid": grid}, {"gate": "none"}]
     if name.startswith("UNet"):
         everywhere.append({"sites": "attention"})
-        if all(site.attention for site in describe(FAMILIES[name].model()).sites if site.kind == "attention"):
+        if all(site.attention for site in sites if site.kind == "attention"):
             everywhere.append({"sites": "attention", "position": "prepend"})
-    if describe(FAMILIES[name].model()).sites[0].attention:
+    if sites[0].attention:
         everywhere.append({"position": "prepend"})
     return everywhere
 

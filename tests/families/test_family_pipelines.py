@@ -14,19 +14,26 @@ WOLVES = "Seven wölves, howling!"
 OTHER_REFERENCE = {"DiTTransformer2DModel": [12, 12], "UNet2DModel": [12, 8], "UNet2DModel of ADM": [12, 8]}
 
 
-@pytest.fixture(params=list(PIPELINES))
+@pytest.fixture(scope="module", params=list(PIPELINES))
 def name(request):
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny(name):
     return PIPELINES[name]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipe(tiny):
+    """Built once: every test leaves it as it was."""
     return tiny.build()
+
+
+@pytest.fixture(scope="module")
+def images(tiny, pipe):
+    """What it makes unpatched."""
+    return tiny.call(pipe)
 
 
 def draw(patch):
@@ -42,18 +49,7 @@ def differ(images, others):
     return not torch.allclose(images, others, rtol=0, atol=1e-3)
 
 
-def test_saved_and_loaded_pipeline_makes_the_same_images(tiny, pipe, tmp_path):
-    images = tiny.call(pipe)
-    pipe.save_pretrained(tmp_path)
-    loaded = tiny.load(tmp_path)
-    assert type(loaded).__name__ == type(pipe).__name__
-    classes, expected = ({key: type(part) for key, part in it.components.items()} for it in (loaded, pipe))
-    assert classes == expected
-    assert torch.equal(tiny.call(loaded), images)
-
-
-def test_seed_and_caption_reach_the_images(tiny, pipe):
-    images = tiny.call(pipe)
+def test_seed_and_caption_reach_the_images(tiny, pipe, images):
     assert images.isfinite().all()
     assert images.shape[-2:] == tiny.pixels
     assert torch.equal(tiny.call(pipe), images)
@@ -62,8 +58,8 @@ def test_seed_and_caption_reach_the_images(tiny, pipe):
         assert not torch.allclose(tiny.call(pipe, prompt=WOLVES), images, rtol=0, atol=1e-4)
 
 
-def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(name, tiny, pipe, tmp_path, shows):
-    base = tiny.call(pipe)
+def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(name, tiny, pipe, images, tmp_path, shows):
+    base = images
     pipe.save_pretrained(tmp_path / "pipeline")
     patch = Patch.create(pipe, PatchConfig(sample_size=tiny.sample_size))
     attachment = patch.attach(pipe)
@@ -77,6 +73,9 @@ def test_patch_of_a_pipeline_is_saved_and_put_on_the_loaded_pipeline(name, tiny,
     assert torch.equal(tiny.call(pipe), base)
 
     loaded = tiny.load(tmp_path / "pipeline")
+    assert type(loaded).__name__ == type(pipe).__name__
+    classes, expected = ({key: type(part) for key, part in it.components.items()} for it in (loaded, pipe))
+    assert classes == expected
     with Patch.from_pretrained(tmp_path / "patch").attach(loaded):
         assert torch.equal(tiny.call(loaded), patched)
     assert torch.equal(tiny.call(loaded), base)
@@ -110,7 +109,7 @@ def test_captions_of_different_lengths_are_patched_side_by_side(name, tiny, pipe
         assert differ(patched[row], base[row])
 
 
-@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Flux2Transformer2DModel of klein"])
+@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "Flux2Transformer2DModel of klein"], scope="module")
 def test_patch_works_where_images_are_edited(name, tiny, pipe):
     one, other = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "black")
     base = tiny.call(pipe, image=one)

@@ -22,6 +22,12 @@ def study(command, folder, *more, **values):
 
 
 @pytest.fixture
+def unpictured(monkeypatch):
+    """A comparison's page, which takes as long as its jobs here, is not drawn."""
+    monkeypatch.setattr("stagepatch.report.write_page", lambda *_: None)
+
+
+@pytest.fixture
 def works_after_another(monkeypatch):
     """Whether a job works that another process has begun, and left when `at_its_end` was called."""
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,21 @@ def results_of(folder):
     return {row["name"]: row for row in json.loads((folder / "out" / "results.json").read_text())}
 
 
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of SMALL that is done."""
+    folder = tmp_path_factory.mktemp("compared")
+    assert compare(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def done(compared, tmp_path):
+    """One of its own for a test that goes on with it."""
+    shutil.copytree(compared / "out", tmp_path / "out")
+    return tmp_path
+
+
 def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
     assert compare(tmp_path, training_seeds=[0, 1]) == 0
     out, results = tmp_path / "out", results_of(tmp_path)
@@ -77,13 +93,13 @@ def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
     assert "held-out images at 4" in " ".join(capsys.readouterr().out.replace("┃", " ").split())
 
 
-def test_what_is_done_is_skipped_and_the_table_is_the_same(tmp_path, monkeypatch, capsys):
-    assert compare(tmp_path) == 0
-    first = (tmp_path / "out" / "results.json").read_text()
+@pytest.mark.usefixtures("unpictured")
+def test_what_is_done_is_skipped_and_the_table_is_the_same(done, monkeypatch, capsys):
+    first = (done / "out" / "results.json").read_text()
     monkeypatch.setattr("stagepatch.studies.compare_jobs.Run", None)
     monkeypatch.setattr("stagepatch.studies.compare_jobs.Evaluator", None)
-    assert compare(tmp_path) == 0
-    assert (tmp_path / "out" / "results.json").read_text() == first
+    assert compare(done) == 0
+    assert (done / "out" / "results.json").read_text() == first
     assert "3 jobs, 3 of them done" in capsys.readouterr().out
 
 
@@ -140,6 +156,7 @@ def test_the_note_says_which_way_the_metric_is_better(metric, better):
     assert note([job], metric).endswith(f" {better} is better.")
 
 
+@pytest.mark.usefixtures("unpictured")
 def test_quick_form_is_short_and_keeps_its_own_directory(tmp_path):
     training = {"steps": 80, "batch_size": 8, "log_every": 1}
     entries = [*ENTRIES[:2], {"name": "long", "method": "dmp", "training": {"steps": 4000}}]
@@ -184,27 +201,27 @@ def test_a_job_that_another_process_does_is_waited_for(tmp_path, works_after_ano
     assert works_after_another(job)
 
 
-def test_job_of_another_config_is_not_taken_for_done(tmp_path, capsys):
-    assert compare(tmp_path) == 0
-    assert compare(tmp_path, sampling={"num_images": 80, "num_inference_steps": 2}) == 2
+def test_job_of_another_config_is_not_taken_for_done(done, capsys):
+    assert compare(done, sampling={"num_images": 80, "num_inference_steps": 2}) == 2
     error = capsys.readouterr().err
     assert "holds a job of another config" in error
     assert "sampling.num_images was 60, is 80" in error
 
 
-def test_jobs_written_before_an_option_existed_count_as_done(tmp_path, capsys):
-    assert compare(tmp_path) == 0
-    path = tmp_path / "out" / "jobs" / "dmp-0" / "job.json"
+@pytest.mark.usefixtures("unpictured")
+def test_jobs_written_before_an_option_existed_count_as_done(done, capsys):
+    path = done / "out" / "jobs" / "dmp-0" / "job.json"
     then = read_json(path)
     del then["patch"]["num_experts"], then["training"]["max_grad_norm"], then["schedule"]
     path.write_text(json.dumps(then))
-    assert compare(tmp_path) == 0
+    assert compare(done) == 0
     then["patch"]["num_experts"] = 3
     path.write_text(json.dumps(then))
-    assert compare(tmp_path) == 2
+    assert compare(done) == 2
     assert "(patch.num_experts was 3, is 1)" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("unpictured")
 def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
     for seed in (0, 1):
         model, scheduler = load_denoiser("digits")
@@ -232,6 +249,7 @@ def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
     assert values["DMP on other"]["trainable"] > 0
 
 
+@pytest.mark.usefixtures("unpictured")
 def test_failed_job_is_named_with_its_log_and_the_others_are_finished(tmp_path, capsys, monkeypatch):
     entries = [*ENTRIES, {"name": "wild", "method": "finetune", "training": {"learning_rate": 9e18}}]
     assert compare(tmp_path, entries=entries) == 2
@@ -241,6 +259,7 @@ def test_failed_job_is_named_with_its_log_and_the_others_are_finished(tmp_path, 
     assert (tmp_path / "out" / "jobs" / "bias-0" / "metrics.json").exists()
 
 
+@pytest.mark.usefixtures("unpictured")
 def test_all_methods_train_on_the_same_batches_noise_and_timesteps(tmp_path, seen):
     assert compare(tmp_path) == 0
     assert len(seen) == 8

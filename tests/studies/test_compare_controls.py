@@ -147,6 +147,7 @@ def test_fakes_are_shared_by_all_that_learn_from_the_same(tmp_path):
     assert jobs[4].identity()["ddo"].fakes == ""
 
 
+@pytest.mark.usefixtures("unpictured")
 def test_entry_goes_on_from_what_a_run_of_its_seed_learned(tmp_path):
     first = [{"name": "a", "method": "lora"}]
     assert compare(tmp_path / "first", entries=first, training_seeds=[0, 1]) == 0
@@ -164,6 +165,7 @@ def test_entry_goes_on_from_what_a_run_of_its_seed_learned(tmp_path):
 YOUNG = ("held_out", "second_extractor", "start_from", "objective")
 
 
+@pytest.mark.usefixtures("unpictured")
 def test_job_begun_before_these_options_goes_on(tmp_path):
     assert compare(tmp_path, entries=ENTRIES[3:4]) == 0
     job = tmp_path / "out" / "jobs" / "dmp-0"
@@ -189,6 +191,7 @@ def test_job_begun_before_these_options_goes_on(tmp_path):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("unpictured")
 def test_job_that_was_measured_otherwise_is_not_taken_for_done(tmp_path, capsys, changes, message):
     assert compare(tmp_path, entries=ENTRIES[:1]) == 0
     assert compare(tmp_path, entries=ENTRIES[:1], **changes) == 2
@@ -243,6 +246,7 @@ def test_bad_rows_are_refused_before_any_training(refused, changes, message):
     assert message in refused("compare", **{**SMALL, **changes})
 
 
+@pytest.mark.usefixtures("unpictured")
 def test_what_starts_from_another_method_is_refused(tmp_path, capsys):
     assert compare(tmp_path / "first", entries=[{"name": "a", "method": "bitfit"}]) == 0
     learned = str(tmp_path / "first" / "out" / "jobs" / "a-0" / "learned")
@@ -264,6 +268,7 @@ def test_the_note_says_what_is_sampled_otherwise(tmp_path, changes, expected):
     assert f"(20 steps of ddim), the same noise for all. Sampled otherwise: free ({expected}." in note(jobs, "recall")
 
 
+@pytest.mark.usefixtures("unpictured")
 def test_a_guide_of_each_training_seed(tmp_path, capsys):
     samples = {"method": "lora", "objective": "samples", "ddo": DDO["ddo"]}
     entries = [ENTRIES[0], {"name": "worse", **samples, "training": {"learning_rate": 0.01}}]

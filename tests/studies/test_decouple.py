@@ -131,14 +131,14 @@ def test_a_stage_alone_is_the_same_as_among_all_and_ends_the_set(tmp_path, model
 
 def test_a_killed_stage_goes_on_to_the_same_weights(tmp_path, model, processes):
     changes = {"num_stages": 2, "stage": 1}
-    assert decouple(tmp_path / "whole", model, steps=60, **changes) == 0
-    path = write_config(tmp_path / "killed", model=str(model), training={**TRAINING, "steps": 60}, **changes)
+    assert decouple(tmp_path / "whole", model, steps=20, **changes) == 0
+    path = write_config(tmp_path / "killed", model=str(model), training={**TRAINING, "steps": 20}, **changes)
     command = ["decouple", f"--config={path}"]
-    processes.call(main, -signal.SIGKILL, arguments=command, strike=Strike("iteration", 31))
+    processes.call(main, -signal.SIGKILL, arguments=command, strike=Strike("iteration", 11))
     directory = stage_of(tmp_path / "killed", 1)
     assert not (directory / "stage.json").exists()
-    assert iteration_of(directory) == 30
-    assert decouple(tmp_path / "killed", model, steps=60, **changes) == 0
+    assert iteration_of(directory) == 10
+    assert decouple(tmp_path / "killed", model, steps=20, **changes) == 0
     assert not differs(weights(directory), weights(stage_of(tmp_path / "whole", 1)))
 
 

@@ -138,16 +138,16 @@ def test_the_same_command_again_trains_nothing_and_one_expert_alone_its_branches
     assert not differs(weights(stage_of(tmp_path, 2)), weights(stage_of(tmp_path / "alone", 2)))
 
 
-@pytest.mark.parametrize("iteration", [31, 31 + 60])
+@pytest.mark.parametrize("iteration", [11, 11 + 20])
 def test_a_killed_chain_goes_on_to_the_same_weights(tmp_path, model, processes, iteration):
     changes = {"tree": [0, 2], "stage": 1, **PLAIN}
-    assert decouple(tmp_path / "whole", model, steps=60, **changes) == 0
-    path = write_config(tmp_path / "killed", model=str(model), training={**TRAINING, "steps": 60}, **changes)
+    assert decouple(tmp_path / "whole", model, steps=20, **changes) == 0
+    path = write_config(tmp_path / "killed", model=str(model), training={**TRAINING, "steps": 20}, **changes)
     command = ["decouple", f"--config={path}"]
     processes.call(main, -signal.SIGKILL, arguments=command, strike=Strike("iteration", iteration))
     assert not (stage_of(tmp_path / "killed", 1) / "stage.json").exists()
-    assert (tmp_path / "killed" / "out" / "branches" / "1-1" / "stage.json").exists() == (iteration > 60)
-    assert decouple(tmp_path / "killed", model, steps=60, **changes) == 0
+    assert (tmp_path / "killed" / "out" / "branches" / "1-1" / "stage.json").exists() == (iteration > 20)
+    assert decouple(tmp_path / "killed", model, steps=20, **changes) == 0
     assert not differs(weights(stage_of(tmp_path / "killed", 1)), weights(stage_of(tmp_path / "whole", 1)))
 
 

@@ -60,7 +60,8 @@ def test_weights_make_the_nearest_profile():
     grid = np.linspace(0, 300, 12_001)[1:] - 0.0125
 
     def on_grid(step, sigma):
-        return np.array([profile(step, power_of(sigma))(t) for t in grid])
+        weigh = profile(step, power_of(sigma))
+        return np.array([weigh(t) for t in grid])
 
     saved = np.stack([on_grid(*one) for one in zip(steps, sigmas, strict=True)], axis=1)
     expected = np.linalg.lstsq(saved, on_grid(300, 0.08), rcond=None)[0]

@@ -1,8 +1,6 @@
 """A model whose makers split it by noise level (Wan 2.2 of 14B): trained, saved and sampled as one."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -110,7 +108,7 @@ def test_one_directory_goes_on_the_pipeline_with_one_call_and_is_what_each_side_
     assert not torch.equal(only, base)
 
 
-def test_another_process_samples_what_this_one_trained(model, trained, tmp_path):
+def test_another_process_samples_what_this_one_trained(model, trained, tmp_path, processes):
     arguments = [
         "sample",
         f"--model={model}",
@@ -119,7 +117,7 @@ def test_another_process_samples_what_this_one_trained(model, trained, tmp_path)
         f"--call={json.dumps(CALL)}",
     ]
     arguments += ["--sampling.num_images=1", "--sampling.num_inference_steps=2", "--sampling.guidance_scale=1.5"]
-    subprocess.run([sys.executable, "-m", "stagepatch", *arguments, f"--output_dir={tmp_path}"], check=True)
+    processes.call(main, arguments=[*arguments, f"--output_dir={tmp_path}"])
     images = load_file(tmp_path / "samples.safetensors")["images"]
     pipe = WAN.load(model)
     open_artifact(trained).put_on(pipe)

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -163,15 +161,12 @@ def test_signal_writes_a_checkpoint_and_says_how_to_go_on(
 
 def test_ctrl_c_from_outside(processes, command, uninterrupted_command, tmp_path):
     arguments = [*command, f"--output_dir={tmp_path}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "stagepatch", *arguments], env=environment, **pipes)
+    process = processes.start(main, arguments=arguments)
     log = tmp_path / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text()):
+    while process.is_alive() and not (log.exists() and log.read_text()):
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, text
+    os.kill(process.pid, signal.SIGINT)
+    text = processes.finish(process, 130)
     assert "Give the same command again" in text
     assert "Traceback" not in text
     processes.call(main, arguments=arguments)

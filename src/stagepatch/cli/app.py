@@ -154,7 +154,8 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
             raise UserError(f"{name} is {value!r}, and takes keys of its own, such as {name}.{fields(kind)[0].name}.")
     resolved = parser.dump(namespace)
     namespace = parser.instantiate_classes(namespace)
-    values = {name: value for name, value in vars(namespace).items() if name in _keys(config_class)}
+    names = _keys(config_class)
+    values = {name: value for name, value in vars(namespace).items() if name in names}
     try:
         return config_class(**values), resolved
     except TypeError as error:

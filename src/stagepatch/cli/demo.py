@@ -72,7 +72,7 @@ def demo_plan(data: str, quick: bool) -> DemoPlan:
             each.training = replace(each.training, steps=each.training.steps // 10, ema_decay=0.98)
             each.ddo.sampling.num_images = 1000
     if quick:
-        plan.sampling.num_images = 500
+        plan.sampling.num_images = 250
     return plan
 
 
