@@ -54,9 +54,23 @@ def test_pretrains_a_unet_that_is_sampled_and_patched(tmp_path, capsys):
     assert [type(block).__name__ for block in model.down_blocks] == ["DownBlock2D", "AttnDownBlock2D"]
     sampling = ["--sampling.num_images=2", "--sampling.num_inference_steps=2", f"--output_dir={tmp_path / 'out'}"]
     assert main(["sample", f"--model={tmp_path / 'unet'}", *sampling]) == 0
-    fails(capsys, ["pretrain", unet[0], f"--output_dir={tmp_path / 'x'}"], "are a DiT's")
+    fails(capsys, ["pretrain", *unet, "--model.name=DiT-S/2", f"--output_dir={tmp_path / 'x'}"], "are a DiT's")
     uneven = ["--model.block_out_channels=[8, 8, 8]", "--model.sample_size=6"]
     fails(capsys, ["pretrain", *uneven, *plain], "cannot be halved 2 times")
+
+
+def test_pretrains_a_unet_of_classes_that_learns_its_variance(tmp_path, capsys):
+    unet = ["--model.block_out_channels=[8, 16]", "--model.layers_per_block=1", "--model.sample_size=8"]
+    kind = ["--model.in_channels=1", "--model.conditioning=class", "--model.num_classes=10", "--data.source=digits"]
+    place = [f"--output_dir={tmp_path / 'unet'}", "--training.steps=2", "--training.batch_size=8"]
+    assert main(["pretrain", *unet, *kind, *place]) == 0
+    model, scheduler = load_denoiser(tmp_path / "unet")
+    assert (model.config.num_class_embeds, model.config.out_channels) == (10, 2)
+    assert scheduler.config.variance_type == "learned_range"
+    sampling = ["--sampling.num_images=2", "--sampling.num_inference_steps=2", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["sample", f"--model={tmp_path / 'unet'}", "--classes=[7]", *sampling]) == 0
+    text = ["--model.conditioning=text", f"--output_dir={tmp_path / 'text'}", "--data.source=digits"]
+    fails(capsys, ["pretrain", *unet, *text], "give --parts")
 
 
 def test_help_lists_every_command(capsys):

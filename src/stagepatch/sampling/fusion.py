@@ -38,7 +38,7 @@ def maxfusion(first: Tensor, second: Tensor, layout: str = "map", rescale: bool 
     variances = [features.var(channels, correction=0, keepdim=True) for features in (one, other)]
     shares = [variance / variance.sum(places, keepdim=True) for variance in variances]
     centred = [features - features.mean(channels, keepdim=True) for features in (one, other)]
-    agrees = torch.cosine_similarity(*centred, dim=channels).unsqueeze(channels) > AGREEMENT
+    agrees = torch.cosine_similarity(centred[0], centred[1], dim=channels).unsqueeze(channels) > AGREEMENT
     is_first = shares[0] >= shares[1]
     # Features without any spread have none to be brought to.
     ratio = (variances[0] / variances[1]).sqrt() if rescale else torch.ones_like(variances[0])
