@@ -15,6 +15,7 @@ from stagepatch.core.tensors import write_tensors
 from tests.runs import MODEL, imported_by, options
 from tests.search.searches import save_learned
 from tests.tiny import FAMILIES
+from tests.training.test_train_on_pipelines import draw_images
 
 TINY_TRAINING = options(
     "training", {"steps": 4, "batch_size": 8, "log_every": 2, "checkpoint_every": 2, "tensorboard": False}
@@ -71,6 +72,20 @@ def test_pretrains_a_unet_of_classes_that_learns_its_variance(tmp_path, capsys):
     assert main(["sample", f"--model={tmp_path / 'unet'}", "--classes=[7]", *sampling]) == 0
     text = ["--model.conditioning=text", f"--output_dir={tmp_path / 'text'}", "--data.source=digits"]
     fails(capsys, ["pretrain", *unet, *text], "give --parts")
+
+
+def test_a_folder_without_classes_is_said_to_be_of_one(tmp_path, capsys):
+    draw_images(tmp_path / "images", size=(8, 8), captions=False)
+    few = [
+        "--sampling.num_images=4",
+        "--sampling.num_inference_steps=1",
+        "--seeds=[0]",
+        "--metrics=[nearest_train]",
+        "--extractor=digits",
+    ]
+    data = [f"--data.source={tmp_path / 'images'}", "--data.image_size=8", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["evaluate", "--model=digits", *data, *few]) == 0
+    assert "all samples have label 0 of the model's 10" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_lists_every_command(capsys):
