@@ -26,8 +26,8 @@ def spectral_distance(expected: Tensor, output: Tensor, x_start: Tensor) -> Tens
     Returns:
         A scalar, the mean over all frequencies.
     """
-    difference = torch.fft.fft2(output.float() - expected.float(), norm="ortho").abs().square()
-    magnitude = torch.fft.fft2(x_start.float(), norm="ortho").abs().clamp_min(_LEAST)
+    difference: Tensor = torch.fft.fft2(output.float() - expected.float(), norm="ortho").abs().square()
+    magnitude: Tensor = torch.fft.fft2(x_start.float(), norm="ortho").abs().clamp_min(_LEAST)
     return (difference / magnitude).mean()
 
 

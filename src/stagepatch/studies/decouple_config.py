@@ -143,8 +143,8 @@ class DecoupleConfig(TrainConfig):
             )
         if self.training.shard_base and (self.consistency or self.spectral):
             raise UserError(
-                "training.shard_base goes without a consistency loss, which copies the model: set consistency to 0, and "
-                "spectral."
+                "training.shard_base goes without a consistency loss, which copies the model: set consistency to 0, "
+                "and spectral."
             )
         self._check_unequal()
         if self.tree:
