@@ -160,6 +160,18 @@ def test_a_patch_comes_after_the_mixture(tiny_dit, batch):
         torch.testing.assert_close(answer(base, batch, 300), expected)
 
 
+@pytest.mark.gpu
+def test_both_use_the_stream_of_their_caller(tiny_dit, batch):
+    base, other = tiny_dit(0), tiny_dit(1)
+    with fused(base, None, other):
+        expected = answer(base, batch, 300)
+        base.cuda(), other.cuda()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            mixed = answer(base, [value.cuda() for value in batch], 300)
+            torch.cuda.current_stream().synchronize()
+    torch.testing.assert_close(mixed.cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_an_error_in_one_ends_both(tiny_dit, batch, at):
     models = [tiny_dit(0), tiny_dit(1)]
