@@ -45,7 +45,7 @@ class Experts:
     """Denoisers and their ranges; all stay in memory, so that going from one to the next costs nothing.
 
     Args:
-        ranges: from 0 on, without gap or overlap, in any order. The last one takes all that lies beyond it.
+        ranges: from 0 on, without gap, overlapping by `fuse` alone, in any order. The last takes all beyond it.
         timesteps: of the sampler, from noise to image, where these are fixed too.
         scheduler: the sampler that goes with `timesteps`; '' leaves it open.
         fuse: 'maxfusion' lets ranges overlap, two at a time: their denoisers, of the same blocks, run side by side and
@@ -145,7 +145,9 @@ class AttachedExperts(StandIn):
     def __init__(self, experts: Experts, model: nn.Module) -> None:
         self._starts = [start for start, _ in experts.stretches]
         # A model that is there twice is there once: what it would be mixed with is itself.
-        self._denoisers = [list({expert.denoiser or model: 0 for expert in here}) for _, here in experts.stretches]
+        self._denoisers = [
+            list(dict.fromkeys(expert.denoiser or model for expert in here)) for _, here in experts.stretches
+        ]
         self._side_by_side = [SideBySide(each) if len(each) > 1 else None for each in self._denoisers]
         super().__init__(model)
         self.experts = experts
