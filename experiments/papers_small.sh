@@ -20,7 +20,7 @@ table() { # by its config, on a base
     --output_dir "$out/$1" "${@:3}"
 }
 if [ $# -eq 0 ]; then
-  set -- $(cd configs/paper && ls *.yaml | sed 's/\.yaml//') gate deme
+  set -- $(cd configs/paper && ls *.yaml | sed 's/\.yaml//') params gate deme
 fi
 for name in "$@"; do
   case $name in
@@ -29,10 +29,15 @@ for name in "$@"; do
       stagepatch pretrain --config configs/fashion/pretrain.yaml --training.steps 0 --training.label_dropout 0.1 --output_dir $out/drawn
       table "$name" $out/drawn
       ;;
-    gate) # Fig. 5 and 7, Table 5
+    params) stagepatch params ;; # Table 1
+    gate) # Fig. 5 and 7, Table 5, figures of samples
       stagepatch train --model $out/dit $shared --training.steps "$steps" --training.batch_size 64 --output_dir $out/patch
       stagepatch analyze --model $out/dit $shared --gradients false --losses false --patch $out/patch --gate_timesteps 100 \
         --structure_samples $((images / 2)) --output_dir $out/gate
+      for sees in "" "--patch $out/patch"; do
+        stagepatch sample --model $out/dit --classes '[2,7,9]' --sampling.num_images 24 --sampling.num_inference_steps 25 $sees \
+          --output_dir "$out/samples${sees:+-patched}"
+      done
       ;;
     deme) # by the configs of CIFAR-10: Fig. 2's sweep of N with the control beside it, then Fig. 1's task vectors and gradients
       folder=configs/paper/deme-cifar10 training="--training.steps $steps --training.batch_size 64" few="--sampling.num_inference_steps 10"

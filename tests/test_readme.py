@@ -43,7 +43,12 @@ def test_links_lead_somewhere(page):
     assert not missing
 
 
-def test_files_that_the_page_of_the_papers_names_are_there():
-    named = re.findall(r"`((?:src|tests|configs|experiments)/[\w/.-]+)`", (ROOT / "docs" / "papers.md").read_text())
+def test_what_the_page_of_the_papers_names_is_there():
+    """Files, and after a colon a function or class of theirs."""
+    page = (ROOT / "docs" / "papers.md").read_text()
+    named = re.findall(r"`((?:src|tests|configs|experiments)/[\w/.-]+)(?::(\w+))?`", page)
     assert len(named) > 30
-    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert [path for path, _ in named if not (ROOT / path).exists()] == []
+    of_code = [(ROOT / path, name) for path, name in named if path.endswith(".py") and path.startswith("src")]
+    assert all(name for _, name in of_code)
+    assert [name for path, name in of_code if not re.search(rf"^(def|class) {name}\b", path.read_text(), re.M)] == []

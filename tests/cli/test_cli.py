@@ -15,6 +15,7 @@ from stagepatch.core.tensors import write_tensors
 from tests.runs import MODEL, imported_by, options
 from tests.search.searches import save_learned
 from tests.tiny import FAMILIES
+from tests.training.test_train_on_pipelines import draw_images
 
 TINY_TRAINING = options(
     "training", {"steps": 4, "batch_size": 8, "log_every": 2, "checkpoint_every": 2, "tensorboard": False}
@@ -54,9 +55,37 @@ def test_pretrains_a_unet_that_is_sampled_and_patched(tmp_path, capsys):
     assert [type(block).__name__ for block in model.down_blocks] == ["DownBlock2D", "AttnDownBlock2D"]
     sampling = ["--sampling.num_images=2", "--sampling.num_inference_steps=2", f"--output_dir={tmp_path / 'out'}"]
     assert main(["sample", f"--model={tmp_path / 'unet'}", *sampling]) == 0
-    fails(capsys, ["pretrain", unet[0], f"--output_dir={tmp_path / 'x'}"], "are a DiT's")
+    fails(capsys, ["pretrain", *unet, "--model.name=DiT-S/2", f"--output_dir={tmp_path / 'x'}"], "are a DiT's")
     uneven = ["--model.block_out_channels=[8, 8, 8]", "--model.sample_size=6"]
     fails(capsys, ["pretrain", *uneven, *plain], "cannot be halved 2 times")
+
+
+def test_pretrains_a_unet_of_classes_that_learns_its_variance(tmp_path, capsys):
+    unet = ["--model.block_out_channels=[8, 16]", "--model.layers_per_block=1", "--model.sample_size=8"]
+    kind = ["--model.in_channels=1", "--model.conditioning=class", "--model.num_classes=10", "--data.source=digits"]
+    place = [f"--output_dir={tmp_path / 'unet'}", "--training.steps=2", "--training.batch_size=8"]
+    assert main(["pretrain", *unet, *kind, *place]) == 0
+    model, scheduler = load_denoiser(tmp_path / "unet")
+    assert (model.config.num_class_embeds, model.config.out_channels) == (10, 2)
+    assert scheduler.config.variance_type == "learned_range"
+    sampling = ["--sampling.num_images=2", "--sampling.num_inference_steps=2", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["sample", f"--model={tmp_path / 'unet'}", "--classes=[7]", *sampling]) == 0
+    text = ["--model.conditioning=text", f"--output_dir={tmp_path / 'text'}", "--data.source=digits"]
+    fails(capsys, ["pretrain", *unet, *text], "give --parts")
+
+
+def test_a_folder_without_classes_is_said_to_be_of_one(tmp_path, capsys):
+    draw_images(tmp_path / "images", size=(8, 8), captions=False)
+    few = [
+        "--sampling.num_images=4",
+        "--sampling.num_inference_steps=1",
+        "--seeds=[0]",
+        "--metrics=[nearest_train]",
+        "--extractor=digits",
+    ]
+    data = [f"--data.source={tmp_path / 'images'}", "--data.image_size=8", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["evaluate", "--model=digits", *data, *few]) == 0
+    assert "all samples have label 0 of the model's 10" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_lists_every_command(capsys):

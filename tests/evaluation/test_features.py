@@ -3,15 +3,18 @@
 import json
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score
+from torch import nn
 
 from experiments import train_classifiers as training
 from stagepatch.checkpoints import module_fingerprint
 from stagepatch.core.errors import UserError
 from stagepatch.data import load_digits, load_fashion
-from stagepatch.evaluation import classifiers, fid, load_extractor, recall
+from stagepatch.evaluation import classifiers, features, fid, load_extractor, recall
 from stagepatch.evaluation.features import extract_features
 
 EXTRACTOR = load_extractor("digits")
@@ -87,6 +90,39 @@ def test_features_of_fashion_tell_images_of_one_split_from_worse_ones(name):
     good, worse = fid(features, reference), fid(extract_features(extractor, blurred), reference)
     assert 5 * good < worse
     assert recall(one_class, reference) < recall(features[: len(one_class)], reference) - 0.2
+
+
+@pytest.mark.parametrize("name", ["inception", "inception_legacy"])
+def test_images_are_brought_to_a_size_first(monkeypatch, name):
+    """As if they had been saved at that size, as 8 bits."""
+    monkeypatch.setattr(features, "load_inception", lambda path: Pooled())
+    images = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    resized = [
+        np.stack([np.asarray(Image.fromarray(plane.astype("float32")).resize((8, 8), Image.BICUBIC)) for plane in one])
+        for one in pixels.numpy()
+    ]
+    small = torch.from_numpy(np.stack(resized)).clamp(0, 255).round() / 127.5 - 1
+    plain, at_8 = load_extractor(name), load_extractor(f"{name}@8")
+    torch.testing.assert_close(at_8(images), plain(small))
+    assert not torch.allclose(at_8(images), plain(images), atol=1e-3)
+    assert torch.equal(at_8(small), plain(small))
+    assert plain.fingerprint != at_8.fingerprint
+    assert at_8.name == f"{plain.name}, at 8×8"
+    for odd in ("inception@", "inception@0", "inception@x", "digits@8"):
+        with pytest.raises(UserError, match="No feature extractor is named"):
+            load_extractor(odd)
+
+
+class Pooled(nn.Module):
+    """In place of Inception-v3: each 13th of the image's rows, which tells aliasing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, pixels):
+        return {"features": pixels[:, :, ::13].mean(dim=(1, 3)) * self.weight}
 
 
 def test_unknown_and_missing_extractors(monkeypatch, tmp_path):

@@ -262,5 +262,9 @@ def test_other_things_are_refused(tmp_path, capsys):
     with pytest.raises(UserError, match="only diffusers' form is read"):
         export_lora(tmp_path / "e.yaml", tmp_path / "twice", "kohya")
     (tmp_path / "e.yaml").write_text("loras: [{file: name/lora, from: 0, to: 1000}]")
+    mixed = {"fuse": "maxfusion", "experts": [{"from": 0, "to": 1000}, {"from": 0, "to": 500, "learned": "lora"}]}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(mixed))
+    with pytest.raises(UserError, match="mixes features of its experts"):
+        export_lora(tmp_path / "mixed.yaml", tmp_path / "out", "kohya")
     with pytest.raises(UserError, match="'name/lora' is not on this disk: fetch it"):
         export_lora(tmp_path / "e.yaml", tmp_path / "twice", "kohya")

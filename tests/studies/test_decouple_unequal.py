@@ -21,7 +21,7 @@ from tests.sampling.test_generate import sampled
 from tests.studies.test_decouple import TRAINING, decouple, differs, small_unet, stage_of, weights
 
 WIDTH, HEADS, TOKENS = 32, 4, 16
-PRUNED = {"boundaries": [20], "prune": [0.5, 0.0], "training": {**TRAINING, "log_every": 1}}
+PRUNED = {"spectral": 0.1, "boundaries": [20], "prune": [0.5, 0.0], "training": {**TRAINING, "log_every": 1}}
 
 
 def save_model(directory, model=None):
@@ -75,8 +75,10 @@ def test_the_costs_are_shown_again_and_experts_sample_but_are_not_merged(pruned,
 
 def test_consistency_is_to_the_model_before_it_was_pruned(pruned):
     first = [json.loads((stage_of(pruned, number) / "log.jsonl").read_text().splitlines()[0]) for number in (0, 1)]
-    assert first[0]["consistency"] > 1e-4
-    assert first[1]["consistency"] == 0.0
+    for name in ("consistency", "spectral"):
+        assert first[0][name] > 1e-4
+        assert first[1][name] == 0.0
+    assert read_json(stage_of(pruned, 0) / "stage.json")["spectral"] == 0.1
 
 
 def test_a_pruned_stage_goes_on_to_the_same_weights(pruned, tmp_path, monkeypatch):

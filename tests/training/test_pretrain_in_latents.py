@@ -1,11 +1,12 @@
-"""`stagepatch pretrain --parts`: a DiT from scratch in the latents of a VAE, of captions."""
+"""`stagepatch pretrain --parts`: a DiT or a U-Net from scratch in the latents of a VAE, of captions."""
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPTextModel
 
-from stagepatch.checkpoints import load_denoiser
+from stagepatch.checkpoints import load_captioner, load_denoiser
 from stagepatch.cli import main
 from stagepatch.training.checkpoint import TrainingState
 from tests.runs import options
@@ -46,6 +47,39 @@ def test_result_has_its_vae_and_text_encoder_beside_it_and_samples_prompts(parts
     assert images.shape == (2, 3, 32, 32)
     assert pretrain(parts, output="plain", conditioning="none") == 0  # without text there is no text encoder
     assert sorted(path.name for path in (tmp_path / "plain").iterdir() if path.is_dir()) == NAMES
+
+
+def test_a_unet_of_text_learns_its_variance_and_is_what_other_commands_take(parts, tmp_path):
+    """It attends to tokens as Stable Diffusion's does, of the captions that its text encoder encodes."""
+    clip(clip_tokenizer(), hidden_size=16).save_pretrained(parts / "text_encoder")
+    unet = [
+        "--model.block_out_channels=[16, 32]",
+        "--model.layers_per_block=1",
+        "--objective.beta_schedule=squaredcos_cap_v2",
+    ]
+    assert pretrain(parts, *unet, "--training.ema_decay=0.9") == 0
+    model, scheduler = load_denoiser(tmp_path / "model")
+    assert type(model).__name__ == "UNet2DConditionModel"
+    assert (model.config.cross_attention_dim, model.config.in_channels, model.config.out_channels) == (16, 4, 8)
+    assert scheduler.config.variance_type == "learned_range"
+    tokenizer = AutoTokenizer.from_pretrained(parts / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(parts / "text_encoder")
+    tokens = tokenizer(["a cat"], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    encoded = load_captioner(tmp_path / "model")(["a cat"])["encoder_hidden_states"]
+    torch.testing.assert_close(encoded, encoder(tokens).last_hidden_state)
+    few = ["--sampling.num_images=2", "--sampling.num_inference_steps=2", f"--model={tmp_path / 'model'}"]
+    out = ["--sampling.guidance_scale=2", f"--output_dir={tmp_path / 'samples'}"]
+    assert main(["sample", "--prompts", '["a cat"]', *few, *out]) == 0
+    (images,) = load_file(tmp_path / "samples" / "samples.safetensors").values()
+    assert images.shape == (2, 3, 32, 32)
+    data = [
+        f"--data.source={tmp_path / 'images'}",
+        "--data.image_size=32",
+        "--training.steps=1",
+        "--training.batch_size=2",
+    ]
+    assert main(["train", few[-1], *data, f"--output_dir={tmp_path / 'patch'}"]) == 0
+    assert (tmp_path / "patch" / "model.safetensors").exists()
 
 
 def test_it_goes_on_where_it_stopped(parts, tmp_path, monkeypatch):

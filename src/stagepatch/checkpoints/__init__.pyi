@@ -34,6 +34,7 @@ from .loading import save_config as save_config
 from .loading import save_denoiser as save_denoiser
 from .loading import takes_captions as takes_captions
 from .loading import temporal_factor as temporal_factor
+from .loading import token_width as token_width
 from .memory import check_available as check_available
 from .memory import has_plain_weights as has_plain_weights
 from .memory import is_offloaded as is_offloaded

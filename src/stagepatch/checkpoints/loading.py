@@ -157,20 +157,25 @@ def load_captioner(
         absent = {name: None for name in read_json(directory / "model_index.json") if name in heavy}
         pipe: Any = load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
     elif _class_of(denoiser_directory(directory)) is models.DiT:
-        pipe = _load_clip(directory, dtype, device)
+        pipe = _load_clip(directory, "CLIPTextModelWithProjection", dtype, device)
+    elif _class_of(denoiser_directory(directory)) is diffusers.UNet2DConditionModel:
+        clip = _load_clip(directory, "CLIPTextModel", dtype, device)
+        pipe = diffusers.StableDiffusionPipeline(
+            None, clip.text_encoder, clip.tokenizer, None, None, None, None, requires_safety_checker=False
+        )
     else:
         raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
     encode: Any = family.encode_edits if reads_references else family.encode_captions
     return partial(encode, pipe)
 
 
-def _load_clip(directory: Path, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
-    """`tokenizer/` and `text_encoder/` of a model directory of ours: CLIP, with its projection."""
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+def _load_clip(directory: Path, name: str, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
+    """`tokenizer/` and `text_encoder/` of a model directory of ours: CLIP, of that class."""
+    import transformers
 
     with as_user_error(f"The text encoder in '{directory}' cannot be loaded", *_UNLOADABLE):
-        tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer", trust_remote_code=False)
-        encoder: Any = CLIPTextModelWithProjection.from_pretrained(directory / "text_encoder")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "tokenizer", trust_remote_code=False)
+        encoder: Any = getattr(transformers, name).from_pretrained(directory / "text_encoder")
     return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
 
 
@@ -240,14 +245,26 @@ def projection_width(source: str | Path) -> int:
     Raises:
         UserError: none there, or one without its projection.
     """
+    what = "a DiT of text needs CLIPTextModelWithProjection, whose output is pooled and projected"
+    return int(_clip_config(source, "CLIPTextModelWithProjection", what)["projection_dim"])
+
+
+def token_width(source: str | Path) -> int:
+    """Width of the tokens that the CLIP in `text_encoder/` puts out.
+
+    Raises:
+        UserError: none there, or one that puts out pooled text.
+    """
+    what = "a U-Net of text needs CLIPTextModel, to whose tokens it attends"
+    return int(_clip_config(source, "CLIPTextModel", what)["hidden_size"])
+
+
+def _clip_config(source: str | Path, name: str, what: str) -> dict[str, Any]:
     path = find_model(source, TEXT_PARTS) / "text_encoder" / "config.json"
     config = read_json(path)
-    if config.get("architectures") != ["CLIPTextModelWithProjection"]:
-        raise UserError(
-            f"'{path.parent}' is {config.get('architectures')}: a DiT of text needs CLIPTextModelWithProjection, "
-            f"whose output is pooled and projected."
-        )
-    return int(config["projection_dim"])
+    if config.get("architectures") != [name]:
+        raise UserError(f"'{path.parent}' is {config.get('architectures')}: {what}.")
+    return config
 
 
 def save_config(model: Any, directory: Path) -> None:

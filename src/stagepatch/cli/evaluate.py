@@ -22,6 +22,7 @@ from stagepatch.evaluation import (
     finish_shards,
     name_source,
 )
+from stagepatch.families import num_classes
 from stagepatch.methods import open_learned
 from stagepatch.report import Table, print_table, provenance, write_page
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts
@@ -94,6 +95,13 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
     columns, rows = comparison_table(measured["base"], measured.get(name), evaluator.extractor.name, name)
     note = f"{comparison_note(measured['base'], name in measured)} {direction_note(results['base'][0])}"
+    labels = evaluator.labels(config.sampling.num_images).unique().tolist()
+    if num_classes(model) > 1 and len(labels) == 1:
+        note += (
+            f" The images of '{data.source}' are of one class, so all samples have label {labels[0]} of the model's "
+            f"{num_classes(model)}. Subfolders are classes; '{config.model}' '{data.source}', as two sources, samples "
+            f"all in turn."
+        )
     counts = f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds"
     print_table(columns, rows, counts)
     print(note)

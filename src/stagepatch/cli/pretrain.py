@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from stagepatch.checkpoints import add_routing, lay_out_encoders, projection_width, save_config, save_denoiser
+from stagepatch.checkpoints import (
+    add_routing,
+    lay_out_encoders,
+    projection_width,
+    save_config,
+    save_denoiser,
+    token_width,
+)
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say
 from stagepatch.core import GLOBAL, UserError, as_user_error, processes, seed_for
@@ -29,7 +36,9 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
     torch.manual_seed(seed_for(GLOBAL, config.training.seed))
     options = {}
     if config.parts and config.model.conditioning == "text":
-        options["pooled_projection_dim"] = projection_width(config.parts)
+        is_unet = bool(config.model.block_out_channels)
+        width = {"cross_attention_dim": token_width} if is_unet else {"pooled_projection_dim": projection_width}
+        options = {name: read(config.parts) for name, read in width.items()}
     model: Any = _make_model(config.model, config.training.label_dropout, **options)
     if config.model.routed_share != 1.0:
         shift, num_train_timesteps = config.model.routing_shift, config.objective.num_train_timesteps
@@ -93,7 +102,7 @@ def _check_size(shape: Sequence[int], model: Any, image_size: int) -> None:
 
 def _make_model(config: ModelConfig, label_dropout: float, **more: int) -> nn.Module:
     if config.block_out_channels:
-        return _make_unet(config)
+        return _make_unet(config, **more)
     if config.unet_options:
         raise UserError(f"unet_options={config.unet_options} are a U-Net's: give block_out_channels, which makes one.")
     options = {
@@ -106,27 +115,32 @@ def _make_model(config: ModelConfig, label_dropout: float, **more: int) -> nn.Mo
     return DiT.from_name(config.name, class_dropout_prob=label_dropout, **options)  # type: ignore[no-any-return]
 
 
-def _make_unet(config: ModelConfig) -> nn.Module:
+def _make_unet(config: ModelConfig, **more: int) -> nn.Module:
     stages, channels = len(config.block_out_channels), config.block_out_channels
-    if config.name or config.learn_sigma or config.conditioning != "none" or config.convolved_heads:
+    if config.name or config.convolved_heads:
         raise UserError(
-            f"name='{config.name}', learn_sigma={config.learn_sigma}, conditioning='{config.conditioning}' and "
-            f"convolved_heads={config.convolved_heads} are a DiT's: with block_out_channels, which makes a U-Net, set "
-            f"them to '', false, none and 0."
+            f"name='{config.name}' and convolved_heads={config.convolved_heads} are a DiT's: with block_out_channels, "
+            f"which makes a U-Net, leave them out."
         )
+    if config.conditioning == "text" and not more:
+        raise UserError("A U-Net of text attends to the tokens of a text encoder: give --parts, which has one.")
     if config.sample_size % 2 ** (stages - 1):
         raise UserError(f"sample_size={config.sample_size} cannot be halved {stages - 1} times, once between stages.")
-    kinds = ["Attn" if stage in config.attention_stages else "" for stage in range(stages)]
+    attention = "CrossAttn" if config.conditioning == "text" else "Attn"
+    kinds = [attention if stage in config.attention_stages else "" for stage in range(stages)]
     options: dict[str, Any] = {
         "sample_size": config.sample_size,
         "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
+        "out_channels": config.in_channels * (2 if config.learn_sigma else 1),
         "block_out_channels": tuple(channels),
         "layers_per_block": config.layers_per_block,
         "norm_num_groups": math.gcd(32, *channels),
         "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
         "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
     }
-    with as_user_error(f"model.unet_options={config.unet_options} make no UNet2DModel", TypeError, ValueError):
-        model: nn.Module = UNet2DModel(**options | config.unet_options)
+    if config.conditioning == "class":
+        options["num_class_embeds"] = config.num_classes
+    unet = UNet2DConditionModel if config.conditioning == "text" else UNet2DModel
+    with as_user_error(f"model.unet_options={config.unet_options} make no {unet.__name__}", TypeError, ValueError):
+        model: nn.Module = unet(**options | more | config.unet_options)
     return model

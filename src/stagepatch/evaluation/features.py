@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
@@ -65,6 +66,8 @@ class InceptionFeatures:
     Args:
         path: of the weights; see `find_weights`.
         is_legacy: resize as TensorFlow 1 does, as ADM, pytorch-fid and torch-fidelity, not as clean-fid.
+        size: height and width that images are brought to first, as where samples of 512×512 are measured at 256×256;
+            0 leaves them.
 
     Raises:
         UserError: no weights.
@@ -74,11 +77,14 @@ class InceptionFeatures:
     num_features = 2048
     batch_size = 32
 
-    def __init__(self, path: str = "", is_legacy: bool = False) -> None:
+    def __init__(self, path: str = "", is_legacy: bool = False, size: int = 0) -> None:
         self.name = "Inception-v3, legacy resize" if is_legacy else "Inception-v3"
-        self.network, self.is_legacy = load_inception(path).to(processes().device), is_legacy
+        self.network, self.is_legacy, self.size = load_inception(path).to(processes().device), is_legacy, size
         legacy = f"quantised to 8 bits, resized to {SIZE}×{SIZE} as by TensorFlow 1 (bilinear, not antialiased)"
         self.preprocessing = legacy if is_legacy else _CLEAN.format(size=SIZE)
+        if size:
+            self.name += f", at {size}×{size}"
+            self.preprocessing = f"{_CLEAN.format(size=size)} and quantised again; {self.preprocessing}"
         self.fingerprint = _fingerprint(self.network, self.preprocessing)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -88,6 +94,8 @@ class InceptionFeatures:
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """'features' [B, 2048], 'spatial' [B, 2023] and 'logits' [B, 1008]."""
         pixels = quantised(images)
+        if self.size:
+            pixels = resize_clean(pixels, self.size).round().to(torch.uint8)
         pixels = resize_as_tensorflow(pixels.float()) if self.is_legacy else resize_clean(pixels, SIZE)
         return {name: value.cpu() for name, value in self.network(pixels.to(processes().device)).items()}
 
@@ -259,7 +267,8 @@ EXTRACTORS = {"inception", "inception_legacy", "dinov2", "clip", "siglip", *CLAS
 
 def load_extractor(name: str) -> FeatureExtractor:
     """An extractor by name: a bundled classifier, 'inception' (clean-fid's preprocessing), 'inception_legacy'
-    (TensorFlow's), 'dinov2', 'clip' or 'siglip', the latter also with an id of the Hub or a path, as 'clip:/path'.
+    (TensorFlow's), either also of images brought to a size first, as 'inception@256', 'dinov2', 'clip' or 'siglip',
+    the latter also with an id of the Hub or a path, as 'clip:/path'.
 
     Raises:
         UserError: unknown name, or what it needs cannot be had.
@@ -267,8 +276,9 @@ def load_extractor(name: str) -> FeatureExtractor:
     kind, _, path = name.partition(":")
     if kind in CLASSIFIERS and not path:
         return ClassifierFeatures(kind)
-    if kind in ("inception", "inception_legacy"):
-        return InceptionFeatures(path, kind == "inception_legacy")
+    inception = re.fullmatch(r"inception(_legacy)?(?:@([1-9]\d{0,4}))?", kind)
+    if inception:
+        return InceptionFeatures(path, bool(inception[1]), int(inception[2] or 0))
     transformers = {"dinov2": Dinov2Features, "clip": ClipFeatures, "siglip": SiglipFeatures}
     if kind in transformers:
         return transformers[kind](path)

@@ -18,6 +18,7 @@ class Method(ABC):
         marker: a file that only a directory of that kind has.
         starts_at_base: whether the model, once prepared, still says what it did.
         progress: share of training that is done, which the loop says before each step.
+        x_start: the clean images or latents of the last forward, which the loss says.
     """
 
     name: ClassVar[str]
@@ -25,6 +26,7 @@ class Method(ABC):
     marker: ClassVar[str] = ""
     starts_at_base: bool = True
     progress: float = 0.0
+    x_start: Tensor | None = None
 
     @classmethod
     def from_config(cls, config: MethodConfig, facts: dict[str, str]) -> Self:

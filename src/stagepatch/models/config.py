@@ -8,7 +8,7 @@ from stagepatch.core import check_numbers
 
 @dataclass
 class ModelConfig:
-    """Size and conditioning of a DiT (arXiv 2212.09748), or of a DDPM U-Net (arXiv 2006.11239).
+    """Size and conditioning of a DiT (arXiv 2212.09748), or of a U-Net as DDPM's (arXiv 2006.11239).
 
     Args:
         name: 'DiT-S/2' to 'DiT-XL/8', which sets patch_size, hidden_size, num_layers and num_attention_heads; empty
@@ -22,17 +22,19 @@ class ModelConfig:
         mlp_ratio: hidden channels of a block's MLP over hidden_size.
         convolved_heads: of a block's heads, how many are convolved in place of attending, or a list of one number for
             each block (as in the experts of MEME, arXiv 2306.04990).
-        conditioning: 'none', 'class' or 'text' (a pooled embedding).
+        conditioning: 'none', 'class' or 'text' (of a DiT a pooled embedding).
         num_classes: classes, without the null label.
         learn_sigma: also predict the variance (improved DDPM, arXiv 2102.09672; DiT: on).
         routed_share: share β of the channels that the blocks work on at a timestep (DTR, arXiv 2310.07138: 0.8); 1 is
             all of them, without routing.
         routing_shift: α of how the routed channels move with the timestep (DTR: 4).
-        block_out_channels: channels of a U-Net's stages, from the finest on, in place of a DiT; it takes no condition
-            and predicts no variance.
+        block_out_channels: channels of a U-Net's stages, from the finest on, in place of a DiT. Of text it attends to
+            the tokens of the text encoder in `parts`, as Stable Diffusion's; of classes it has no label for none:
+            none is dropped, and it cannot be guided.
         layers_per_block: residual layers of a U-Net's stage.
         attention_stages: numbers of the U-Net's stages that have attention, the finest 0.
-        unet_options: more arguments of diffusers' UNet2DModel, such as {attention_head_dim: null}, one head.
+        unet_options: more arguments of diffusers' UNet2DModel, such as {attention_head_dim: null}, one head; of text,
+            of its UNet2DConditionModel.
     """
 
     name: str = ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from stagepatch.core import UserError, as_user_error
 from stagepatch.families import find_denoiser, input_dtype, learns_sigma, num_classes
 from stagepatch.families.registry import family_of
 from stagepatch.sampling.config import SamplingConfig
+from stagepatch.sampling.fusion import SideBySide
 from stagepatch.sampling.stand_in import StandIn, check_free
 
 BASE = "base"
@@ -43,33 +45,43 @@ class Experts:
     """Denoisers and their ranges; all stay in memory, so that going from one to the next costs nothing.
 
     Args:
-        ranges: from 0 on, without gap or overlap, in any order. The last one takes all that lies beyond it.
+        ranges: from 0 on, without gap, overlapping by `fuse` alone, in any order. The last takes all beyond it.
         timesteps: of the sampler, from noise to image, where these are fixed too.
         scheduler: the sampler that goes with `timesteps`; '' leaves it open.
+        fuse: 'maxfusion' lets ranges overlap, two at a time: their denoisers, of the same blocks, run side by side and
+            their features are mixed (`SideBySide`).
 
     Raises:
-        UserError: no ranges, an empty one, a gap, or an overlap.
+        UserError: no ranges, an empty one, a gap, an overlap, or another `fuse`.
     """
 
     ranges: Sequence[ExpertRange]
     timesteps: Sequence[float] | None = None
     scheduler: str = ""
+    fuse: str = ""
+    stretches: list[tuple[float, list[ExpertRange]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.ranges = sorted(self.ranges, key=lambda expert: (expert.start, expert.end))
         if not self.ranges:
             raise UserError("There are no experts: give at least one range.")
-        reached = 0.0
         for start, end in ((expert.start, expert.end) for expert in self.ranges):
             if start >= end:
                 raise UserError(f"The range from {start:g} to {end:g} is empty: `from` must be less than `to`.")
-            if start > reached:
-                raise UserError(f"No expert is there for timesteps {reached:g} to {start:g}: leave no gap.")
-            if start < reached:
+        if self.fuse not in ("", "maxfusion"):
+            raise UserError(f"Features are not mixed by '{self.fuse}': `fuse` is 'maxfusion', or left out.")
+        borders = sorted({0.0, *(border for expert in self.ranges for border in (expert.start, expert.end))})
+        self.stretches = []
+        for start, end in itertools.pairwise(borders):
+            here = [expert for expert in self.ranges if expert.start <= start and end <= expert.end]
+            if not here:
+                raise UserError(f"No expert is there for timesteps {start:g} to {end:g}: leave no gap.")
+            if start < 0 or len(here) > (2 if self.fuse else 1):
+                number = "More than two" if self.fuse else "Two"
                 raise UserError(
-                    f"Two experts are there for timesteps {start:g} to {min(reached, end):g}, or one starts below 0."
+                    f"{number} experts are there for timesteps {start:g} to {end:g}, or one starts below 0."
                 )
-            reached = end
+            self.stretches.append((start, here))
 
     @classmethod
     def at_steps(cls, steps: Sequence[tuple[float, Any, str]], total: float, scheduler: str = "") -> Experts:
@@ -131,10 +143,15 @@ class AttachedExperts(StandIn):
     noun = "experts"
 
     def __init__(self, experts: Experts, model: nn.Module) -> None:
+        self._starts = [start for start, _ in experts.stretches]
+        # A model that is there twice is there once: what it would be mixed with is itself.
+        self._denoisers = [
+            list(dict.fromkeys(expert.denoiser or model for expert in here)) for _, here in experts.stretches
+        ]
+        self._side_by_side = [SideBySide(each) if len(each) > 1 else None for each in self._denoisers]
         super().__init__(model)
         self.experts = experts
         self._levels = family_of(type(model)).sample_levels
-        self._starts = [expert.start for expert in experts.ranges]
         self._takes_whole_batch = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,16 +174,22 @@ class AttachedExperts(StandIn):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _choose(self, timestep: Any) -> list[int]:
-        """The number of each sample's range; of one for all where one timestep is for all."""
+        """The number of each sample's stretch; of one for all where one timestep is for all."""
         levels = self._levels(torch.as_tensor(timestep).detach().cpu().double())
         # Rounded, since float32 loses some digits where a model takes timesteps divided by 1000.
         timesteps = (levels * 1000.0).round(decimals=3).tolist()
         return [max(0, bisect.bisect_right(self._starts, value) - 1) for value in timesteps]
 
     def _call(self, number: int, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A range's denoiser, or `own` where that is the model itself."""
-        denoiser = self.experts.ranges[number].denoiser
-        if denoiser is None or denoiser is self._model:
+        """The answer of a range's denoiser, or of two together; `own` is how the model itself is called."""
+        side_by_side = self._side_by_side[number]
+        calls = [partial(self._answer, denoiser, own, args, kwargs) for denoiser in self._denoisers[number]]
+        return side_by_side(calls) if side_by_side else calls[0]()
+
+    def _answer(
+        self, denoiser: nn.Module, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if denoiser is self._model:
             return own(*args, **kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if tensors and next(denoiser.parameters()).device != tensors[0].device:

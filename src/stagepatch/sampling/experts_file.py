@@ -19,7 +19,7 @@ from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, 
 
 NUMBER, TEXT, _LIST = "a number", "a text", "a list of at least one entry"
 _TYPES = {NUMBER: (int, float), TEXT: (str,), _LIST: (list,)}
-_FILE = {"experts": _LIST, "steps": _LIST, "scheduler": TEXT}
+_FILE = {"experts": _LIST, "steps": _LIST, "scheduler": TEXT, "fuse": TEXT}
 _NAMED = {"name": TEXT, "learned": TEXT, "model": TEXT}
 _RANGE = {"from": NUMBER, "to": NUMBER, **_NAMED}
 _STEP = {"timestep": NUMBER, "expert": TEXT}
@@ -144,6 +144,8 @@ def _parse(content: Any, directory: Path, total: float) -> Experts:
     has_steps = "steps" in values
     if "scheduler" in values and not has_steps:
         raise UserError("`scheduler` goes with `steps`; with ranges, --sampling.scheduler chooses the sampler.")
+    if has_steps and "fuse" in values:
+        raise UserError("`fuse` goes with ranges that overlap; a step has one expert.")
     sources = []
     for number, entry in enumerate(values["experts"], 1):
         if has_steps and isinstance(entry, dict) and {"from", "to"} & set(entry):
@@ -153,11 +155,11 @@ def _parse(content: Any, directory: Path, total: float) -> Experts:
     if has_steps:
         return Experts.at_steps(_steps(values["steps"], sources, total), total, values.get("scheduler", ""))
     bounds = [(entry["from"], entry["to"]) for entry in values["experts"]]
-    experts = Experts([ExpertRange(*each, source, source.name) for each, source in zip(bounds, sources, strict=True)])
-    if experts.ranges[-1].end != total:
-        raise UserError(
-            f"The experts' ranges end at {experts.ranges[-1].end:g}; the model has timesteps 0 to {total:g}."
-        )
+    ranges = [ExpertRange(*each, source, source.name) for each, source in zip(bounds, sources, strict=True)]
+    experts = Experts(ranges, fuse=values.get("fuse", ""))
+    end = max(expert.end for expert in ranges)
+    if end != total:
+        raise UserError(f"The experts' ranges end at {end:g}; the model has timesteps 0 to {total:g}.")
     return experts
 
 

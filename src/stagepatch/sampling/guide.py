@@ -13,7 +13,7 @@ from stagepatch.methods import open_artifact
 from stagepatch.sampling.config import SamplingConfig, check_interval
 from stagepatch.sampling.experts import check_fits
 from stagepatch.sampling.experts_file import ExpertSource, load_expert
-from stagepatch.sampling.stand_in import StandIn, check_free
+from stagepatch.sampling.stand_in import StandIn, check_free, combine
 
 
 class Guide(StandIn):
@@ -50,22 +50,17 @@ class Guide(StandIn):
         output = self._forward(*args, **kwargs)
         if self.scale == 1.0 or not self._acts_at(self.timestep_of(args, kwargs)):
             return output
-        return self._away(output, self.worse(*args, **kwargs))
+        return combine(self._away, output, self.worse(*args, **kwargs))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _acts_at(self, timestep: Any) -> bool:
         level = float(self._levels(torch.as_tensor(timestep).double()).max())
         return self.interval[0] <= level <= self.interval[1]
 
-    def _away(self, own: Any, worse: Any) -> Any:
-        """One output of the two, of the same kind: a tensor, a tuple of them, or diffusers' class."""
-        if isinstance(own, Tensor):
-            mixed = worse + self.scale * (own - worse)
-            channels = self._channels or own.shape[1]
-            return torch.cat([mixed[:, :channels], own[:, channels:]], dim=1)
-        if isinstance(own, dict):
-            return type(own)(**{name: self._away(value, worse[name]) for name, value in own.items()})
-        return tuple(self._away(one, other) for one, other in zip(own, worse, strict=True))
+    def _away(self, own: Tensor, worse: Tensor) -> Tensor:
+        mixed = worse + self.scale * (own - worse)
+        channels = self._channels or own.shape[1]
+        return torch.cat([mixed[:, :channels], own[:, channels:]], dim=1)
 
 
 def guide_on(model: nn.Module) -> Guide | None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from stagepatch.core import UserError
 from stagepatch.families.registry import family_of
@@ -70,3 +71,14 @@ def check_free(model: nn.Module) -> None:
     """Refuse a model for whose forward something stands in already."""
     if isinstance(model.forward, StandIn):
         raise UserError(f"The model has {model.forward.noun} attached already: detach them first.")
+
+
+def combine(function: Callable[[Tensor, Tensor], Tensor], own: Any, other: Any) -> Any:
+    """One output of two, of the same kind: a tensor, a tuple or list of them, or diffusers' class."""
+    if isinstance(own, Tensor):
+        return function(own, other)
+    if isinstance(own, dict):
+        return type(own)(**{name: combine(function, value, other[name]) for name, value in own.items()})
+    if own is None:
+        return None
+    return type(own)(combine(function, *each) for each in zip(own, other, strict=True))

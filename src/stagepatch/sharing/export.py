@@ -122,7 +122,10 @@ def _of_schedule(path: Path) -> Iterator[PlainLoRA]:
             for lora in _of_place(Path(entry.name), (entry.start, entry.end)):
                 yield replace(lora, label=f"-{number}", weight=entry.weight)
         return
-    for number, expert in enumerate(read_schedule(path, NUM_TIMESTEPS).ranges, 1):
+    experts = read_schedule(path, NUM_TIMESTEPS)
+    if experts.fuse:
+        raise UserError(f"'{path}' mixes features of its experts, which no file of LoRAs says.")
+    for number, expert in enumerate(experts.ranges, 1):
         source: Any = expert.denoiser
         if source.model:
             raise UserError(f"Expert {number} of '{path}' is a model, no LoRA.")

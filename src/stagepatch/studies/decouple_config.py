@@ -87,6 +87,8 @@ class DecoupleConfig(TrainConfig):
         p: probability of a timestep from all of T instead of the range (DeMe: 0.3; CIFAR-10: 0.4), or a list of one
             for each range (MEME).
         consistency: weight of the squared distance to the original's prediction (DeMe: 1).
+        spectral: weight of that distance frequency by frequency, each over its magnitude in the image, besides
+            (Spectral Diffusion, arXiv 2211.17106: both 0.1).
         projection: a C×C map after each stage of a U-Net, or on the input of each block, the identity at first, that
             trains with all weights (DeMe). It is folded into the model's own weights where that is exact; where it is
             not, it is kept in the model's file, and diffusers alone would leave it out. Only for method 'finetune',
@@ -113,6 +115,7 @@ class DecoupleConfig(TrainConfig):
     prune_threshold: float = 0.05
     p: float | list[float] | None = None
     consistency: float | None = None
+    spectral: float = 0.0
     projection: bool | None = None
     antithetic: bool | None = None
     stage: int = -1
@@ -126,7 +129,7 @@ class DecoupleConfig(TrainConfig):
         for name, value in _PRESETS[self.preset][0].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        limits = dict.fromkeys(("consistency", "boundaries", "tree"), 0)
+        limits = dict.fromkeys(("consistency", "spectral", "boundaries", "tree"), 0)
         check_numbers(self, **limits, num_stages=1, stage=-1, p=(0, 1))
         if self.method == "none":
             raise UserError("method='none' trains nothing: give one that does.")
@@ -138,9 +141,10 @@ class DecoupleConfig(TrainConfig):
             raise UserError(
                 f"projection trains with all weights: set it to false, or method='{self.method}' to finetune."
             )
-        if self.training.shard_base and self.consistency:
+        if self.training.shard_base and (self.consistency or self.spectral):
             raise UserError(
-                "training.shard_base goes without a consistency loss, which copies the model: set consistency to 0."
+                "training.shard_base goes without a consistency loss, which copies the model: set consistency to 0, "
+                "and spectral."
             )
         self._check_unequal()
         if self.tree:

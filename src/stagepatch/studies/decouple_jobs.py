@@ -85,6 +85,7 @@ class Stage(Job):
         tree = [[branch.first, branch.stop] for branch in self.branches]
         # A flow's stages were once ranges of T before the shift: what was begun so is not gone on with.
         unit = {"ranges_of": "noise level"} if self.is_flow else {}
+        own |= {"spectral": self.study.spectral} if self.study.spectral else {}
         return {**unit, **run, **self.config.learns_by(), **own, "first": self.first, "stop": self.stop, "tree": tree}
 
     def is_done(self) -> bool:
@@ -126,8 +127,8 @@ class Stage(Job):
             run.start_from = self.parent.directory
         run.objective.timesteps = timesteps
         learned = run.method
-        if self.study.consistency:
-            run.method = Consistent(learned, self.study.consistency, original)
+        if self.study.consistency or self.study.spectral:
+            run.method = Consistent(learned, self.study.consistency or 0.0, original, self.study.spectral)
         run.train(progress=self.study.stage >= 0)
         if processes().is_main_process:
             if self.study.projection:

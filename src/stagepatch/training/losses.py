@@ -60,6 +60,7 @@ class DenoisingLoss(nn.Module):
         weights: Tensor | None = None,
     ) -> Tensor:
         """Of each sample: [B]."""
+        self.method.x_start = x_start
         x_t = self.objective.add_noise(x_start, noise, timesteps).to(self.dtype)
         output = predict(self.model, x_t, self.objective.model_timesteps(timesteps), condition)
         return self.objective.loss(output, x_start, noise, timesteps, weights)
