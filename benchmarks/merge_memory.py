@@ -86,7 +86,8 @@ def read_and_write(paths: list[Path], output: Path) -> float:
 def merge(script: str, paths: list[Path], output: Path) -> tuple[float, float, float]:
     """Seconds of the wall and of the processor, and peak MiB, of a merge in a process of its own."""
     command = [sys.executable, "-c", script, paths[0], output, *paths[1:]]
-    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, env=environment)
     wall, cpu, peak = json.loads(done.stdout.splitlines()[-1])
     return wall, cpu, peak
 

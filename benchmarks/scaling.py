@@ -111,7 +111,7 @@ def all_reduce(size: float, devices: int, bandwidth: float, hop: float) -> float
 def counted(model: Model) -> tuple[int, dict[str, int]]:
     """Operations of a forward of one sample, and parameters of what can be trained."""
     with torch.device("meta"):
-        plain = model.build().requires_grad_(False).eval()
+        plain = model.build().to("meta").requires_grad_(False).eval()  # a buffer is made on the CPU
         latents, timesteps = torch.empty(model.latents), torch.empty(1)
         condition: Any = {name: torch.empty(shape) for name, shape in model.condition.items()}
         condition = condition or torch.zeros(1, dtype=torch.long)
@@ -119,7 +119,7 @@ def counted(model: Model) -> tuple[int, dict[str, int]]:
             predict(plain, latents, timesteps, condition)
         counts = {"all weights": sum(parameter.numel() for parameter in plain.parameters())}
         for name, method in (("LoRA of rank 16", LoRA(LoRAConfig(rank=16))), ("DMP", DMP(model.patch))):
-            groups = method.prepare(model.build())
+            groups = method.prepare(model.build().to("meta"))
             counts[name] = sum(parameter.numel() for group in groups for parameter in group["params"])
     return counter.get_total_flops(), counts
 
