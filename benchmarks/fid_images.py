@@ -27,8 +27,8 @@ from paired import paired, seconds
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stagepatch.evaluation import Statistics, extract_features, frechet_distance
-from stagepatch.evaluation.features import InceptionFeatures
+from stagepatch.evaluation import Statistics, frechet_distance
+from stagepatch.evaluation.features import InceptionFeatures, extract_features
 from stagepatch.evaluation.inception import Inception
 
 

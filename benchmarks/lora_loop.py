@@ -178,6 +178,7 @@ def main() -> None:
             each = seconds_a_step(way, unet, arguments)
             if number >= 0:
                 taken[way].append(each)
+                print(f"round {number}, {way}: {each:.3f} s a step", flush=True)
     for way in WAYS[1:]:
         print(f"a step, ours / {way}: {Paired(taken['ours'], taken[way])}", flush=True)
     peaks = {way: peak_memory(way) for way in WAYS}
