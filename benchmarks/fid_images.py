@@ -57,8 +57,8 @@ def save_weights(path: Path) -> None:
 
 def torch_fidelity() -> Any:
     if importlib.util.find_spec("torchvision") is None:
-        for name in ("torchvision", "torchvision.transforms", "torchvision.datasets", "torchvision.models"):
-            sys.modules[name] = MagicMock()
+        for name in ("", ".transforms", ".transforms.functional", ".datasets", ".models"):
+            sys.modules[f"torchvision{name}"] = MagicMock()
     return importlib.import_module("torch_fidelity")
 
 
