@@ -1,9 +1,10 @@
 """Merging four copies of a 114M-parameter U-Net: peak memory, and time over reading and writing the files once.
 
-    python benchmarks/merge_memory.py [--rounds 3]
+    python benchmarks/merge_memory.py [--rounds 3] [--mergekit]
 
 Each merge is a process of its own; the baseline reads the same five files and writes one of their size, in
-pieces, flushed to the disk as a merge is.
+pieces, flushed to the disk as a merge is. With `--mergekit`, which is to be importable, its `mergekit-pytorch` merges
+the same four files by the method linear in turns with ours; seconds of the processor and of the wall, imports apart.
 """
 
 from __future__ import annotations
@@ -21,16 +22,35 @@ from pathlib import Path
 
 import diffusers
 import torch
+from paired import Paired
+from safetensors.torch import load_file
 
 MERGE = """
 import json, resource, sys, time
 from pathlib import Path
 from stagepatch.merging import merge_models
 base, output, *stages = map(Path, sys.argv[1:])
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 merge_models(base, stages, [0.25] * len(stages), output)
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+seconds = [time.perf_counter() - start, time.process_time() - cpu]
+print(json.dumps([*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+
+# The same weighted sum of the four stages, as the command `mergekit-pytorch` makes it.
+MERGEKIT = """
+import json, resource, sys, time
+from mergekit.graph import Executor
+from mergekit.options import MergeOptions
+from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
+_, output, *stages = sys.argv[1:]
+start, cpu = time.perf_counter(), time.process_time()
+files = [f"{stage}/unet/diffusion_pytorch_model.safetensors" for stage in stages]
+models = [{"model": file, "parameters": {"weight": 0.25}} for file in files]
+config = RawPyTorchMergeConfig(merge_method="linear", models=models)
+tasks = plan_flat_merge(config, output, False, False, MergeOptions())
+Executor(tasks, math_device="cpu", storage_device="cpu").execute()
+seconds = [time.perf_counter() - start, time.process_time() - cpu]
+print(json.dumps([*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """
 
 
@@ -63,19 +83,46 @@ def read_and_write(paths: list[Path], output: Path) -> float:
     return time.perf_counter() - start
 
 
+def merge(script: str, paths: list[Path], output: Path) -> tuple[float, float, float]:
+    """Seconds of the wall and of the processor, and peak MiB, of a merge in a process of its own."""
+    command = [sys.executable, "-c", script, paths[0], output, *paths[1:]]
+    environment = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    wall, cpu, peak = json.loads(done.stdout.splitlines()[-1])
+    return wall, cpu, peak
+
+
+def compare(paths: list[Path], output: Path, rounds: int) -> None:
+    """Ours over mergekit's."""
+    both: list[list[tuple[float, float, float]]] = [[], []]
+    for number in range(rounds):
+        for index in (0, 1) if number % 2 else (1, 0):
+            both[index].append(merge((MERGE, MERGEKIT)[index], paths, output))
+            merged = [load_file(file) for file in sorted(output.rglob("*.safetensors"))]
+            if number == 0:
+                total = sum(value.double().abs().sum() for part in merged for value in part.values())
+                print(f"{('ours', 'mergekit')[index]}: the merged weights' absolute sum is {total:.6f}", flush=True)
+            shutil.rmtree(output)
+    for place, name in enumerate(("time on the wall", "time of the processor", "peak memory, MiB")):
+        values = [[each[place] for each in side] for side in both]
+        print(f"{name}, ours / mergekit: {Paired(*values)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mergekit", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         paths = save_models(directory)
+        if arguments.mergekit:
+            compare(paths, directory / "merged", arguments.rounds)
+            return
         times, baselines, memory = [], [], []
         for _ in range(arguments.rounds):
             baselines.append(read_and_write(paths, directory / "copy"))
-            command = [sys.executable, "-c", MERGE, paths[0], directory / "merged", *paths[1:]]
-            done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-            seconds, peak = json.loads(done.stdout)
+            seconds, _, peak = merge(MERGE, paths, directory / "merged")
             times.append(seconds)
             memory.append(peak)
             shutil.rmtree(directory / "merged")

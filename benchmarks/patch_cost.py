@@ -1,33 +1,35 @@
 """What a patch costs: forward, training step and peak memory, as ratios against the plain model.
 
-    python benchmarks/patch_cost.py [--models DiT-S/2 DiT-B/2] [--rounds 7] [--device cpu]
+    python benchmarks/patch_cost.py [--models DiT-S/2 DiT-B/2] [--what forward step memory] [--rounds 9]
+        [--layers 0] [--batch 8] [--profile] [--device cpu]
 
-A and B alternate in one process; each ratio is of medians. Peak memory is of one process per method: on a CPU its
-resident set, less what the imports take, with malloc told to return what is freed (else its free lists count too);
-on an accelerator the allocator's peak.
+A and B alternate in one process, see paired.py. `--layers` is of models cut to so many blocks. `--profile` shows where
+a training step goes, of fine-tuning and of DMP. Peak memory is of one process per method: on a CPU its resident set,
+less what the imports take, with malloc told to return what is freed (else its free lists count too); on an accelerator
+the allocator's peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
+from paired import Paired, paired
 from torch import nn
+from torch.profiler import profile
 
 from stagepatch import DiT, Patch
 from stagepatch.diffusion import Objective, ObjectiveConfig, make_scheduler
 from stagepatch.families import predict
 
 
-def build(name: str, device: str) -> DiT:
+def build(name: str, device: str, layers: int = 0) -> DiT:
     torch.manual_seed(0)
-    model = DiT.from_name(name)
+    model = DiT.from_name(name, **({"num_layers": layers} if layers else {}))
     for block in model.blocks:  # adaLN-Zero starts as the identity: give every branch something to do
         nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)
     return model.to(device).eval()
@@ -42,9 +44,9 @@ def inputs(batch: int, device: str) -> tuple[torch.Tensor, ...]:
     return tuple(value.to(device) for value in (sample, noise, timesteps, labels))
 
 
-def make_step(name: str, method: str, batch: int, device: str) -> Callable[[], None]:
+def make_step(name: str, method: str, batch: int, device: str, layers: int = 0) -> Callable[[], None]:
     """One training step, optimizer included, of 'dmp' or 'finetune'."""
-    model = build(name, device)
+    model = build(name, device, layers)
     objective = Objective(make_scheduler(ObjectiveConfig(), True), True)
     if method == "dmp":
         model.requires_grad_(False)
@@ -69,22 +71,8 @@ def make_step(name: str, method: str, batch: int, device: str) -> Callable[[], N
     return step
 
 
-def alternate(first: Callable[[], None], second: Callable[[], None], rounds: int, device: str) -> float:
-    """Median time of `second` over that of `first`, after one warm-up of each."""
-    times: list[list[float]] = [[], []]
-    for round_ in range(rounds + 1):
-        for index in (0, 1) if round_ % 2 else (1, 0):
-            start = time.perf_counter()
-            (first, second)[index]()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if round_:
-                times[index].append(time.perf_counter() - start)
-    return statistics.median(times[1]) / statistics.median(times[0])
-
-
-def forward_ratio(name: str, batch: int, rounds: int, device: str) -> float:
-    model = build(name, device).requires_grad_(False)
+def forward_ratio(name: str, batch: int, rounds: int, device: str, layers: int) -> Paired:
+    model = build(name, device, layers).requires_grad_(False)
     patch = Patch.create(model).eval()
     for parameter in patch.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -96,7 +84,22 @@ def forward_ratio(name: str, batch: int, rounds: int, device: str) -> float:
         with torch.no_grad():
             predict(model, sample, timesteps, labels)
 
-    return alternate(lambda: run(False), lambda: run(True), rounds, device)
+    return paired(lambda: run(True), lambda: run(False), rounds)
+
+
+def show_profile(name: str, method: str, batch: int, device: str, layers: int) -> None:
+    """Where a training step goes, by operation, of its own time."""
+    step = make_step(name, method, batch, device, layers)
+    step()
+    with profile() as profiler:
+        for _ in range(3):
+            step()
+    by_own_time = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in by_own_time)
+    print(f"{name}, {method}: {total / 3e6:.2f} s a step")
+    for event in by_own_time[:16]:
+        share = 100 * event.self_cpu_time_total / total
+        print(f"{event.key[:60]:<60} {share:5.1f} % {event.count // 3:5} calls", flush=True)
 
 
 def peak_memory(name: str, method: str, batch: int, device: str) -> int:
@@ -127,27 +130,37 @@ def process_memory(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", nargs="+", default=["DiT-S/2", "DiT-B/2"])
+    parser.add_argument("--what", nargs="+", default=["forward", "step", "memory"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=0)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak", choices=["dmp", "finetune"])
     arguments = parser.parse_args()
-    batch, rounds, device = arguments.batch, arguments.rounds, arguments.device
+    batch, rounds, device, layers = arguments.batch, arguments.rounds, arguments.device, arguments.layers
     if arguments.peak:
         print_peak(arguments.models[0], arguments.peak, batch, device)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, device {device}, batch {batch}")
     for name in arguments.models:
-        print(f"{name}: patched / plain forward      {forward_ratio(name, batch, rounds, device):.3f}", flush=True)
-        steps = [make_step(name, method, batch, device) for method in ("finetune", "dmp")]
-        print(f"{name}: DMP / fine-tuning step       {alternate(*steps, rounds, device):.3f}", flush=True)
-        del steps
-        peaks = [peak_memory(name, method, batch, device) for method in ("dmp", "finetune")]
-        print(
-            f"{name}: DMP / fine-tuning peak memory {peaks[0] / peaks[1]:.3f} "
-            f"({peaks[0] / 2**20:.0f} / {peaks[1] / 2**20:.0f} MiB)",
-            flush=True,
-        )
+        if arguments.profile:
+            for method in ("finetune", "dmp"):
+                show_profile(name, method, batch, device, layers)
+            continue
+        if "forward" in arguments.what:
+            print(f"{name}: patched / plain forward {forward_ratio(name, batch, rounds, device, layers)}", flush=True)
+        if "step" in arguments.what:
+            steps = [make_step(name, method, batch, device, layers) for method in ("dmp", "finetune")]
+            print(f"{name}: DMP / fine-tuning step {paired(*steps, rounds)}", flush=True)
+            del steps
+        if "memory" in arguments.what:
+            peaks = [peak_memory(name, method, batch, device) for method in ("dmp", "finetune")]
+            print(
+                f"{name}: DMP / fine-tuning peak memory {peaks[0] / peaks[1]:.3f} "
+                f"({peaks[0] / 2**20:.0f} / {peaks[1] / 2**20:.0f} MiB)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

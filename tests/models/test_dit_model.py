@@ -55,6 +55,14 @@ def test_learned_sigma_doubles_the_output_channels(make_dit, learn_sigma, channe
     assert make_dit(learn_sigma=learn_sigma)(*inputs()).sample.shape == (2, channels, 8, 8)
 
 
+def test_tokens_lie_one_after_another_in_memory(model):
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, args: seen.append(args[0].is_contiguous()))
+    model(*inputs())
+    assert seen == [True, True]  # else every norm would copy them
+
+
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12), (12, 4), (16, 16)])
 def test_takes_any_height_and_width(model, height, width):
     assert model(*inputs(height, width)).sample.shape == (2, 6, height, width)

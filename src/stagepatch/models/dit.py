@@ -198,6 +198,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         timesteps = timesteps.expand(batch)
 
         hidden_states = self.x_embedder(sample) + self._positions(grid).to(sample.dtype)
+        hidden_states = hidden_states.contiguous()  # of a convolution: without it, channel by channel in every block
         conditioning = self.t_embedder(timesteps)
         if self.y_embedder is not None:
             condition = self._condition(batch, class_labels, pooled_projections)
