@@ -17,6 +17,7 @@ import transformers
 from diffusers.pipelines.cosmos import pipeline_cosmos2_text2image
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
 from diffusers.pipelines.kandinsky5 import pipeline_kandinsky
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
 from diffusers.pipelines.prx import pipeline_prx
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
@@ -320,6 +321,16 @@ def gemma(tokenizer: Any) -> Any:
     return transformers.Gemma2Model(config)
 
 
+def gemma3(tokenizer: Any) -> Any:
+    """Of LTX-2, which takes the states of all layers, and never an image."""
+    text = {**_SMALL, "vocab_size": len(tokenizer), "head_dim": 12, "query_pre_attn_scalar": 12}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=4
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 def llama(tokenizer: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SMALL, vocab_size=len(tokenizer)))
 
@@ -543,6 +554,41 @@ def ltx_vae() -> Any:
     vae.latents_mean.copy_(torch.tensor([0.5, -0.3, 0.1, 0.8]))
     vae.latents_std.copy_(torch.tensor([0.7, 1.4, 0.9, 1.2]))
     return vae
+
+
+def ltx2_vae() -> Any:
+    """Smaller by 32, and by 8 over time."""
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    vae.latents_mean.copy_(torch.tensor([0.5, -0.3, 0.1, 0.8]))
+    vae.latents_std.copy_(torch.tensor([0.7, 1.4, 0.9, 1.2]))
+    return vae
+
+
+def ltx2_audio_vae() -> Any:
+    """Of sound in 4 latent channels of 2 bins, 8 numbers a token."""
+    sizes: dict[str, Any] = {"base_channels": 8, "ch_mult": (1, 2, 4), "num_res_blocks": 1, "resolution": 32}
+    return diffusers.AutoencoderKLLTX2Audio(**sizes, latent_channels=4, mel_bins=8, in_channels=2)
+
+
+def ltx2_vocoder() -> Any:
+    sizes: dict[str, Any] = {"upsample_kernel_sizes": [4, 4], "upsample_factors": [2, 2], "hidden_channels": 8}
+    resnets: dict[str, Any] = {"resnet_kernel_sizes": [3], "resnet_dilations": [[1]]}
+    return LTX2Vocoder(in_channels=16, out_channels=2, **sizes, **resnets)
+
+
+def ltx2_connectors() -> Any:
+    """Of the three hidden states of `gemma3`; padding becomes registers."""
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "num_learnable_registers": 16}
+    both = {f"{of}_connector_{name}": value for of in ("video", "audio") for name, value in heads.items()}
+    return LTX2TextConnectors(caption_channels=TEXT_CHANNELS, text_proj_in_factor=3, **both)
 
 
 def mochi_vae() -> Any:
@@ -980,6 +1026,9 @@ PIPELINES |= {
         sample_size=[8, 8],
     ),
 }
+# LTX-2 is guided by captions, by perturbed attention and by what it makes without sound, of video and sound apart.
+UNGUIDED = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
+UNGUIDED |= {"modality_scale": 1.0, "audio_modality_scale": 1.0}
 PIPELINES |= {
     "LTXVideoTransformer3DModel": Tiny(
         diffusers.LTXPipeline,
@@ -989,6 +1038,18 @@ PIPELINES |= {
         pixels=(128, 128),
         other_pixels=(192, 128),
         arguments=prompted(32, num_frames=9),
+        sample_size=[2, 4, 4],
+    ),
+    "LTX2VideoTransformer3DModel": Tiny(
+        diffusers.LTX2Pipeline,
+        flow_match(**_DYNAMIC, max_shift=2.05, shift_terminal=0.1),
+        ltx2_vae,
+        [(gemma_tokenizer, gemma3)],
+        changes={"audio_in_channels": 8, "audio_out_channels": 8},
+        made={"audio_vae": ltx2_audio_vae, "vocoder": ltx2_vocoder, "connectors": ltx2_connectors},
+        pixels=(128, 128),
+        other_pixels=(192, 128),
+        arguments=prompted(32, num_frames=9, **UNGUIDED),
         sample_size=[2, 4, 4],
     ),
     "SkyReelsV2Transformer3DModel": Tiny(

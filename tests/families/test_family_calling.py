@@ -130,6 +130,8 @@ CALLS = {
     "HunyuanVideoTransformer3DModel": {"guidance_scale": 1.0},
     "HunyuanImageTransformer2DModel": {"distilled_guidance_scale": 1.0},
     "OmniGenTransformer2DModel": {"img_guidance_scale": 1.0},
+    # Guided away from its sound as far as to be the pass without it.
+    "LTX2VideoTransformer3DModel": {"modality_scale": 0.0, "audio_modality_scale": 3.0, "guidance_rescale": 0.0},
 }
 
 

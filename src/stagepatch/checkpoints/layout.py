@@ -13,7 +13,7 @@ BUNDLED = {name: _ASSETS / f"{name}-dit" for name in ("digits", "fashion")}
 DENOISERS = ("transformer", "unet")
 SECOND = "transformer_2"  # of a model that its makers split by noise level
 TEXT_PARTS = [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3", "_4")]
-TEXT_PARTS.append("processor")  # in place of a tokenizer
+TEXT_PARTS += ["processor", "connectors"]  # in place of a tokenizer; LTX-2's, behind its text encoder
 
 _OF_DISTILLED = (
     "LCMScheduler",
@@ -133,7 +133,7 @@ def lay_out_encoders(source: str | Path, directory: Path, with_text: bool) -> No
 
 
 def encoder_directories(source: str | Path) -> dict[str, Path]:
-    """Directories of VAE, text encoders, tokenizers and processors, by name."""
+    """Directories of VAE, text encoders with what is behind them, tokenizers and processors, by name."""
     directory = find_model(source, ["vae", *TEXT_PARTS])
-    names = ("text_encoder*", "tokenizer*", "processor*", "vae*")
+    names = ("text_encoder*", "tokenizer*", "processor*", "connectors*", "vae*")
     return {path.name: path for name in names for path in sorted(directory.glob(name)) if path.is_dir()}

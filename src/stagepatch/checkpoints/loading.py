@@ -39,9 +39,10 @@ _UNLOADABLE: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, Ru
 _UNLOADABLE += (LookupError, UnpicklingError, SafetensorError)
 # While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
 _ONE_AT_A_TIME = Lock()
-# What a pipeline does without to encode captions; the last three rewrite prompts.
-_HEAVY = {"transformer", "transformer_2", "unconditional_transformer", "unet", "vae"}
-_HEAVY |= {"image_encoder", "feature_extractor", "safety_checker", "text_processor", "pe", "prompt_enhancer_head"}
+# What a pipeline does without to encode captions; the last four rewrite prompts.
+_HEAVY = {"transformer", "transformer_2", "unconditional_transformer", "unet", "vae", "audio_vae", "vocoder"}
+_HEAVY |= {"duration_head", "image_encoder", "feature_extractor", "safety_checker"}
+_HEAVY |= {"text_processor", "pe", "prompt_enhancer", "prompt_enhancer_head"}
 
 
 def load_denoiser(
