@@ -303,6 +303,25 @@ def clip(tokenizer: Any, hidden_size: int, projection: int | None = None) -> Any
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 
 
+def clip_vision() -> Any:
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**sizes, projection_dim=12, image_size=16, patch_size=8)
+    return transformers.CLIPVisionModelWithProjection(config)
+
+
+def picture_reader() -> Any:
+    """For `clip_vision`; what transformers makes without torchvision."""
+    size = {"shortest_edge": 16}
+    return transformers.CLIPImageProcessor(size=size, crop_size={"height": 16, "width": 16})
+
+
+def kandinsky_prior() -> Any:
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    prior = diffusers.PriorTransformer(**heads, embedding_dim=12, num_embeddings=77)
+    prior.clip_std.data.fill_(1.0)
+    return prior
+
+
 def t5(tokenizer: Any, kind: str = "T5") -> Any:
     """`kind` is T5 or UMT5."""
     widths = {"vocab_size": len(tokenizer), "d_model": TEXT_CHANNELS, "d_kv": 12, "d_ff": 32}
@@ -961,16 +980,21 @@ PIPELINES: dict[str, Tiny] = {
         arguments={"class_labels": [3]},
         is_trained=False,
     ),
+    # With its prior, which makes an image's embedding of a caption.
     "UNet2DConditionModel of Kandinsky 2.2": Tiny(
-        diffusers.KandinskyV22Pipeline,
+        diffusers.KandinskyV22CombinedPipeline,
         partial(diffusers.DDPMScheduler, **_KANDINSKY_BETAS),
         movq,
-        arguments={
-            "image_embeds": torch.linspace(-1, 1, 12)[None],
-            "negative_image_embeds": torch.zeros(1, 12),
+        made={
+            "prior_prior": kandinsky_prior,
+            "prior_scheduler": partial(diffusers.UnCLIPScheduler, prediction_type="sample", clip_sample_range=5.0),
+            "prior_tokenizer": clip_tokenizer,
+            "prior_text_encoder": lambda: clip(clip_tokenizer(), hidden_size=12, projection=12),
+            "prior_image_encoder": clip_vision,
+            "prior_image_processor": picture_reader,
         },
+        arguments=prompted(prior_num_inference_steps=2),
         vae_name="movq",
-        is_trained=False,
     ),
     "UNet2DConditionModel of DeepFloyd IF": Tiny(
         diffusers.IFPipeline,
