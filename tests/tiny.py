@@ -820,3 +820,17 @@ FAMILIES |= {
 # As Qwen-Image-Edit-2511.
 _QWEN = FAMILIES["QwenImageTransformer2DModel"]
 FAMILIES["QwenImageTransformer2DModel of edits"] = replace(_QWEN, config={**_QWEN.config, "zero_cond_t": True})
+# As Qwen-Image-Layered: the whole picture and two layers are made, of a picture that comes behind them.
+FAMILIES["QwenImageTransformer2DModel of layers"] = replace(
+    _QWEN,
+    config={**_QWEN.config, "use_layer3d_rope": True, "use_additional_t_cond": True},
+    draws={
+        **_QWEN.draws,
+        "hidden_states": lambda batch, height, width: torch.cat(
+            [*(packed(batch, height, width) for _ in range(3)), torch.ones(batch, height // 2 * (width // 2), 16)],
+            dim=1,
+        ),
+        "img_shapes": lambda batch, height, width: [[(1, height // 2, width // 2)] * 4] * batch,
+        "additional_t_cond": lambda batch, *_: torch.zeros(batch, dtype=torch.long),
+    },
+)

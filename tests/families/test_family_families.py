@@ -35,6 +35,7 @@ SIZES = {
     "GlmImageTransformer2DModel": [8, 8],
     "QwenImage21Transformer2DModel": [8, 8],
     "QwenImageTransformer2DModel of edits": [8, 8],
+    "QwenImageTransformer2DModel of layers": [3, 8, 8],
     "CogVideoXTransformer3DModel": [FRAMES, 8, 8],
     "HunyuanVideoTransformer3DModel": [FRAMES, 8, 8],
     "HunyuanVideo15Transformer3DModel": [FRAMES, 8, 8],
@@ -60,6 +61,7 @@ BEHIND = {
     ("ZImageTransformer2DModel", "noise_refiner"): 16,
     ("ZImageTransformer2DModel", "layers"): 16 + 32,
     ("ErnieImageTransformer2DModel", "layers"): 5,
+    ("QwenImageTransformer2DModel of layers", "transformer_blocks"): 16,
 }
 
 

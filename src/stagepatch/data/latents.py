@@ -39,8 +39,8 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     latents = latents / scale + shift
     is_frame = _is_frame(vae, latents)
     # A later VAE of LTX is told a timestep, which its pipelines leave at 0; MoVQ not to quantise.
-    told = (latents.new_zeros(len(latents)),) if vae.config.get("timestep_conditioning") else ()
-    told = (True,) if _is_quantized(vae) else told
+    told: tuple[Any, ...] = (True,) if _is_quantized(vae) else ()
+    told = (latents.new_zeros(len(latents)),) if vae.config.get("timestep_conditioning") else told
     images: Tensor = vae.decode(latents.unsqueeze(2) if is_frame else latents, *told, return_dict=False)[0]
     return (images.squeeze(2) if is_frame else images)[:, :3].clamp(-1.0, 1.0)
 
