@@ -611,6 +611,29 @@ FAMILIES = {
         others=TEXT,
     ),
 }
+FAMILIES["NucleusMoEImageTransformer2DModel"] = Family(
+    diffusers.NucleusMoEImageTransformer2DModel,
+    config(
+        LAYERS,
+        JOINT,
+        in_channels=16,
+        out_channels=4,
+        axes_dims_rope=(4, 4, 8),
+        num_key_value_heads=1,
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=2,
+        moe_intermediate_dim=16,
+        capacity_factors=1.0,
+        mlp_ratio=6.0,
+    ),
+    {
+        "hidden_states": packed,
+        "timestep": fractions,
+        "encoder_hidden_states": text,
+        "encoder_hidden_states_mask": mask_of_different_lengths,
+        "img_shapes": lambda batch, height, width: [(1, height // 2, width // 2)] * batch,
+    },
+)
 FAMILIES |= {
     "CogVideoXTransformer3DModel": Family(
         diffusers.CogVideoXTransformer3DModel,
@@ -781,6 +804,25 @@ FAMILIES |= {
             time_embed_dim=16,
         ),
         {**VIDEO_INPUTS, "encoder_attention_mask": mask_of_different_lengths},
+    ),
+    "MotifVideoTransformer3DModel": Family(
+        diffusers.MotifVideoTransformer3DModel,
+        config(
+            HEADS,
+            in_channels=9,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=2,
+            num_decoder_layers=1,
+            text_embed_dim=TEXT_CHANNELS,
+            rope_axes_dim=(4, 4, 8),
+        ),
+        {
+            **VIDEO_INPUTS,
+            "hidden_states": lambda batch, *size: torch.randn(batch, 9, FRAMES, *size),
+            "encoder_attention_mask": mask_of_different_lengths,
+        },
+        blocks=3,
     ),
     "Kandinsky5Transformer3DModel": Family(
         diffusers.Kandinsky5Transformer3DModel,

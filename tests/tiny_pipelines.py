@@ -26,7 +26,9 @@ from diffusers.pipelines.wan import pipeline_wan_vace
 from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
+from transformers import T5Gemma2EncoderConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
 from tests.tiny import FAMILIES, TEXT_CHANNELS
 
@@ -396,6 +398,14 @@ def t5_gemma(tokenizer: Any) -> Any:
     return transformers.T5GemmaEncoderModel(config)
 
 
+def t5_gemma2(tokenizer: Any) -> Any:
+    """Without images, which it could read."""
+    text = {**_SMALL, "vocab_size": len(tokenizer), "head_dim": 12, "query_pre_attn_scalar": 12, "dropout_rate": 0.0}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    both = {"text_config": text, "vision_config": {**vision, "image_size": 16, "patch_size": 8}}
+    return T5Gemma2Encoder(T5Gemma2EncoderConfig(**both, mm_tokens_per_image=4, image_token_index=len(tokenizer) - 1))
+
+
 def glm(tokenizer: Any) -> Any:
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
     return transformers.GlmModel(transformers.GlmConfig(**ids, **_SMALL, head_dim=12))
@@ -641,6 +651,10 @@ long_clip_tokenizer = partial(clip_tokenizer, length=248)
 second_clip_tokenizer = partial(clip_tokenizer, pad_token="!")
 # FLUX.2 dev has a PixtralProcessor around its tokenizer, which only images need.
 PARTS = "{% for message in messages %}{{ message.content[0].text }} {% endfor %}"
+CHAT_OF_PARTS = (
+    "{% for message in messages %}"
+    "{{ message.content if message.content is string else message.content[0].text }} {% endfor %}"
+)
 CHAT = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
 chat_tokenizer = partial(qwen_tokenizer, chat_template=CHAT)
 T5 = (t5_tokenizer, t5)
@@ -801,6 +815,17 @@ PIPELINES: dict[str, Tiny] = {
         other_pixels=(96, 64),
         arguments=prompted(),
         sample_size=[4, 4],
+    ),
+    "NucleusMoEImageTransformer2DModel": Tiny(
+        diffusers.NucleusMoEImagePipeline,
+        flow_match(**_DYNAMIC, max_shift=1.15),
+        qwen_vae,
+        made={
+            "processor": partial(qwen_tokenizer, CHAT_OF_PARTS),
+            "text_encoder": lambda: qwen3_vl(qwen_tokenizer(), layers=8, generates=True),
+        },
+        arguments=prompted(),
+        sample_size=[8, 8],
     ),
     "WanTransformer3DModel": Tiny(
         diffusers.WanPipeline,
@@ -1126,6 +1151,15 @@ PIPELINES |= {
         other_pixels=(96, 64),
         arguments=prompted(32, num_frames=7),
         sample_size=[2, 8, 8],
+    ),
+    "MotifVideoTransformer3DModel": Tiny(
+        diffusers.MotifVideoPipeline,
+        flow_match(**_DYNAMIC, max_shift=1.15),
+        wan_vae,
+        [(gemma_tokenizer, t5_gemma2)],
+        more={"guider": diffusers.ClassifierFreeGuidance(enabled=False)},
+        arguments=prompted(32, num_frames=5),
+        sample_size=[3, 8, 8],
     ),
     "SanaVideoTransformer3DModel": Tiny(
         diffusers.SanaVideoPipeline,

@@ -213,6 +213,16 @@ def test_pixels_are_cached_beside_captions_where_there_is_no_vae(tmp_path, folde
     torch.testing.assert_close(cached[1]["condition"]["encoder_hidden_states"], expected, rtol=1e-3, atol=1e-3)
 
 
+def test_the_blank_that_vace_follows_is_the_vaes_of_zeros_as_its_pipeline_encodes_it(tmp_path, folder):
+    pipe = PIPELINES["WanVACETransformer3DModel"].build()
+    pipe.save_pretrained(tmp_path / "model")
+    cached = cache(tmp_path / "cache", tmp_path / "model", data(folder))
+    nothing, mask = torch.zeros(1, 3, 1, 32, 32), torch.ones(1, 3, 1, 32, 32)
+    stays, changes = pipe.prepare_video_latents(nothing, mask, [[]])[0].chunk(2)
+    for expected in (stays, changes):
+        torch.testing.assert_close(cached[0]["references"][0].float(), expected.squeeze(1), rtol=1e-3, atol=1e-3)
+
+
 def test_kandinsky_is_told_its_pictures_as_its_prior_would_tell_them(tmp_path, folder):
     pipe = PIPELINES["UNet2DConditionModel of Kandinsky 2.2"].build()
     pipe.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Transformers of videos that differ from Wan: LTX, LTX-2, Cosmos, SkyReels-V2, Wan VACE, Mochi, Kandinsky 5, Sana."""
+"""Transformers of videos that differ from Wan: LTX and LTX-2, Cosmos, SkyReels-V2, VACE, Mochi, Motif, Kandinsky 5."""
 
 from dataclasses import replace
 from typing import Any
@@ -124,6 +124,13 @@ def call_cosmos(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[s
     """See `Call`; nothing of a sample is padding, which is told in pixels."""
     mask = sample.new_zeros(1, 1, 8 * sample.shape[3], 8 * sample.shape[4])
     return call_by_keywords(model, sample, timesteps, {**condition, "padding_mask": mask})
+
+
+@of_videos
+def call_motif(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. No frame is given: zeros in their place, and for the mask that would tell which are."""
+    given = torch.zeros_like(sample)
+    return call_by_keywords(model, torch.cat([sample, given, given[:, :1]], dim=1), timesteps, condition)
 
 
 def kandinsky5_extent(model: Any, arguments: dict[str, Any]) -> Extent:
@@ -262,6 +269,19 @@ FAMILIES = [
         prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
         timestep_range=(1000.0, 0.0),
         sample_size=(60, 106),
+    ),
+    # Motif-Video: 121 frames of 736×1280. A sample has half of the channels that the model takes.
+    Family(
+        "MotifVideoTransformer3DModel",
+        Transformer(
+            (Blocks("transformer_blocks"), Blocks("single_transformer_blocks")),
+            "time_text_embed.timestep_embedder",
+            sample_size=(31, 92, 160),
+        ),
+        call_motif,
+        prompt_encoder("encoder_hidden_states", "", "encoder_attention_mask"),
+        sample_size=(92, 160),
+        channels="out_channels",
     ),
     # Kandinsky 5: 121 frames of 512×768.
     Family(
