@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def load_image_embedder(
     encoder_path, processor_path = image_encoder_directories(source).values()
     with as_user_error(f"The image encoder in '{encoder_path}' cannot be loaded", OSError, ValueError, RuntimeError):
         processor = CLIPImageProcessor.from_pretrained(processor_path)
-        encoder = CLIPVisionModelWithProjection.from_pretrained(encoder_path, dtype=dtype).to(device).eval()
+        encoder: Any = CLIPVisionModelWithProjection.from_pretrained(encoder_path, dtype=dtype)
+    encoder = encoder.to(device).eval()
 
     @torch.no_grad()
     def embed(pictures: Sequence[Tensor | None]) -> dict[str, Tensor]:
