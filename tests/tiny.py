@@ -611,6 +611,29 @@ FAMILIES = {
         others=TEXT,
     ),
 }
+FAMILIES["NucleusMoEImageTransformer2DModel"] = Family(
+    diffusers.NucleusMoEImageTransformer2DModel,
+    config(
+        LAYERS,
+        JOINT,
+        in_channels=16,
+        out_channels=4,
+        axes_dims_rope=(4, 4, 8),
+        num_key_value_heads=1,
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=2,
+        moe_intermediate_dim=16,
+        capacity_factors=1.0,
+        mlp_ratio=6.0,
+    ),
+    {
+        "hidden_states": packed,
+        "timestep": fractions,
+        "encoder_hidden_states": text,
+        "encoder_hidden_states_mask": mask_of_different_lengths,
+        "img_shapes": lambda batch, height, width: [(1, height // 2, width // 2)] * batch,
+    },
+)
 FAMILIES |= {
     "CogVideoXTransformer3DModel": Family(
         diffusers.CogVideoXTransformer3DModel,
@@ -782,6 +805,25 @@ FAMILIES |= {
         ),
         {**VIDEO_INPUTS, "encoder_attention_mask": mask_of_different_lengths},
     ),
+    "MotifVideoTransformer3DModel": Family(
+        diffusers.MotifVideoTransformer3DModel,
+        config(
+            HEADS,
+            in_channels=9,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=2,
+            num_decoder_layers=1,
+            text_embed_dim=TEXT_CHANNELS,
+            rope_axes_dim=(4, 4, 8),
+        ),
+        {
+            **VIDEO_INPUTS,
+            "hidden_states": lambda batch, *size: torch.randn(batch, 9, FRAMES, *size),
+            "encoder_attention_mask": mask_of_different_lengths,
+        },
+        blocks=3,
+    ),
     "Kandinsky5Transformer3DModel": Family(
         diffusers.Kandinsky5Transformer3DModel,
         config(
@@ -820,3 +862,17 @@ FAMILIES |= {
 # As Qwen-Image-Edit-2511.
 _QWEN = FAMILIES["QwenImageTransformer2DModel"]
 FAMILIES["QwenImageTransformer2DModel of edits"] = replace(_QWEN, config={**_QWEN.config, "zero_cond_t": True})
+# As Qwen-Image-Layered: the whole picture and two layers are made, of a picture that comes behind them.
+FAMILIES["QwenImageTransformer2DModel of layers"] = replace(
+    _QWEN,
+    config={**_QWEN.config, "use_layer3d_rope": True, "use_additional_t_cond": True},
+    draws={
+        **_QWEN.draws,
+        "hidden_states": lambda batch, height, width: torch.cat(
+            [*(packed(batch, height, width) for _ in range(3)), torch.ones(batch, height // 2 * (width // 2), 16)],
+            dim=1,
+        ),
+        "img_shapes": lambda batch, height, width: [[(1, height // 2, width // 2)] * 4] * batch,
+        "additional_t_cond": lambda batch, *_: torch.zeros(batch, dtype=torch.long),
+    },
+)

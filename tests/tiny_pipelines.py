@@ -17,6 +17,7 @@ import transformers
 from diffusers.pipelines.cosmos import pipeline_cosmos2_text2image
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as hunyuan_video
 from diffusers.pipelines.kandinsky5 import pipeline_kandinsky
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
 from diffusers.pipelines.prx import pipeline_prx
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
@@ -25,7 +26,9 @@ from diffusers.pipelines.wan import pipeline_wan_vace
 from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
+from transformers import T5Gemma2EncoderConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
 from tests.tiny import FAMILIES, TEXT_CHANNELS
 
@@ -302,6 +305,25 @@ def clip(tokenizer: Any, hidden_size: int, projection: int | None = None) -> Any
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
 
 
+def clip_vision() -> Any:
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**sizes, projection_dim=12, image_size=16, patch_size=8)
+    return transformers.CLIPVisionModelWithProjection(config)
+
+
+def picture_reader() -> Any:
+    """For `clip_vision`; what transformers makes without torchvision."""
+    size = {"shortest_edge": 16}
+    return transformers.CLIPImageProcessor(size=size, crop_size={"height": 16, "width": 16})
+
+
+def kandinsky_prior() -> Any:
+    heads = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    prior = diffusers.PriorTransformer(**heads, embedding_dim=12, num_embeddings=77)
+    prior.clip_std.data.fill_(1.0)
+    return prior
+
+
 def t5(tokenizer: Any, kind: str = "T5") -> Any:
     """`kind` is T5 or UMT5."""
     widths = {"vocab_size": len(tokenizer), "d_model": TEXT_CHANNELS, "d_kv": 12, "d_ff": 32}
@@ -318,6 +340,16 @@ _DEEP = {**_HEADS, "hidden_size": TEXT_CHANNELS // 3, "intermediate_size": 16, "
 def gemma(tokenizer: Any) -> Any:
     config = transformers.Gemma2Config(vocab_size=len(tokenizer), head_dim=12, query_pre_attn_scalar=12, **_SMALL)
     return transformers.Gemma2Model(config)
+
+
+def gemma3(tokenizer: Any) -> Any:
+    """Of LTX-2, which takes the states of all layers, and never an image."""
+    text = {**_SMALL, "vocab_size": len(tokenizer), "head_dim": 12, "query_pre_attn_scalar": 12}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 16, "patch_size": 8}, mm_tokens_per_image=4
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 def llama(tokenizer: Any) -> Any:
@@ -364,6 +396,14 @@ def t5_gemma(tokenizer: Any) -> Any:
     sizes = {**_SMALL, "vocab_size": len(tokenizer), "head_dim": 12, "query_pre_attn_scalar": 12}
     config = transformers.T5GemmaConfig(encoder=sizes, decoder=sizes, is_encoder_decoder=False)
     return transformers.T5GemmaEncoderModel(config)
+
+
+def t5_gemma2(tokenizer: Any) -> Any:
+    """Without images, which it could read."""
+    text = {**_SMALL, "vocab_size": len(tokenizer), "head_dim": 12, "query_pre_attn_scalar": 12, "dropout_rate": 0.0}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    both = {"text_config": text, "vision_config": {**vision, "image_size": 16, "patch_size": 8}}
+    return T5Gemma2Encoder(T5Gemma2EncoderConfig(**both, mm_tokens_per_image=4, image_token_index=len(tokenizer) - 1))
 
 
 def glm(tokenizer: Any) -> Any:
@@ -545,6 +585,41 @@ def ltx_vae() -> Any:
     return vae
 
 
+def ltx2_vae() -> Any:
+    """Smaller by 32, and by 8 over time."""
+    vae = diffusers.AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    vae.latents_mean.copy_(torch.tensor([0.5, -0.3, 0.1, 0.8]))
+    vae.latents_std.copy_(torch.tensor([0.7, 1.4, 0.9, 1.2]))
+    return vae
+
+
+def ltx2_audio_vae() -> Any:
+    """Of sound in 4 latent channels of 2 bins, 8 numbers a token."""
+    sizes: dict[str, Any] = {"base_channels": 8, "ch_mult": (1, 2, 4), "num_res_blocks": 1, "resolution": 32}
+    return diffusers.AutoencoderKLLTX2Audio(**sizes, latent_channels=4, mel_bins=8, in_channels=2)
+
+
+def ltx2_vocoder() -> Any:
+    sizes: dict[str, Any] = {"upsample_kernel_sizes": [4, 4], "upsample_factors": [2, 2], "hidden_channels": 8}
+    resnets: dict[str, Any] = {"resnet_kernel_sizes": [3], "resnet_dilations": [[1]]}
+    return LTX2Vocoder(in_channels=16, out_channels=2, **sizes, **resnets)
+
+
+def ltx2_connectors() -> Any:
+    """Of the three hidden states of `gemma3`; padding becomes registers."""
+    heads = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "num_learnable_registers": 16}
+    both = {f"{of}_connector_{name}": value for of in ("video", "audio") for name, value in heads.items()}
+    return LTX2TextConnectors(caption_channels=TEXT_CHANNELS, text_proj_in_factor=3, **both)
+
+
 def mochi_vae() -> Any:
     """Smaller by 8, and by 6 over time, as Mochi's own, which the pipeline takes for granted."""
     return diffusers.AutoencoderKLMochi(
@@ -576,6 +651,10 @@ long_clip_tokenizer = partial(clip_tokenizer, length=248)
 second_clip_tokenizer = partial(clip_tokenizer, pad_token="!")
 # FLUX.2 dev has a PixtralProcessor around its tokenizer, which only images need.
 PARTS = "{% for message in messages %}{{ message.content[0].text }} {% endfor %}"
+CHAT_OF_PARTS = (
+    "{% for message in messages %}"
+    "{{ message.content if message.content is string else message.content[0].text }} {% endfor %}"
+)
 CHAT = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
 chat_tokenizer = partial(qwen_tokenizer, chat_template=CHAT)
 T5 = (t5_tokenizer, t5)
@@ -736,6 +815,17 @@ PIPELINES: dict[str, Tiny] = {
         other_pixels=(96, 64),
         arguments=prompted(),
         sample_size=[4, 4],
+    ),
+    "NucleusMoEImageTransformer2DModel": Tiny(
+        diffusers.NucleusMoEImagePipeline,
+        flow_match(**_DYNAMIC, max_shift=1.15),
+        qwen_vae,
+        made={
+            "processor": partial(qwen_tokenizer, CHAT_OF_PARTS),
+            "text_encoder": lambda: qwen3_vl(qwen_tokenizer(), layers=8, generates=True),
+        },
+        arguments=prompted(),
+        sample_size=[8, 8],
     ),
     "WanTransformer3DModel": Tiny(
         diffusers.WanPipeline,
@@ -915,16 +1005,21 @@ PIPELINES: dict[str, Tiny] = {
         arguments={"class_labels": [3]},
         is_trained=False,
     ),
+    # With its prior, which makes an image's embedding of a caption.
     "UNet2DConditionModel of Kandinsky 2.2": Tiny(
-        diffusers.KandinskyV22Pipeline,
+        diffusers.KandinskyV22CombinedPipeline,
         partial(diffusers.DDPMScheduler, **_KANDINSKY_BETAS),
         movq,
-        arguments={
-            "image_embeds": torch.linspace(-1, 1, 12)[None],
-            "negative_image_embeds": torch.zeros(1, 12),
+        made={
+            "prior_prior": kandinsky_prior,
+            "prior_scheduler": partial(diffusers.UnCLIPScheduler, prediction_type="sample", clip_sample_range=5.0),
+            "prior_tokenizer": clip_tokenizer,
+            "prior_text_encoder": lambda: clip(clip_tokenizer(), hidden_size=12, projection=12),
+            "prior_image_encoder": clip_vision,
+            "prior_image_processor": picture_reader,
         },
+        arguments=prompted(prior_num_inference_steps=2),
         vae_name="movq",
-        is_trained=False,
     ),
     "UNet2DConditionModel of DeepFloyd IF": Tiny(
         diffusers.IFPipeline,
@@ -980,6 +1075,9 @@ PIPELINES |= {
         sample_size=[8, 8],
     ),
 }
+# LTX-2 is guided by captions, by perturbed attention and by what it makes without sound, of video and sound apart.
+UNGUIDED = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
+UNGUIDED |= {"modality_scale": 1.0, "audio_modality_scale": 1.0}
 PIPELINES |= {
     "LTXVideoTransformer3DModel": Tiny(
         diffusers.LTXPipeline,
@@ -989,6 +1087,18 @@ PIPELINES |= {
         pixels=(128, 128),
         other_pixels=(192, 128),
         arguments=prompted(32, num_frames=9),
+        sample_size=[2, 4, 4],
+    ),
+    "LTX2VideoTransformer3DModel": Tiny(
+        diffusers.LTX2Pipeline,
+        flow_match(**_DYNAMIC, max_shift=2.05, shift_terminal=0.1),
+        ltx2_vae,
+        [(gemma_tokenizer, gemma3)],
+        changes={"audio_in_channels": 8, "audio_out_channels": 8},
+        made={"audio_vae": ltx2_audio_vae, "vocoder": ltx2_vocoder, "connectors": ltx2_connectors},
+        pixels=(128, 128),
+        other_pixels=(192, 128),
+        arguments=prompted(32, num_frames=9, **UNGUIDED),
         sample_size=[2, 4, 4],
     ),
     "SkyReelsV2Transformer3DModel": Tiny(
@@ -1041,6 +1151,15 @@ PIPELINES |= {
         other_pixels=(96, 64),
         arguments=prompted(32, num_frames=7),
         sample_size=[2, 8, 8],
+    ),
+    "MotifVideoTransformer3DModel": Tiny(
+        diffusers.MotifVideoPipeline,
+        flow_match(**_DYNAMIC, max_shift=1.15),
+        wan_vae,
+        [(gemma_tokenizer, t5_gemma2)],
+        more={"guider": diffusers.ClassifierFreeGuidance(enabled=False)},
+        arguments=prompted(32, num_frames=5),
+        sample_size=[3, 8, 8],
     ),
     "SanaVideoTransformer3DModel": Tiny(
         diffusers.SanaVideoPipeline,

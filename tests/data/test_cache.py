@@ -16,7 +16,15 @@ from stagepatch.checkpoints import load_captioner, load_vae
 from stagepatch.cli import main
 from stagepatch.core.errors import UserError
 from stagepatch.core.tensors import read_tensors
-from stagepatch.data import CachedLatents, DataConfig, Images, cache_writer, encode_images, open_source
+from stagepatch.data import (
+    CachedLatents,
+    DataConfig,
+    Images,
+    cache_writer,
+    decode_latents,
+    encode_images,
+    open_source,
+)
 from stagepatch.data.model_cache import make_cache
 from tests.runs import Strike
 from tests.tiny_pipelines import PIPELINES
@@ -71,7 +79,7 @@ def cache(directory, model, config):
 OF_LATENTS = [
     name
     for name, tiny in PIPELINES.items()
-    if tiny.is_prompted and tiny.is_trained and tiny.vae and not tiny.references
+    if tiny.is_prompted and tiny.is_trained and tiny.vae_name == "vae" and tiny.vae and not tiny.references
 ]
 
 
@@ -203,6 +211,47 @@ def test_pixels_are_cached_beside_captions_where_there_is_no_vae(tmp_path, folde
     encode = load_captioner(tmp_path / "model")
     expected = encode([CAPTIONS[1]])["encoder_hidden_states"][0]
     torch.testing.assert_close(cached[1]["condition"]["encoder_hidden_states"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_blank_that_vace_follows_is_the_vaes_of_zeros_as_its_pipeline_encodes_it(tmp_path, folder):
+    pipe = PIPELINES["WanVACETransformer3DModel"].build()
+    pipe.save_pretrained(tmp_path / "model")
+    cached = cache(tmp_path / "cache", tmp_path / "model", data(folder))
+    nothing, mask = torch.zeros(1, 3, 1, 32, 32), torch.ones(1, 3, 1, 32, 32)
+    stays, changes = pipe.prepare_video_latents(nothing, mask, [[]])[0].chunk(2)
+    for expected in (stays, changes):
+        torch.testing.assert_close(cached[0]["references"][0].float(), expected.squeeze(1), rtol=1e-3, atol=1e-3)
+
+
+def test_kandinsky_is_told_its_pictures_as_its_prior_would_tell_them(tmp_path, folder):
+    pipe = PIPELINES["UNet2DConditionModel of Kandinsky 2.2"].build()
+    pipe.save_pretrained(tmp_path / "model")
+    config = data(folder)
+    cached, images = cache(tmp_path / "cache", tmp_path / "model", config), Images(open_source(config), config)
+    for index in (0, 1):
+        picture = images[index]["image"]
+        shown = Image.fromarray((127.5 * picture + 127.5).round().byte().permute(1, 2, 0).numpy())
+        embeds = pipe.prior_pipe.interpolate([shown], [1.0], num_inference_steps=2).image_embeds[0]
+        torch.testing.assert_close(cached[index]["condition"]["image_embeds"], embeds, rtol=1e-3, atol=1e-3)
+        latents = pipe.movq.encode(picture[None]).latents
+        torch.testing.assert_close(cached[index]["image"].float(), latents[0], rtol=1e-3, atol=1e-3)
+        expected = pipe.movq.decode(latents, force_not_quantize=True).sample.clamp(-1, 1)
+        assert torch.equal(decode_latents(pipe.movq, latents), expected)
+    nothing = pipe.prior_pipe.get_zero_embed()[0]
+    torch.testing.assert_close(cached.null_condition["image_embeds"], nothing, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(nothing, embeds, atol=1e-2)
+
+
+def test_kandinsky_without_what_reads_pictures_is_refused_and_so_are_mirrored_ones(tmp_path, folder, capsys):
+    pipe = PIPELINES["UNet2DConditionModel of Kandinsky 2.2"].build()
+    pipe.decoder_pipe.save_pretrained(tmp_path / "decoder")
+    with pytest.raises(UserError, match="image encoder of its prior, which is not beside it: save both as one"):
+        cache(tmp_path / "cache", tmp_path / "decoder", data(folder))
+    with pytest.raises(UserError, match=r"made once, as they are: leave out data.horizontal_flip"):
+        cache(tmp_path / "cache", tmp_path / "decoder", data(folder, horizontal_flip=True))
+    given = [f"--model={tmp_path / 'decoder'}", "--prompts=['a cat']", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["sample", *given]) == 2
+    assert "which its prior makes of captions: save both as one" in capsys.readouterr().err
 
 
 def test_model_without_captions_gets_none(tmp_path, folder):

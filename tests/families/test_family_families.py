@@ -34,7 +34,9 @@ SIZES = {
     "PRXTransformer2DModel": [8, 8],
     "GlmImageTransformer2DModel": [8, 8],
     "QwenImage21Transformer2DModel": [8, 8],
+    "NucleusMoEImageTransformer2DModel": [8, 8],
     "QwenImageTransformer2DModel of edits": [8, 8],
+    "QwenImageTransformer2DModel of layers": [3, 8, 8],
     "CogVideoXTransformer3DModel": [FRAMES, 8, 8],
     "HunyuanVideoTransformer3DModel": [FRAMES, 8, 8],
     "HunyuanVideo15Transformer3DModel": [FRAMES, 8, 8],
@@ -45,6 +47,7 @@ SIZES = {
     "SkyReelsV2Transformer3DModel": [FRAMES, 8, 8],
     "WanVACETransformer3DModel": [FRAMES, 8, 8],
     "MochiTransformer3DModel": [FRAMES, 8, 8],
+    "MotifVideoTransformer3DModel": [FRAMES, 8, 8],
     "Kandinsky5Transformer3DModel": [FRAMES, 8, 8],
     "SanaVideoTransformer3DModel": [FRAMES, 8, 8],
 }
@@ -60,6 +63,7 @@ BEHIND = {
     ("ZImageTransformer2DModel", "noise_refiner"): 16,
     ("ZImageTransformer2DModel", "layers"): 16 + 32,
     ("ErnieImageTransformer2DModel", "layers"): 5,
+    ("QwenImageTransformer2DModel of layers", "transformer_blocks"): 16,
 }
 
 

@@ -3,6 +3,8 @@
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -231,6 +233,15 @@ def test_every_class_of_diffusers_has_a_row_or_is_found_or_is_refused_with_a_rea
     handled = outcome(describe, model)
     assert handled == "taken" or name in handled
     print(f"| {name} | {'row' if has_family(type(model)) else 'structure'} | {handled.split('Missing: ')[-1]} |")
+
+
+def test_the_docs_name_every_class_without_a_row_and_those_that_are_found(monkeypatch):
+    monkeypatch.undo()
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8").split("## Without a row")[1]
+    named = dict(re.findall(r"`(\w+)`( °)?", page))
+    without = {name for name, model_class in CLASSES.items() if not has_family(model_class)}
+    assert set(named) == without
+    assert {name for name, is_found in named.items() if is_found} == without & FOUND
 
 
 def test_that_list_is_of_classes_of_diffusers():

@@ -6,14 +6,17 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
 from PIL import Image
 
 from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 from tests.families.test_family_families import drawn
 from tests.tiny import FAMILIES, TEXT, TEXT_CHANNELS
-from tests.tiny_pipelines import Unasked, hunyuanvideo_vae, qwen_vae
+from tests.tiny_pipelines import Unasked, hunyuanvideo_vae, kl, qwen_tokenizer, qwen_vae, qwen_vl
 
+# Of the picture whose layers are made, which would be 640×640.
+pipeline_qwenimage_layered.calculate_dimensions = lambda area, ratio: (32, 32)
 PICTURE = Image.new("RGB", (32, 32), (200, 30, 90))
 
 
@@ -66,8 +69,37 @@ def cosmos() -> tuple[Any, dict[str, Any]]:
     return pipe, {"prompt_embeds": text(), "height": 64, "width": 96, "num_frames": 9, "guidance_scale": 1.0}
 
 
+def layers() -> tuple[Any, dict[str, Any]]:
+    """Qwen-Image-Layered: the picture and two layers."""
+    model = FAMILIES["QwenImageTransformer2DModel of layers"].model()
+    tokenizer = qwen_tokenizer()
+    parts = {"text_encoder": qwen_vl(tokenizer).eval(), "tokenizer": tokenizer, "processor": None}
+    parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "vae": qwen_vae().eval()}
+    pipe = diffusers.QwenImageLayeredPipeline(**parts, transformer=model)
+    # It gives no latents (diffusers 0.42).
+    return pipe, {"image": PICTURE, "prompt": "a cat", "layers": 2, "true_cfg_scale": 1.0, "output_type": "pt"}
+
+
+def glm_image() -> tuple[Any, dict[str, Any]]:
+    """With the tokens that its language model would draw."""
+    model = FAMILIES["GlmImageTransformer2DModel"].model()
+    names = ("tokenizer", "processor", "text_encoder", "vision_language_encoder")
+    parts = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "vae": kl(1.0)}
+    pipe = diffusers.GlmImagePipeline(transformer=model, **parts, **dict.fromkeys(names))
+    given = {"prompt_embeds": text(), "negative_prompt_embeds": text(), "prior_token_ids": torch.arange(24)[None] % 16}
+    return pipe, {**given, "height": 48, "width": 32}
+
+
 # Each with the grid of what it makes.
-MADE = {edit: (4, 4), qwenimage21: (8, 4), kandinsky5: (3, 4, 6), cosmos: (2, 4, 6)}
+MADE = {
+    edit: (4, 4),
+    qwenimage21: (8, 4),
+    kandinsky5: (3, 4, 6),
+    cosmos: (2, 4, 6),
+    layers: (3, 4, 4),
+    glm_image: (6, 4),
+}
+KINDS = {edit: " of edits", layers: " of layers"}
 
 
 @pytest.mark.parametrize("make", MADE)
@@ -77,8 +109,9 @@ def test_patch_on_a_pipeline_reaches_what_it_makes(make, shows):
 
     def call():
         generator = torch.Generator().manual_seed(0)
-        more = {"num_inference_steps": 2, "output_type": "latent", "return_dict": False}
-        return pipe(**arguments, **more, generator=generator)[0]
+        more = {"num_inference_steps": 2, "output_type": "latent", "return_dict": False, **arguments}
+        made = pipe(**more, generator=generator)[0]
+        return torch.stack(made) if isinstance(made, list) else made
 
     base = call()
     grid = MADE[make]
@@ -92,8 +125,7 @@ def test_patch_on_a_pipeline_reaches_what_it_makes(make, shows):
     assert patched.isfinite().all()
     assert not torch.allclose(patched, base, atol=1e-3)
     assert torch.equal(call(), base)
-    editing = " of edits" if make is edit else ""
-    shows("pipeline", type(pipe.transformer).__name__ + editing)
+    shows("pipeline", type(pipe.transformer).__name__ + KINDS.get(make, ""))
 
 
 def test_qwenimage21_is_called_as_its_own_pipeline_calls_it(monkeypatch):

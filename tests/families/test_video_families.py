@@ -131,17 +131,24 @@ def test_kandinsky5_with_tokens_in_another_order_is_refused():
         family.call(model, sparse_params={"to_fractal": True})
 
 
-@pytest.mark.parametrize(
-    ("name", "needs"),
-    [
-        ("LTX2VideoTransformer3DModel", "sound"),
-    ],
-)
-def test_a_model_that_needs_more_than_a_caption_is_not_trained(name, needs):
-    model = FAMILIES[name].model()
-    assert family_of(type(model)).encode_captions is None
-    with pytest.raises(UserError, match=f"{name} needs {needs} besides"):
-        predict(model, torch.zeros(2, 4, 8, 8), torch.ones(2), {})
+@pytest.mark.parametrize("is_later", [False, True], ids=["2.0", "2.3"])
+def test_ltx2_is_trained_as_if_there_were_no_sound(is_later):
+    """As its pipeline's forward without attention between video and sound, whatever sound there is."""
+    family = FAMILIES["LTX2VideoTransformer3DModel"]
+    later = {"use_prompt_embeddings": False, "cross_attn_mod": True, "audio_cross_attn_mod": True}
+    model = family.model(**(later if is_later else {}))
+    inputs = family.inputs(model, 2, 8, 8)
+    condition = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    if is_later:  # text comes as wide as the streams
+        condition["encoder_hidden_states"] = torch.randn(2, TEXT, 32)
+        inputs |= condition | {"audio_encoder_hidden_states": torch.randn(2, TEXT, 16)}
+    condition["encoder_attention_mask"] = torch.tensor([[1] * TEXT, [1] * 2 + [0] * (TEXT - 2)])
+    inputs |= condition | {"sigma": inputs["timestep"], "isolate_modalities": True}
+    expected = model(**inputs, return_dict=False)[0].transpose(1, 2).unflatten(2, (FRAMES, 8, 8))
+    sample = inputs["hidden_states"].transpose(1, 2).unflatten(2, (FRAMES, 8, 8))
+    torch.testing.assert_close(predict(model, sample, inputs["timestep"], condition), expected)
+    patch = Patch.create(model, PatchConfig(sample_size=[FRAMES, 8, 8], condition="t+text"))
+    assert patch.backbone.condition_channels == 32 + condition["encoder_hidden_states"].shape[-1]
 
 
 def test_kandinsky5_is_told_captions_one_by_one_without_padding_and_sizes_as_its_pipeline_scales_them():

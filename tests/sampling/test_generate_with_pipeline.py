@@ -12,7 +12,8 @@ from stagepatch.cli import main
 from stagepatch.core import read_json
 from stagepatch.models import DiT
 from stagepatch.patch import Patch
-from stagepatch.sampling import SamplingConfig, generate_with_pipeline
+from stagepatch.sampling import SamplingConfig, generate, generate_with_pipeline, prompted_latents
+from stagepatch.sampling.generation import image_generator
 from tests.runs import draw_weights
 from tests.sampling.test_generate import by_hand, sampled, sampler_of
 from tests.tiny import FAMILIES
@@ -64,6 +65,41 @@ def test_command_samples_base_and_patched_pipeline(tmp_path, capsys):
     assert base.shape == patched.shape == (2, 3, 32, 32)
     assert not torch.allclose(base, patched, atol=1e-3)
     assert (tmp_path / "base" / "grid.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["DeepFloyd IF", "Kandinsky 2.2"])
+def test_pipelines_whose_tensors_are_not_images_are_sampled_as_their_arrays(kind, tmp_path):
+    tiny = PIPELINES[f"UNet2DConditionModel of {kind}"]
+    pipe = tiny.build()
+    pipe.save_pretrained(tmp_path / "model")
+    patch = Patch.create(pipe)
+    draw_weights(patch.prompts, 20.0)
+    patch.save_pretrained(tmp_path / "patch")
+    own = dict(zip(("height", "width"), tiny.pixels, strict=True))
+    own |= {key: value for key, value in tiny.arguments.items() if key == "prior_num_inference_steps"}
+    given = ["--sampling.num_images=2", "--sampling.num_inference_steps=2", f"--prompts={PROMPTS}", f"--call={own}"]
+    images = sampled(tmp_path / "model", tmp_path / "base", *given)
+    call = {**own, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np", "return_dict": False}
+    expected = pipe(PROMPTS, generator=[image_generator(0, number) for number in range(2)], **call)[0]
+    torch.testing.assert_close(images, torch.from_numpy(expected).movedim(-1, 1) * 2 - 1)
+    patched = sampled(tmp_path / "model", tmp_path / "patched", *given, f"--patch={tmp_path / 'patch'}")
+    assert not torch.allclose(patched, images, atol=1e-3)
+    assert patched.abs().max() <= 1
+
+
+def test_captions_of_a_model_in_pixels_are_told_it(tmp_path):
+    tiny = PIPELINES["UNet2DConditionModel of DeepFloyd IF"]
+    pipe = tiny.build()
+    pipe.save_pretrained(tmp_path / "model")
+    parts = prompted_latents(str(tmp_path / "model"), pipe.unet, PROMPTS)
+    assert parts.shape == (3, 16, 16)
+    images = generate(pipe.unet, pipe.scheduler, SamplingConfig(num_images=2, num_inference_steps=2), **vars(parts))
+    expected = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)[0]
+    torch.testing.assert_close(parts.captions.of([0, 1])["encoder_hidden_states"], expected)
+    swapped = prompted_latents(str(tmp_path / "model"), pipe.unet, PROMPTS[::-1])
+    others = generate(pipe.unet, pipe.scheduler, SamplingConfig(num_images=2, num_inference_steps=2), **vars(swapped))
+    assert images.shape == (2, 3, 16, 16)
+    assert not torch.allclose(others, images, atol=1e-4)
 
 
 def test_model_of_latents_is_measured_by_its_images_against_the_training_images(tmp_path, pixels):

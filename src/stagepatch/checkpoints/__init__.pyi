@@ -11,6 +11,8 @@ from .hub import pinned as pinned
 from .hub import pretrained_arguments as pretrained_arguments
 from .hub import split_revision as split_revision
 from .hub import with_commits as with_commits
+from .image_embedding import image_encoder_directories as image_encoder_directories
+from .image_embedding import load_image_embedder as load_image_embedder
 from .layout import BUNDLED as BUNDLED
 from .layout import DENOISERS as DENOISERS
 from .layout import component_for as component_for

@@ -12,8 +12,9 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 BUNDLED = {name: _ASSETS / f"{name}-dit" for name in ("digits", "fashion")}
 DENOISERS = ("transformer", "unet")
 SECOND = "transformer_2"  # of a model that its makers split by noise level
+VAES = ("vae", "movq")  # the latter of Kandinsky 2.2
 TEXT_PARTS = [f"{part}{ending}" for part in ("text_encoder", "tokenizer") for ending in ("", "_2", "_3", "_4")]
-TEXT_PARTS.append("processor")  # in place of a tokenizer
+TEXT_PARTS += ["processor", "connectors"]  # in place of a tokenizer; LTX-2's, behind its text encoder
 
 _OF_DISTILLED = (
     "LCMScheduler",
@@ -95,12 +96,21 @@ def denoiser_reader(directory: Path) -> TensorReader:
 
 def has_vae(source: str | Path) -> bool:
     """Whether the model works on latents."""
-    return (find_model(source, (*DENOISERS, "scheduler", "vae")) / "vae").is_dir()
+    return vae_directory(find_model(source, (*DENOISERS, "scheduler", *VAES))).is_dir()
+
+
+def vae_directory(directory: Path) -> Path:
+    """Where a model directory has its VAE, or would have it."""
+    return next((directory / name for name in VAES if (directory / name).is_dir()), directory / "vae")
 
 
 def is_pipeline(source: str | Path) -> bool:
-    """Whether the model is a whole pipeline of diffusers with a VAE, and not parts that lie beside each other."""
-    return has_vae(source) and (find_model(source, ["*"]) / "model_index.json").exists()
+    """Whether the model is a whole pipeline of diffusers with a VAE or a text encoder, and not parts that lie beside
+    each other."""
+    index = find_model(source) / "model_index.json"
+    if not index.exists():
+        return False
+    return has_vae(source) or any(name.startswith("text_encoder") for name in read_json(index))
 
 
 def sign_of_distillation(source: str | Path) -> str:
@@ -133,7 +143,7 @@ def lay_out_encoders(source: str | Path, directory: Path, with_text: bool) -> No
 
 
 def encoder_directories(source: str | Path) -> dict[str, Path]:
-    """Directories of VAE, text encoders, tokenizers and processors, by name."""
-    directory = find_model(source, ["vae", *TEXT_PARTS])
-    names = ("text_encoder*", "tokenizer*", "processor*", "vae*")
+    """Directories of VAE, text encoders with what is behind them, tokenizers and processors, by name."""
+    directory = find_model(source, [*VAES, *TEXT_PARTS])
+    names = ("text_encoder*", "tokenizer*", "processor*", "connectors*", "vae*", "movq*")
     return {path.name: path for name in names for path in sorted(directory.glob(name)) if path.is_dir()}

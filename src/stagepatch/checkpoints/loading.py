@@ -20,10 +20,12 @@ from stagepatch.checkpoints.layout import (
     DENOISERS,
     SECOND,
     TEXT_PARTS,
+    VAES,
     component_for,
     denoiser_directory,
     denoiser_ranges,
     find_model,
+    vae_directory,
 )
 from stagepatch.checkpoints.memory import check_available, hold, load_gguf, quantization_of
 from stagepatch.checkpoints.memory_config import MemoryConfig
@@ -39,9 +41,10 @@ _UNLOADABLE: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, Ru
 _UNLOADABLE += (LookupError, UnpicklingError, SafetensorError)
 # While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
 _ONE_AT_A_TIME = Lock()
-# What a pipeline does without to encode captions; the last three rewrite prompts.
-_HEAVY = {"transformer", "transformer_2", "unconditional_transformer", "unet", "vae"}
-_HEAVY |= {"image_encoder", "feature_extractor", "safety_checker", "text_processor", "pe", "prompt_enhancer_head"}
+# What a pipeline does without to encode captions; the last four rewrite prompts.
+_HEAVY = {"transformer", "transformer_2", "unconditional_transformer", "unet", "vae", "audio_vae", "vocoder"}
+_HEAVY |= {"duration_head", "image_encoder", "feature_extractor", "safety_checker"}
+_HEAVY |= {"text_processor", "pe", "prompt_enhancer", "prompt_enhancer_head"}
 
 
 def load_denoiser(
@@ -98,8 +101,8 @@ def build_denoiser(source: str | Path, component: str = "") -> Any:
 
 def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model's VAE, frozen, in eval mode. Statistics of cells are in order of channels and then of pixels."""
-    directory = find_model(source, ["vae"])
-    vae = _load_model(directory / "vae", dtype).requires_grad_(False)
+    directory = find_model(source, VAES)
+    vae = _load_model(vae_directory(directory), dtype).requires_grad_(False)
     if type(vae).__name__ == "AutoencoderKLHunyuanVideo15":
         vae.enable_slicing()  # diffusers' mask for its attention fits one video alone
     if _is_pixel_by_pixel(directory):
@@ -114,7 +117,7 @@ def temporal_factor(source: str | Path) -> int:
     Raises:
         UserError: its config does not say, as that of a VAE of images.
     """
-    directory = find_model(source, ["vae"]) / "vae"
+    directory = vae_directory(find_model(source, VAES))
     vae_class: Any = _class_of(directory)
     with torch.device("meta"):
         vae = vae_class.from_config(read_json(directory / "config.json"))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ IMAGES_PER_FILE = 256
 CAPTIONS_PER_FILE = 64
 PLAN_NAME, INDEX_NAME = "plan.json", "index.safetensors"
 
-# captions -> condition, each tensor a row per caption; or captions and the pictures that each is read with
+# captions -> condition, each tensor a row per caption; or captions with the pictures that each is about; or pictures
 EncodeCaptions = Callable[..., dict[str, Tensor]]
+Reads = Literal["captions", "references", "image"]
 # A caption, and the item whose pictures it is read with; −1 where captions are read alone
 Text = tuple[str, int]
 
@@ -39,7 +40,7 @@ def build_cache(
     load_vae: Callable[[], Any],
     load_captioner: Callable[[], EncodeCaptions] | None,
     batch_size: int,
-    reads_references: bool = False,
+    reads: Reads = "captions",
     has_blank_reference: bool = False,
 ) -> None:
     """Encode what is not yet encoded. Processes under `accelerate launch` share the files.
@@ -52,7 +53,8 @@ def build_cache(
             `load_captioner`: the model takes no captions.
         batch_size: images, or frames of videos, encoded at a time, but a video at least; captions by eights.
         has_blank_reference: a blank one is encoded before each image's own.
-        reads_references: each caption is encoded with the references of its image, and so is the empty one.
+        reads: what conditions are made of. Each caption may be encoded with the 'references' of its image, and so is
+            the empty one; or the 'image' is, in place of captions, and None in place of the empty one.
 
     Raises:
         UserError: the directory holds the cache of something else.
@@ -69,9 +71,9 @@ def build_cache(
     frames = images.config.num_frames
     batch_size, per_file = max(1, batch_size // frames), max(1, IMAGES_PER_FILE // frames)
     image_files = [file for group in indices_by_size(images.sizes()) for file in _chunks(group, per_file)]
-    of_items = _texts(images, reads_references)
+    of_items = _texts(images, reads)
     texts = list(dict.fromkeys(text for each in of_items for text in each))
-    if not reads_references:
+    if reads != "references":
         texts = [("", -1), *sorted({*texts} - {("", -1)})]
     text_files = _chunks(texts, CAPTIONS_PER_FILE) if load_captioner is not None else []
     with progress_bar(disable=not state.is_main_process) as progress:
@@ -80,7 +82,7 @@ def build_cache(
         _write_missing(directory, "latents", image_files, load_vae, encode_file)
         if load_captioner is not None:
             task = progress.add_task("captions", total=len(texts), status="")
-            encode_file = partial(_encode_captions, images, partial(progress.advance, task))
+            encode_file = partial(_encode_captions, images, reads, partial(progress.advance, task))
             _write_missing(directory, "captions", text_files, load_captioner, encode_file)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -196,23 +198,29 @@ def _encode_references(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {ending: encode_images(vae, each)[0].unflatten(0, pixels.shape[:2]) for ending, each in shown.items()}
 
 
-def _texts(images: Images, reads_references: bool) -> list[list[Text]]:
+def _texts(images: Images, reads: Reads) -> list[list[Text]]:
     """Of each item; read with references, the empty one is the first of each."""
-    if not reads_references:
+    if reads == "image":
+        return [[("", index)] for index in range(len(images))]
+    if reads == "captions":
         return [[(caption, -1) for caption in each] for each in images.captions()]
     return [[(caption, index) for caption in ["", *each]] for index, each in enumerate(images.captions())]
 
 
 def _encode_captions(
-    images: Images, advance: Callable[[int], None], encode: EncodeCaptions, of_file: list[Text]
+    images: Images, reads: Reads, advance: Callable[[int], None], encode: EncodeCaptions, of_file: list[Text]
 ) -> dict[str, Tensor]:
     """'{row}.{name}' for each tensor of each caption's condition."""
     tensors: dict[str, Tensor] = {}
     for number, texts in enumerate(_chunks(of_file, 8)):
         captions = [caption for caption, _ in texts]
-        given = [images[index]["references"] for _, index in texts if index >= 0]
+        given: list[list[Any]] = [captions]
+        if reads == "references":
+            given.append([images[index]["references"] for _, index in texts])
+        elif reads == "image":
+            given = [[images[index]["image"] if index >= 0 else None for _, index in texts]]
         with torch.no_grad():
-            condition = encode(captions, given) if given else encode(captions)
+            condition = encode(*given)
         for name, value in condition.items():
             tensors |= {f"{8 * number + row}.{name}": _compact(of_caption) for row, of_caption in enumerate(value)}
         advance(len(texts))

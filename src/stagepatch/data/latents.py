@@ -23,7 +23,8 @@ def encode_images(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(encoded, "latent_dist"):
         mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
     else:
-        mean, std = encoded.latent, torch.zeros_like(encoded.latent)
+        mean = encoded.latents if _is_quantized(vae) else encoded.latent
+        std = torch.zeros_like(mean)
     if is_frame:
         mean, std = mean.squeeze(2), std.squeeze(2)
     shift, scale = _shift_and_scale(vae, mean)
@@ -37,8 +38,9 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     shift, scale = _shift_and_scale(vae, latents)
     latents = latents / scale + shift
     is_frame = _is_frame(vae, latents)
-    # A later VAE of LTX is told a timestep, which its pipelines leave at 0.
-    told = (latents.new_zeros(len(latents)),) if vae.config.get("timestep_conditioning") else ()
+    # A later VAE of LTX is told a timestep, which its pipelines leave at 0; MoVQ not to quantise.
+    told: tuple[Any, ...] = (True,) if _is_quantized(vae) else ()
+    told = (latents.new_zeros(len(latents)),) if vae.config.get("timestep_conditioning") else told
     images: Tensor = vae.decode(latents.unsqueeze(2) if is_frame else latents, *told, return_dict=False)[0]
     return (images.squeeze(2) if is_frame else images)[:, :3].clamp(-1.0, 1.0)
 
@@ -48,8 +50,15 @@ def _is_frame(vae: nn.Module, images: Tensor) -> bool:
     return images.ndim == 4 and any("Conv3d" in type(module).__name__ for module in vae.modules())
 
 
+def _is_quantized(vae: nn.Module) -> bool:
+    """Whether it is Kandinsky's MoVQ, whose denoiser makes latents of before quantisation, as they are."""
+    return type(vae).__name__ == "VQModel"
+
+
 def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
     """The denoiser's latents are (the VAE's − shift) · scale."""
+    if _is_quantized(vae):
+        return 0.0, 1.0
     config, buffers = vae.config, dict(vae.named_buffers())
     shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
     # LTX's VAE has them among its weights.

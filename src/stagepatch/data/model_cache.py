@@ -13,14 +13,16 @@ from stagepatch.checkpoints import (
     build_denoiser,
     encoder_directories,
     has_vae,
+    image_encoder_directories,
     load_captioner,
+    load_image_embedder,
     load_vae,
     takes_captions,
     temporal_factor,
 )
 from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
-from stagepatch.data.cache_writer import build_cache, cache_key
+from stagepatch.data.cache_writer import Reads, build_cache, cache_key
 from stagepatch.data.config import DataConfig, SourceConfig
 from stagepatch.data.dataset import BUNDLED, ImageDataset, load_dataset, open_source
 from stagepatch.data.held_out import hold_out
@@ -28,7 +30,7 @@ from stagepatch.data.images import Images
 from stagepatch.data.mixture import Mixture, check_alike, split_sources
 from stagepatch.data.source import Source
 from stagepatch.data.video import Clips, VideoFolder
-from stagepatch.families import takes_text, takes_videos
+from stagepatch.families import takes_image_embeds, takes_text, takes_videos
 from stagepatch.families.registry import family_of
 
 # What of a data config decides the latents.
@@ -116,45 +118,58 @@ def make_cache(
     source = open_source(data)
     names = (*_PREPROCESSING, *_OF_VIDEOS) if data.num_frames > 1 else _PREPROCESSING
     preprocessing = {name: getattr(data, name) for name in names}
-    reads_references = _check_references(model, source, data)
+    reads = _what_is_read(model, source, data)
+    encoders, device = encoder_directories(model), processes().device
+    encoders |= image_encoder_directories(model) if reads == "image" else {}
+
+    def load_reader() -> Any:
+        if reads == "image":
+            return load_image_embedder(model, device, text_dtype)
+        return load_captioner(model, device, text_dtype, reads == "references")
+
     if data.tags.variants > 1:  # else as in caches of before there were any
         preprocessing["tags"] = asdict(data.tags)
-    key = cache_key(source.stamp(), preprocessing, encoder_directories(model))
-    device = processes().device
+    key = cache_key(source.stamp(), preprocessing, encoders)
     build_cache(
         directory,
         key,
         lambda: Clips(source, data) if isinstance(source, VideoFolder) else Images(source, data),
         lambda: load_vae(model, dtype).to(device) if has_vae(model) else None,
-        (lambda: load_captioner(model, device, text_dtype, reads_references)) if takes_captions(model) else None,
+        load_reader if reads == "image" or takes_captions(model) else None,
         batch_size,
-        reads_references,
+        reads,
         family_of(type(build_denoiser(model))).has_blank_reference,
     )
 
 
-def _check_references(model: str, source: Source, data: DataConfig) -> bool:
-    """Whether captions are read with references.
+def _what_is_read(model: str, source: Source, data: DataConfig) -> Reads:
+    """What conditions are made of.
 
     Raises:
-        UserError: the model does not take those that images have, or images are mirrored that captions are read with.
+        UserError: the model does not take references that images have, or pictures are mirrored that are read.
     """
+    shape = build_denoiser(model)
+    family = family_of(type(shape))
+    if takes_image_embeds(shape) and data.horizontal_flip:
+        raise UserError(
+            f"'{model}' is told embeddings of the pictures, which are made once, as they are: leave out "
+            f"data.horizontal_flip."
+        )
     if not source.references(0):
-        return False
-    family = family_of(type(build_denoiser(model)))
+        return "image" if takes_image_embeds(shape) else "captions"
     if not family.takes_references:
         raise UserError(
             f"The images of '{data.source}' are edits of pictures, which {family.model_class} does not take in "
             f"training: train one that edits (docs/data.md), or move these pictures away."
         )
     if family.encode_edits is None:
-        return False
+        return "captions"
     if data.horizontal_flip:
         raise UserError(
             f"'{model}' reads captions together with the pictures to edit, which are read once, as they are: leave "
             f"out data.horizontal_flip."
         )
-    return True
+    return "references"
 
 
 def _check_num_frames(model: str, num_frames: int) -> None:

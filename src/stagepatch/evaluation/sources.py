@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stagepatch.checkpoints import BUNDLED as BUNDLED_MODELS
-from stagepatch.checkpoints import has_vae, is_hub_id, load_captioner, load_vae, takes_captions
+from stagepatch.checkpoints import has_vae, is_hub_id, load_captioner, takes_captions
 from stagepatch.core import UserError, processes, read_tensors
 from stagepatch.data import (
     BUNDLED,
@@ -25,7 +25,6 @@ from stagepatch.data import (
     Images,
     Part,
     Pictures,
-    decode_latents,
     hold_out,
     load_dataset,
     open_source,
@@ -33,7 +32,7 @@ from stagepatch.data import (
 from stagepatch.evaluation.statistics_file import is_statistics
 from stagepatch.families import num_classes, sample_shape
 from stagepatch.methods import open_artifact
-from stagepatch.sampling import Captions, LatentSampling, balanced_labels, spread
+from stagepatch.sampling import Captions, LatentSampling, balanced_labels, load_decoder, spread
 
 SPLITS: dict[str, Literal["train", "held_out", "tune"]]
 SPLITS = {"train": "train", "held-out": "held_out", "held_out": "held_out", "tune": "tune"}
@@ -209,9 +208,10 @@ def sampling_conditions(
         if len(known.unique()) > 1 and int(known.max()) < classes:
             labels = known.sort().values[spread(len(known), count)]
             said = f"'{name}' is sampled with the labels of '{given}', in their shares."
-    if not has_vae(name):
+    reads_captions = takes_captions(name)
+    if not has_vae(name) and not reads_captions:
         return Conditions(labels, None, texts, said, _digest(labels, texts))
-    if takes_captions(name):
+    if reads_captions:
         every = [] if dataset is None else captions_of(dataset)
         if not any(every):
             raise UserError(
@@ -221,8 +221,7 @@ def sampling_conditions(
         said = f"'{name}' is sampled with captions of '{given}'."
         encode = load_captioner(name, processes().device, text_dtype)
         captions = Captions(lambda indices: encode([texts[index] for index in indices]), encode([""]))
-    vae = load_vae(name).to(processes().device)
-    latents = LatentSampling(sample_shape(model), lambda latents: decode_latents(vae, latents), captions)
+    latents = LatentSampling(sample_shape(model), load_decoder(name), captions)
     return Conditions(labels, latents, texts, said, _digest(labels, texts))
 
 

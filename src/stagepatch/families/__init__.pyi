@@ -10,6 +10,7 @@ from .calling import num_classes as num_classes
 from .calling import pooled_text as pooled_text
 from .calling import predict as predict
 from .calling import sample_shape as sample_shape
+from .calling import takes_image_embeds as takes_image_embeds
 from .calling import takes_text as takes_text
 from .calling import takes_videos as takes_videos
 from .calling import text_channels as text_channels

@@ -79,7 +79,8 @@ def text_channels(model: Any) -> int:
     arguments = inspect.signature(type(uncompiled(model)).forward).parameters
     if "encoder_hidden_states" not in arguments or takes_image_embeds(model):
         return 0
-    widths = (model.config.get(name) for name in _TEXT_WIDTHS)
+    own = model.config.get("use_prompt_embeddings", True)  # in LTX-2.3 and later captions come projected
+    widths = (model.config.get(name) for name in (_TEXT_WIDTHS if own else ("cross_attention_dim",)))
     return next((width for width in widths if isinstance(width, int)), 0)
 
 

@@ -1,5 +1,6 @@
-"""Qwen-Image: a site before every block; only the tokens of the image that is made are prompted."""
+"""Qwen-Image, and Nucleus-Image, which is like it: a site before every block, of the tokens of what is made alone."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,6 +128,19 @@ def call_qwenimage21(model: Any, sample: Tensor, timesteps: Tensor, condition: d
     return tokens[:, -height * width :].transpose(1, 2).reshape(batch, -1, height, width)
 
 
+def nucleus_extent(model: Any, arguments: dict[str, Any]) -> Extent:
+    """Read off the shapes (frames, height, width), one a sample."""
+    frames, height, width = arguments["img_shapes"][0]
+    return Extent((frames * height, width))
+
+
+def call_nucleus(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """See `Call`. The model predicts x_start − noise."""
+    batch, _, height, width = sample.shape
+    shapes = [(1, height // 2, width // 2)] * batch
+    return -call_packed(model, sample, timesteps, {**condition, "img_shapes": shapes})
+
+
 FAMILIES = [
     Family(
         "QwenImageTransformer2DModel",
@@ -154,5 +168,15 @@ FAMILIES = [
         encode_captions,
         timestep_range=(0.0, 1.0),
         sample_size=(64, 64),
+    ),
+    # Nucleus-Image, whose blocks mix experts; text is among the keys of attention, not in the sequence.
+    Family(
+        "NucleusMoEImageTransformer2DModel",
+        replace(_DESCRIBE, begin=nucleus_extent),
+        call_nucleus,
+        encode_captions,
+        timestep_range=(0.0, 1.0),
+        sample_size=SAMPLE_SIZE,
+        is_packed=True,
     ),
 ]

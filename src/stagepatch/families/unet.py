@@ -85,8 +85,8 @@ def call_unet(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str
     if takes_image_embeds(model):
         if "image_embeds" not in arguments:
             raise UserError(
-                f"This {name} takes image_embeds, which a prior makes of captions and stagepatch does not: give them "
-                f"as its condition, a row a sample."
+                f"This {name} takes image_embeds, which a prior makes of captions: here they are made of pictures, in "
+                f"training, and of captions by the whole pipeline (stagepatch sample)."
             )
         arguments = {"encoder_hidden_states": None, "added_cond_kwargs": arguments}
     if "text_embeds" in arguments:

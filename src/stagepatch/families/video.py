@@ -1,4 +1,4 @@
-"""Transformers of videos that differ from Wan: LTX, LTX-2, Cosmos, SkyReels-V2, Wan VACE, Mochi, Kandinsky 5, Sana."""
+"""Transformers of videos that differ from Wan: LTX and LTX-2, Cosmos, SkyReels-V2, VACE, Mochi, Motif, Kandinsky 5."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from stagepatch.core import UserError
 from stagepatch.families.base import Extent, patches
 from stagepatch.families.packing import split_references
-from stagepatch.families.registry import Call, Family, call_by_keywords, of_videos, prompt_encoder
+from stagepatch.families.registry import Family, call_by_keywords, of_videos, prompt_encoder
 from stagepatch.families.table import call_wan, describe_sana
 from stagepatch.families.texts import pad_texts
 from stagepatch.families.transformer import Blocks, Transformer, image_extent
@@ -48,16 +48,36 @@ def call_ltx(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str,
     return tokens.transpose(1, 2).reshape(len(sample), -1, frames, height, width)
 
 
-def refuse(what: str) -> Call:
-    """In place of a call: a model that needs more than a sample and a caption can be patched, not trained."""
+@of_videos
+def call_ltx2(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. The video alone, as in the pipeline's own forward for `modality_scale`: without attention between
+    video and sound, so that the token of sound, which the model cannot do without, is not heard. Positions are those
+    at the pipeline's 24 frames a second.
+    """
+    frames, height, width = sample.shape[2:]
+    silence = sample.new_zeros(len(sample), 1, model.config.audio_in_channels)
+    text = condition["encoder_hidden_states"]
+    # Of LTX-2.3 and later, which has no projections, text of the sound is as wide as the sound.
+    audio_width = text.shape[-1] if model.config.use_prompt_embeddings else model.config.audio_cross_attention_dim
+    added = {
+        "audio_hidden_states": silence,
+        "audio_encoder_hidden_states": text.new_zeros(len(sample), 1, audio_width),
+        "audio_num_frames": 1,
+        "isolate_modalities": True,
+        "sigma": timesteps,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+    }
+    tokens = call_by_keywords(model, sample.flatten(2).transpose(1, 2), timesteps, {**condition, **added})
+    return tokens.transpose(1, 2).reshape(len(sample), -1, frames, height, width)
 
-    def call(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
-        raise UserError(
-            f"{type(model).__name__} needs {what} besides a sample and its caption: patches can be put on it, but not "
-            f"trained here."
-        )
 
-    return call
+def encode_for_ltx2(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
+    """See `EncodeCaptions`. Through the connectors, which make the video's text of all layers' hidden states."""
+    embeds, mask, *_ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, device=pipe.device)
+    text, _, mask = pipe.connectors(embeds, mask, padding_side=pipe.tokenizer.padding_side)
+    return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
 
 
 def framewise_extent(model: Any, arguments: dict[str, Any]) -> Extent:
@@ -104,6 +124,13 @@ def call_cosmos(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[s
     """See `Call`; nothing of a sample is padding, which is told in pixels."""
     mask = sample.new_zeros(1, 1, 8 * sample.shape[3], 8 * sample.shape[4])
     return call_by_keywords(model, sample, timesteps, {**condition, "padding_mask": mask})
+
+
+@of_videos
+def call_motif(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Any]) -> Tensor:
+    """See `Call`. No frame is given: zeros in their place, and for the mask that would tell which are."""
+    given = torch.zeros_like(sample)
+    return call_by_keywords(model, torch.cat([sample, given, given[:, :1]], dim=1), timesteps, condition)
 
 
 def kandinsky5_extent(model: Any, arguments: dict[str, Any]) -> Extent:
@@ -182,7 +209,7 @@ FAMILIES = [
         prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
         sample_size=(16, 22),
     ),
-    # LTX-2: the video's stream alone is prompted, not that of its sound; 121 frames of 512×768.
+    # LTX-2: the video's stream alone is prompted and trained, not that of its sound; 121 frames of 512×768.
     Family(
         "LTX2VideoTransformer3DModel",
         Transformer(
@@ -191,7 +218,8 @@ FAMILIES = [
             sample_size=(16, 16, 24),
             begin=ltx_extent,
         ),
-        refuse("sound"),
+        call_ltx2,
+        encode_for_ltx2,
         sample_size=(16, 24),
     ),
     # Cosmos: 121 frames of 704×1280. Predict2's pipelines scale by EDM's factors at σ and tell t = σ/(σ + 1); written
@@ -241,6 +269,19 @@ FAMILIES = [
         prompt_encoder("encoder_hidden_states", "encoder_attention_mask"),
         timestep_range=(1000.0, 0.0),
         sample_size=(60, 106),
+    ),
+    # Motif-Video: 121 frames of 736×1280. A sample has half of the channels that the model takes.
+    Family(
+        "MotifVideoTransformer3DModel",
+        Transformer(
+            (Blocks("transformer_blocks"), Blocks("single_transformer_blocks")),
+            "time_text_embed.timestep_embedder",
+            sample_size=(31, 92, 160),
+        ),
+        call_motif,
+        prompt_encoder("encoder_hidden_states", "", "encoder_attention_mask"),
+        sample_size=(92, 160),
+        channels="out_channels",
     ),
     # Kandinsky 5: 121 frames of 512×768.
     Family(

@@ -22,6 +22,7 @@ from .guide import attach_guide as attach_guide
 from .guide import guide_on as guide_on
 from .latents import LatentSampling as LatentSampling
 from .latents import latent_sampling as latent_sampling
+from .latents import load_decoder as load_decoder
 from .latents import prompted_latents as prompted_latents
 from .limited_loras import LimitedLoRA as LimitedLoRA
 from .limited_loras import LimitedLoRAs as LimitedLoRAs

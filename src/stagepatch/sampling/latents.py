@@ -17,11 +17,11 @@ from stagepatch.sampling.generation import Captions, spread
 
 @dataclass
 class LatentSampling:
-    """What `generate` takes for a model of latents.
+    """What `generate` takes for a model of latents, or of captions in pixels.
 
     Args:
-        shape: C, h, w of the latents.
-        decode: makes images of them.
+        shape: C, h, w of what the model makes.
+        decode: makes images of it.
         captions: conditions of a model that takes captions.
     """
 
@@ -33,19 +33,20 @@ class LatentSampling:
 def latent_sampling(
     model: str, data: DataConfig, cache: Path, text_dtype: torch.dtype = torch.float32
 ) -> LatentSampling | None:
-    """How a model with a VAE is sampled: any number of images has first captions of items from all over the cache.
+    """How a model with a VAE, or of captions, is sampled: any number of images has first captions of items from all
+    over the cache.
 
     Args:
         cache: its directory; it is made first if it is not there.
         text_dtype: that text encoders are loaded in for it.
 
     Returns:
-        None for a model without a VAE, which needs no more than its own shape.
+        None for any other, which needs no more than its own shape.
 
     Raises:
         UserError: the directory holds the cache of something else, or the data cannot be had.
     """
-    if not has_vae(model):
+    if not has_vae(model) and not takes_captions(model):
         return None
     if data.num_frames > 1:
         raise UserError(f"data.num_frames={data.num_frames}: here images are sampled, not videos. Leave it at 1.")
@@ -53,7 +54,7 @@ def latent_sampling(
     cached = open_cache(cache, data)
     if "references" in cached[0]:
         raise UserError(f"The images of '{data.source}' are edits of pictures, and here samples are made of captions.")
-    vae = load_vae(model).to(processes().device)
+    decode = load_decoder(model)
 
     def condition(indices: list[int]) -> dict[str, Tensor]:
         items = spread(len(cached), max(indices) + 1)[indices].tolist()
@@ -63,13 +64,21 @@ def latent_sampling(
     null = cached.null_condition
     channels, height, width = cached[0]["image"].shape
     captions = None if null is None else Captions(condition, null)
-    return LatentSampling((channels, height, width), lambda latents: decode_latents(vae, latents), captions)
+    return LatentSampling((channels, height, width), decode, captions)
+
+
+def load_decoder(source: str) -> Callable[[Tensor], Tensor]:
+    """A model's VAE, on this process's device, as what makes images of latents; without one they are images."""
+    if not has_vae(source):
+        return lambda images: images
+    vae = load_vae(source).to(processes().device)
+    return lambda latents: decode_latents(vae, latents)
 
 
 def prompted_latents(
     source: str, model: Any, prompts: Sequence[str], text_dtype: torch.dtype = torch.float32
 ) -> LatentSampling | None:
-    """How a model whose VAE, tokenizer and text encoder lie beside it is sampled: image i has prompt i modulo theirs.
+    """How a model whose VAE, tokenizer or text encoder lie beside it is sampled: image i has prompt i modulo theirs.
 
     Args:
         source: the model's directory.
@@ -77,15 +86,16 @@ def prompted_latents(
         text_dtype: that text encoders are loaded in.
 
     Returns:
-        None for a model in pixels.
+        None for a model in pixels without captions.
 
     Raises:
         UserError: a model of captions without prompts, or without what encodes them.
     """
-    if not has_vae(source):
+    reads_captions = takes_captions(source)
+    if not has_vae(source) and not reads_captions:
         return None
     device, captions = processes().device, None
-    if takes_captions(source):
+    if reads_captions:
         if not prompts:
             raise UserError(f"'{source}' makes images of captions: give --prompts '[\"a caption\", …]'.")
         encode = load_captioner(source, device, text_dtype)
@@ -95,5 +105,4 @@ def prompted_latents(
             return {name: value[[index % len(prompts) for index in indices]] for name, value in encoded.items()}
 
         captions = Captions(condition, encode([""]))
-    vae = load_vae(source).to(device)
-    return LatentSampling(sample_shape(model), lambda latents: decode_latents(vae, latents), captions)
+    return LatentSampling(sample_shape(model), load_decoder(source), captions)

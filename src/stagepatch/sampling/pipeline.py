@@ -12,6 +12,9 @@ from stagepatch.families import find_denoiser
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.generation import balanced_labels, image_generator, in_batches
 
+# Whose tensors are the model's own, from −1 to 1, which IF's safety checker has not seen.
+_OF_RAW_TENSORS = ("IFPipeline", "KandinskyV22Pipeline", "KandinskyV22CombinedPipeline")
+
 
 @torch.no_grad()
 def generate_with_pipeline(
@@ -45,6 +48,12 @@ def generate_with_pipeline(
         raise UserError(f"The call of {type(pipe).__name__} takes no '{min(unknown)}'. It takes: {', '.join(takes)}.")
     takes_labels = "class_labels" in takes
     labels = balanced_labels(find_denoiser(pipe), config.num_images, classes) if takes_labels else torch.empty(0)
+    if "image_embeds" in takes and not {"image_embeds", "negative_image_embeds"} <= set(call or ()):
+        raise UserError(
+            f"{type(pipe).__name__} makes images of image_embeds, which its prior makes of captions: save both as "
+            f"one, by AutoPipelineForText2Image of diffusers, and give that."
+        )
+    output_type = "np" if type(pipe).__name__ in _OF_RAW_TENSORS else "pt"
     pipe.set_progress_bar_config(disable=True)
 
     def make(indices: list[int]) -> Tensor:
@@ -56,8 +65,11 @@ def generate_with_pipeline(
         if "guidance_scale" in takes:
             options["guidance_scale"] = config.guidance_scale
         options["num_inference_steps"] = config.num_inference_steps
-        options |= {"output_type": "pt", "return_dict": False, **(call or {})}
-        images: Tensor = pipe(**options)[0].float()
+        options |= {"output_type": output_type, "return_dict": False, **(call or {})}
+        made = pipe(**options)[0]
+        if output_type == "np":
+            return torch.from_numpy(made).movedim(-1, 1)
+        images: Tensor = made.float()
         return images.flatten(0, 1) if images.ndim == 5 else images
 
     return in_batches(make, config, on_batch) * 2.0 - 1.0
