@@ -215,13 +215,16 @@ class _Run:
                     self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _fill(self, points: Sequence[Point | None], begun: Mapping[int, Point]) -> None:
-        """Put a trial into each slot that has none, with the point of one that failed there."""
-        taken = _taken(self.study.get_trials(deepcopy=False))
-        for slot, point in enumerate(points):
-            if slot not in taken:
-                point = begun.get(slot, point)
-                params = {} if point is None else dict(zip(self.names, point, strict=True))
-                self.study.enqueue_trial(params, user_attrs={"slot": slot, "params": params})
+        """Put a trial into the first slot that has none, with the point of one that failed there.
+
+        One at a time: what a sampler chooses depends on what ended before, which a failed trial must not change.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        free = sorted({*range(len(points))} - _taken(trials))
+        if free and not any(trial.state == TrialState.WAITING for trial in trials):
+            point = begun.get(free[0], points[free[0]])
+            params = {} if point is None else dict(zip(self.names, point, strict=True))
+            self.study.enqueue_trial(params, user_attrs={"slot": free[0], "params": params})
 
     def _evaluate_next(self) -> None:
         values: list[float] = []
