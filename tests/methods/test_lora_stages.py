@@ -395,8 +395,11 @@ def test_files_that_do_not_fit_are_refused(tiny_dit, tmp_path):
 
 @pytest.mark.parametrize(
     ("choices", "changes"),
-    [({}, {"rank": 10**12}), ({"num_stages": 3}, {"num_stages": 10**12})]
-    + [({"num_stages": 3, "stage_gate": "table", "num_ranges": 5}, {"num_ranges": 10**12})],
+    [
+        ({}, {"rank": 10**12}),
+        ({"num_stages": 3}, {"num_stages": 10**12}),
+        ({"num_stages": 3, "stage_gate": "table", "num_ranges": 5}, {"num_ranges": 10**12}),
+    ],
 )
 def test_sizes_that_the_tensors_do_not_have_take_no_memory(tiny_dit, tmp_path, choices, changes):
     lora_on(tiny_dit(), rank=2, **choices).save(tmp_path)
