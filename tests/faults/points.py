@@ -28,7 +28,7 @@ from tests.faults.commands import COMMANDS, INPUTS, at_work, command, facts, new
 from tests.faults.strikes import ENVIRONMENT, FileStrike, library
 
 _KINDS = {"killed": 0, "disk full": errno.ENOSPC, "read-only": errno.EROFS}
-_PATIENCE = 120  # seconds that a command may take
+_PATIENCE = 300  # seconds that a command may take
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 _BEGIN, _END = "<!-- points of death -->", "<!-- end -->"
 

@@ -261,8 +261,9 @@ def test_a_process_that_died_before_it_gave_its_name_is_noticed(tmp_path, monkey
     study.enqueue_trial({}, user_attrs={"slot": 4})
     study.ask()
     begun = time.monotonic()
-    assert len(search(tmp_path / "journal", evaluations=5)["tpe"]) == 5
+    found, undisturbed = (search(tmp_path / name, evaluations=7)["tpe"] for name in ("journal", "undisturbed"))
     assert time.monotonic() - begun > 0.5
+    assert [one.point for one in found] == [one.point for one in undisturbed]
 
 
 def test_a_process_that_was_taken_for_dead_goes_on(tmp_path):
