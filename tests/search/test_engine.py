@@ -1,5 +1,7 @@
 """The engine: it finds optima, evaluates nothing twice, is shared, and prunes."""
 
+import contextlib
+import errno
 import itertools
 import json
 import math
@@ -11,6 +13,7 @@ from functools import partial
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from stagepatch.core import UserError
 from stagepatch.search import Evaluation, MergeConfig, best_of, storages
@@ -97,6 +100,27 @@ def test_an_error_ends_the_search_and_its_weights_are_evaluated_again(tmp_path):
     assert (len(objective.asked), len(again.asked)) == (5, 8)
     assert objective.asked[4] in again.asked
     assert not set(again.asked) & set(objective.asked[:4])
+
+
+def test_on_a_full_disk_it_ends_in_words_and_goes_on_as_it_would_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("stagepatch.search.engine._CLAIM", 0.02)
+    monkeypatch.setattr("stagepatch.search.engine._POLL", 0.01)
+    expected = [one.point for one in search(tmp_path / "undisturbed", evaluations=3)["tpe"]]
+    append = JournalFileBackend.append_logs
+    for room in itertools.count():
+        left = iter(range(room))
+
+        def append_while_there_is_room(journal, logs, left=left):
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(journal, logs)
+
+        with monkeypatch.context() as patched, contextlib.suppress(UserError):
+            patched.setattr(JournalFileBackend, "append_logs", append_while_there_is_room)
+            search(tmp_path / str(room), evaluations=3)
+            break
+        assert [one.point for one in search(tmp_path / str(room), evaluations=3)["tpe"]] == expected
+    assert room > 20
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from stagepatch.core import as_json, check_unchanged
+from stagepatch.core import UserError, as_json, check_unchanged
 from stagepatch.search.config import ScheduleConfig, SearchConfig
 from stagepatch.search.storages import Workers, open_storage
 
@@ -238,7 +238,9 @@ class _Run:
 
         try:
             self.study.optimize(value_of, n_trials=1, catch=(_NotWanted,))
-        except Exception:  # Optuna has several for a trial that is over
+        except Exception as error:  # Optuna has several for a trial that is over
+            if isinstance(error.__context__, UserError):  # the journal could not be written, and Optuna asserts that
+                raise error.__context__ from None
             if not values:
                 raise
             # Another process took this one for dead, as after a long pause, and the slot is filled again.
