@@ -9,10 +9,13 @@ import copy
 import io
 import json
 import os
+import re
 import resource
 import struct
 import tarfile
+import time
 import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +39,7 @@ from stagepatch.data import (
     open_cache,
 )
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
+from stagepatch.evaluation.statistics_file import is_statistics, read_statistics
 from stagepatch.methods import LoRA, LoRAConfig, open_artifact
 from stagepatch.models import DiT
 from stagepatch.patch import Patch, PatchConfig
@@ -164,15 +168,39 @@ def edited_safetensors(content: bytes, edits) -> bytes:
 @contextlib.contextmanager
 def bounded():
     """No more memory than `MEMORY`; warnings of Pillow and others are not shown."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    size, resident = (int(pages) * resource.getpagesize() for pages in pages_of_process()[:2])
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of what follows
     try:
         with warnings.catch_warnings(), contextlib.suppress(UserError):
             warnings.simplefilter("ignore")
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+        (peak,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        taken.append(int(peak) * 1024 - resident)
+
+
+def pages_of_process():
+    return Path("/proc/self/statm").read_text().split()
+
+
+taken = []  # bytes of memory, by each case of this kind
+
+
+@pytest.fixture(autouse=True)
+def kept(request):
+    """In the long form, what each kind took goes into runs/fuzz.json."""
+    taken.clear()
+    since = time.monotonic()
+    yield
+    if CASES > 100 and taken:
+        path = Path("runs/fuzz.json")
+        found = json.loads(path.read_text()) if path.exists() else {}
+        figures = {"cases": CASES, "seconds": round(time.monotonic() - since), "MiB": round(max(taken) / 2**20, 1)}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**found, request.node.name: figures}, indent=1))
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +460,33 @@ def test_arrays(place, name, edits):
         source = ArraySource(DataConfig(str(place / name)))
         source.load(0)
         source.label(0)
+
+
+def statistics_file(save):
+    buffer = io.BytesIO()
+    save(buffer, mu=np.zeros(3), sigma=np.eye(3), count=np.array(5), extractor=np.array("net"))
+    return buffer.getvalue()
+
+
+STATISTICS = [statistics_file(save) for save in (np.savez, np.savez_compressed)]
+
+
+def edited_members(content, edits):
+    """A zip file whose members are changed, and whole again."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for number, name in enumerate(old.namelist()):
+            new.writestr(name, changed(old.read(name), edits[number::2]))
+    return buffer.getvalue()
+
+
+@fuzz(st.sampled_from(STATISTICS), byte_edits, st.booleans())
+def test_statistics(place, content, edits, is_inside):
+    path = place / "statistics.npz"
+    path.write_bytes(edited_members(content, edits) if is_inside else changed(content, edits))
+    with bounded():
+        if is_statistics(path):
+            read_statistics(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,13 @@
 import errno
 import fcntl
+import importlib.util
 import json
 import os
 import struct
+import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -65,6 +68,33 @@ def test_what_a_killed_process_left_half_written_goes(path):
         fcntl.flock(file, fcntl.LOCK_EX)  # as a process does that writes it
         write_text(path, "new\n")
     assert sorted(path.parent.iterdir()) == sorted([living, path])
+
+
+def test_a_file_that_another_process_takes_for_unfinished_before_it_is_locked(path, monkeypatch):
+    make, made = tempfile.mkstemp, []
+
+    def take_the_first(**options):
+        made.append(make(**options))
+        if len(made) == 1:
+            os.unlink(made[0][1])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkstemp", take_the_first)
+    write_text(path, "new\n")
+    assert path.read_text() == "new\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_where_there_is_no_fcntl_files_are_whole_too(path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    elsewhere = importlib.util.module_from_spec(files_of := importlib.util.find_spec("stagepatch.core.files"))
+    files_of.loader.exec_module(elsewhere)
+    elsewhere.write_text(path, "new\n")
+    assert path.read_text() == "new\n"
+    with pytest.raises(RuntimeError, match="in the middle"):
+        elsewhere.write_atomically(path, Mock(side_effect=RuntimeError("in the middle")))
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_flushes_to_disk_before_it_renames(path, monkeypatch):

@@ -1,5 +1,7 @@
 """Statistics as others write them, and for others to read."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,34 @@ def test_statistics_that_are_none_are_refused(tmp_path, mean, covariance, messag
     np.savez(tmp_path / "bad.npz", mu=mean, sigma=covariance)
     with pytest.raises(UserError, match=message):
         read_statistics(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize(
+    ("header", "broken"),
+    [(b"}   ", b"}  }"), (b"<f8", b"<,8"), (b"(3,)", b"(%d,)" % 10**40), (b"(3,)", b"(1%s,)" % (b"0" * 12))],
+    ids=["no Python", "no dtype", "more than 64 bits", "more than there is memory for"],
+)
+def test_a_broken_header_is_no_more_than_a_message(tmp_path, header, broken):
+    np.savez(path := tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with zipfile.ZipFile(path) as file:
+        content = {name: file.read(name) for name in file.namelist()}
+    assert header in content["mu.npy"]
+    content["mu.npy"] = content["mu.npy"].replace(header, broken, 1)
+    with zipfile.ZipFile(path, "w") as file:
+        for name, each in content.items():
+            file.writestr(name, each)
+    with pytest.raises(UserError, match="Cannot read"):
+        read_statistics(path)
+
+
+def test_a_broken_zip_file_is_no_more_than_a_message(tmp_path):
+    np.savez(path := tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.eye(3))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 6] = 233  # the version that is needed to unpack it
+    path.write_bytes(content)
+    assert not is_statistics(path)
+    with pytest.raises(UserError, match="Cannot read"):
+        read_statistics(path)
 
 
 def test_another_ending_is_refused(tmp_path):

@@ -7,53 +7,65 @@ command must end with a message of its own, and go on to the same files when the
 """
 
 import argparse
+import atexit
+import contextlib
 import errno
+import gc
 import json
+import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
 
-from tests.faults.commands import COMMANDS, INPUTS, at_work, command, facts, new_place, write_inputs
-from tests.faults.strikes import FileStrike
-from tests.runs import Processes
+import torch
 
-_MODULES = [f"stagepatch.cli.{name}" for name in ("cache", "compare", "decouple", "evaluate", "merge", "pretrain")]
-_MODULES += ["stagepatch.cli.sample", "stagepatch.cli.schedule", "stagepatch.search.engine", "stagepatch.report.page"]
-_MODULES += ["torch.utils.tensorboard", "tests.golden.record", "stagepatch.data.digits", "matplotlib.figure"]
+from tests.faults.commands import COMMANDS, INPUTS, at_work, command, facts, new_place, write_inputs
+from tests.faults.strikes import ENVIRONMENT, FileStrike, library
+
 _KINDS = {"killed": 0, "disk full": errno.ENOSPC, "read-only": errno.EROFS}
-KILLED = -9
+_PATIENCE = 300  # seconds that a command may take
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 _BEGIN, _END = "<!-- points of death -->", "<!-- end -->"
 
 
 class Bench:
-    """Inputs, made once, and places in which commands run."""
+    """Inputs, made once, and places in which commands run, each in a fork of this process.
 
-    def __init__(self, processes, directory):
-        self.processes, self.directory = processes, directory
+    A command runs once in this process before its forks do: they have all that it imports, and begin at once.
+    """
+
+    def __init__(self, directory):
+        self.directory = directory
         self.known = {}
         if not (directory / "made").exists():
             write_inputs(directory)
             for arguments in INPUTS:
-                processes.call(command, arguments=arguments, directory=directory)
+                assert _quietly(arguments, directory) == 0
             (directory / "made").touch()
 
     def run(self, name, place, strike=None):
-        """A command's exit code and its output."""
-        process = self.processes.start(command, strike=strike, arguments=at_work(name), directory=place)
-        process.join(300)
-        if process.is_alive():
-            process.kill()
-            return None, "it hangs"
-        return process.exitcode, process.output.read_text()
+        """A command's exit code, negative for a signal, and its output."""
+        output = self.directory / "output"
+        process = os.fork()
+        if not process:
+            _be(at_work(name), place, output, strike)
+        _, status = os.waitpid(process, 0)
+        return os.waitstatus_to_exitcode(status), output.read_text()
 
     def undisturbed(self, name):
         """The names of a command's operations, and what it leaves behind."""
         if name not in self.known:
-            place = new_place(self.directory / "inputs", self.directory / "undisturbed" / name)
-            names = self.directory / f"operations of {name}"
+            place = new_place(self.directory / "inputs", self.directory / "undisturbed")
+            assert _quietly(at_work(name), place) == 0
+            gc.collect()
+            gc.freeze()
+            place = new_place(self.directory / "inputs", place)
+            names = self.directory / "operations"
             code, output = self.run(name, place, FileStrike(place, names=names))
             assert code == 0, output
             self.known[name] = names.read_text().splitlines(), facts(place / "out")
@@ -74,10 +86,36 @@ class Bench:
         return f"other files than those of a run that nothing befell: {odd}" if odd else ""
 
 
+def _quietly(arguments, directory):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return command(arguments, directory)
+
+
+def _be(arguments, directory, output, strike):
+    """A fork's whole life. It ends as a process does, but for taking its memory apart."""
+    signal.alarm(_PATIENCE)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    code = 1
+    if strike is not None:
+        strike.arm()
+    try:
+        code = command(arguments, directory)
+        threading._shutdown()
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _wrong_end(code, output, error):
     said = [line for line in output.splitlines() if "Error" in line or "Traceback" in line]
     if not error:
-        return "" if code in (KILLED, 0) else f"struck, it ends with {code}: {output[-600:]}"
+        return "" if code in (-signal.SIGKILL, 0) else f"struck, it ends with {code}: {output[-600:]}"
     if code not in (0, 2) or any("Traceback" in line for line in said):
         return f"struck, it ends with {code}: {output[-1200:]}"
     return ""
@@ -97,18 +135,16 @@ def main():
     parser.add_argument("--directory", type=Path, help="kept; by default a new one")
     parser.add_argument("--results", type=Path, default=Path("runs/faults.json"))
     given = parser.parse_args()
-    directory = given.directory or Path(tempfile.mkdtemp(prefix="faults-"))
+    torch.set_num_threads(1)  # a fork has no threads but its own
+    directory = (given.directory or Path(tempfile.mkdtemp(prefix="faults-"))).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    output = directory / "output"
-    output.mkdir(exist_ok=True)
-    processes = Processes(output, _MODULES)
-    bench, results = Bench(processes, directory), Results(given.results)
+    bench, results = Bench(directory), Results(given.results.resolve())
     for name in given.commands:
         operations, _ = bench.undisturbed(name)
         for kind in given.kinds:
             since, known = time.monotonic(), results.of(name, kind, len(operations))
             for number in points(len(operations), given.points):
-                if str(number) not in known:
+                if known.get(str(number), "not tried"):
                     found = bench.strike(name, number, _KINDS[kind])
                     known[str(number)] = found and f"{operations[number - 1]}: {found}"
                     results.write()
@@ -116,7 +152,6 @@ def main():
                         print(f"{name}, {kind}, {known[str(number)]}\n", flush=True)
             bad, seconds = sum(map(bool, known.values())), time.monotonic() - since
             print(f"{name}, {kind}: {len(known)} of {len(operations)}, {bad} bad, {seconds:.0f} s", flush=True)
-    processes.stop()
     results.write_table()
     if given.directory is None:
         shutil.rmtree(directory)
@@ -163,4 +198,6 @@ def _cell(tried):
 
 
 if __name__ == "__main__":
+    if os.environ.get(ENVIRONMENT) != str(library()):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, ENVIRONMENT: str(library())})
     sys.exit(main())

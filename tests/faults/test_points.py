@@ -5,9 +5,11 @@ import re
 import shutil
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
+import stagepatch
 from stagepatch.cli import main
 from stagepatch.core import UserError, alone_in
 from stagepatch.training.log import RunLog
@@ -73,11 +75,28 @@ def test_a_full_or_read_only_disk_is_said_and_loses_nothing(processes, tmp_path,
     assert_goes_on(processes, tmp_path / "run", undisturbed)
 
 
-def test_a_second_run_in_a_directory_is_refused(tmp_path, capsys, monkeypatch):
+BUNDLED = str(Path(stagepatch.__file__).parent / "assets" / "digits-dit")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--training.steps=1", "--training.batch_size=4"],
+        ["sample", "--model=digits"],
+        ["evaluate", "--model=digits"],
+        ["evaluate", "digits", "digits"],
+        ["merge", "--base=digits", f"--stages=[{BUNDLED}]", "--weights=[1]"],
+        ["cache", "--model=latent"],
+    ],
+    ids=["train", "sample", "evaluate", "evaluate A B", "merge", "cache"],
+)
+def test_a_second_run_in_a_directory_is_refused(tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr("stagepatch.core.locks._PATIENCE", 0.0)
-    few = ["--training.steps=1", "--training.batch_size=4", f"--output_dir={tmp_path / 'run'}"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latent" / "vae").mkdir(parents=True)
+    (tmp_path / "latent" / "vae" / "config.json").write_text("{}")
     with alone_in(tmp_path / "run"):
-        assert main(["train", *few]) == 2
+        assert main([*command, f"--output_dir={tmp_path / 'run'}"]) == 2
     assert "Another process works in" in capsys.readouterr().err
     with alone_in(tmp_path / "run"):
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]

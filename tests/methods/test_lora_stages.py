@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError, read_json, write_json
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.families import predict
 from stagepatch.methods import LoRA, LoRAConfig, load_learned
-from stagepatch.methods.lora import ADAPTER, FILE_NAME
+from stagepatch.methods.lora import ADAPTER, CONFIG_NAME, FILE_NAME
 from stagepatch.methods.lora_stages import GATES, Ranks, StageGate
 from stagepatch.sampling import SamplingConfig, generate
 from tests.runs import draw_weights, run
@@ -390,6 +390,21 @@ def test_files_that_do_not_fit_are_refused(tiny_dit, tmp_path):
     tensors = load_file(tmp_path / FILE_NAME)
     save_file({name: value for name, value in tensors.items() if "gate.bias" not in name}, tmp_path / FILE_NAME)
     with pytest.raises(UserError, match="no whole gate of its stages"):
+        load_learned(tiny_dit(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("choices", "changes"),
+    [
+        ({}, {"rank": 10**12}),
+        ({"num_stages": 3}, {"num_stages": 10**12}),
+        ({"num_stages": 3, "stage_gate": "table", "num_ranges": 5}, {"num_ranges": 10**12}),
+    ],
+)
+def test_sizes_that_the_tensors_do_not_have_take_no_memory(tiny_dit, tmp_path, choices, changes):
+    lora_on(tiny_dit(), rank=2, **choices).save(tmp_path)
+    write_json(tmp_path / CONFIG_NAME, read_json(tmp_path / CONFIG_NAME) | changes)
+    with pytest.raises(UserError, match="does not hold this LoRA, of rank"):
         load_learned(tiny_dit(), tmp_path)
 
 

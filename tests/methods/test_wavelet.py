@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from stagepatch.cli import main
-from stagepatch.core.errors import UserError
+from stagepatch.core import UserError, read_json, write_json
 from stagepatch.methods import Wavelet, WaveletConfig, load_learned, open_artifact
-from stagepatch.methods.wavelet import FILE_NAME
+from stagepatch.methods.wavelet import CONFIG_NAME, FILE_NAME
 from stagepatch.methods.wavelet_gates import haar, inverse_haar
 from tests.runs import Strike, draw_weights, iteration_of, options, run, train_job
 from tests.tiny import FAMILIES
@@ -147,6 +147,11 @@ def test_what_was_saved_comes_back_on_its_own_model_alone(tmp_path):
     other_choices.prepare(family.model())
     with pytest.raises(UserError, match="gates of another config"):
         other_choices.start_from(model, tmp_path)
+    content = read_json(tmp_path / CONFIG_NAME)
+    content["wavelet"]["hidden_channels"] = 10**12  # more than there is memory for
+    write_json(tmp_path / CONFIG_NAME, content)
+    with pytest.raises(UserError, match="does not hold these gates"):
+        load_learned(family.model(), tmp_path)
     (tmp_path / "wavelet.json").unlink()
     assert open_artifact(tmp_path).kind == "part of wavelet gates"
 

@@ -161,6 +161,8 @@ def text(content):
         (config(lambda c: c["backbone"].update(sites=[])), "in a form not known here"),
         (config(lambda c: c["backbone"].update(colour="red")), "in a form not known here.*colour"),
         (config(lambda c: c["backbone"]["sites"][0].pop("channels")), "in a form not known here.*channels"),
+        # More than there is memory for: refused before any is taken.
+        (config(lambda c: c["backbone"]["sites"][0].update(channels=10**12)), r"expected \(16, 1000000000000\)"),
         (config(lambda c: c["fingerprint"].update(colour="red")), "fingerprint in a form not known here"),
         *((text(content), r"config\.json'") for content in ("{", "[1, 2]", "\x00\x01")),
     ],

@@ -1,5 +1,7 @@
 """The engine: it finds optima, evaluates nothing twice, is shared, and prunes."""
 
+import contextlib
+import errno
 import itertools
 import json
 import math
@@ -11,6 +13,7 @@ from functools import partial
 
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from stagepatch.core import UserError
 from stagepatch.search import Evaluation, MergeConfig, best_of, storages
@@ -91,10 +94,33 @@ def test_an_error_ends_the_search_and_its_weights_are_evaluated_again(tmp_path):
     objective, again = Counted(breaks), Counted()
     with pytest.raises(RuntimeError, match="no memory"):
         search(tmp_path / "journal", objective)
-    assert len(search(tmp_path / "journal", again)["tpe"]) == 12
+    found = search(tmp_path / "journal", again)["tpe"]
+    undisturbed = search(tmp_path / "undisturbed")["tpe"]
+    assert [one.point for one in found] == [one.point for one in undisturbed]
     assert (len(objective.asked), len(again.asked)) == (5, 8)
     assert objective.asked[4] in again.asked
     assert not set(again.asked) & set(objective.asked[:4])
+
+
+def test_on_a_full_disk_it_ends_in_words_and_goes_on_as_it_would_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("stagepatch.search.engine._CLAIM", 0.02)
+    monkeypatch.setattr("stagepatch.search.engine._POLL", 0.01)
+    expected = [one.point for one in search(tmp_path / "undisturbed", evaluations=3)["tpe"]]
+    append = JournalFileBackend.append_logs
+    for room in itertools.count():
+        left = iter(range(room))
+
+        def append_while_there_is_room(journal, logs, left=left):
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(journal, logs)
+
+        with monkeypatch.context() as patched, contextlib.suppress(UserError):
+            patched.setattr(JournalFileBackend, "append_logs", append_while_there_is_room)
+            search(tmp_path / str(room), evaluations=3)
+            break
+        assert [one.point for one in search(tmp_path / str(room), evaluations=3)["tpe"]] == expected
+    assert room > 20
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -259,8 +285,9 @@ def test_a_process_that_died_before_it_gave_its_name_is_noticed(tmp_path, monkey
     study.enqueue_trial({}, user_attrs={"slot": 4})
     study.ask()
     begun = time.monotonic()
-    assert len(search(tmp_path / "journal", evaluations=5)["tpe"]) == 5
+    found, undisturbed = (search(tmp_path / name, evaluations=7)["tpe"] for name in ("journal", "undisturbed"))
     assert time.monotonic() - begun > 0.5
+    assert [one.point for one in found] == [one.point for one in undisturbed]
 
 
 def test_a_process_that_was_taken_for_dead_goes_on(tmp_path):

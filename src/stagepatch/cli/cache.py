@@ -7,7 +7,7 @@ import torch
 from stagepatch.checkpoints import build_denoiser, has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import say, write_run_config
-from stagepatch.core import UserError, processes
+from stagepatch.core import UserError, alone_in, processes
 from stagepatch.data import make_cache, open_cache
 from stagepatch.families import takes_text
 
@@ -20,7 +20,8 @@ def cache(config: configs.CacheConfig, resolved: str) -> None:
             f"model='{config.model}' has no VAE and takes no captions, so there is nothing to cache: give another."
         )
     dtype = getattr(torch, config.dtype)
-    make_cache(directory, config.model, config.data, config.batch_size, dtype, dtype)
-    if processes().is_main_process:
-        write_run_config(directory, resolved)
+    with alone_in(directory):
+        make_cache(directory, config.model, config.data, config.batch_size, dtype, dtype)
+        if processes().is_main_process:
+            write_run_config(directory, resolved)
     say(f"The cache of {len(open_cache(directory, config.data)):,} images is in '{directory}'.")

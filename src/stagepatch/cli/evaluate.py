@@ -9,7 +9,7 @@ from torch import Tensor
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on, write_run_config
 from stagepatch.cli.evaluate_sources import evaluate_sources, learned_fingerprint, shard_size, weights_fingerprint
-from stagepatch.core import UserError, processes, write_json
+from stagepatch.core import UserError, alone_in, processes, write_json
 from stagepatch.data import DataConfig
 from stagepatch.evaluation import (
     Evaluator,
@@ -30,10 +30,9 @@ from stagepatch.sampling import SamplingConfig, attach_guide, load_experts
 
 def evaluate(config: configs.EvaluateConfig, resolved: str) -> None:
     """Measure a model, or A against B."""
-    if config.against or config.save_statistics:
-        evaluate_sources(config, resolved)
-    else:
-        _evaluate_model(config, resolved)
+    work = evaluate_sources if config.against or config.save_statistics else _evaluate_model
+    with alone_in(Path(config.output_dir)):
+        work(config, resolved)
 
 
 def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:

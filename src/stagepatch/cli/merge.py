@@ -7,7 +7,7 @@ from pathlib import Path
 from stagepatch.checkpoints import build_denoiser, has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import bar_over, write_run_config
-from stagepatch.core import UserError, locked
+from stagepatch.core import UserError, alone_in, locked
 from stagepatch.data import check_channels, load_training_data
 from stagepatch.merging import (
     MergeMethod,
@@ -26,24 +26,33 @@ def merge(config: configs.MergeConfig, resolved: str) -> None:
     """Merge stages, a tensor at a time; with a search, first find the weights."""
     output = Path(config.output_dir)
     if config.posthoc_ema:
-        _average(config)
-        write_run_config(output, resolved)
+        _average(config, resolved)
         return
     stages = _find(config)
     if stages.are_loras:
         check_lora_method(config.method)
-    if config.search.strategies:
-        _search_and_merge(config, stages)
     elif isinstance(stages, Snapshots):
-        stages.merge(config.weights, output, config.method)
+        stages.check_method(config.method)
+    if config.search.strategies:  # which processes may share
+        _search_and_merge(config, stages)
+        write_run_config(output, resolved)
     else:
-        fishers = _write_fishers(config, stages) if config.method.kind == "fisher" else []
-        stages.merge(config.weights, output, config.method, fishers)
-    write_run_config(output, resolved)
+        with alone_in(output):
+            _merge(config, stages)
+            write_run_config(output, resolved)
     if isinstance(stages, Snapshots) and stages.model:
         print(f"The merged result of the run is in '{output}'.")
     else:
         print(f"The merged {'LoRA' if stages.are_loras else 'model'} is in '{output}'.")
+
+
+def _merge(config: configs.MergeConfig, stages: Stages | Snapshots) -> None:
+    output = Path(config.output_dir)
+    if isinstance(stages, Snapshots):
+        stages.merge(config.weights, output, config.method)
+    else:
+        fishers = _write_fishers(config, stages) if config.method.kind == "fisher" else []
+        stages.merge(config.weights, output, config.method, fishers)
 
 
 def _write_fishers(config: configs.MergeConfig, stages: Stages | Snapshots) -> list[Path]:
@@ -67,12 +76,15 @@ def _find(config: configs.MergeConfig) -> Stages | Snapshots:
     return find_snapshots(config.run, config.base)
 
 
-def _average(config: configs.MergeConfig) -> None:
+def _average(config: configs.MergeConfig, resolved: str) -> None:
     if not config.run:
         raise UserError(f"posthoc_ema={config.posthoc_ema} is of a training's averages: give run, its directory.")
     if config.weights or config.stages or config.search.strategies or config.method != MergeMethod():
         raise UserError("posthoc_ema takes a run alone: leave out stages, weights, search and merge_method's options.")
-    difference = merge_posthoc(Path(config.run), config.posthoc_ema, Path(config.output_dir))
+    output = Path(config.output_dir)
+    with alone_in(output):
+        difference = merge_posthoc(Path(config.run), config.posthoc_ema, output)
+        write_run_config(output, resolved)
     print(
         f"The average with sigma_rel {config.posthoc_ema:g} is in '{config.output_dir}'. The steps' weights in it "
         f"are {difference:.2%} off: more snapshots come nearer."

@@ -1,10 +1,10 @@
 """Files that are whole or absent: written to a temporary name, flushed, renamed; read with plain errors."""
 
-import fcntl
 import glob
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from stagepatch.core.errors import UserError, as_user_error
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -39,15 +42,26 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A file beside `path`, locked while this process lives: those of processes that were killed go first."""
+    """A file beside `path`, locked while this process lives: those of processes that were killed go first.
+
+    Where there are no locks (Windows, some file systems), what killed processes left behind stays.
+    """
+    if sys.platform == "win32":
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as directory:
+            yield Path(directory) / path.name
+        return
     for unfinished in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         with suppress(OSError), open(unfinished, "rb") as file:  # one that is written now cannot be locked
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             unfinished.unlink()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            break
+        os.close(handle)  # before it was locked, another process took it for unfinished
     try:
-        with suppress(OSError):  # not every file system has locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield Path(name)
     finally:
         Path(name).unlink(missing_ok=True)

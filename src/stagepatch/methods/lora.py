@@ -179,6 +179,7 @@ class LoRA(Method):
     def load(self, model: nn.Module, directory: Path) -> None:
         config = read_config(directory)
         tensors, _ = read_tensors(directory / FILE_NAME)
+        _check_sizes(config, tensors, directory / FILE_NAME)
         if self.model is not model:
             self.config = config
             self._inject(model)
@@ -232,6 +233,15 @@ class LoRA(Method):
                 weigh = partial(rank_mask, rank=choices.rank, min_rank=choices.min_rank)
             self.ranks = Ranks(model, ADAPTER, weigh)
         self.ranks.merge(choices.num_maps > 1)
+
+
+def _check_sizes(config: LoRAConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse a file of other sizes than its config's, before memory is taken for these."""
+    ranks = {value.shape[:1] for name, value in tensors.items() if ".lora_A." in name}
+    tables = {value.shape[:1] for name, value in tensors.items() if name.endswith(f".{_GATE}logits")}
+    rank = config.rank * config.num_maps
+    if ranks != {(rank,)} or (config.stage_gate == "table" and tables != {(config.num_ranges,)}):
+        raise UserError(f"'{path}' does not hold this LoRA, of rank {rank} in all by its config.")
 
 
 def _make_gate(config: LoRAConfig) -> StageGate | TableGate:

@@ -4,10 +4,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors
-from stagepatch.families import describe
+from stagepatch.families import Backbone, describe
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import MethodConfig, WaveletConfig
 from stagepatch.methods.wavelet_gates import WaveletGates
@@ -57,6 +58,10 @@ class Wavelet(Method):
         content = read_json(directory / CONFIG_NAME)
         with as_user_error(f"'{directory / CONFIG_NAME}' is not of wavelet gates", KeyError, TypeError):
             self.config, sites = WaveletConfig(**content["wavelet"]), content["sites"]
+        with torch.device("meta"):  # no memory is taken for sizes that the tensors do not have
+            self.gates = WaveletGates(self.config, _described(model))
+        if self._sites() == sites:
+            self._fill(directory, assign=True)
         self._attach(model)
         if self._sites() != sites:
             self._detach()
@@ -76,10 +81,10 @@ class Wavelet(Method):
         if self._attachment is not None:
             self._attachment.detach()
 
-    def _fill(self, directory: Path) -> None:
+    def _fill(self, directory: Path, assign: bool = False) -> None:
         tensors, _ = read_tensors(directory / FILE_NAME)
         with as_user_error(f"'{directory / FILE_NAME}' does not hold these gates", RuntimeError):
-            self.gates.load_state_dict(tensors)
+            self.gates.load_state_dict(tensors, assign=assign)
 
     def _sites(self) -> list[list[Any]]:
         return [[site.name, site.channels] for site in self.gates.backbone.sites]
@@ -87,7 +92,12 @@ class Wavelet(Method):
     def _attach(self, model: nn.Module) -> None:
         """Put fresh gates on in place of this method's former ones."""
         self._detach()
-        found = describe(model)
-        backbone = replace(found, sites=tuple(site for site in found.sites if site.kind == found.sites[0].kind))
+        backbone = _described(model)
         self.gates = WaveletGates(self.config, backbone).to(next(model.parameters()).device)
         self._attachment = Attachment(self.gates, model, backbone)
+
+
+def _described(model: nn.Module) -> Backbone:
+    """A model with sites of one kind."""
+    found = describe(model)
+    return replace(found, sites=tuple(site for site in found.sites if site.kind == found.sites[0].kind))

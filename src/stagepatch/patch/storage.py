@@ -5,6 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 import stagepatch
 from stagepatch.checkpoints import from_hub, is_hub_id
 from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors, write_text
@@ -67,9 +69,13 @@ def load_patch(patch_class: type[_Patch], directory: Path) -> _Patch:
     if "gate.keys" in tensors:  # this gate was once called 'attention'
         config["patch"]["gate"] = "learned_keys"
     with as_user_error(f"'{directory / CONFIG_NAME}' describes no patch", *_ODD):
-        patch = patch_class(PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"]))
+        choices, backbone = PatchConfig.from_dict(config["patch"]), _backbone_from_dict(config["backbone"])
+        with torch.device("meta"):  # no memory is taken for sizes that a config says and the tensors do not have
+            shape = patch_class(choices, backbone)
     if (noise := tensors.get("gate.noise_weight")) is not None:  # it once saw the block's index too
-        tensors["gate.noise_weight"] = noise[:, : patch.backbone.condition_channels]
+        tensors["gate.noise_weight"] = noise[:, : backbone.condition_channels]
+    shape.fill(tensors, str(directory / WEIGHTS_NAME))
+    patch = patch_class(choices, backbone)
     patch.fill(tensors, str(directory / WEIGHTS_NAME))
     with as_user_error("A patch's config has a fingerprint in a form not known here", TypeError):
         patch.fingerprint = Fingerprint(**config.get("fingerprint", {}))

@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from stagepatch.core import as_json, check_unchanged
+from stagepatch.core import UserError, as_json, check_unchanged
 from stagepatch.search.config import ScheduleConfig, SearchConfig
 from stagepatch.search.storages import Workers, open_storage
 
@@ -171,8 +171,8 @@ class _Run:
             self.search.on_progress(self.strategy.name, evaluations, self.strategy.evaluations or self.slots)
             if len(evaluations) == self.slots:
                 return evaluations
-            self._fail_orphans()
-            self._fill(points, begun)
+            if self._fail_orphans():
+                self._fill(points, begun)
             if self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 self._evaluate_next()
             else:
@@ -201,27 +201,33 @@ class _Run:
         params = trial.params if len(trial.params) == len(self.names) else trial.user_attrs.get("params", {})
         return tuple(params[name] for name in self.names) if params else None
 
-    def _fail_orphans(self) -> None:
-        """Fail the trials whose process died."""
+    def _fail_orphans(self) -> bool:
+        """Fail the trials whose process died; false while there are some of which nobody knows yet."""
+        are_known = True
         optuna.storages.fail_stale_trials(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker = trial.user_attrs.get("worker")
             if worker is None:  # by a clock that nobody sets
                 is_orphan = time.monotonic() - self.nameless.setdefault(trial.number, time.monotonic()) > _CLAIM
+                are_known &= is_orphan
             else:
                 is_orphan = self.workers is not None and self.workers.is_gone(worker)
             if is_orphan:
                 with contextlib.suppress(UpdateFinishedTrialError):
                     self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        return are_known
 
     def _fill(self, points: Sequence[Point | None], begun: Mapping[int, Point]) -> None:
-        """Put a trial into each slot that has none, with the point of one that failed there."""
-        taken = _taken(self.study.get_trials(deepcopy=False))
-        for slot, point in enumerate(points):
-            if slot not in taken:
-                point = begun.get(slot, point)
-                params = {} if point is None else dict(zip(self.names, point, strict=True))
-                self.study.enqueue_trial(params, user_attrs={"slot": slot, "params": params})
+        """Put a trial into the first slot that has none, with the point of one that failed there.
+
+        One at a time: what is chosen next depends on what ended before, which a failed trial must not change.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        free = sorted({*range(len(points))} - _taken(trials))
+        if free and not any(trial.state == TrialState.WAITING for trial in trials):
+            point = begun.get(free[0], points[free[0]])
+            params = {} if point is None else dict(zip(self.names, point, strict=True))
+            self.study.enqueue_trial(params, user_attrs={"slot": free[0], "params": params})
 
     def _evaluate_next(self) -> None:
         values: list[float] = []
@@ -232,7 +238,9 @@ class _Run:
 
         try:
             self.study.optimize(value_of, n_trials=1, catch=(_NotWanted,))
-        except Exception:  # Optuna has several for a trial that is over
+        except Exception as error:  # Optuna has several for a trial that is over
+            if isinstance(error.__context__, UserError):  # the journal could not be written, and Optuna asserts that
+                raise error.__context__ from None
             if not values:
                 raise
             # Another process took this one for dead, as after a long pause, and the slot is filled again.

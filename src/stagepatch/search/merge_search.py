@@ -206,12 +206,13 @@ def _grid(config: SearchConfig, starts: list[Point]) -> Strategy:
 
 
 def _seeded(kind: type[BaseSampler], seed: int, **options: Any) -> BaseSampler:
-    """A sampler whose seed is of the trial: it draws other numbers after a restart, and beside another process."""
+    """A sampler whose seed is of the slot: the same after a restart, another beside another process."""
 
-    class SeededByNumber(kind):  # type: ignore[valid-type, misc]
+    class SeededBySlot(kind):  # type: ignore[valid-type, misc]
         def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-            super().__init__(seed=(1_000_003 * seed + trial.number) % 2**32, **options)
+            slot = trial.user_attrs.get("slot", trial.number)
+            super().__init__(seed=(1_000_003 * seed + slot) % 2**32, **options)
             super().before_trial(study, trial)
 
-    sampler: BaseSampler = SeededByNumber(seed=seed, **options)
+    sampler: BaseSampler = SeededBySlot(seed=seed, **options)
     return sampler
