@@ -76,6 +76,6 @@ class Mixer(nn.Module):
 def _attend(qkv: Tensor, heads: int) -> Tensor:
     """Queries, keys and values side by side, [B, N, 3 · heads · d], to what each token heard, [B, N, heads · d]."""
     batch, tokens, _ = qkv.shape
-    query, key, value = (each.transpose(1, 2) for each in qkv.view(batch, tokens, 3, heads, -1).unbind(2))
+    query, key, value = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     attended = F.scaled_dot_product_attention(query, key, value)
     return attended.transpose(1, 2).reshape(batch, tokens, -1)
