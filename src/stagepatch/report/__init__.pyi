@@ -6,6 +6,7 @@ from .page import Prose as Prose
 from .page import Section as Section
 from .page import Table as Table
 from .page import provenance as provenance
+from .page import samples_shown as samples_shown
 from .page import write_page as write_page
 from .pictures import image_grid as image_grid
 from .pictures import paired_grid as paired_grid
