@@ -161,9 +161,11 @@ def test_trainings_that_raise_even_the_training_loss_tell_nothing_of_copies_eith
     rises, falls = Change(0.01, 0.008, 0.012), Change(-0.01, -0.012, -0.008)
     none = Change(0.0, -0.001, 0.001)
     told = judge(none, [none], [none], none, [rises], "unclear")
-    assert (told.converged, told.shares_too_little, told.limited_by) == ("yes", "no", "none_found")
+    assert (told.converged, told.converged_other_density) == ("yes", "yes")
+    assert (told.shares_too_little, told.limited_by) == ("no", "none_found")
     untold = judge(none, [rises], [rises], none, [rises], "unclear")
-    assert (untold.converged, untold.shares_too_little, untold.limited_by) == ("unclear", "unclear", "unclear")
+    assert (untold.converged, untold.converged_other_density) == ("unclear", "unclear")
+    assert (untold.shares_too_little, untold.limited_by) == ("unclear", "unclear")
     assert judge(none, [rises], [rises], none, [falls], "unclear").limited_by == "capacity"
     keys = {each.key: each for each in give_advice(DiagnoseConfig(), replace(one_map, verdicts=untold))}
     assert keys["copies_by_range"].evidence == BENCH
