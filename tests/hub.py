@@ -66,6 +66,8 @@ class StandIn(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
+        if re.fullmatch(r"/api/models/(.+?)/tree/(\w+)/(.+)", path):  # files of folders are listed with the root
+            return self.reply({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         if found := re.fullmatch(r"/api/models/(.+?)/tree/(\w+)", path):
             files, _ = self.files(found[1], found[2])
             sizes = {name: len(content) for name, content in (files or {}).items()}
@@ -79,6 +81,9 @@ class StandIn(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/(.+?)/resolve/(\w+)/(.+)", self.path):
             files, commit = self.files(found[1], found[2])
             content = (files or {}).get(found[3])
+            if files is not None and content is None:
+                headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+                return self.reply({"error": "Entry not found"}, 404, headers)
             if content is None:
                 return self.missing()
             etag = hashlib.sha256(content).hexdigest()

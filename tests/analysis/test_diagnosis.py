@@ -11,7 +11,7 @@ from torch import nn
 
 from stagepatch.analysis import Change, DiagnoseConfig, change, diagnose, give_advice
 from stagepatch.analysis.advice import BENCH, MEASURED, UNMEASURED
-from stagepatch.analysis.verdicts import decide
+from stagepatch.analysis.verdicts import RULE, decide, judge
 from stagepatch.cli import app
 from stagepatch.core import UserError
 from stagepatch.data import DataConfig, ImageDataset
@@ -112,7 +112,8 @@ def test_of_a_model_at_its_optimum_the_losses_are_the_closed_form_and_nothing_lo
     assert found.verdicts.over_fitted != "yes"
     assert found.verdicts.limited_by in ("none_found", "unclear")
     assert found.verdicts.stages != "agree"
-    assert {"train_longer", "more_data", "copies_by_range"}.isdisjoint(advised(found))
+    measured = {each.key for each in give_advice(DiagnoseConfig(), found) if each.evidence == MEASURED}
+    assert {"train_longer", "more_data", "copies_by_range"}.isdisjoint(measured)
 
 
 def test_a_model_that_still_learns_is_limited_by_training():
@@ -156,6 +157,22 @@ def test_one_map_for_all_noise_levels_is_limited_by_capacity_and_its_stages_conf
     assert 0 > found.copies[0].mean > -excess / (least.mean() + excess)
 
 
+def test_trainings_that_raise_even_the_training_loss_tell_nothing_of_copies_either(one_map):
+    rises, falls = Change(0.01, 0.008, 0.012), Change(-0.01, -0.012, -0.008)
+    none = Change(0.0, -0.001, 0.001)
+    told = judge(none, [none], [none], none, [rises], "unclear")
+    assert (told.converged, told.converged_other_density) == ("yes", "yes")
+    assert (told.shares_too_little, told.limited_by) == ("no", "none_found")
+    untold = judge(none, [rises], [rises], none, [rises], "unclear")
+    assert (untold.converged, untold.converged_other_density) == ("unclear", "unclear")
+    assert (untold.shares_too_little, untold.limited_by) == ("unclear", "unclear")
+    assert judge(none, [rises], [rises], none, [falls], "unclear").limited_by == "capacity"
+    keys = {each.key: each for each in give_advice(DiagnoseConfig(), replace(one_map, verdicts=untold))}
+    assert keys["copies_by_range"].evidence == BENCH
+    assert "no_stages" not in keys
+    assert "no_stages" in advised(replace(one_map, verdicts=told))
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -171,6 +188,7 @@ def test_one_map_for_all_noise_levels_is_limited_by_capacity_and_its_stages_conf
 )
 def test_what_limits_is_decided_as_the_rule_says(given, expected):
     assert decide(*given) == expected
+    assert "0.2 % and 1 % are our choice" in RULE
 
 
 def test_an_interval_that_straddles_a_limit_is_unclear():
@@ -204,7 +222,8 @@ def test_what_no_diagnosis_can_be_made_of_is_refused():
 
 @pytest.mark.parametrize("limit", ["training", "data", "capacity", "none_found", "unclear"])
 def test_advice_is_commands_that_there_are(one_map, limit):
-    verdicts = replace(one_map.verdicts, limited_by=limit, shares_too_little="no")
+    shares = "unclear" if limit == "unclear" else "no"
+    verdicts = replace(one_map.verdicts, limited_by=limit, shares_too_little=shares)
     found = replace(one_map, verdicts=verdicts)
     for source in ("digits", "some images"):
         config = DiagnoseConfig(data=DataConfig(source, held_out=0.1))

@@ -1,6 +1,7 @@
 """`stagepatch analyze --patch` from end to end: the gate's numbers, and samples without and with the patch."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.search.searches import save_learned
 from tests.tiny_pipelines import PIPELINES
 from tests.training.test_train_on_pipelines import draw_images
 
-PICTURES = ("gate_activation", "temporal_bias", "spatial_bias", "structural_bias")
+PICTURES = ("gate_activation", "temporal_bias", "spatial_bias", "structural_bias", "effect", "gate_training")
 
 
 def analyze(output, *more):
@@ -61,10 +62,20 @@ def test_everything_of_a_patch_on_digits(patched_digits, tmp_path, capsys):
         "--structure_samples=6",
         "--sampling.num_inference_steps=3",
         "--sampling.seed=4",
+        *("--effect=true", "--timesteps=4", "--samples=6"),
+        f"--snapshots={tmp_path / 'run'}",
     ]
+    for iteration in ("0000002", "0000004"):
+        shutil.copytree(patched_digits, tmp_path / "run" / "snapshots" / iteration)
     numbers = analysed(tmp_path / "out", f"--patch={patched_digits}", *options)
     text = capsys.readouterr().out
-    for expected in ("Gate over timesteps", "normalization 'softmax'", "Likeness between samples", "Report:"):
+    for expected in (
+        "Change over timesteps",
+        "Gate over timesteps",
+        "normalization 'softmax'",
+        "Likeness between samples",
+        "Report:",
+    ):
         assert expected in text
     assert set(numbers) == set(PICTURES)
     for name in PICTURES:
@@ -92,6 +103,11 @@ def test_everything_of_a_patch_on_digits(patched_digits, tmp_path, capsys):
             [pairs.max(), pairs.min(), pairs.mean(), pairs.std()], abs=1e-5
         )
     assert numbers["structural_bias"]["base"] != numbers["structural_bias"]["patched"]
+    assert np.shape(numbers["effect"]["blocks"]) == (4, 4)
+    assert all(change > 0 for change in numbers["effect"]["prediction"])
+    of_one = np.mean(numbers["temporal_bias"]["effective_prompts"], axis=1)
+    over_training = numbers["gate_training"]["effective_prompts"]
+    np.testing.assert_allclose(over_training, np.stack([of_one, of_one], 1), rtol=1e-6)
 
 
 def test_only_what_was_asked_is_computed(made, tmp_path):
@@ -100,7 +116,9 @@ def test_only_what_was_asked_is_computed(made, tmp_path):
     assert set(numbers) == set(PICTURES[:3])
     assert numbers["gate_activation"]["timesteps"] == [125, 375, 625, 875]
     assert set(analysed(tmp_path / "base", *quick)["structural_bias"]) == {"samples", "of", "base"}
-    numbers = analysed(tmp_path / "lora", f"--patch={made / 'lora'}", "--gate=false", *quick)
+    of_lora = ["--gate=false", "--effect=true", "--timesteps=2", "--samples=2"]
+    numbers = analysed(tmp_path / "lora", f"--patch={made / 'lora'}", *of_lora, *quick)
+    assert set(numbers) == {"effect", "structural_bias"}
     assert set(numbers["structural_bias"]) == {"samples", "of", "base", "patched"}
 
 
@@ -129,7 +147,10 @@ def test_a_latent_model_of_captions_is_not_decoded(tmp_path, monkeypatch):
     ("given", "message"),
     [
         (["--patch=nowhere"], "No patch at 'nowhere'"),
-        (["--patch=MADE/patch", "--gate=false"], "set gate to true"),
+        (["--patch=MADE/patch", "--gate=false"], "set gate or effect to true"),
+        (["--effect=true"], "give it as `patch`"),
+        (["--effect=true", "--patch=MADE/text", "--gate=false"], "holds nothing that a method learned"),
+        (["--patch=MADE/patch", "--snapshots=MADE/patch"], "has no snapshots"),
         (["--patch=MADE/patch", "--gate_timesteps=1"], "gate_timesteps=1 must be from 2 to 1000"),
         (["--patch=MADE/patch", "--gate_conditions=0"], "gate_conditions=0 must be at least 1"),
         (["--structure_samples=1"], "structure_samples=1 must be at least 2, or 0 for none"),

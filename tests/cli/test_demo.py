@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import scipy.stats
 import torch
 from safetensors.torch import load_file
 
@@ -95,7 +96,7 @@ def rows(changes):
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [([-1.0, -1.1, -0.9], "gains"), ([1.0, 1.1, 0.9], "does not gain"), ([-1.0, 1.0, 0.1], "No gain to be told")],
+    [([-1.0, -1.1, -0.9], "gains"), ([1.0, 1.1, 0.9], "does not gain"), ([-1.0, -2.0, -0.1], "No gain to be told")],
 )
 def test_verdict_follows_the_numbers(changes, expected):
     measured = {25: rows(changes)}
@@ -108,20 +109,27 @@ def test_the_gain_stands_beside_more_sampling_steps():
     measured = {25: rows([-1.0] * 3), 50: rows([-2.0] * 3)}
     measured[50]["base"] = rows([-0.5] * 3)["patched"]
     said = demo.verdict(measured, quick=False)
-    assert "changes by -10.0 ± 0.0 %" in said
-    assert "50 sampling steps in place of 25 give -5.0 ± 0.0 % without it, and -20.0 ± 0.0 % with it" in said
+    assert "changes by -10.0 [-10.0, -10.0] %" in said
+    more = "50 sampling steps in place of 25 give -5.0 [-5.0, -5.0] % without it, and -20.0 [-20.0, -20.0] % with it"
+    assert more in said
     measured[25]["guided"] = rows([-4.0] * 3)["patched"]
     said = demo.verdict(measured, quick=False)
-    assert "The base with its guide, at the cost of 50 steps: -40.0 ± 0.0 %" in said
+    assert "The base with its guide, at the cost of 50 steps: -40.0 [-40.0, -40.0] %" in said
     columns, cells = demo.gain_table(measured)
     assert [row[columns.index("calls of the model")] for row in cells] == ["25", "25", "50", "50", "50"]
     assert [row[columns.index("change to the first row")] for row in cells] == [
         "",
-        "-10.0 ± 0.0 %",
-        "-40.0 ± 0.0 %",
-        "-5.0 ± 0.0 %",
-        "-20.0 ± 0.0 %",
+        "-10.0 [-10.0, -10.0] %",
+        "-40.0 [-40.0, -40.0] %",
+        "-5.0 [-5.0, -5.0] %",
+        "-20.0 [-20.0, -20.0] %",
     ]
+
+
+def test_a_change_has_the_interval_of_a_paired_t_test():
+    columns, cells = demo.gain_table({25: rows([-1.0, -2.0, -1.5])})
+    low, high = scipy.stats.ttest_rel([9.0, 8.0, 8.5], [10.0] * 3).confidence_interval(0.95)
+    assert cells[1][columns.index("change to the first row")] == f"-15.0 [{10 * low:+.1f}, {10 * high:+.1f}] %"
 
 
 @pytest.mark.parametrize("name", list(BUNDLED))

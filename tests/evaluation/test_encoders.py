@@ -17,11 +17,13 @@ from transformers import (
 )
 
 from stagepatch import evaluation
-from stagepatch.core import UserError
+from stagepatch.cli import main
+from stagepatch.core import UserError, read_json
 from stagepatch.data import ImageDataset
 from stagepatch.evaluation import References, load_extractor
 from stagepatch.evaluation.features import ModuleFeatures, extract_outputs, quantised, resize_clean
 from stagepatch.evaluation.inception import Inception, resize_as_tensorflow
+from tests.hub import TAGGED
 
 TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION = {**TOWER, "image_size": 16, "patch_size": 8}
@@ -121,6 +123,31 @@ def test_encoders_are_those_of_transformers(folder, name, size):
 def test_an_encoder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"DINOv2 cannot be loaded from .*as in dinov2:/path"):
         load_extractor(f"dinov2:{tmp_path}")
+
+
+def test_a_revision_of_the_hub_is_what_is_loaded_and_recorded(folder, hub, tmp_path, monkeypatch):
+    """As an extractor of `evaluate`; CLIP's tokenizer is of the same commit."""
+    monkeypatch.setenv("STAGEPATCH_CACHE", str(tmp_path / "cache"))
+    for name in ("dinov2", "clip"):
+        files = {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+        hub.repos[f"org/{name}@v1"] = files
+        hub.repos[f"org/{name}"] = {"config.json": files["config.json"]}  # no weights
+    images = [np.random.default_rng(seed).integers(0, 256, (20, 8, 8), dtype=np.uint8) for seed in (0, 1)]
+    for place, each in zip(("a.npy", "b.npy"), images, strict=True):
+        np.save(tmp_path / place, each)
+    given = ["evaluate", str(tmp_path / "a.npy"), str(tmp_path / "b.npy"), "--extractor=dinov2:org/dinov2@v1"]
+    assert main([*given, f"--output_dir={tmp_path / 'out'}"]) == 0
+    name, pinned = "org/dinov2@v1", f"org/dinov2@{TAGGED}"
+    assert read_json(tmp_path / "out" / "metrics.json")["loaded"] == {name: pinned}
+    assert f"# {name} was {pinned}" in (tmp_path / "out" / "run.yaml").read_text()
+    assert pinned in (tmp_path / "out" / "report.html").read_text()
+    clip = load_extractor("clip:org/clip@v1")
+    assert torch.equal(clip(IMAGES), load_extractor(f"clip:{folder / 'clip'}")(IMAGES))
+    assert clip.of_captions(["abc"]).shape == (1, 12)
+    with pytest.raises(UserError, match="CLIP cannot be loaded from 'org/clip'"):
+        load_extractor("clip:org/clip")
+    with pytest.raises(UserError, match=r"CLIP cannot be loaded from 'org/clip@v2'.*the Hub does not give it"):
+        load_extractor("clip:org/clip@v2")
 
 
 def test_any_module_is_an_extractor():

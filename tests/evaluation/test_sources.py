@@ -13,13 +13,15 @@ from PIL import Image
 
 from stagepatch.checkpoints import save_denoiser
 from stagepatch.cli import evaluate_sources, main
+from stagepatch.cli.shown_samples import shown_samples
 from stagepatch.core import UserError, read_json, write_tensors
 from stagepatch.data import DataConfig, load_digits
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.evaluation import fid, kid, load_extractor, precision, recall
 from stagepatch.evaluation.sources import labels_of, load_images, name_source
-from stagepatch.methods import DMP
+from stagepatch.methods import DMP, load_learned
 from stagepatch.patch import PatchConfig
+from stagepatch.report import paired_grids
 from stagepatch.sampling import SamplingConfig, generate, generation
 from tests.runs import Strike, make_model
 
@@ -119,6 +121,7 @@ def test_a_models_samples_are_those_of_the_present_form(made, tmp_path):
     assert f"{present['patched'][0]['fid_train']:.4f}" in page
     assert "over the images of one sampling seed" in page
     assert "Differences are paired by image" in page
+    assert page.count('type="range"') == 1
     base = run(tmp_path, model, "digits:train", *given)
     patched = run(tmp_path, f"{model}+{made / 'patch'}", "digits:train", *given)
     for found, name in ((base, "base"), (patched, "patched")):
@@ -128,6 +131,7 @@ def test_a_models_samples_are_those_of_the_present_form(made, tmp_path):
     assert "labels of 'digits:train'" in patched["a"]["conditions"]
     both = run(tmp_path, model, model, *given)
     assert (both["b"]["seed"], both["metrics"][0]["fid"] > 0) == (4, True)  # other noise
+    assert (tmp_path / "out" / "report.html").read_text().count('type="range"') == 1
     assert not (tmp_path / "out" / "features").exists()
 
 
@@ -163,6 +167,22 @@ def test_stopped_it_ends_with_the_same_table(made, tmp_path, monkeypatch, second
     assert main([*given, f"--output_dir={tmp_path / 'cut'}"]) == 0
     assert (tmp_path / "cut" / "metrics.json").read_bytes() == (tmp_path / "whole" / "metrics.json").read_bytes()
     assert len(sampled) == 6 + 3  # three shards a seed, and those that were lost
+
+
+def test_the_page_shows_both_models_from_the_noise_of_the_first(made, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(evaluate_sources, "shown_samples", lambda *given: shown.append(shown_samples(*given)) or [])
+    patched = f"{made / 'model'}+{made / 'patch'}"
+    run(tmp_path, made / "model", patched, *FEW, "--seeds=[3,4]", "--metrics=[fid]")
+    monkeypatch.setattr(evaluate_sources, "shown_samples", shown_samples)
+    ((comparison,),) = shown
+    assert comparison.labels == (str(made / "model"), patched)
+    model, scheduler = make_model(std=0.1), make_scheduler(ObjectiveConfig(), True)
+    sampling = SamplingConfig(num_images=100, num_inference_steps=1, batch_size=20, seed=3)
+    images = [generate(model, scheduler, sampling)]
+    load_learned(model, made / "patch")
+    images.append(generate(model, scheduler, sampling))
+    assert [comparison.before, comparison.after] == [*paired_grids(images[0][:40], images[1][:40])]
 
 
 def test_images_by_number_are_those_of_the_whole():

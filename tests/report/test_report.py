@@ -124,6 +124,14 @@ def test_number_of_a_cell(cell, number):
 def test_tables():
     assert report.format_mean(12.345, 0.4) == "12.35 ± 0.40"
     assert report.format_mean(12.0, math.nan, 1) == "12.0"
+
+
+def test_intervals_and_changes_as_text():
+    assert report.format_interval(12.345, (11.5, 13.0), 2) == "12.35 [11.50, 13.00]"
+    assert report.format_interval(-1e-9, (math.nan, math.nan)) == "0.0000"
+    assert report.format_change(0.1, (-0.001, 0.2), 1, 100.0, " %") == "+10.0 [-0.1, +20.0] %"
+    assert report.format_change(-1e-7, (-1e-6, 1e-6)) == "+0.0000 [+0.0000, +0.0000]"
+    assert report.format_change(0.1, (math.nan, math.nan)) == ""
     assert report.markdown_table(["a", "b"], [["1", "x|y"]]) == "| a | b |\n| --- | --- |\n| 1 | x\\|y |\n"
 
 

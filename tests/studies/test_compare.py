@@ -141,8 +141,8 @@ def test_job_of_two_processes_ends_with_the_same_patch(tmp_path):
 def test_terminal_shows_the_last_checkpoint_of_each_entry():
     judged = ["difference to base", "in percent", "p", "p (Holm)"]
     columns = [*COLUMNS, "FID at 2", "FID at 4", *JUDGED]
-    whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "interval", "e", "f", "g"]
-    shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "interval", "e", "f", "g"]
+    whole = ["b", "9", "1%", "", "", "", "0.5", "0.4", "d", "e", "f", "g"]
+    shorter = ["a", "9", "2%", "", "", "", "0.3", "", "d", "e", "f", "g"]
     names, cells = short(columns, [whole])
     assert (names, cells) == (["method", "share", "FID at 4", *judged], [["b", "1%", "0.4", "d", "e", "f", "g"]])
     names, cells = short(columns, [whole, shorter])

@@ -79,7 +79,8 @@ def test_methods_are_compared_with_every_control_run_by_run(tmp_path, capsys, mo
     page, table = (out / "report.html").read_text(), (out / "table.md").read_text()
     for text in ("Verdict", "Against the controls", "Sampled otherwise: more steps (4 steps of ddim)"):
         assert text in page
-    for text in ("p (Holm)", "95% interval", "more steps (free)", "Mean ± standard deviation over 3 training seed(s)"):
+    spread = "Mean ± standard deviation over 3 training seed(s)"
+    for text in ("p (Holm)", "in brackets 95% intervals", "more steps (free)", spread):
         assert text in table
     printed = capsys.readouterr().out
     assert "No method gains" in printed or "gains: fid_held_out" in printed

@@ -90,8 +90,8 @@ def test_the_others_that_gain_and_beat_every_control_are_named():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (Difference(-0.02, 0.003, 0.01, 2), "Recall falls by 0.020 ± 0.003"),
-        (Difference(-0.02, 0.03, 0.4, 2), "Recall does not fall beyond noise (-0.020 ± 0.030)"),
+        (Difference(-0.02, 0.003, 0.01, 2), "Recall changes by -0.020 [-0.033, -0.007]: it gives up coverage"),
+        (Difference(-0.02, 0.03, 0.4, 2), "Recall does not fall beyond noise (-0.020 [-0.149, +0.109])"),
         (Difference(0.02, 0.003, 0.01, 2), "Recall does not fall beyond noise (+0.020"),
     ],
 )

@@ -17,9 +17,13 @@ from .diagnosis import diagnose as diagnose
 from .diagnosis_page import diagnosis_in_words as diagnosis_in_words
 from .diagnosis_page import diagnosis_pictures as diagnosis_pictures
 from .diagnosis_page import diagnosis_sections as diagnosis_sections
+from .effect import Effect as Effect
+from .effect import analyze_effect as analyze_effect
+from .effect import measure_effect as measure_effect
 from .free import FreeWin as FreeWin
 from .free import measure_average as measure_average
 from .free import measure_free as measure_free
+from .gate_training import analyze_gate_training as analyze_gate_training
 from .gradients import GradientSimilarity as GradientSimilarity
 from .gradients import analyze_gradients as analyze_gradients
 from .gradients import count_sketch as count_sketch

@@ -26,6 +26,7 @@ from stagepatch.report import Table
 
 # A class label, which an unconditional model is not told, or tensors by keyword, each of one row.
 Condition = int | Mapping[str, Tensor]
+_MARKED = 30  # points of a curve, up to so many, are marked
 
 
 @torch.no_grad()
@@ -192,7 +193,7 @@ def _temporal(
         "temporal_bias",
         "Temporal bias of the gate",
         {"mean_activation": bias, "entropy": entropy, "effective_prompts": effective},
-        _plot_curves(panels, steps, names),
+        plot_curves(panels, steps, names),
         "At each timestep, a line a block: mean of the activation over the prompts (Fig. 7 of arXiv 2405.17825), and "
         "how many prompts share it, the exponential of its entropy.",
         [Table("Gate over timesteps", columns, rows, note)],
@@ -251,17 +252,23 @@ def _panels(images: Tensor, site_names: Sequence[str], xlabel: str, ylabel: str,
     return figure
 
 
-def _plot_curves(panels: Mapping[str, Tensor], steps: Sequence[float], names: Sequence[str]) -> Figure:
+def plot_curves(
+    panels: Mapping[str, Tensor],
+    steps: Sequence[float],
+    names: Sequence[str],
+    xlabel: str = "timestep (0: image, last: noise)",
+) -> Figure:
     """Values [L, T] as a panel for each title: a line a block, from the first (dark) to the last."""
     figure = Figure(figsize=(6.2 * len(panels), 3.4), layout="constrained")
     colors = colormaps["viridis"](torch.linspace(0.0, 0.9, len(names)).tolist())
+    marker = "." if len(steps) <= _MARKED else ""
     for column, (title, values) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), column)
         for name, curve, color in zip(names, values, colors, strict=True):
-            axes.plot(steps, curve.tolist(), label=name, color=color, linewidth=1.2)
+            axes.plot(steps, curve.tolist(), label=name, color=color, linewidth=1.2, marker=marker)
         axes.set_title(title, fontsize=10)
         axes.set_ylim(0.0, 1.08 * float(values.max()))
-        axes.set_xlabel("timestep (0: image, last: noise)")
+        axes.set_xlabel(xlabel)
         axes.grid(alpha=0.25)
     axes.legend(fontsize=7, ncols=max(1, len(names) // 12 + 1))
     return figure

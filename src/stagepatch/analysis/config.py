@@ -17,15 +17,16 @@ class AnalyzeConfig:
         gradients: cosine between the timesteps' mean gradients (DeMe, arXiv 2410.06664, Fig. 1a).
         losses: the loss at every timestep, of the model and of each of `learned`.
         snapshots: directory of a run that kept some (`training.snapshot_every`): the gradients are those of each of
-            its snapshots in place of the model's.
+            its snapshots in place of the model's; of a patch's run, with `patch`, the gate is shown over them.
         learned: directories of what methods learned on the model, or of whole models, each 'directory' or
             'name=directory'.
         stages: two or more of what was trained on from the model, to compare their task vectors: model directories,
             LoRAs or weights, each 'directory' or 'name=directory'; or one directory that has them in 'stages/'.
-        patch: directory of a patch, to show its gate and to compare samples with it; with gate false, of what any
-            method learned; empty for none.
+        patch: directory of a patch, to show its gate and its effect, and to compare samples with it; with gate false,
+            of what any method learned; empty for none.
         gate: activation of the patch's gate over timesteps and prompts, its temporal and spatial bias and its entropy
             (DMP, arXiv 2405.17825, Fig. 5, Fig. 7).
+        effect: how far the patch changes the prediction and each block's output, by timestep.
         gate_timesteps: how many timesteps the gate is asked at, evenly spaced; 0 for all (paper: 1,000).
         gate_conditions: most classes or captions that the activation is the mean over, where the gate sees them.
         structure_samples: samples, with and without the patch, of which correlation and cosine between any two are
@@ -55,6 +56,7 @@ class AnalyzeConfig:
     stages: list[str] = field(default_factory=list)
     patch: str = ""
     gate: bool = True
+    effect: bool = False
     gate_timesteps: int = 0
     gate_conditions: int = 8
     structure_samples: int = 0

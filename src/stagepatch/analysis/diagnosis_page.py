@@ -174,7 +174,8 @@ def _methods(found: Diagnosis) -> Table:
     note = (
         "Parameters, time and memory are of this model on this machine: memory is the most allocated on an "
         "accelerator, without one that of the whole process. FID was measured on the fashion bench "
-        "(docs/evidence.md), at 25 sampling steps, and not on your model."
+        "(docs/evidence.md), at 25 sampling steps, and not on your model. A copy for each of four ranges of timesteps "
+        "costs fine-tuning's time and memory a step, four times its weights on disk, and gave −14.2 ± 0.5 % there."
     )
     return Table("What each method costs", columns, rows, note)
 

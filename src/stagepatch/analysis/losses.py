@@ -19,7 +19,7 @@ from stagepatch.core import UserError, processes
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma
 from stagepatch.methods import open_artifact
-from stagepatch.report import Table
+from stagepatch.report import Table, format_change
 from stagepatch.training import sample_losses
 
 _QUARTERS = 4
@@ -34,6 +34,11 @@ class Estimate:
 
     mean: float
     error: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of 95%, of the normal distribution; NaN where there is none."""
+        return self.mean - 1.96 * self.error, self.mean + 1.96 * self.error
 
 
 @torch.no_grad()
@@ -94,8 +99,8 @@ def analyze_losses(
     single = [slice(place, place + 1) for place in range(len(timesteps))]
     note = (
         f"Mean loss over {count} draws of image and noise a timestep, by the model's own objective. Changes "
-        f"are to the base from the same images, noise and timesteps, ± standard error over these draws; below zero is "
-        f"better than the base."
+        f"are to the base from the same images, noise and timesteps, in brackets 95% intervals over these draws; "
+        f"below zero is better than the base. ± standard error."
     )
     changes = ", and below its change with what was learned; bands: two standard errors." if learned else "."
     return Analysis(
@@ -197,7 +202,7 @@ def loss_table(title: str, losses: Losses, timesteps: Sequence[int], groups: Seq
         cells.append(f"{estimate(base).mean:.4g} ± {estimate(base).error:.1g}")
         for other in others:
             change = relative_difference(base, other)
-            cells.append(f"{100 * change.mean:+.3f} ± {100 * change.error:.3f} %")
+            cells.append(format_change(change.mean, change.interval, 3, 100.0, " %"))
         rows.append(cells)
     return Table(title, ["timesteps", *losses], rows, note)
 

@@ -3,6 +3,7 @@ from .fingerprint import model_fingerprint as model_fingerprint
 from .fingerprint import module_fingerprint as module_fingerprint
 from .fingerprint import sampled_fingerprint as sampled_fingerprint
 from .fingerprint import weights_fingerprint as weights_fingerprint
+from .hub import commits_of as commits_of
 from .hub import from_hub as from_hub
 from .hub import is_hub_id as is_hub_id
 from .hub import load_lora as load_lora

@@ -1,6 +1,7 @@
 """Repositories of the Hub: 'name/model', or 'name/model@revision' with a branch, tag or commit, as in hf:// paths."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def pinned(source: str | Path) -> str:
     """'name/model@commit' of what was loaded under a name; of a directory its name as it is."""
     commit = _COMMITS.get(str(source))
     return f"{split_revision(source)[0]}@{commit}" if commit else str(source)
+
+
+def commits_of(names: Iterable[str]) -> dict[str, str]:
+    """Of names, those that were loaded from the Hub, as 'name/model@commit'."""
+    return {name: pinned(name) for name in names if name in _COMMITS}
 
 
 def with_commits(text: str) -> str:

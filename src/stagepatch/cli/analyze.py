@@ -25,11 +25,16 @@ from stagepatch.sampling import LatentSampling, attach_guide, generate, latent_s
 
 
 def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:
-    """Gradients and losses over the timesteps, task vectors, a gate, likeness of samples: what was asked for."""
-    if config.patch and not (config.gate or config.structure_samples):
-        raise UserError("There is nothing to show of the patch: set gate to true, or give structure_samples.")
+    """Gradients and losses over the timesteps, task vectors, a patch and its gate, likeness of samples: what was asked
+    for.
+    """
+    if config.patch and not (config.gate or config.effect or config.structure_samples):
+        raise UserError("Nothing to show of the patch: set gate or effect to true, or give structure_samples.")
+    if config.effect and not config.patch:
+        raise UserError("effect is of what was learned: give it as `patch`.")
     shows_gate = bool(config.patch and config.gate)
-    if not (config.gradients or config.losses or config.stages or shows_gate or config.structure_samples):
+    of_timesteps = config.gradients or config.losses or config.effect
+    if not (of_timesteps or config.stages or shows_gate or config.structure_samples):
         raise UserError(
             "Nothing to analyse: set gradients or losses to true, or give stages, a patch or structure_samples."
         )
@@ -37,14 +42,17 @@ def analyze(config: configs.AnalyzeConfig, resolved: str) -> None:
         raise UserError("structure_samples=1 must be at least 2, or 0 for none.")
     if config.learned and not config.losses:
         raise UserError("What was learned is compared by its losses: set losses to true, or leave `learned` out.")
-    if config.snapshots and not config.gradients:
-        raise UserError("Snapshots are compared by their gradients: set gradients to true, or leave `snapshots` out.")
+    if config.snapshots and not (config.gradients or shows_gate):
+        raise UserError(
+            "Snapshots are compared by their gradients, or of a patch by its gate: set gradients to true, give a "
+            "patch, or leave `snapshots` out."
+        )
     learned, analyses = _by_name(config.learned, "learned"), []
     if "base" in learned:
         raise UserError(f"One of `learned` is called 'base', as the model is: name it, as 'other={learned['base']}'.")
     if config.stages:
         analyses.append(_analyze_stages(config))
-    if config.gradients or config.losses:
+    if of_timesteps:
         analyses += _analyze_timesteps(config, learned)
     if shows_gate or config.structure_samples:
         analyses += _analyze_patch(config)
@@ -89,8 +97,9 @@ def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
     model, scheduler = load_on_device(config.model)
     objective = Objective(scheduler, learns_sigma(model))
     timesteps = analysis.even_timesteps(objective.num_train_timesteps, config.timesteps)
-    of_gradients = len(analysis.find_snapshots(Path(config.snapshots))) if config.snapshots else config.gradients
-    measures = of_gradients + config.losses * len(datasets) * (1 + len(learned))
+    of_gradients = len(analysis.find_snapshots(Path(config.snapshots))) if config.snapshots else 1
+    of_losses = len(datasets) * (1 + len(learned))
+    measures = config.gradients * of_gradients + config.losses * of_losses + config.effect
     with bar_over(measures * len(timesteps) * config.samples, "samples") as on_batch:
         options = (config.batch_size, config.seed, data.horizontal_flip, data.num_workers)
         samples = {
@@ -98,12 +107,16 @@ def _analyze_timesteps(config: configs.AnalyzeConfig, learned: Mapping[str, Path
             for images, dataset in datasets.items()
         }
         analyses = []
-        if config.snapshots:
+        if config.gradients and config.snapshots:
             analyses.append(analysis.analyze_snapshots(config, objective, samples["training images"]))
         elif config.gradients:
             analyses.append(analysis.analyze_gradients(config, model, objective, samples["training images"]))
         if config.losses:
             analyses.append(analysis.analyze_losses(config.model, learned, model, objective, samples))
+        if config.effect:
+            other, _ = load_on_device(config.model)
+            put_on(config.patch, 1.0, other)
+            analyses.append(analysis.analyze_effect(model, other, objective, samples["training images"]))
     return analyses
 
 
@@ -114,9 +127,7 @@ def _analyze_patch(config: configs.AnalyzeConfig) -> list[Analysis]:
     model, scheduler = load_on_device(config.model)
     latents, analyses = _latents(config, model), []
     if config.patch and config.gate:
-        patch = Patch.from_pretrained(config.patch)
-        with patch.attach(model):
-            analyses += _analyze_gate(config, model, scheduler, patch, latents)
+        analyses += _analyze_gate(config, model, scheduler, latents)
     if config.structure_samples:
         attach_guide(model, scheduler, config.sampling)
         samples = {"base": _samples(config, model, scheduler, latents, "base")}
@@ -150,8 +161,11 @@ def _latents(config: configs.AnalyzeConfig, model: nn.Module) -> LatentSampling 
 
 
 def _analyze_gate(
-    config: configs.AnalyzeConfig, model: nn.Module, scheduler: Any, patch: Patch, latents: LatentSampling | None
+    config: configs.AnalyzeConfig, model: nn.Module, scheduler: Any, latents: LatentSampling | None
 ) -> list[Analysis]:
+    """Of the patch, and over its training where snapshots of that are given."""
+    patch = Patch.from_pretrained(config.patch)
+    snapshots = analysis.find_snapshots(Path(config.snapshots)) if config.snapshots else {}
     objective = Objective(scheduler, learns_sigma(model))
     every = objective.num_train_timesteps
     chosen = analysis.even_timesteps(every, config.gate_timesteps or every, "gate_timesteps")
@@ -164,9 +178,12 @@ def _analyze_gate(
     else:
         classes = num_classes(model) if sees != "t" else 0
         conditions = spread(classes, min(count, classes)).tolist() if classes else [0]
-    with bar_over(len(conditions) * len(timesteps), "gate") as on_batch:
+    with bar_over((1 + len(snapshots)) * len(conditions) * len(timesteps), "gate") as on_batch:
         shape = None if latents is None else latents.shape
-        return analysis.analyze_gate(model, patch, timesteps, conditions, config.batch_size, on_batch, shape)
+        how = (timesteps, conditions, config.batch_size, on_batch, shape)
+        with patch.attach(model):
+            found = analysis.analyze_gate(model, patch, *how)
+        return [*found, analysis.analyze_gate_training(model, snapshots, *how)] if snapshots else found
 
 
 def _write(config: configs.AnalyzeConfig, resolved: str, analyses: Sequence[Analysis]) -> None:

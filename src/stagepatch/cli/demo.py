@@ -20,11 +20,11 @@ from stagepatch.data import DataConfig
 from stagepatch.evaluation import (
     Evaluator,
     Measured,
+    change,
     chosen,
     comparison_note,
     comparison_table,
     direction_note,
-    paired_difference,
 )
 from stagepatch.methods import DMP
 from stagepatch.sampling import SamplingConfig, attach_guide
@@ -192,10 +192,10 @@ _LEADS = {
 }
 _GAIN_CAPTION = (
     "Change of FID against held-out images, in percent of the first row's; below zero is better. Grey is the base in "
-    "more steps. Lines: standard error over sampling seeds, paired."
+    "more steps. Lines: 95% intervals over sampling seeds, paired."
 )
 _NOTE = (
-    "Mean ± standard deviation over sampling seeds; differences are paired by seed, ± their standard error. "
+    "Mean ± standard deviation over sampling seeds; changes are paired by seed, with 95% intervals (Student's t). "
     f"{direction_note(chosen(None))}"
 )
 
@@ -209,8 +209,8 @@ def gain_table(measured: Mapping[int, Row]) -> tuple[list[str], list[list[str]]]
         for name, value in row.items():
             fids, recalls = value.values(METRIC), value.values("recall")
             cells = [report.format_mean(statistics.fmean(own), statistics.stdev(own), 3) for own in (fids, recalls)]
-            change = "" if value is base else _percent(base, value)
-            rows.append([name, str(steps), str(_calls(name, steps)), cells[0], change, cells[1]])
+            changed = "" if value is base else _percent(base, value)
+            rows.append([name, str(steps), str(_calls(name, steps)), cells[0], changed, cells[1]])
     return columns, rows
 
 
@@ -226,9 +226,9 @@ def gain_figure(measured: Mapping[int, Row]) -> Figure:
     figure = Figure(figsize=(6.5, 0.7 + 0.6 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
     for place, (label, value) in enumerate(bars):
-        mean, error = paired_difference(base.values(METRIC), value.values(METRIC))
+        found = change(base, value, METRIC)
         color = "tab:gray" if label.startswith("base") else "tab:green"
-        axes.barh(place, scale * mean, xerr=scale * error, color=color, height=0.7)
+        axes.barh(place, scale * found.mean, xerr=scale * (found.interval[1] - found.mean), color=color, height=0.7)
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(bars)), [label for label, _ in bars])
     axes.invert_yaxis()
@@ -241,9 +241,9 @@ def gain_figure(measured: Mapping[int, Row]) -> Figure:
 def verdict(measured: Mapping[int, Row], quick: bool) -> str:
     """Whether the patch helped against held-out images, and beside more sampling steps; and what a guide gives."""
     (steps, first), *others = measured.items()
-    mean, error = paired_difference(first["base"].values(METRIC), first["patched"].values(METRIC))
-    outcome = "The patch gains" if mean < 0 else "The patch does not gain"
-    if abs(mean) <= 2 * error:
+    found = change(first["base"], first["patched"], METRIC)
+    outcome = "The patch gains" if found.mean < 0 else "The patch does not gain"
+    if found.interval[0] <= 0.0 <= found.interval[1]:
         outcome = "No gain to be told from noise"
     result = f"{outcome}: FID against held-out images changes by {_percent(first['base'], first['patched'])}."
     for more, row in others:
@@ -260,9 +260,8 @@ def _calls(name: str, steps: int) -> int:
 
 
 def _percent(base: Measured, other: Measured) -> str:
-    mean, error = paired_difference(base.values(METRIC), other.values(METRIC))
-    scale = 100.0 / statistics.fmean(base.values(METRIC))
-    return f"{scale * mean:+.1f} ± {scale * error:.1f} %"
+    found, scale = change(base, other, METRIC), 100.0 / statistics.fmean(base.values(METRIC))
+    return report.format_change(found.mean, found.interval, 1, scale, " %")
 
 
 def _commands(directory: Path, config: configs.DemoConfig) -> str:

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on, write_run_config
-from stagepatch.cli.evaluate_sources import evaluate_sources, learned_fingerprint, shard_size, weights_fingerprint
+from stagepatch.cli.evaluate_sources import (
+    evaluate_sources,
+    learned_fingerprint,
+    loaded_by,
+    shard_size,
+    weights_fingerprint,
+)
+from stagepatch.cli.shown_samples import keep_shown, shown_samples
 from stagepatch.core import UserError, alone_in, processes, write_json
 from stagepatch.data import DataConfig
 from stagepatch.evaluation import (
@@ -61,7 +68,8 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     }
     begin_shards(kept, settings, ignored=("output_dir", "cache"))
     parts: dict[str, list[Shards]] = {}
-    total = own_share(config.sampling.num_images) * len(config.seeds) * (2 if config.patch or experts else 1)
+    is_compared = bool(config.patch or experts)
+    total = own_share(config.sampling.num_images) * len(config.seeds) * (1 + is_compared)
     with bar_over(total) as on_batch:
 
         def collect(name: str, sampling: SamplingConfig) -> None:
@@ -69,7 +77,10 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
                 own = replace(sampling, seed=seed)
 
                 def make(numbers: range) -> dict[str, Tensor]:
-                    return evaluator.collect(evaluator.sample(model, scheduler, own, on_batch, numbers))
+                    images = evaluator.sample(model, scheduler, own, on_batch, numbers)
+                    if is_compared and seed == config.seeds[0] and numbers.start == 0:
+                        keep_shown(kept / f"{name}.safetensors", images)
+                    return evaluator.collect(images)
 
                 return Shards(kept / f"{name}-{seed}", sampling.num_images, make, shard_size(sampling))
 
@@ -91,7 +102,8 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     write_run_config(directory, resolved)
     name = "patched" if experts is None else "schedule"
     results = {each: measured[each].metrics for each in ("base", name) if each in measured}
-    write_json(directory / "metrics.json", {"seeds": config.seeds, **results})
+    loaded = loaded_by([config.model, data.source], evaluator.extractors.values())
+    write_json(directory / "metrics.json", {"seeds": config.seeds, **loaded, **results})
     columns, rows = comparison_table(measured["base"], measured.get(name), evaluator.extractor.name, name)
     note = f"{comparison_note(measured['base'], name in measured)} {direction_note(results['base'][0])}"
     labels = evaluator.labels(config.sampling.num_images).unique().tolist()
@@ -107,7 +119,9 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     lead = f"'{config.model}' against the images of '{data.source}', in the features of '{evaluator.extractor.name}'."
     table = Table("Metrics", columns, rows, f"{counts}. {note}")
     again = provenance(resolved, f"stagepatch evaluate --config {directory / RUN_CONFIG}\n")
-    write_page(directory / "report.html", "stagepatch evaluate", lead, [table, *again])
+    files = kept / "base.safetensors", kept / f"{name}.safetensors"
+    samples = shown_samples("Samples", files, ("base", name)) if is_compared else []
+    write_page(directory / "report.html", "stagepatch evaluate", lead, [table, *samples, *again])
     finish_shards(kept)
     print(f"Metrics of every seed are in '{directory / 'metrics.json'}'; report: '{directory / 'report.html'}'.")
 

@@ -2,15 +2,15 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stagepatch.checkpoints import denoiser_directory, find_model, sampled_fingerprint
+from stagepatch.checkpoints import commits_of, denoiser_directory, find_model, sampled_fingerprint
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import (
     RUN_CONFIG,
@@ -21,12 +21,14 @@ from stagepatch.cli.common import (
     put_on,
     write_run_config,
 )
-from stagepatch.core import UserError, as_user_error, processes, write_json
+from stagepatch.cli.shown_samples import keep_shown, shown_samples
+from stagepatch.core import UserError, as_user_error, processes, read_tensors, write_json
 from stagepatch.data import Part
 from stagepatch.evaluation import (
     TWO_SIDED,
     Collector,
     Dataset,
+    FeatureExtractor,
     Measured,
     NamedSource,
     Reference,
@@ -55,10 +57,23 @@ from stagepatch.evaluation import (
     write_statistics,
 )
 from stagepatch.families import sample_shape
-from stagepatch.report import KeyValues, Section, Table, print_table, provenance, write_page
+from stagepatch.report import Comparison, KeyValues, Section, Table, print_table, provenance, write_page
 from stagepatch.sampling import SamplingConfig, attach_guide, generate
 
 _IN_SHARD = 256
+
+
+@dataclass
+class _Shown:
+    """The first samples of a model from the noise of A's first seed.
+
+    Args:
+        shape: of that noise.
+    """
+
+    path: Path
+    seed: int
+    shape: tuple[int, ...]
 
 
 def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
@@ -82,6 +97,7 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     given = load_images(name_source(config.conditions), config.data) if config.conditions else None
     seeds, notes = (config.seeds, [max(config.seeds) + 1]), list[str]()
     sides: dict[int, list[Side]] = {}
+    shown: list[_Shown] | None = [] if [each.kind for each in named] == ["model", "model"] else None
     order = ("statistics", "images", "model")  # what is quickly refused comes first
     for number in sorted(range(len(named)), key=lambda number: order.index(named[number].kind)):
         source, dataset = named[number], images[number]
@@ -93,7 +109,7 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
             other = 1 - number if len(named) > 1 else number
             conditions = (given, config.conditions) if config.conditions else (images[other], named[other].text)
             kept = directory / "features" / "ab"[number]
-            sides[number] = _of_model(source, config, collector, conditions, seeds[number], kept, notes)
+            sides[number] = _of_model(source, config, collector, conditions, seeds[number], kept, notes, shown)
     processes().wait_for_everyone()
     if not processes().is_main_process:
         return
@@ -101,7 +117,8 @@ def evaluate_sources(config: configs.EvaluateConfig, resolved: str) -> None:
     if config.save_statistics:
         _save(Path(config.save_statistics), sides[0][0], collector)
     if config.against:
-        _measure(sides[0], sides[1][0], config, collector, keys, notes, resolved)
+        samples = [] if shown is None else _samples(shown, (named[0].text, named[1].text))
+        _measure(sides[0], sides[1][0], config, collector, keys, notes, samples, resolved)
     for letter in "ab":
         finish_shards(directory / "features" / letter)
 
@@ -150,7 +167,13 @@ def _of_model(
     seeds: list[int],
     kept: Path,
     notes: list[str],
+    shown: list[_Shown] | None,
 ) -> list[Side]:
+    """Sampled and collected, for each seed.
+
+    Args:
+        shown: takes its first samples, A's before B's; None where they are not compared.
+    """
     dtype, sampling = getattr(torch, config.dtype), config.sampling
     model, scheduler = load_on_device(source.path, dtype, config.memory)
     attach_guide(model, scheduler, sampling)
@@ -175,6 +198,8 @@ def _of_model(
     }
     begin_shards(kept, settings)
     latents = {} if given.latents is None else vars(given.latents)
+    shape = sample_shape(model) if given.latents is None else given.latents.shape
+    first = _Shown(kept / "shown.safetensors", shown[0].seed if shown else seeds[0], tuple(shape))
     with bar_over(own_share(sampling.num_images) * len(seeds), f"sampling {source.text}") as on_batch:
 
         def shards(seed: int) -> Shards:
@@ -183,6 +208,8 @@ def _of_model(
             def make(numbers: range) -> dict[str, Tensor]:
                 options: dict[str, Any] = {"on_batch": on_batch, "numbers": numbers, **latents}
                 images = generate(model, scheduler, own, given.labels, **options)
+                if shown == [] and seed == seeds[0] and numbers.start == 0:
+                    keep_shown(first.path, images)
                 found = collector(images, [given.captions[number] for number in numbers] if given.captions else [])
                 with as_user_error(f"'{source.text}'", UserError):
                     check_finite(found["features"])
@@ -193,6 +220,12 @@ def _of_model(
         found = [shards(seed) for seed in seeds]
         for each in found:
             each.make_own(on_batch)
+    if shown is not None:
+        if shown and shown[0].shape == first.shape and processes().is_main_process:  # B, whose own noise is other
+            count = min(sampling.num_images, len(read_tensors(shown[0].path)[0]["images"]))
+            own = replace(sampling, seed=first.seed)
+            keep_shown(first.path, generate(model, scheduler, own, given.labels, numbers=range(count), **latents))
+        shown.append(first)
 
     def lost(numbers: range) -> dict[str, Tensor]:  # so that the model need not stay in memory
         raise UserError(f"What was collected of '{source.text}' cannot be read back: give the same command again.")
@@ -204,6 +237,11 @@ def _of_model(
         Side(source.text, each, facts=_facts(source, **facts, seed=seed))
         for seed, each in zip(seeds, kept_parts, strict=True)
     ]
+
+
+def _samples(shown: list[_Shown], names: tuple[str, str]) -> list[Comparison]:
+    one, other = shown
+    return shown_samples("Samples", (one.path, other.path), names) if one.shape == other.shape else []
 
 
 def _facts(source: NamedSource, **facts: Any) -> dict[str, Any]:
@@ -227,6 +265,7 @@ def _measure(
     collector: Collector,
     keys: list[str],
     notes: list[str],
+    samples: list[Comparison],
     resolved: str,
 ) -> None:
     reference, extractor = Reference(other, keys), collector.extractor
@@ -259,6 +298,10 @@ def _measure(
             "fingerprint": extractor.fingerprint,
             "preprocessing": getattr(extractor, "preprocessing", ""),
         },
+        **loaded_by(
+            [name_source(text).path for text in (config.model, config.against, config.conditions) if text],
+            [extractor, *collector.others.values()],
+        ),
         "sampling": asdict(config.sampling),
         "seeds": [one.facts["seed"] for one in ones if "seed" in one.facts],
         "metrics": measured.metrics,
@@ -273,14 +316,22 @@ def _measure(
     print("\n".join(said))
     sections: list[Section] = [
         Table("Metrics", ["metric", ones[0].name], rows, " ".join(said)),
+        *samples,
         *(KeyValues(f"{letter}: {side.name}", _texts(side.facts)) for letter, side in (("A", ones[0]), ("B", other))),
         KeyValues("Extractor", _texts(result["extractor"])),
+        *([KeyValues("From the Hub", result["loaded"])] if "loaded" in result else []),
         *provenance(resolved, f"stagepatch evaluate --config {directory / RUN_CONFIG}\n"),
     ]
     lead = f"Images of '{ones[0].name}' (A) against those of '{other.name}' (B)."
     write_page(directory / "report.html", "stagepatch evaluate", lead, sections)
     files = f"'{directory / 'metrics.json'}'; report: '{directory / 'report.html'}'"
     print(f"All figures, and what was measured, are in {files}.")
+
+
+def loaded_by(names: list[str], extractors: Iterable[FeatureExtractor]) -> dict[str, dict[str, str]]:
+    """What a result records of what was loaded from the Hub: 'loaded', commits by name; nothing where nothing was."""
+    found = commits_of([*names, *(getattr(extractor, "source", "") for extractor in extractors)])
+    return {"loaded": found} if found else {}
 
 
 def _texts(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,5 @@
 from .collector import Collector as Collector
+from .comparison import change as change
 from .comparison import comparison_note as comparison_note
 from .comparison import comparison_table as comparison_table
 from .comparison import estimate as estimate

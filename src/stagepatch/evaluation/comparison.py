@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from stagepatch.evaluation.evaluator import Measured
 from stagepatch.evaluation.metrics import metric_names
 from stagepatch.evaluation.uncertainty import Difference, compared_over_images, holm, of_units, over_images
+from stagepatch.report import format_change, format_interval
 
 
 def paired_difference(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
@@ -53,9 +54,8 @@ def comparison_table(
         found, scale = changes[key], 100.0 / abs(statistics.fmean(base.values(key)) or 1.0)
         row = [label, _cell(estimate(base, key)), _cell(estimate(other, key)), "", "", ""]
         if not math.isnan(found.interval[0]):
-            low, high = found.interval
-            row[3] = f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-            row[4] = f"{found.mean * scale:+.1f} [{low * scale:+.1f}, {high * scale:+.1f}] %"
+            row[3] = format_change(found.mean, found.interval)
+            row[4] = format_change(found.mean, found.interval, 1, scale, " %")
             row[5] = f"{corrected[key]:.3f}"
         rows.append(row)
     return columns, rows
@@ -77,5 +77,4 @@ def comparison_note(base: Measured, is_compared: bool = True) -> str:
 
 
 def _cell(found: Difference) -> str:
-    low, high = found.interval
-    return f"{found.mean:.4f}" if math.isnan(low) else f"{found.mean:.4f} [{low:.4f}, {high:.4f}]"
+    return format_interval(found.mean, found.interval)

@@ -14,7 +14,8 @@ class EvaluationConfig:
     Args:
         extractor: features for FID, KID, precision and recall: 'digits', 'fashion' or 'fashion_vit' (bundled
             classifiers of such images), 'inception' ('inception_legacy' resizes as TensorFlow did), 'dinov2', 'clip'
-            or 'siglip', the latter with a path or an id of the Hub too, as 'clip:/path'. See docs/metrics.md.
+            or 'siglip', the latter with a path or an id of the Hub too, as 'clip:/path' or 'clip:name/model@revision'.
+            See docs/metrics.md.
         held_out: held-out images that are measured against: 'held_out', or 'tune', those of 'fashion' to choose
             settings by, so that what is reported was not chosen on the images that it is reported on.
         cache: directory of the latents and captions of a model with a VAE, made first if it is not there; empty for

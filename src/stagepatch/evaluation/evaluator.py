@@ -54,6 +54,9 @@ class Measured:
 class Evaluator:
     """Measures models, all alike. What is needed of the references is computed once, when it is first asked for.
 
+    Attributes:
+        extractors: all of them, by name.
+
     Args:
         references: what samples are measured against.
         extractor: of features.
@@ -73,7 +76,7 @@ class Evaluator:
         keys: Sequence[str] | None = None,
     ) -> None:
         self.references, self.extractor, self.latents, self.keys = references, extractor, latents, keys
-        self._extractors = {"features": extractor, **({} if second is None else {"second": second}), **(others or {})}
+        self.extractors = {"features": extractor, **({} if second is None else {"second": second}), **(others or {})}
         self._features: dict[tuple[Split, str], Tensor] = {}
         self._moments: dict[tuple[Split, str], Statistics] = {}
 
@@ -135,7 +138,7 @@ class Evaluator:
             return None
         if of == "pixels":
             return dataset.images if isinstance(dataset, ImageDataset) else None
-        place, extractor = (split, of), self._extractors.get(of)
+        place, extractor = (split, of), self.extractors.get(of)
         if of in outputs_of(self.extractor) and of != "features":
             extractor = OneOutput(self.extractor, of)
         if place not in self._features:
@@ -184,7 +187,7 @@ class Evaluator:
         wanted = {metric.of for metric in metrics}
         own = [name for name in outputs_of(self.extractor) if name in wanted]
         found = extract_outputs(self.extractor, images, own) if own else {}
-        for name, extractor in self._extractors.items():
+        for name, extractor in self.extractors.items():
             if name in wanted and name != "features":
                 found[name] = extract_outputs(extractor, images)["features"]
         pixels, train = images.clamp(-1.0, 1.0), self.reference("train", "pixels")
@@ -192,7 +195,7 @@ class Evaluator:
             found["nearest_pixels"] = nearest_distance(pixels, train)
         if "pixels" in wanted:
             found["pixels"] = pixels
-        clip = self._extractors.get("clip")
+        clip = self.extractors.get("clip")
         if captions is not None and isinstance(clip, ClipFeatures):
             found["captions"] = clip.of_captions(captions)
         return found

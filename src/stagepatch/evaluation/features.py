@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stagepatch.checkpoints import module_fingerprint
+from stagepatch.checkpoints import from_hub, is_hub_id, module_fingerprint, split_revision
 from stagepatch.core import UserError, as_user_error, processes
 from stagepatch.evaluation.classifiers import CLASSIFIERS, load_classifier
 from stagepatch.evaluation.inception import SIZE, load_inception, resize_as_tensorflow
@@ -24,7 +25,8 @@ class FeatureExtractor(Protocol):
     """Images [B, C, H, W] in [−1, 1] to features [B, F].
 
     One that puts out more than features may have `outputs`, of images to such tensors by name, and `output_names`. One
-    that says how it prepares images has `preprocessing`, in words, and `num_features` is F.
+    that says how it prepares images has `preprocessing`, in words, and `num_features` is F. One that may come from the
+    Hub has the name that it was asked for by as `source`.
 
     Attributes:
         name: as metrics are labelled, such as 'digits features'.
@@ -101,7 +103,7 @@ class InceptionFeatures:
 
 
 class TransformerFeatures:
-    """Features of an encoder of transformers, by the id on the Hub or the folder that it is in: [B, F].
+    """Features of an encoder of transformers, by its id on the Hub, also 'name/model@revision', or its folder: [B, F].
 
     Raises:
         UserError: it cannot be loaded.
@@ -113,11 +115,12 @@ class TransformerFeatures:
     batch_size = 64
 
     def __init__(self, path: str = "") -> None:
-        source = path or self.default
+        self.source = source = path or self.default
         self.name = f"{self.label}" if source == self.default else f"{self.label}, {source}"
         try:
-            self.network = self._load(source).eval().to(processes().device)
-        except (OSError, ValueError) as error:
+            self._place, self._options = _located(source)
+            self.network = self._load(self._place, **self._options).eval().to(processes().device)
+        except (OSError, ValueError, UserError) as error:
             raise UserError(
                 f"{self.label} cannot be loaded from '{source}' ({str(error).splitlines()[0]}). Give the folder that "
                 f"it is in, as in {self.label.lower()}:/path."
@@ -125,7 +128,6 @@ class TransformerFeatures:
         self.size = self._size()
         self.preprocessing = f"{_CLEAN.format(size=self.size)}, mean {[*self.mean]}, deviation {[*self.deviation]}"
         self.fingerprint = _fingerprint(self.network, self.preprocessing)
-        self.source = source
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class TransformerFeatures:
         mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.deviation))
         return self._features(((pixels - mean) / deviation).to(processes().device)).float().cpu()
 
-    def _load(self, source: str) -> Any:
+    def _load(self, place: str, **options: Any) -> Any:
         raise NotImplementedError
 
     def _size(self) -> int:
@@ -151,10 +153,10 @@ class Dinov2Features(TransformerFeatures):
     label, default = "DINOv2", "facebook/dinov2-large"
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def _load(self, source: str) -> Any:
+    def _load(self, place: str, **options: Any) -> Any:
         from transformers import Dinov2Model
 
-        return Dinov2Model.from_pretrained(source)
+        return Dinov2Model.from_pretrained(place, **options)
 
     def _size(self) -> int:
         return min(224, int(self.network.config.image_size))
@@ -170,10 +172,10 @@ class ClipFeatures(TransformerFeatures):
     label, default = "CLIP", "openai/clip-vit-large-patch14-336"
     mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-    def _load(self, source: str) -> Any:
+    def _load(self, place: str, **options: Any) -> Any:
         from transformers import CLIPModel
 
-        return CLIPModel.from_pretrained(source)
+        return CLIPModel.from_pretrained(place, **options)
 
     @torch.no_grad()
     def of_captions(self, captions: Sequence[str]) -> Tensor:
@@ -185,7 +187,7 @@ class ClipFeatures(TransformerFeatures):
         from transformers import AutoTokenizer
 
         with as_user_error(f"The tokenizer of '{self.source}' cannot be loaded", OSError, ValueError):
-            tokenizer = AutoTokenizer.from_pretrained(self.source)
+            tokenizer = AutoTokenizer.from_pretrained(self._place, **self._options)
         length = self.network.config.text_config.max_position_embeddings
         parts = []
         for start in range(0, len(captions), self.batch_size):
@@ -201,10 +203,10 @@ class SiglipFeatures(TransformerFeatures):
 
     label, default = "SigLIP", "google/siglip-base-patch16-224"
 
-    def _load(self, source: str) -> Any:
+    def _load(self, place: str, **options: Any) -> Any:
         from transformers import SiglipModel
 
-        return SiglipModel.from_pretrained(source)
+        return SiglipModel.from_pretrained(place, **options)
 
 
 class ModuleFeatures:
@@ -239,6 +241,14 @@ class OneOutput:
         return extract_outputs(self.extractor, images, [self.output])[self.output]
 
 
+def _located(source: str) -> tuple[str, dict[str, str]]:
+    """The repository, and as options of `from_pretrained` the commit that is meant; a folder as it is."""
+    if Path(source).exists() or not is_hub_id(source):
+        return source, {}
+    commit = from_hub(source, ["config.json"], "encoder").name  # transformers chooses among the weights
+    return split_revision(source)[0], {"revision": commit}
+
+
 def quantised(images: Tensor) -> Tensor:
     """Images [B, 1 or 3, H, W] in [−1, 1] as 8 bits in three channels, [B, 3, H, W].
 
@@ -268,7 +278,7 @@ EXTRACTORS = {"inception", "inception_legacy", "dinov2", "clip", "siglip", *CLAS
 def load_extractor(name: str) -> FeatureExtractor:
     """An extractor by name: a bundled classifier, 'inception' (clean-fid's preprocessing), 'inception_legacy'
     (TensorFlow's), either also of images brought to a size first, as 'inception@256', 'dinov2', 'clip' or 'siglip',
-    the latter also with an id of the Hub or a path, as 'clip:/path'.
+    the latter also with an id of the Hub ('clip:name/model@revision') or a path ('clip:/path').
 
     Raises:
         UserError: unknown name, or what it needs cannot be had.

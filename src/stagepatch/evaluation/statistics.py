@@ -165,7 +165,8 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
     eigenvalues = torch.linalg.eigvalsh(root.mT @ other.covariance @ root)
     means = (one.mean - other.mean).square().sum()
     traces = one.covariance.trace() + other.covariance.trace()
-    return float(means + traces - 2.0 * eigenvalues.clamp(min=0.0).sqrt().sum())
+    distance = means + traces - 2.0 * eigenvalues.clamp(min=0.0).sqrt().sum()
+    return max(0.0, float(distance))  # of two alike, rounding may leave a little less than none
 
 
 def _rank(statistics: Statistics) -> int:

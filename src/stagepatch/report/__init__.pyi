@@ -6,6 +6,7 @@ from .page import Prose as Prose
 from .page import Section as Section
 from .page import Table as Table
 from .page import provenance as provenance
+from .page import samples_shown as samples_shown
 from .page import write_page as write_page
 from .pictures import image_grid as image_grid
 from .pictures import paired_grid as paired_grid
@@ -18,6 +19,8 @@ from .plots import metric_curves as metric_curves
 from .plots import similarity_heatmaps as similarity_heatmaps
 from .plots import training_curves as training_curves
 from .tables import as_number as as_number
+from .tables import format_change as format_change
+from .tables import format_interval as format_interval
 from .tables import format_mean as format_mean
 from .tables import markdown_table as markdown_table
 from .tables import print_table as print_table

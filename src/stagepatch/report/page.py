@@ -95,12 +95,21 @@ class Comparison:
         cls, title: str, before: Tensor, after: Tensor, labels: tuple[str, str], caption: str
     ) -> "Comparison":
         """Of images [B, C, H, W] from the same noise: the first of them, as many as a page shows well."""
-        columns = min(10, max(4, _WIDE // before.shape[-1]))
-        shown = min(len(before), len(after), columns * (4 if columns == 10 else 2))
+        columns = _columns(before.shape[-1])
+        shown = min(len(before), len(after), samples_shown(before.shape[-1]))
         grids = paired_grids(before[:shown], after[:shown], min(columns, shown))
         for grid in grids:
             grid.thumbnail((2 * _WIDE, 2 * _WIDE))
         return cls(title, *grids, labels, caption)
+
+
+def samples_shown(width: int) -> int:
+    """How many samples so many pixels wide a `Comparison` shows at most."""
+    return _columns(width) * (4 if _columns(width) == 10 else 2)
+
+
+def _columns(width: int) -> int:
+    return min(10, max(4, _WIDE // width))
 
 
 @dataclass

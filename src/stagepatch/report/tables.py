@@ -15,6 +15,30 @@ def format_mean(mean: float, spread: float, digits: int = 2) -> str:
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
+def format_interval(
+    mean: float, interval: tuple[float, float], digits: int = 4, sign: str = "", unit: str = ""
+) -> str:
+    """'12.30 [11.90, 12.70]'; the mean alone where the interval is NaN. What rounds to zero has no sign of its own.
+
+    Args:
+        sign: '+' shows that of positive numbers too.
+    """
+    shown, *ends = (f"{value:{sign}z.{digits}f}" for value in (mean, *interval))
+    return f"{shown}{unit}" if math.isnan(interval[0]) else f"{shown} [{', '.join(ends)}]{unit}"
+
+
+def format_change(
+    mean: float, interval: tuple[float, float], digits: int = 4, scale: float = 1.0, unit: str = ""
+) -> str:
+    """'+0.12 [-0.10, +0.34]'; '' where the interval is NaN: a difference is not shown without one.
+
+    Args:
+        scale: all is multiplied by it.
+    """
+    ends = scale * interval[0], scale * interval[1]
+    return "" if math.isnan(ends[0]) else format_interval(scale * mean, ends, digits, "+", unit)
+
+
 _NUMBER = re.compile(r"([+\-−]?)((?:\d[\d,]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)(?=$|[\s%*×])", re.IGNORECASE)
 
 

@@ -20,8 +20,9 @@ from stagepatch.studies.compare_results import SIGNIFICANCE, Row
 from stagepatch.studies.verdict import verdict
 
 _CONTROLS_NOTE = (
-    "In percent of the base, ± standard error: the method's value less the control's, the best control first; paired "
-    "by training run where both have as many, by Welch's test elsewhere. The p-values are of one difference each."
+    "In percent of the base, in brackets 95% intervals: the method's value less the control's, the best control "
+    "first; paired by training run where both have as many, by Welch's test elsewhere. Intervals and p-values are of "
+    "one difference each."
 )
 _COLUMNS_NOTE = (
     "Trained: number of parameters that learn, and their share of the model's. s/step: seconds of a training step, "
@@ -33,10 +34,10 @@ _CURVES_CAPTION = (
 )
 _GAIN_CAPTION = (
     "Difference to the base at the last checkpoint, against the number of trained parameters and against the time of "
-    "a training step [s]. Bars: standard error."
+    "a training step [s]. Bars: 95% interval."
 )
 COLUMNS = ["method", "trained", "share", "s/step", "peak MiB", "file MiB"]
-JUDGED = ["difference to base", "95% interval", "in percent", "p", "p (Holm)"]
+JUDGED = ["difference to base", "in percent", "p", "p (Holm)"]
 
 
 def table(rows: Sequence[Row], metric: str, features: str) -> tuple[list[str], list[list[str]]]:
@@ -63,11 +64,9 @@ def _cells(row: Row, rows: Sequence[Row], steps: list[int]) -> list[str]:
     base = next(other.curve[0][0] for other in rows if other.is_base)
     sign = " *" if change.p_value < SIGNIFICANCE else ""
     p_value = "" if math.isnan(change.p_value) else f"{change.p_value:.3f}"
-    percent = f"{100 * change.mean / base:+.1f} ± {100 * change.error / base:.1f} %"
+    percent = _points(change, base)
     corrected = "" if math.isnan(row.holm) else f"{row.holm:.3f}"
-    low, high = change.interval
-    interval = "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
-    return [*cells, f"{change.mean:+.4f} ± {change.error:.4f}{sign}", interval, percent, p_value, corrected]
+    return [*cells, report.format_change(change.mean, change.interval) + sign, percent, p_value, corrected]
 
 
 def against_controls(rows: Sequence[Row], metric: str) -> tuple[list[str], list[list[str]]]:
@@ -76,25 +75,25 @@ def against_controls(rows: Sequence[Row], metric: str) -> tuple[list[str], list[
     controls = [row for row in rows if row.control]
     controls.sort(key=lambda row: METRICS[metric].sign * row.metrics[metric])
     columns = ["method", *(f"{row.name} ({row.control})" for row in controls)]
-    cells = [[row.name, *(_points(row.against[c.name], base) for c in controls)] for row in rows if row.against]
+    cells = [[row.name, *(_tested(row.against[c.name], base) for c in controls)] for row in rows if row.against]
     return columns, cells
 
 
 def changes(rows: Sequence[Row], features: str) -> tuple[list[str], list[list[str]]]:
-    """Every metric's difference to the base, ± its standard error."""
+    """Every metric's difference to the base, with its 95% interval."""
     keys = list(rows[0].metrics)
-    cells = [[row.name, *(_change(row.changes[key]) for key in keys)] for row in rows if row.changes]
+    of_rows = [(row.name, [row.changes[key] for key in keys]) for row in rows if row.changes]
+    cells = [[name, *(report.format_change(each.mean, each.interval) for each in found)] for name, found in of_rows]
     names = metric_names(features)
     return ["method", *(names[key] for key in keys)], cells
 
 
-def _change(change: Difference) -> str:
-    return f"{change.mean:+.4f}" + ("" if math.isnan(change.error) else f" ± {change.error:.4f}")
-
-
 def _points(change: Difference, base: float) -> str:
-    tested = "" if math.isnan(change.p_value) else f" (p {change.p_value:.3f})"
-    return f"{100 * change.mean / base:+.1f} ± {100 * change.error / base:.1f} %{tested}"
+    return report.format_change(change.mean, change.interval, 1, 100.0 / abs(base), " %")
+
+
+def _tested(change: Difference, base: float) -> str:
+    return _points(change, base) + ("" if math.isnan(change.p_value) else f" (p {change.p_value:.3f})")
 
 
 def short(columns: list[str], cells: list[list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -104,8 +103,8 @@ def short(columns: list[str], cells: list[list[str]]) -> tuple[list[str], list[l
     is_one = all(row[measured][-1] for row in cells)
     label = columns[measured][-1] if is_one else columns[measured][-1].rpartition(" at ")[0] + " at the end"
     return (
-        [columns[0], columns[2], label, JUDGED[0], *JUDGED[2:]],
-        [[row[0], row[2], value, row[-5], *row[-3:]] for row, value in zip(cells, last, strict=True)],
+        [columns[0], columns[2], label, *JUDGED],
+        [[row[0], row[2], value, *row[-len(JUDGED) :]] for row, value in zip(cells, last, strict=True)],
     )
 
 
@@ -121,9 +120,9 @@ def note(jobs: Sequence[CompareJob], metric: str) -> str:
     return (
         f"Mean ± standard deviation over {seeds} training seed(s), each the mean of {len(jobs[0].sampling_seeds)} "
         f"sampling seeds of {sampling.num_images} images ({_sampler(sampling)}), the same noise for all."
-        f"{otherwise} Differences are paired by sampling seed, ± standard error; "
-        f"* marks p < {SIGNIFICANCE} of a two-sided t-test whose unit is a {unit}; p (Holm) is corrected "
-        f"for the number of methods. {direction_note([metric])}"
+        f"{otherwise} Differences are paired by sampling seed, in brackets 95% intervals; "
+        f"* marks p < {SIGNIFICANCE} of a two-sided t-test. The unit of both is a {unit}; of a single one there is no "
+        f"interval, and so no difference. p (Holm) is corrected for the number of methods. {direction_note([metric])}"
     )
 
 
@@ -159,7 +158,7 @@ def write_results(
         report.Picture("Over iterations", curves(rows, metric, features), _CURVES_CAPTION),
         report.Picture("Gain against cost", gain_against_cost(rows, metric, features), f"{_GAIN_CAPTION} {direction}"),
         report.Table("All metrics at the last checkpoint", header, values, direction_note(rows[0].metrics)),
-        *([report.Table("Differences to the base", *found, "± standard error.")] if found[1] else []),
+        *([report.Table("Differences to the base", *found, "In brackets 95% intervals.")] if found[1] else []),
         *_samples(jobs),
         *report.provenance(resolved, "stagepatch compare --config run.yaml\n"),
     ]
@@ -217,7 +216,8 @@ def gain_against_cost(rows: Sequence[Row], metric: str, features: str) -> Figure
         axes = figure.add_subplot(1, 2, place + 1)
         for row in trained:
             change, cost = row.differences[row.last], getattr(row, attribute)
-            axes.errorbar(cost, change.mean, 0.0 if math.isnan(change.error) else change.error, marker="o")
+            half = change.interval[1] - change.mean
+            axes.errorbar(cost, change.mean, 0.0 if math.isnan(half) else half, marker="o")
             axes.annotate(row.name, (cost, change.mean), fontsize=7, xytext=(4, 4), textcoords="offset points")
         axes.axhline(0.0, color="black", linewidth=0.8, linestyle="--")
         axes.set_xlabel(label)

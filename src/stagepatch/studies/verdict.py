@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from stagepatch.evaluation import METRICS, Difference
+from stagepatch.report import format_interval
 from stagepatch.studies.compare_results import SIGNIFICANCE, Row
 
 _KINDS = {"steps": "equal steps", "parameters": "equal parameters", "free": "no training"}
@@ -66,8 +67,12 @@ def _recall(best: Row) -> str:
     if change is None:
         return ""
     if change.mean < 0 and change.p_value < SIGNIFICANCE:
-        return f"Recall falls by {-change.mean:.3f} ± {change.error:.3f}: it gives up coverage."
-    return f"Recall does not fall beyond noise ({change.mean:+.3f} ± {_or_nothing(change.error)})."
+        return f"Recall changes by {_recall_change(change)}: it gives up coverage."
+    return f"Recall does not fall beyond noise ({_recall_change(change)})."
+
+
+def _recall_change(change: Difference) -> str:
+    return format_interval(change.mean, change.interval, 3, "+")
 
 
 def _beats(row: Row, control: str, sign: float) -> bool:
@@ -87,7 +92,3 @@ def _percent(change: Difference, scale: float) -> str:
     low, high = change.interval
     interval = "" if math.isnan(low) else f" (95% interval {scale * low:+.1f} to {scale * high:+.1f} %)"
     return f"{scale * change.mean:+.1f} %{interval}"
-
-
-def _or_nothing(value: float) -> str:
-    return "?" if math.isnan(value) else f"{value:.3f}"
