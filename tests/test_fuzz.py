@@ -138,7 +138,7 @@ def places_of(value, path=()):
 def edited(value, edits):
     """Nested values after some edits of what is in them."""
     value = copy.deepcopy(value)
-    for kind, number, odd in edits:
+    for kind, number, odd in copy.deepcopy(edits):
         places = list(places_of(value))
         path = places[number % len(places)]
         if not path:
