@@ -193,9 +193,9 @@ taken = []  # bytes of memory, by each case of this kind
 def kept(request):
     """In the long form, what each kind took goes into runs/fuzz.json."""
     taken.clear()
-    since = time.monotonic()
+    since, failed = time.monotonic(), request.session.testsfailed
     yield
-    if CASES > 100 and taken:
+    if CASES > 100 and taken and request.session.testsfailed == failed:
         path = Path("runs/fuzz.json")
         found = json.loads(path.read_text()) if path.exists() else {}
         figures = {"cases": CASES, "seconds": round(time.monotonic() - since), "MiB": round(max(taken) / 2**20, 1)}
