@@ -138,7 +138,8 @@ def places_of(value, path=()):
 def edited(value, edits):
     """Nested values after some edits of what is in them."""
     value = copy.deepcopy(value)
-    for kind, number, odd in copy.deepcopy(edits):
+    for kind, number, chosen in edits:
+        odd = copy.deepcopy(chosen)
         places = list(places_of(value))
         path = places[number % len(places)]
         if not path:
