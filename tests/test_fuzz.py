@@ -138,7 +138,8 @@ def places_of(value, path=()):
 def edited(value, edits):
     """Nested values after some edits of what is in them."""
     value = copy.deepcopy(value)
-    for kind, number, odd in edits:
+    for kind, number, chosen in edits:
+        odd = copy.deepcopy(chosen)
         places = list(places_of(value))
         path = places[number % len(places)]
         if not path:
@@ -193,9 +194,9 @@ taken = []  # bytes of memory, by each case of this kind
 def kept(request):
     """In the long form, what each kind took goes into runs/fuzz.json."""
     taken.clear()
-    since = time.monotonic()
+    since, failed = time.monotonic(), request.session.testsfailed
     yield
-    if CASES > 100 and taken:
+    if CASES > 100 and taken and request.session.testsfailed == failed:
         path = Path("runs/fuzz.json")
         found = json.loads(path.read_text()) if path.exists() else {}
         figures = {"cases": CASES, "seconds": round(time.monotonic() - since), "MiB": round(max(taken) / 2**20, 1)}

@@ -79,8 +79,13 @@ def test_a_file_that_another_process_takes_for_unfinished_before_it_is_locked(pa
             os.unlink(made[0][1])
         return made[-1]
 
+    def write(temporary):
+        with pytest.raises(BlockingIOError), open(temporary, "rb") as file:  # none takes this one
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        temporary.write_text("new\n")
+
     monkeypatch.setattr(tempfile, "mkstemp", take_the_first)
-    write_text(path, "new\n")
+    write_atomically(path, write)
     assert path.read_text() == "new\n"
     assert list(path.parent.iterdir()) == [path]
 
