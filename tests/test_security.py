@@ -144,7 +144,7 @@ def test_weights_of_models_are_not_unpickled(tmp_path, bomb, saved):
     config = json.loads((unet / "text_encoder" / "config.json").read_text())
     (unet / "text_encoder" / "config.json").write_text(json.dumps({**config, "projection_dim": 8}))
     with pytest.raises(UserError, match=r"The text encoder in .* cannot be loaded"):
-        _load_clip(unet, torch.float32, "cpu")
+        _load_clip(unet, "CLIPTextModelWithProjection", torch.float32, "cpu")
 
 
 def test_loras_are_not_unpickled(tmp_path, bomb, pipe):
@@ -171,7 +171,7 @@ def test_code_that_comes_with_a_pipeline_is_not_run(tmp_path, saved):
     path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
     (path.parent / "own.py").write_text(code)
     with pytest.raises(UserError, match=r"The text encoder in .* cannot be loaded"):
-        _load_clip(tokenizer, torch.float32, "cpu")
+        _load_clip(tokenizer, "CLIPTextModelWithProjection", torch.float32, "cpu")
     assert not (tmp_path / "exploded").exists()
 
 

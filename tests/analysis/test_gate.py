@@ -28,7 +28,9 @@ TIMESTEPS = torch.tensor([0, 300, 650, 999])
 PROMPTED = [
     name
     for name, tiny in PIPELINES.items()
-    if tiny.is_prompted and tiny.is_trained and not name.startswith(("HiDream", "WanVACE"))
+    if tiny.is_prompted
+    and tiny.is_trained
+    and not name.startswith(("HiDream", "WanVACE", "UNet2DConditionModel of Kandinsky"))
 ]
 
 

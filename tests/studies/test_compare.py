@@ -85,7 +85,7 @@ def test_table_curves_and_samples_of_every_entry(tmp_path, capsys):
     assert metrics["dmp-0"] != metrics["dmp-1"]
     rows = list(csv.reader((out / "table.csv").open()))
     assert [row[0] for row in rows] == ["method", "base", "DMP", "bias"]
-    assert "two-sided t-test whose unit is a training run" in (out / "table.md").read_text()
+    assert "two-sided t-test. The unit of both is a training run" in (out / "table.md").read_text()
     page = (out / "report.html").read_text()
     for text in ("Over iterations", "Gain against cost", "Samples: DMP", "&#39;base&#39; left of the slider"):
         assert text in page

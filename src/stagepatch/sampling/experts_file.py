@@ -13,7 +13,7 @@ from torch import nn
 from stagepatch.checkpoints import BUNDLED, is_offloaded, is_plain, load_denoiser
 from stagepatch.core import UserError, as_user_error, read_yaml, write_text
 from stagepatch.families import input_dtype
-from stagepatch.methods import open_learned
+from stagepatch.methods import LoRA, open_learned
 from stagepatch.patch import patches_on
 from stagepatch.sampling.experts import BASE, ExpertRange, Experts, check_fits, experts_on
 
@@ -87,7 +87,9 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
         if source.learned:
             artifact = open_learned(Path(source.learned))
             expert = _copy(model, shares_memory="weights" not in artifact.kind)
-            artifact.put_on(expert)
+            method = artifact.put_on(expert)
+            if isinstance(method, LoRA):
+                method.merge()  # in each forward, not for good: nothing is stored beside the base's weights
             return expert.eval()
     return None
 
