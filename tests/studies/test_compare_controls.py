@@ -163,7 +163,7 @@ def test_entry_goes_on_from_what_a_run_of_its_seed_learned(tmp_path):
     assert read_json(jobs[1] / "job.json")["start_from"].endswith("a-1/learned")
 
 
-YOUNG = ("held_out", "second_extractor", "start_from", "objective")
+YOUNG = ("held_out", "second_extractor", "start_from", "objective", "num_stages")
 
 
 @pytest.mark.usefixtures("unpictured")

@@ -59,6 +59,20 @@ def test_rows_of_other_sampling_train_once(tmp_path):
     assert {name: metrics_of(tmp_path, name) for name in first} == first
 
 
+def test_what_shared_a_training_stays_when_the_row_that_trained_is_left_out(tmp_path):
+    few, more = {"name": "few", "method": "lora"}, {"name": "more", "method": "lora", "sampling": MORE}
+    assert compare(tmp_path, few, more) == 0
+    results = rows_of(tmp_path)["more"]
+    assert compare(tmp_path, more) == 0
+    assert rows_of(tmp_path)["more"]["file_size"] == results["file_size"]
+    assert rows_of(tmp_path)["more"]["curve"] == results["curve"]
+
+
+def test_rows_of_other_steps_are_alike_in_the_quick_form_and_run(tmp_path):
+    rows = [{"name": str(steps), "method": "bitfit", "training": {"steps": steps}} for steps in (3, 4)]
+    assert compare(tmp_path, *rows, quick=True) == 0
+
+
 def test_a_row_that_began_a_training_of_its_own_keeps_it(tmp_path):
     more = {"name": "more", "method": "lora", "sampling": MORE}
     assert compare(tmp_path, more) == 0

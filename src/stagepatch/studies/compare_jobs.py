@@ -33,7 +33,7 @@ from stagepatch.training import BOOKKEEPING, BalancingConfig, DDOConfig, Run, Tr
 _WEIGHTS = (".", "weights", "patch", "transformer", "unet")  # 'weights' and 'patch' of method 'joint'
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
 _RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data", "training")
-_MEASURING = ("held_out", "second_extractor")  # what training need not share, nor knows the defaults of
+_NOT_TRAINING = ("held_out", "second_extractor", "num_stages")  # what a run need not share, nor knows the defaults of
 # Of jobs that are older than these options.
 _DEFAULTS = SimpleNamespace(
     **{"dtype": "float32", "schedule": "", "start_from": "", "objective": "denoising"},
@@ -113,6 +113,8 @@ class CompareJob(Job):
             with locked(self.trained_by.directory / "lock") if is_main else contextlib.nullcontext():
                 processes().wait_for_everyone()
                 self.trained_by.train()
+                if is_main:  # kept here too, for when the other row is left out
+                    write_json(self.directory / COST_NAME, read_json(self.trained_by.directory / COST_NAME))
         elif self.config.method != "none":
             self.train()
         if self.num_stages:
@@ -144,7 +146,7 @@ class CompareJob(Job):
 
     def train(self) -> None:
         """Train, or what is left of it, and say what it took."""
-        if (self.directory / COST_NAME).exists():
+        if (self.directory / COST_NAME).exists() and Path(self.config.output_dir).exists():
             return
         runs = [Path(stage.config.output_dir) for stage in self.stages()] or [Path(self.config.output_dir)]
         for stage in self.stages():
@@ -169,7 +171,7 @@ class CompareJob(Job):
         return plan_stages(DecoupleConfig(**values, preset="experts", num_stages=self.num_stages))
 
     def _train_one(self) -> None:
-        run = Run(self.config, identity={k: v for k, v in self.identity().items() if k not in _MEASURING})
+        run = Run(self.config, identity={k: v for k, v in self.identity().items() if k not in _NOT_TRAINING})
         if self.config.objective != "denoising" and self.config.ddo.fakes:  # one job makes them, the others wait
             path = Path(self.config.ddo.fakes) / "lock"
             with locked(path) if processes().is_main_process else contextlib.nullcontext():
@@ -179,7 +181,7 @@ class CompareJob(Job):
 
     def costs(self) -> dict[str, float]:
         """Seconds a step, peak memory [bytes] and size of what was learned [bytes]."""
-        values: dict[str, float] = read_json((self.trained_by or self).directory / COST_NAME)
+        values: dict[str, float] = read_json(self.directory / COST_NAME)
         return values
 
     def trainable_parameters(self) -> tuple[int, int]:
@@ -241,22 +243,26 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
             for job in {(job.config.model, job.schedule, job.config.start_from): job for job in own}.values():
                 job.trainable_parameters()
         jobs += own
-    _train_once(jobs)
+    _train_once(jobs, refuses_equal=not config.quick)
     ignored = set(BOOKKEEPING) - {"snapshot_every"}  # a snapshot is a checkpoint that is measured
     for job in jobs:
         job.check_directory(_DEFAULTS, ignored)
     return jobs
 
 
-def _train_once(jobs: list[CompareJob]) -> None:
-    """Let rows that differ in sampling alone share a training; what has begun one of its own keeps it."""
+def _train_once(jobs: list[CompareJob], refuses_equal: bool) -> None:
+    """Let rows that differ in sampling alone share a training; what has begun one of its own keeps it.
+
+    Raises:
+        UserError: two rows differ in nothing. In the quick form, where all train for as many steps, they may.
+    """
     first: dict[str, CompareJob] = {}
     for job in jobs:
         if job.config.method != "none":
             identity = job.identity()
             own = {name: identity[name] for name in (*_RUN, *job.config.learns_by(), "num_stages", "checkpoints")}
             trains = first.setdefault(json.dumps([as_json(own), job.config.ddo.fakes]), job)
-            if trains is not job and trains.sampling == job.sampling:
+            if refuses_equal and trains is not job and trains.sampling == job.sampling:
                 raise UserError(
                     f"Entries '{trains.name}' and '{job.name}' train and sample alike: change one, or leave one out."
                 )
