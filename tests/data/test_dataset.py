@@ -1,10 +1,12 @@
 """Which format is taken for what lies at a path."""
 
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
 
 from stagepatch.core.errors import UserError
-from stagepatch.data import DataConfig, FolderSource, in_memory, load_dataset, open_source
+from stagepatch.data import DataConfig, FolderSource, fit_to_model, in_memory, load_dataset, open_source
 from stagepatch.data.dataset import find_format
 
 
@@ -55,3 +57,18 @@ def test_digits_have_images_and_labels_alone():
     assert set(dataset[0]) == {"image", "label"}
     assert in_memory(dataset) is dataset
     assert (len(dataset), len(load_dataset(DataConfig(), "held_out"))) == (1198, 599)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "expected"),
+    [
+        ({"in_channels": 1, "sample_size": 28}, 0, 28),
+        ({"in_channels": 3, "sample_size": [48, 64]}, 0, 64),
+        ({"in_channels": 3, "sample_size": None}, 0, 256),
+        ({"in_channels": 3, "sample_size": 28}, 36, 36),
+    ],
+    ids=str,
+)
+def test_images_are_of_the_models_own_size_unless_another_is_given(config, given, expected):
+    data = fit_to_model(DataConfig(source="images", image_size=given), "", SimpleNamespace(config=config))
+    assert (data.image_size, data.channels) == (expected, config["in_channels"])

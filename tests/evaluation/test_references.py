@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from stagepatch.core.errors import UserError
-from stagepatch.data import BUNDLED, DataConfig, ImageDataset, in_memory, load_dataset, load_digits, load_fashion
-from stagepatch.evaluation import load_references, references
+from stagepatch.data import (
+    BUNDLED,
+    DataConfig,
+    ImageDataset,
+    in_memory,
+    load_dataset,
+    load_digits,
+    load_fashion,
+    load_training_data,
+)
+from stagepatch.evaluation import Evaluator, load_references, references
 from tests.evaluation.extractors import Counting
 from tests.training.test_train_on_pipelines import draw_images
 
@@ -84,5 +93,21 @@ def test_images_to_choose_by_are_of_fashion_alone(tmp_path):
     assert torch.equal(load_references(DataConfig()).held_out.images, load_digits("held_out")[0])
     with pytest.raises(UserError, match=r"'fashion' alone.*'train' and 'held_out'"):
         load_references(DataConfig(), "tune")
-    with pytest.raises(UserError, match="no images are held out"):
+    with pytest.raises(UserError, match="not of"):
         load_references(DataConfig(source=str(tmp_path)), "tune")
+
+
+@pytest.mark.parametrize("is_small", [True, False])
+def test_references_of_a_share_are_those_that_training_leaves_out(tmp_path, monkeypatch, is_small):
+    if not is_small:
+        monkeypatch.setattr(references, "_MOST_NUMBERS", 0)
+    images = draw_images(tmp_path / "images", count=20, size=(16, 16), captions=False)
+    config = DataConfig(source=str(images), image_size=16, held_out=0.3)
+    trained, found = load_training_data("", config), load_references(config)
+    assert 0 < len(trained.held_out) < 20
+    for dataset, expected in ((found.train, trained), (found.held_out, trained.held_out)):
+        assert isinstance(dataset, ImageDataset) is is_small
+        assert torch.equal(in_memory(dataset).images, in_memory(expected).images)
+    evaluator = Evaluator(found, Counting())
+    assert evaluator.labels(3).tolist() == [0, 0, 0]
+    assert torch.equal(evaluator.reference("held_out"), in_memory(trained.held_out).images.flatten(1)[:, :3])

@@ -6,12 +6,24 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.core import read_json
-from stagepatch.evaluation import difference, difference_between, evaluator, holm
+from stagepatch.data import DataConfig, in_memory, load_digits, load_training_data
+from stagepatch.evaluation import (
+    Evaluator,
+    References,
+    difference,
+    difference_between,
+    evaluator,
+    holm,
+    load_extractor,
+)
+from stagepatch.sampling import SamplingConfig
 from stagepatch.studies import compare_jobs
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import plan_jobs
@@ -245,6 +257,26 @@ def entry(method="dmp", **more):
 )
 def test_bad_rows_are_refused_before_any_training(refused, changes, message):
     assert message in refused("compare", **{**SMALL, **changes})
+
+
+@pytest.mark.usefixtures("unpictured")
+def test_own_images_are_held_out_by_a_share(tmp_path):
+    images, labels = load_digits("train")
+    for number, (image, label) in enumerate(zip(images[:60], labels[:60], strict=True)):
+        (tmp_path / "digits" / str(int(label))).mkdir(parents=True, exist_ok=True)
+        pixels = ((image[0] + 1.0) * 127.5).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "digits" / str(int(label)) / f"{number}.png")
+    data = {"source": str(tmp_path / "digits"), "held_out": 0.3}
+    rows = [{"name": "base", "method": "none"}, {"name": "bias", "method": "bitfit"}]
+    assert compare(tmp_path, entries=rows, data=data) == 0
+    trained = load_training_data("digits", DataConfig(**data))
+    assert trained[0]["image"].shape == (1, 8, 8)  # the model's own size and channels
+    references = References(in_memory(trained), in_memory(trained.held_out))
+    sampled = Evaluator(references, load_extractor("digits"))
+    model, scheduler = load_denoiser("digits")
+    sampling = SamplingConfig(**SMALL["sampling"], seed=1)
+    expected = sampled.metrics(sampled.sample(model, scheduler, sampling), ["fid_held_out"])["fid_held_out"]
+    assert values_of(tmp_path, "base", 0)[1] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.usefixtures("unpictured")

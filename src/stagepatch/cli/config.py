@@ -130,7 +130,7 @@ class EvaluateConfig(EvaluationConfig):
         schedule: YAML file of experts by range of timesteps, which then are compared with the base.
         seeds: sampling seeds; the spread and the paired difference are over these. The other side, where it is a
             model, has the seed after their highest.
-        data: training images; with `against`, how images are read: at their own size where image_size is 0.
+        data: training images; with `against`, how images are read: at their own size without image_size.
         sampling: sampler and count; its seed is replaced by each of `seeds`.
     """
 
@@ -146,7 +146,7 @@ class EvaluateConfig(EvaluationConfig):
     patch_scale: float = 1.0
     schedule: str = ""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    data: DataConfig = field(default_factory=lambda: DataConfig(image_size=0))
+    data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         check_numbers(self, seeds=0)

@@ -9,7 +9,7 @@ from stagepatch.checkpoints import has_vae
 from stagepatch.cli import config as configs
 from stagepatch.cli.common import load_on_device, say, write_run_config
 from stagepatch.core import UserError, processes, write_json
-from stagepatch.data import BUNDLED, load_held_out, load_training_data, with_channels
+from stagepatch.data import BUNDLED, fit_to_model, load_held_out, load_training_data
 from stagepatch.diffusion import Objective
 from stagepatch.families import learns_sigma
 from stagepatch.report import print_table, provenance, write_page, write_picture
@@ -57,7 +57,7 @@ def diagnose(config: configs.DiagnoseConfig, resolved: str) -> None:
 
 def _load_images(config: configs.DiagnoseConfig) -> tuple[Any, Any]:
     """Training images, and those that the model was not trained on."""
-    data = with_channels(config.data, config.model)
+    data = fit_to_model(config.data, config.model)
     if data.source not in BUNDLED and not config.held_out and not data.held_out:
         raise UserError(
             f"Which images was '{config.model}' not trained on? Give --held_out, images like '{data.source}'; or "

@@ -17,7 +17,6 @@ from stagepatch.cli.evaluate_sources import (
 )
 from stagepatch.cli.shown_samples import keep_shown, shown_samples
 from stagepatch.core import UserError, alone_in, processes, write_json
-from stagepatch.data import DataConfig
 from stagepatch.evaluation import (
     Evaluator,
     Measured,
@@ -51,9 +50,10 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     _check_is_model(config.model)
     directory = Path(config.output_dir)
     cache = Path(config.cache or directory / "cache")
-    dtype = getattr(torch, config.dtype)
-    data = replace(config.data, image_size=config.data.image_size or DataConfig.image_size)
-    evaluator = Evaluator.load(config.model, data, config.extractor, cache, config.held_out, "", dtype, config.metrics)
+    dtype, source = getattr(torch, config.dtype), config.data.source
+    evaluator = Evaluator.load(
+        config.model, config.data, config.extractor, cache, config.held_out, "", dtype, config.metrics
+    )
     model, scheduler = load_on_device(config.model, dtype, config.memory)
     experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
     if config.patch:
@@ -102,21 +102,21 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     write_run_config(directory, resolved)
     name = "patched" if experts is None else "schedule"
     results = {each: measured[each].metrics for each in ("base", name) if each in measured}
-    loaded = loaded_by([config.model, data.source], evaluator.extractors.values())
+    loaded = loaded_by([config.model, source], evaluator.extractors.values())
     write_json(directory / "metrics.json", {"seeds": config.seeds, **loaded, **results})
     columns, rows = comparison_table(measured["base"], measured.get(name), evaluator.extractor.name, name)
     note = f"{comparison_note(measured['base'], name in measured)} {direction_note(results['base'][0])}"
     labels = evaluator.labels(config.sampling.num_images).unique().tolist()
     if num_classes(model) > 1 and len(labels) == 1:
         note += (
-            f" The images of '{data.source}' are of one class, so all samples have label {labels[0]} of the model's "
-            f"{num_classes(model)}. Subfolders are classes; '{config.model}' '{data.source}', as two sources, samples "
+            f" The images of '{source}' are of one class, so all samples have label {labels[0]} of the model's "
+            f"{num_classes(model)}. Subfolders are classes; '{config.model}' '{source}', as two sources, samples "
             f"all in turn."
         )
     counts = f"{config.sampling.num_images} images a seed, {len(config.seeds)} seeds"
     print_table(columns, rows, counts)
     print(note)
-    lead = f"'{config.model}' against the images of '{data.source}', in the features of '{evaluator.extractor.name}'."
+    lead = f"'{config.model}' against the images of '{source}', in the features of '{evaluator.extractor.name}'."
     table = Table("Metrics", columns, rows, f"{counts}. {note}")
     again = provenance(resolved, f"stagepatch evaluate --config {directory / RUN_CONFIG}\n")
     files = kept / "base.safetensors", kept / f"{name}.safetensors"

@@ -72,7 +72,7 @@ def pretrain(config: configs.PretrainConfig, resolved: str) -> None:
         identity |= {"method": "joint", "patch": with_condition(config.patch, model)}
     run = Run(job, model, scheduler, identity, resolved, parts)
     if config.data.crop == "center":
-        _check_size(run.dataset[0]["image"].shape, model, config.data.image_size)
+        _check_size(run.dataset[0]["image"].shape, model, run.config.data.image_size)
     assert isinstance(run.method, Finetune)
     run.method.scheduler = scheduler  # so that it saves a model
     run.train()

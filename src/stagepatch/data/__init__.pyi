@@ -2,6 +2,7 @@ from .arrays import ArraySource as ArraySource
 from .cache_dataset import CachedLatents as CachedLatents
 from .cache_writer import build_cache as build_cache
 from .cache_writer import cache_key as cache_key
+from .config import IMAGE_SIZE as IMAGE_SIZE
 from .config import DataConfig as DataConfig
 from .config import SourceConfig as SourceConfig
 from .config import TagsConfig as TagsConfig
@@ -25,10 +26,10 @@ from .masks import normalized as normalized
 from .mixture import Mixture as Mixture
 from .model_cache import cache_directory as cache_directory
 from .model_cache import check_channels as check_channels
+from .model_cache import fit_to_model as fit_to_model
 from .model_cache import load_training_data as load_training_data
 from .model_cache import make_cache as make_cache
 from .model_cache import open_cache as open_cache
-from .model_cache import with_channels as with_channels
 from .pictures import Pictures as Pictures
 from .pixels import Pixels as Pixels
 from .pixels import decode_once as decode_once

@@ -5,6 +5,8 @@ from typing import Literal
 
 from stagepatch.core import UserError, check_numbers
 
+IMAGE_SIZE = 256  # where no model in pixels says otherwise
+
 
 @dataclass
 class TagsConfig:
@@ -56,7 +58,7 @@ class DataConfig:
         sources: several data sets in place of `source`, such as [{source: A, repeats: 10}, {source: B}]; all else here
             is for each of them.
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
-            an image has at most that square's area.
+            an image has at most that square's area. 0 is the model's own size in pixels, and 256 for any other.
         num_frames: above 1, `source` is a folder of videos, to train a model of videos on clips of so many frames, as
             many as its VAE takes: of Wan, CogVideoX and HunyuanVideo 4·k + 1, of Mochi 6·k + 1, of LTX 8·k + 1.
         fps: frames of a clip a second, by the video's own clock; 0 takes every frame.
@@ -87,7 +89,7 @@ class DataConfig:
 
     source: str = "digits"
     sources: list[SourceConfig] = field(default_factory=list)
-    image_size: int = 256
+    image_size: int = 0
     num_frames: int = 1
     fps: float = 0.0
     num_clips: int = 1

@@ -40,6 +40,11 @@ class Part(Dataset[dict[str, Any]]):
         item: dict[str, Any] = self.dataset[place]
         return item
 
+    def labels(self) -> list[int]:
+        """The class of each item."""
+        labels = self.dataset.labels()
+        return [labels[index] for index in self.indices]
+
     def groups(self) -> list[list[int]]:
         """Indices of items that a batch may hold together."""
         places = {index: place for place, index in enumerate(self.indices)}

@@ -1,6 +1,7 @@
 """Images of any source, as tensors of a chosen size; those that cannot be read are left out."""
 
 import logging
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from stagepatch.core import UserError
 from stagepatch.data import preprocess
-from stagepatch.data.config import DataConfig
+from stagepatch.data.config import IMAGE_SIZE, DataConfig
 from stagepatch.data.masks import check_mask, open_mask
 from stagepatch.data.references import check_reference, open_reference
 from stagepatch.data.source import BROKEN, Source, key_of
@@ -45,8 +46,7 @@ class Images(Dataset[dict[str, Any]]):
     def __init__(self, source: Source, config: DataConfig) -> None:
         if config.channels not in (0, 1, 3):
             raise UserError(f"data.channels={config.channels} must be 1 (grey) or 3 (colour).")
-        if config.image_size < 1:
-            raise UserError(f"image_size={config.image_size} must be at least 1.")
+        config = replace(config, image_size=config.image_size or IMAGE_SIZE)
         check_tags(config.tags)
         self.source = source
         self.config = config

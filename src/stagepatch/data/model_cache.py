@@ -23,7 +23,7 @@ from stagepatch.checkpoints import (
 from stagepatch.core import UserError, processes
 from stagepatch.data.cache_dataset import CachedLatents
 from stagepatch.data.cache_writer import Reads, build_cache, cache_key
-from stagepatch.data.config import DataConfig, SourceConfig
+from stagepatch.data.config import IMAGE_SIZE, DataConfig, SourceConfig
 from stagepatch.data.dataset import BUNDLED, ImageDataset, load_dataset, open_source
 from stagepatch.data.held_out import hold_out
 from stagepatch.data.images import Images
@@ -38,21 +38,20 @@ _PREPROCESSING = ("image_size", "channels", "crop", "bucket_step", "caption_colu
 _OF_VIDEOS = ("num_frames", "fps", "num_clips")
 
 
-def with_channels(data: DataConfig, model: str, in_channels: int = 0) -> DataConfig:
-    """A data config whose images have the channels that a model's have, where it leaves them open.
+def fit_to_model(data: DataConfig, model: str, denoiser: Any = None) -> DataConfig:
+    """A data config whose images have the channels and the size that a model's have, where it leaves them open.
 
     Args:
         model: a model directory, a Hub id, or the name of a bundled model.
-        in_channels: of a denoiser in pixels that is there already, in place of `model`.
+        denoiser: one in pixels that is there already, in place of `model`.
 
     Raises:
         UserError: other channels than the model takes.
     """
-    if data.source in BUNDLED:  # they have their own, whatever this says; runs of before say 3
-        return replace(data, channels=data.channels or 3)
-    if not in_channels and has_vae(model):
-        return replace(data, channels=data.channels or 3)
-    channels = in_channels or int(build_denoiser(model).config["in_channels"])
+    if data.source in BUNDLED or (denoiser is None and has_vae(model)):  # bundled ones are what they are
+        return replace(data, channels=data.channels or 3, image_size=data.image_size or IMAGE_SIZE)
+    config = (build_denoiser(model) if denoiser is None else denoiser).config
+    channels = int(config["in_channels"])
     if channels not in (1, 3):
         raise UserError(
             f"The model '{model}' takes {channels} channels, which are no image's: it is of latents, and needs its "
@@ -60,7 +59,9 @@ def with_channels(data: DataConfig, model: str, in_channels: int = 0) -> DataCon
         )
     if data.channels not in (0, channels):
         raise UserError(f"data.channels={data.channels}, but the model takes {channels}: leave it out.")
-    return replace(data, channels=channels)
+    size = config.get("sample_size") or IMAGE_SIZE
+    size = size if isinstance(size, int) else max(size)
+    return replace(data, channels=channels, image_size=data.image_size or size)
 
 
 def check_channels(dataset: Any, in_channels: int, data: DataConfig) -> None:
@@ -114,7 +115,7 @@ def make_cache(
             f"The bundled {data.source} images are {height}×{width} pixels and need no VAE: "
             f"set data.source to images for this model."
         )
-    data = with_channels(data, model)
+    data = fit_to_model(data, model)
     source = open_source(data)
     names = (*_PREPROCESSING, *_OF_VIDEOS) if data.num_frames > 1 else _PREPROCESSING
     preprocessing = {name: getattr(data, name) for name in names}
@@ -206,7 +207,7 @@ def load_training_data(
         model: empty for images in pixels.
     """
     if not model or (not has_vae(model) and not takes_text(build_denoiser(model))):
-        dataset: Any = load_dataset(with_channels(data, model) if model else data, decode=True)
+        dataset: Any = load_dataset(fit_to_model(data, model) if model else data, decode=True)
         if isinstance(dataset, ImageDataset):  # bundled: they have a split of their own
             return dataset
     else:

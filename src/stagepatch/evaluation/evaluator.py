@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from stagepatch.data import DataConfig, ImageDataset, with_channels
+from stagepatch.data import DataConfig, ImageDataset, fit_to_model
 from stagepatch.evaluation.features import (
     ClassifierFeatures,
     ClipFeatures,
@@ -111,7 +111,7 @@ class Evaluator:
         """
         keys = list(metrics) or None
         others = load_others({metric.of for metric in chosen(keys).values()}, is_optional="all" in metrics)
-        data = with_channels(data, model)
+        data = fit_to_model(data, model)
         latents = latent_sampling(model, data, cache, text_dtype)
         extractors = [load_extractor(name) for name in (extractor, *([second] if second else []))]
         references = load_references(data, held_out)

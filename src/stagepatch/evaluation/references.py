@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from stagepatch.core import UserError
-from stagepatch.data import BUNDLED, DataConfig, ImageDataset, Images, Mixture, Part, in_memory, load_dataset
+from stagepatch.data import (
+    BUNDLED,
+    IMAGE_SIZE,
+    DataConfig,
+    ImageDataset,
+    Images,
+    Mixture,
+    Part,
+    hold_out,
+    in_memory,
+    load_dataset,
+)
 from stagepatch.evaluation.collector import Collector
 from stagepatch.evaluation.features import FeatureExtractor
 from stagepatch.evaluation.shards import Shards
@@ -30,29 +41,35 @@ class References:
         held_out: images that nothing was trained on, where there are any.
     """
 
-    train: ImageDataset | Images | Mixture
-    held_out: ImageDataset | None
+    train: ImageDataset | Images | Mixture | Part
+    held_out: ImageDataset | Part | None
 
 
 def load_references(config: DataConfig, held_out: Literal["held_out", "tune"] = "held_out") -> References:
-    """The training images of a data config, in memory where they are few, and of bundled data the held-out ones.
+    """The training images of a data config and the held-out ones, in memory where they are few.
+
+    These come with bundled data; of other data they are the share `config.held_out`.
 
     Args:
-        held_out: which of these: those to report on, or those to choose by.
+        held_out: of bundled data, which of these: those to report on, or those to choose by.
 
     Raises:
-        UserError: images of many sizes, or none of those held out.
+        UserError: images of many sizes, none to choose by, or a share that holds out none or all.
     """
     if config.source in BUNDLED:
         return References(in_memory(load_dataset(config)), in_memory(load_dataset(config, held_out)))
     if held_out == "tune":
-        raise UserError(f"held_out='tune' is of 'fashion' alone; of '{config.source}' no images are held out.")
+        raise UserError(f"held_out='tune' is of 'fashion' alone, not of '{config.source}'.")
     if config.crop != "center":
         raise UserError(f"data.crop='{config.crop}' makes images of many sizes: metrics need crop 'center'.")
     dataset = load_dataset(config)
-    assert isinstance(dataset, Images | ImageDataset | Mixture)
-    is_small = len(dataset) * (config.channels or 3) * config.image_size**2 <= _MOST_NUMBERS
-    return References(in_memory(dataset) if is_small else dataset, None)
+    assert isinstance(dataset, Images | Mixture)
+    is_small = len(dataset) * (config.channels or 3) * (config.image_size or IMAGE_SIZE) ** 2 <= _MOST_NUMBERS
+    keep = in_memory if is_small else lambda part: part
+    if not config.held_out:
+        return References(keep(dataset), None)
+    train = hold_out(dataset, dataset.keys(), config.held_out)
+    return References(keep(train), keep(train.held_out))
 
 
 def feature_cache() -> Path:
@@ -61,7 +78,7 @@ def feature_cache() -> Path:
 
 
 def reference_features(
-    dataset: ImageDataset | Images | Mixture, extractor: FeatureExtractor, cache: Path | None = None
+    dataset: ImageDataset | Images | Mixture | Part, extractor: FeatureExtractor, cache: Path | None = None
 ) -> Tensor:
     """Features [B, F] of a dataset, read from the cache where they are in it; see `dataset_shards`."""
     return dataset_shards(dataset, Collector(extractor), cache=cache).gathered()["features"]

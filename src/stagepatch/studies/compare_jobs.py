@@ -17,7 +17,7 @@ import torch
 
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
 from stagepatch.core import UserError, as_json, as_user_error, locked, processes, read_json, write_json, write_tensors
-from stagepatch.data import BUNDLED, cache_directory, with_channels
+from stagepatch.data import BUNDLED, cache_directory, fit_to_model
 from stagepatch.diffusion import TimestepsConfig, WeightingConfig, make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
 from stagepatch.families import with_density
@@ -229,11 +229,14 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
         raise UserError(f"metric='{config.metric}' is none of {', '.join(METRICS)}.")
     if config.metric == "fid_second" and not config.second_extractor:
         raise UserError("metric='fid_second' is in the features of second_extractor: give one.")
-    if config.metric == "fid_held_out" and config.data.source not in BUNDLED:
-        raise UserError(f"No images of '{config.data.source}' are held out: set metric to fid_train.")
+    if config.metric == "fid_held_out" and config.data.source not in BUNDLED and not config.data.held_out:
+        raise UserError(
+            f"No images of '{config.data.source}' are held out: hold some out, as by data.held_out=0.1, if the model "
+            f"was not trained on them either, or set metric to fid_train."
+        )
     if config.held_out == "tune" and config.data.source != "fashion":
         raise UserError(f"held_out='tune' is of 'fashion' alone, not of '{config.data.source}'.")
-    config = replace(config, data=with_channels(config.data, config.model))
+    config = replace(config, data=fit_to_model(config.data, config.model))
     if config.quick:
         config = _quick(config)
     jobs: list[CompareJob] = []

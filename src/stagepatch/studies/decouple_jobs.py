@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stagepatch import checkpoints
 from stagepatch.core import STAGE, UserError, as_json, as_user_error, processes, seed_for, write_json, write_text
-from stagepatch.data import cache_directory, with_channels
+from stagepatch.data import cache_directory, fit_to_model
 from stagepatch.diffusion import (
     Objective,
     TimestepSampler,
@@ -156,7 +156,7 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     Raises:
         UserError: ranges that cannot be had, a method that the model cannot take, or a `stage` that is not there.
     """
-    config = replace(config, data=with_channels(config.data, config.model))
+    config = replace(config, data=fit_to_model(config.data, config.model))
     scheduler = checkpoints.load_scheduler(config.model)
     model = checkpoints.build_denoiser(config.model)
     config = replace(config, patch=with_condition(config.patch, model))

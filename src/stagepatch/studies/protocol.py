@@ -217,7 +217,7 @@ def with_plan(config: CompareConfig) -> CompareConfig:
         raise UserError(
             f"hours={config.hours} trains the model's own weights too, which dtype='{config.dtype}' spoils."
         )
-    if config.metric == "fid_held_out" and config.data.source not in BUNDLED:
+    if config.metric == "fid_held_out" and config.data.source not in BUNDLED and not config.data.held_out:
         print(f"No images of '{config.data.source}' are held out: the metric is fid_train.")
         config = replace(config, metric="fid_train")
     path, of = Path(config.output_dir) / PLAN_NAME, {name: getattr(config, name) for name in ("model", "hours")}

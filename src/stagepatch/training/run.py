@@ -25,7 +25,7 @@ from stagepatch.checkpoints import (
     with_commits,
 )
 from stagepatch.core import UserError, alone_in, processes, write_text
-from stagepatch.data import check_channels, load_held_out, load_training_data, with_channels
+from stagepatch.data import check_channels, fit_to_model, load_held_out, load_training_data
 from stagepatch.diffusion import Objective, TimestepsConfig, make_timesteps, make_weighting
 from stagepatch.families import learns_sigma, with_density
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
@@ -87,8 +87,8 @@ class Run:
     ) -> None:
         check_launch()
         check_trackers(config.training)  # before anything is loaded or made
-        in_channels = 0 if model is None or parts else int(model.config["in_channels"])
-        config = replace(config, data=with_channels(config.data, parts or config.model, in_channels))
+        data = fit_to_model(config.data, parts or config.model, None if parts else model)
+        config = replace(config, data=data)
         shape = build_denoiser(config.model, config.component) if model is None else model
         timesteps = with_density(config.timesteps, shape)
         config = replace(config, patch=with_condition(config.patch, shape), timesteps=timesteps)
