@@ -24,6 +24,7 @@ compare weighting "$@"
 compare proof "$@"
 compare recommended "$@"
 compare experts_proof "$@"
+compare loras_proof "$@"
 for seed in 3 4 5; do
   guide $seed --preset guide --ddo.fakes runs/fashion-guide-fakes --output_dir runs/fashion-guide-$seed
   guide $seed --method lora --training.batch_size 128 --training.learning_rate 3e-3 --training.lr_scheduler linear \
