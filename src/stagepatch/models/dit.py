@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # What a DiT's names begin with.
 _PARTS = ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer.")
+_MOST_POSITIONS = 2**28  # numbers: 1 GiB; of DiT-XL, 480 tokens a side
 
 
 class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
@@ -89,6 +90,11 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         head_dim = attention_head_dim or hidden_size // num_attention_heads
         if sample_size % patch_size:
             raise UserError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}.")
+        if (sample_size // patch_size) ** 2 * hidden_size > _MOST_POSITIONS:
+            raise UserError(
+                f"sample_size={sample_size} by patch_size={patch_size} is more tokens of {hidden_size} channels than "
+                f"their positions are kept for."
+            )
         if conditioning not in ("none", "class", "text"):
             raise UserError(f"conditioning='{conditioning}' is none of 'none', 'class', 'text'.")
         convolved = convolved_heads if isinstance(convolved_heads, list) else [convolved_heads] * num_layers
