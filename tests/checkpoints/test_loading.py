@@ -103,6 +103,39 @@ def test_missing_file_is_named(saved, name):
         load_denoiser(saved)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("transformer/config.json", {"num_layers": 10**9}, "num_layers=1000000000: more than 1,000 are not made"),
+        ("transformer/config.json", {"sample_size": 10**6}, "sample_size=1000000 by patch_size=2 is more tokens"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, "=1000000000: more than 1,000,000"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_config_that_takes_memory_without_end_is_refused(saved, name, changes, message):
+    config = json.loads((saved / name).read_text())
+    (saved / name).write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=message):
+        load_denoiser(saved)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"stagepatch_projection.maps.x": torch.zeros(1)},
+        {"stagepatch_projection.maps.99": torch.zeros(1)},
+        {"stagepatch_projection.maps.-1": torch.zeros(1)},
+        {"stagepatch_routing.windows": torch.zeros(3)},
+        {"stagepatch_routing.windows": torch.zeros(0, 2, dtype=torch.int64)},
+    ],
+    ids=str,
+)
+def test_parts_of_ours_that_are_not_as_they_are_made_are_refused(saved, tensors):
+    save_file(load_file(saved / WEIGHTS) | tensors, saved / WEIGHTS)
+    with pytest.raises(UserError, match=r"projections that its model has no place for|Windows of routing are"):
+        load_denoiser(saved)
+
+
 @pytest.mark.parametrize("kept", [0, 50, -1])
 def test_truncated_weights_are_refused(saved, kept):
     path = saved / WEIGHTS

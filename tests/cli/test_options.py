@@ -5,12 +5,14 @@ option that takes numbers below 0, for example, is one of `SIGNED`, or it refuse
 """
 
 import dataclasses
+import re
 import types
 from argparse import ArgumentError
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 
 from stagepatch.cli import COMMANDS, app, config, main
@@ -18,6 +20,9 @@ from stagepatch.core import UserError
 from stagepatch.diffusion import TimestepsConfig, WeightingConfig
 from stagepatch.sampling import SamplingConfig
 from stagepatch.search.config import SearchConfig
+from stagepatch.studies.assemble_config import AssembleConfig
+from stagepatch.studies.compare_config import PARTS, EntryConfig
+from stagepatch.training import TrainingConfig
 
 # What a number below 0 means something for.
 SIGNED = {"sampling.guidance_scale", "sampling.guide_scale", "patch_scale", "weights", "call"}
@@ -83,8 +88,9 @@ def classes() -> dict[str, type]:
 
 
 def configs_of(config_class: type) -> list[type]:
-    """A config's class and those in it."""
-    inner = [kind for kind in get_type_hints(config_class).values() if dataclasses.is_dataclass(kind)]
+    """A config's class and those in it, of the entries of a list too."""
+    kinds = [kind for hint in get_type_hints(config_class).values() for kind in kinds_of(hint)]
+    inner = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
     return [config_class, *(found for kind in inner for found in configs_of(kind))]
 
 
@@ -135,6 +141,51 @@ def test_wrong_values_of_every_option_are_refused(config_class):
     assert not wrong, "\n".join(wrong)
 
 
+# Options that are given as fields of a config within another's: the config's class, and what takes them.
+WITHIN = {
+    part: (kind, lambda values, part=part: EntryConfig("a", "dmp", **{part: values})) for part, kind in PARTS.items()
+}
+WITHIN["assembling"] = TrainingConfig, lambda values: AssembleConfig(assembling=values)
+OUT_OF_RANGE = re.compile(r"\[*(\.nan|\.inf|-1|10{30})\]*")  # which the config's own class refuses, as above
+
+
+@pytest.mark.parametrize("part", WITHIN)
+def test_wrong_types_of_every_option_of_a_row_are_refused(part):
+    config_class, take = WITHIN[part]
+
+    def parse(argument):
+        name, value = argument[2:].split("=", 1)
+        values = yaml.safe_load(value)
+        for key in reversed(name.split(".")):
+            values = {key: values}
+        return take(values)
+
+    wrong = []
+    for name, kind in options_of(config_class).items():
+        values = [value for value in wrong_values(name, kind) if not OUT_OF_RANGE.fullmatch(value)]
+        wrong += taken(name, values, parse)
+    assert not wrong, "\n".join(wrong)
+    with pytest.raises(UserError, match=f"{part} has no key 'stepz'. Keys: "):
+        take({"stepz": 1})
+
+
+@pytest.mark.parametrize("part", WITHIN)
+def test_defaults_of_every_option_of_a_row_are_taken(part):
+    config_class, take = WITHIN[part]
+    defaults = {name: value for name, value in dataclasses.asdict(config_class()).items() if value is not None}
+    for values in (defaults, vars(config_class())):
+        take(values)
+
+
+def test_a_row_is_refused_by_its_name(capsys):
+    rows = {
+        "training: {steps: words}": "Entry 'a': training.steps is 'words': expected int",
+        "num_stages: -1": "num_stages=-1",
+    }
+    for given, message in rows.items():
+        assert message in refused("compare", [f"--entries=[{{name: a, method: dmp, {given}}}]"], capsys)
+
+
 def test_wrong_values_of_every_option_of_every_command(monkeypatch):
     wrong = []
     for command, config_class in classes().items():
@@ -182,7 +233,11 @@ EXCLUSIVE = [
     ("decouple", ["--prune=0.5", "--prune_budget=0.5"]),
     ("decouple", ["--prune=0.5", "--tree=[1, 1]"]),
     ("decouple", ["--tree=[3, 9]", "--boundaries=[500]"]),
+    ("decouple", ["--prune_budget=0.5", "--models=[a, b]"]),
     ("decouple", ["--training.shard_base", "--consistency=1"]),
+    ("decouple", ["--training.shard_base", "--consistency=0", "--spectral=0.1"]),
+    ("decouple", ["--preset=experts", "--projection", "--tree=[3, 9]"]),
+    ("decouple", ["--preset=experts", "--timesteps.range=[0, 0.5]"]),
     ("decouple", ["--projection", "--method=lora"]),
 ]
 

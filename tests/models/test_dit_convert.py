@@ -1,4 +1,5 @@
 import argparse
+import re
 
 import pytest
 import torch
@@ -212,6 +213,98 @@ def test_names_a_weight_of_another_shape(state):
     state["blocks.1.mlp.fc1.weight"] = torch.zeros(5, 5)
     with pytest.raises(UserError, match=r"'blocks.1.mlp.fc1.weight' is \[5, 5\], expected \[128, 32\]"):
         read(state)
+
+
+def changed(state, old, *new):
+    """A state dict with a tensor under other names."""
+    value = state.pop(old)
+    return {**state, **dict.fromkeys(new, value)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            f"blocks.{number}.attn.proj.bias"
+            for number in ("0\0\0\0\0n", "", "-1", "1_0", "１", "01", "1e3", " 1", "x")
+        ),
+        *("blocks.", "blocks.1", "blocks.attn.proj.bias"),
+    ],
+)
+def test_names_a_block_that_has_no_number(state, name):
+    with pytest.raises(UserError, match=f"'{re.escape(name)}' is of a block without a number"):
+        read(changed(state, "blocks.1.attn.proj.bias", name))
+
+
+@pytest.mark.parametrize("number", ["3", "99999999999", "9" * 5000])
+def test_blocks_that_are_not_numbered_on_are_not_made(state, number):
+    with pytest.raises(UserError, match=r"it has no 'blocks.2', but 'blocks."):
+        read(state | {f"blocks.{number}.attn.proj.bias": torch.zeros(32)})
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.q_norm.weight", "y_embedder.y_proj.fc1.weight", "final_layer.scale"])
+def test_names_a_tensor_that_another_model_has(state, name):
+    with pytest.raises(UserError, match=f"1 keys are none of a DiT's, first '{name}'"):
+        read(state | {name: torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("x_embedder.proj.weight", (32,), r"expected \[D, C, p, p\]"),
+        ("x_embedder.proj.weight", (32, 3, 2, 4), r"expected \[32, 3, 2, 2\]"),
+        ("x_embedder.proj.weight", (0, 3, 2, 2), r"expected \[D, C, p, p\]"),
+        ("final_layer.linear.weight", (), r"expected \[p·p·C, D\]"),
+        ("blocks.0.mlp.fc1.weight", (), r"expected \[M, D\]"),
+        ("blocks.0.mlp.fc1.weight", (0, 32), r"expected \[M, D\]"),
+        ("pos_embed", (), r"expected \[1, N, D\]"),
+        ("pos_embed", (16, 32), r"expected \[1, N, D\]"),
+        ("pos_embed", (1, 17, 32), "expected a square's tokens of 32 channels"),
+        ("pos_embed", (1, 10**14, 1), "expected a square's tokens of 32 channels"),
+        ("y_embedder.embedding_table.weight", (), r"expected \[classes \+ 1, D\]"),
+        ("y_embedder.embedding_table.weight", (0, 32), r"expected \[classes \+ 1, D\]"),
+    ],
+    ids=str,
+)
+def test_names_a_weight_of_another_rank(state, name, shape, message):
+    with pytest.raises(UserError, match=f"'{name}' is .*{message}"):
+        read(state | {name: torch.zeros(()).expand(shape)})
+
+
+def test_names_a_text_projection_of_another_rank(make_dit):
+    state = make_dit(conditioning="text").state_dict() | {"y_embedder.proj.weight": torch.zeros(32)}
+    with pytest.raises(UserError, match=r"'y_embedder.proj.weight' is \[32\], expected \[D, E\]"):
+        read(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_names_weights_that_are_no_floating_point(state, dtype):
+    state["blocks.1.mlp.fc2.bias"] = state["blocks.1.mlp.fc2.bias"].to(dtype)
+    with pytest.raises(UserError, match=rf"'blocks.1.mlp.fc2.bias' is {dtype}, expected floating point"):
+        read(state)
+
+
+def test_half_precision_becomes_float32(model, state):
+    loaded = read({name: value.bfloat16() for name, value in state.items()})
+    assert torch.equal(loaded.blocks[1].mlp.fc2.bias, model.blocks[1].mlp.fc2.bias.bfloat16().float())
+
+
+def test_what_is_no_tensor_is_no_weight(state):
+    with pytest.raises(UserError, match=r"no key 'x_embedder.proj.weight'"):
+        read(state | {"x_embedder.proj.weight": 5})
+    with pytest.raises(UserError, match="17 is no name of a tensor"):
+        read({"ema": {**state, 17: torch.zeros(1)}})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [torch.zeros(1).expand(3 * 32, 2**35), torch.eye(3).to_sparse(), torch.zeros(3, device="meta")],
+    ids=["larger than stored", "sparse", "without numbers"],
+)
+def test_names_a_tensor_that_its_file_does_not_hold(state, path, odd):
+    torch.save(state | {"blocks.1.attn.qkv.weight": odd}, path)
+    with pytest.raises(UserError, match=r"dit.pt' .*'blocks.1.attn.qkv.weight'"):
+        read(path)
 
 
 @pytest.mark.parametrize("state", [{}, {"epoch": 3}, {"down_blocks.0.weight": torch.zeros(1)}])

@@ -139,6 +139,11 @@ def test_released_patch_saves_and_loads_as_any_other(checkpoint, tmp_path, patch
         ({"gate.weight": torch.zeros(N, D)}, r"gate.weight is \[16, 32\], expected \[16, 33\]"),
         ({"gate.bias": torch.zeros(3)}, r"gate.bias is \[3\], expected \[16\]"),
         ({"w_noise": torch.zeros(N, D + 1)}, r"w_noise is \[16, 33\], expected \[32, 16\]"),
+        ({"prompt_embeddings": 5}, "no prompt_embeddings in it"),
+        ({"prompt_embeddings": torch.zeros(0, N, D)}, r"prompt_embeddings is \[0, 16, 32\], expected"),
+        ({"prompt_embeddings": torch.zeros(L, 0, D)}, r"prompt_embeddings is \[3, 0, 32\], expected"),
+        ({"gate.weight": torch.zeros(N, D + 1, dtype=torch.int8)}, "gate.weight is torch.int8"),
+        ({17: torch.zeros(1)}, "17 is no name of a tensor"),
     ],
     ids=str,
 )

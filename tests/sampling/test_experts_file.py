@@ -124,6 +124,8 @@ STEPS = [{"timestep": 3, "expert": "a"}]
         ({"experts": [{"from": 0}]}, "expert 1 lacks `to`"),
         ({"experts": [{"from": "0", "to": 1000}]}, "`from` is '0': give a number"),
         ({"experts": [{"from": 0, "to": True}]}, "`to` is True"),
+        ({"experts": ranges((0, float("nan")))}, "`to` must be finite, and fit in 64 bits"),
+        ({"experts": ranges((0, 10**400))}, "`to` must be finite, and fit in 64 bits"),
         ({"experts": ranges((0, 1000), model=3)}, "`model` is 3"),
         ({"experts": ranges((0, 1000), model="")}, "`model` is ''"),
         ({"experts": ranges((0, 1000), model="digits", learned="x")}, "give one of them"),

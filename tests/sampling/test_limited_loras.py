@@ -13,6 +13,7 @@ from stagepatch import open_artifact
 from stagepatch.cli import main
 from stagepatch.core.errors import UserError
 from stagepatch.sampling import LimitedLoRA, LimitedLoRAs, SamplingConfig, generate_with_pipeline, load_limited_loras
+from stagepatch.sampling.limited_loras import read_limited_loras
 from tests.tiny_pipelines import PIPELINES, PROMPT
 
 STEPS = 6
@@ -121,6 +122,14 @@ def test_relative_files_are_the_schedules_neighbours(tiny, files, directory):
     schedule.write_text(yaml.safe_dump({"loras": entries}))
     (lora,) = load_limited_loras(schedule, tiny.build()).loras
     assert (lora.start, lora.end, lora.weight) == (400, 1000, 1.0)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("-inf"), 10**400], ids=["nan", "inf", "long"])
+def test_a_weight_that_is_no_number_is_refused(tmp_path, weight):
+    path = tmp_path / "experts.yaml"
+    path.write_text(yaml.safe_dump({"loras": [{"file": "a", "from": 0, "to": 1000, "weight": weight}]}))
+    with pytest.raises(UserError, match="LoRA 1: `weight` must be finite"):
+        read_limited_loras(path)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ def test_two_names_for_one_row_are_refused(refused):
         ({"method": "lora", "num_stages": 1}, {}, "num_stages=1 are ranges, each trained apart"),
         ({"method": "lora", "num_stages": 2, "timesteps": {"range": [0.0, 0.5]}}, {}, "num_stages goes without"),
         ({"method": "lora", "num_stages": 2}, {"evaluate_every": 1}, "num_stages goes without"),
+        ({"method": "lora", "num_stages": 2, "start_from": "a"}, {}, "num_stages goes without"),
+        ({"method": "lora", "num_stages": 10**6}, {}, "1000 timesteps cannot be split into 1000000 ranges"),
     ],
     ids=str,
 )

@@ -39,6 +39,7 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What libraries raise on files that they cannot load.
 _UNLOADABLE: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError)
 _UNLOADABLE += (LookupError, UnpicklingError, SafetensorError)
+_MOST = {"layers": 1000, "num_train_timesteps": 10**6}  # in a config: what makes more is not built
 # While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
 _ONE_AT_A_TIME = Lock()
 # What a pipeline does without to encode captions; the last four rewrite prompts.
@@ -90,6 +91,7 @@ def load_scheduler(source: str | Path) -> Any:
     is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)
     if not is_scheduler:
         raise UserError(f"'{directory}' names the scheduler '{config.get('_class_name')}', which diffusers lacks.")
+    _check_most(directory / "scheduler_config.json", config)
     with as_user_error(f"'{directory}' describes no {scheduler_class.__name__}", *_UNLOADABLE, ArithmeticError):
         return scheduler_class.from_config(config)
 
@@ -347,16 +349,27 @@ def _shape(directory: Path) -> Any:
 
 def _from_config(model_class: Any, directory: Path) -> Any:
     path = directory / "config.json"
+    config = read_json(path)
+    _check_most(path, config)
     with as_user_error(f"'{path}' describes no {model_class.__name__}", *_UNLOADABLE, ArithmeticError):
-        return model_class.from_config(read_json(path))
+        return model_class.from_config(config)
+
+
+def _check_most(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a config whose layers or timesteps would take time and memory without end."""
+    for name, value in config.items():
+        most = next((number for part, number in _MOST.items() if part in name), None)
+        if most is not None and isinstance(value, int) and value > most:
+            raise UserError(f"'{path}' says {name}={value}: more than {most:,} are not made.")
 
 
 def _with_own_parts(model_class: Any, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
     """A model of a config with the projections and the routing of tensors, of which diffusers does not know."""
     model = _from_config(model_class, directory)
-    projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
-    if projected:
-        add_projections(model, projected)
+    with as_user_error(f"'{directory / _WEIGHTS}' holds projections that its model has no place for", *_UNLOADABLE):
+        projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
+        if projected:
+            add_projections(model, projected)
     if WINDOWS in tensors:
         attach_routing(model, tensors[WINDOWS])
     return model

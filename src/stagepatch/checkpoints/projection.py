@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from stagepatch.core import UserError
 from stagepatch.families import describe
 
 # Where a model holds its projections; their names in its weights' file begin with this.
@@ -29,6 +30,9 @@ def add_projections(model: nn.Module, numbers: Iterable[int] | None = None) -> C
     Args:
         model: a U-Net, or a model of tokens, of a family that `describe` knows.
         numbers: of the stages or sites that get one, by default all.
+
+    Raises:
+        UserError: a number that none has.
     """
     projection = ChannelProjection(model, numbers)
     model.add_module(PROJECTION, projection)
@@ -70,6 +74,8 @@ class ChannelProjection(nn.Module):
         if self.is_map:  # what a stage puts out is what the next one takes
             widths = [*widths[1:], model.config.block_out_channels[0]]
         numbers = range(len(sites)) if numbers is None else sorted(numbers)
+        if odd := [number for number in numbers if not 0 <= number < len(sites)]:
+            raise UserError(f"There is no stage or site {odd[0]}: {type(model).__name__} has {len(sites)}.")
         self.maps = nn.ParameterDict({str(number): nn.Parameter(torch.eye(widths[number])) for number in numbers})
         self.handles = {number: self._attach(model, number) for number in self.maps}
 

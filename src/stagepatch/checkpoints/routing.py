@@ -62,7 +62,15 @@ def add_routing(
 
 
 def attach_routing(model: nn.Module, windows: Tensor) -> ChannelRouting:
-    """Put routing by these windows [T, 2] on a model, as a part of it."""
+    """Put routing by these windows [T, 2] on a model, as a part of it.
+
+    Raises:
+        UserError: windows of another shape.
+    """
+    if windows.ndim != 2 or windows.shape[1] != 2 or not len(windows) or windows.is_floating_point():
+        raise UserError(
+            f"Windows of routing are {list(windows.shape)} of {windows.dtype}: expected [T, 2] of integers."
+        )
     routing = ChannelRouting(model, windows)
     model.add_module(ROUTING, routing)
     return routing

@@ -10,6 +10,7 @@ from .files import write_atomically as write_atomically
 from .files import write_json as write_json
 from .files import write_text as write_text
 from .limits import check_numbers as check_numbers
+from .limits import check_values as check_values
 from .locks import InUse as InUse
 from .locks import alone_in as alone_in
 from .locks import locked as locked

@@ -45,6 +45,9 @@ class SourceConfig:
     masks: str = ""
     references: str = ""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "data.sources: ", repeats=1)
+
 
 @dataclass
 class DataConfig:
@@ -128,6 +131,6 @@ class DataConfig:
                 "other."
             )
         for each in self.sources:
-            if not each.source or each.repeats < 1:
-                raise UserError(f"data.sources: each names a source, and repeats={each.repeats} must be at least 1.")
+            if not each.source:
+                raise UserError("data.sources: each names a source.")
         self.source = named

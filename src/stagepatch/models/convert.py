@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,19 +30,37 @@ _BLOCK = {
     "mlp.fc2": "ff.net.2",
     "adaLN_modulation.1": "norm1.linear",
 }
+_BLOCK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]*)\.", re.ASCII)
 _SHARED = ("sample_size", "patch_size", "in_channels", "num_layers", "num_attention_heads", "norm_eps")
 
 
 def load_original_state_dict(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict of a checkpoint file or mapping, taken from under `ema` or `model` where it is there.
 
+    What is no tensor, such as the number of an epoch, is left out.
+
     Raises:
         UserError: no such file, or not a checkpoint.
     """
-    content = _read_checkpoint(Path(checkpoint)) if isinstance(checkpoint, (str, Path)) else checkpoint
+    path = Path(checkpoint) if isinstance(checkpoint, (str, Path)) else None
+    content = checkpoint if isinstance(checkpoint, Mapping) else _read_checkpoint(Path(checkpoint))
     nested = (content[key] for key in ("ema", "model") if isinstance(content.get(key), Mapping))
-    state: Mapping[str, Any] = next(nested, content)
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    found: Mapping[Any, Any] = next(nested, content)
+    if nameless := [name for name in found if not isinstance(name, str)]:
+        raise UserError(f"Not a state dict: {nameless[0]!r} is no name of a tensor.")
+    state = {name.removeprefix("module."): value for name, value in found.items() if isinstance(value, Tensor)}
+    if path is not None:
+        _check_held(state, path)
+    return state
+
+
+def _check_held(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors of more numbers than their file has, such as one that is repeated without end."""
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+            raise UserError(f"'{path}' holds '{name}' as {tensor.layout} on {tensor.device}: expected plain numbers.")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"'{path}' holds fewer numbers than the {list(tensor.shape)} of its '{name}'.")
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -65,17 +84,10 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def original_config(state: Mapping[str, Tensor], num_attention_heads: int | None = None) -> dict[str, Any]:
     """Config of a checkpoint of facebookresearch/DiT, as its shapes tell it; see `DiT.from_original`."""
-    try:
-        embedder = state["x_embedder.proj.weight"]
-        out_features = state["final_layer.linear.weight"].shape[0]
-        mlp_size = state["blocks.0.mlp.fc1.weight"].shape[0]
-    except KeyError as error:
-        raise UserError(
-            f"Not a DiT checkpoint: no key {error}. Expected the names of facebookresearch/DiT, "
-            f"found {sorted(state)[:3]}…"
-        ) from error
-    hidden_size, in_channels, patch_size, _ = embedder.shape
-    num_layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    hidden_size, in_channels, patch_size, _ = _shape(state, "x_embedder.proj.weight", "D", "C", "p", "p")
+    out_features, _ = _shape(state, "final_layer.linear.weight", "p·p·C", "D")
+    mlp_size, _ = _shape(state, "blocks.0.mlp.fc1.weight", "M", "D")
+    num_layers = _count_blocks(state)
     config: dict[str, Any] = {
         "patch_size": patch_size,
         "in_channels": in_channels,
@@ -87,14 +99,49 @@ def original_config(state: Mapping[str, Tensor], num_attention_heads: int | None
         "conditioning": "none",
     }
     if "pos_embed" in state:
-        config["sample_size"] = round(state["pos_embed"].shape[-2] ** 0.5) * patch_size
+        _, tokens, width = _shape(state, "pos_embed", "1", "N", "D")
+        side = round(tokens**0.5)
+        if side**2 != tokens or width != hidden_size:
+            raise UserError(
+                f"Not a DiT checkpoint: 'pos_embed' is {[1, tokens, width]}, expected a square's tokens "
+                f"of {hidden_size} channels."
+            )
+        config["sample_size"] = side * patch_size
     if "y_embedder.embedding_table.weight" in state:
         # The last row is the null label: the authors' models are trained with label dropout.
-        rows = state["y_embedder.embedding_table.weight"].shape[0]
+        rows, _ = _shape(state, "y_embedder.embedding_table.weight", "classes + 1", "D")
         config |= {"conditioning": "class", "num_classes": rows - 1}
     elif "y_embedder.proj.weight" in state:
-        config |= {"conditioning": "text", "pooled_projection_dim": state["y_embedder.proj.weight"].shape[1]}
+        _, width = _shape(state, "y_embedder.proj.weight", "D", "E")
+        config |= {"conditioning": "text", "pooled_projection_dim": width}
     return config
+
+
+def _shape(state: Mapping[str, Tensor], name: str, *expected: str) -> list[int]:
+    """Of a tensor, which must be there and have as many sizes as are expected, none of them 0."""
+    if name not in state:
+        raise UserError(
+            f"Not a DiT checkpoint: no key '{name}'. Expected the names of facebookresearch/DiT, found "
+            f"{sorted(state)[:3]}…"
+        )
+    shape = list(state[name].shape)
+    if len(shape) != len(expected) or 0 in shape:
+        raise UserError(f"Not a DiT checkpoint: '{name}' is {shape}, expected [{', '.join(expected)}].")
+    return shape
+
+
+def _count_blocks(state: Mapping[str, Tensor]) -> int:
+    """The number of blocks, which must be numbered from 0 on without a gap."""
+    numbers = set()
+    for name in state:
+        if match := _BLOCK_NAME.match(name):
+            numbers.add(match[1])
+        elif name.startswith("blocks."):
+            raise UserError(f"Not a DiT checkpoint: '{name}' is of a block without a number.")
+    if absent := [number for number in range(len(numbers)) if str(number) not in numbers]:
+        last = max(numbers, key=lambda number: (len(number), number))
+        raise UserError(f"Not a whole DiT checkpoint: it has no 'blocks.{absent[0]}', but 'blocks.{last}'.")
+    return len(numbers)
 
 
 def _named_heads(hidden_size: int, num_layers: int) -> int:

@@ -26,6 +26,10 @@ from stagepatch.models.sizes import DIT_SIZES
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
 
+# What a DiT's names begin with.
+_PARTS = ("x_embedder.", "t_embedder.", "y_embedder.", "blocks.", "final_layer.")
+_MOST_POSITIONS = 2**28  # numbers: 1 GiB; of DiT-XL, 480 tokens a side
+
 
 class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
     """A diffusion transformer for images or latents of any height and width.
@@ -86,6 +90,11 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         head_dim = attention_head_dim or hidden_size // num_attention_heads
         if sample_size % patch_size:
             raise UserError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}.")
+        if (sample_size // patch_size) ** 2 * hidden_size > _MOST_POSITIONS:
+            raise UserError(
+                f"sample_size={sample_size} by patch_size={patch_size} is more tokens of {hidden_size} channels than "
+                f"their positions are kept for."
+            )
         if conditioning not in ("none", "class", "text"):
             raise UserError(f"conditioning='{conditioning}' is none of 'none', 'class', 'text'.")
         convolved = convolved_heads if isinstance(convolved_heads, list) else [convolved_heads] * num_layers
@@ -134,7 +143,7 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
             num_attention_heads: needed where width and depth are none of the named sizes.
 
         Raises:
-            UserError: no such file, missing keys, or a head count that cannot be inferred.
+            UserError: no such file, keys or shapes that are none of a DiT's, or a head count that cannot be inferred.
         """
         state = convert.load_original_state_dict(checkpoint)
         return cls._of_weights(convert.original_config(state, num_attention_heads), state)
@@ -150,18 +159,24 @@ class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def _of_weights(cls, config: dict[str, Any], state: Mapping[str, Tensor]) -> DiT:
-        """A model in eval mode; names that it does not have are left out."""
-        model: DiT = cls(**config)
-        expected = model.state_dict()
+        """A model in eval mode; what is beside its parts, such as `pos_embed`, is left out."""
+        with torch.device("meta"):  # no memory is taken for sizes that the tensors do not have
+            expected = cls(**config).state_dict()
         missing = sorted(set(expected) - set(state))
         if missing:
             raise UserError(f"Not a whole DiT checkpoint: {len(missing)} keys are missing, first '{missing[0]}'.")
+        odd = sorted(name for name in set(state) - set(expected) if name.startswith(_PARTS))
+        if odd:
+            raise UserError(f"Not a DiT checkpoint: {len(odd)} keys are none of a DiT's, first '{odd[0]}'.")
         for name, tensor in expected.items():
+            if not state[name].is_floating_point():
+                raise UserError(f"Not a DiT checkpoint: '{name}' is {state[name].dtype}, expected floating point.")
             if state[name].shape != tensor.shape:
                 raise UserError(
                     f"Not a DiT checkpoint of this shape: '{name}' is {list(state[name].shape)}, expected "
                     f"{list(tensor.shape)}."
                 )
+        model: DiT = cls(**config)
         model.load_state_dict({name: state[name] for name in expected})
         model.eval()
         return model

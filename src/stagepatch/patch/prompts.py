@@ -103,6 +103,8 @@ class MixtureOfPrompts(nn.Module):
             found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
             if found != expected:
                 raise UserError(f"'{source}' does not hold this patch: {name} is {found}, expected {expected}.")
+            if not tensors[name].is_floating_point():
+                raise UserError(f"'{source}' does not hold this patch: {name} is {tensors[name].dtype}.")
             parameter.data.copy_(tensors[name])
 
     def num_parameters(self) -> int:

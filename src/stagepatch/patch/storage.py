@@ -113,7 +113,7 @@ def load_released(patch_class: type[_Patch], checkpoint: str | Path | Mapping[st
     if "prompt_embeddings" in missing or len(gate) == 1:
         raise UserError(f"Not a checkpoint of DMP's released code: no {', '.join(missing)} in it.")
     shapes = {name: list(state[name].shape) for name in ("prompt_embeddings", *gate, "w_noise") if name in state}
-    if len(shapes["prompt_embeddings"]) != 3:
+    if len(shapes["prompt_embeddings"]) != 3 or 0 in shapes["prompt_embeddings"]:
         raise UserError(
             f"Not a checkpoint of DMP's released code: prompt_embeddings is {shapes['prompt_embeddings']}, expected "
             f"[L, N, D]."

@@ -194,6 +194,8 @@ def check_keys(entry: Any, keys: dict[str, str], where: str, *required: str) -> 
             raise UserError(f"{where} has no key '{key}'. Keys: {', '.join(keys)}.")
         if isinstance(value, bool) or not isinstance(value, _TYPES[keys[key]]) or value in ("", []):
             raise UserError(f"{where}: `{key}` is {value!r}: give {keys[key]}.")
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:
+            raise UserError(f"{where}: `{key}` must be finite, and fit in 64 bits.")
     for key in required:
         if key not in entry:
             raise UserError(f"{where} lacks `{key}`.")

@@ -1,9 +1,9 @@
 """What assembling takes."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from stagepatch.core import UserError
+from stagepatch.core import UserError, check_values
 from stagepatch.diffusion import TimestepsConfig
 from stagepatch.methods import ROUTERS, LoRAConfig
 from stagepatch.studies.launch_jobs import LaunchConfig
@@ -48,9 +48,7 @@ class AssembleConfig(TrainConfig):
             raise UserError("timesteps are those of each expert: say with lora.scales which.")
         if self.objective != "denoising":
             raise UserError(f"Experts and router learn by the denoising loss: leave out objective='{self.objective}'.")
-        unknown = sorted(set(self.assembling) - {field.name for field in fields(TrainingConfig)})
-        if unknown:
-            raise UserError(f"assembling has no key '{unknown[0]}': it takes those of training.")
+        check_values(self.assembling, TrainingConfig, "assembling")
 
     @property
     def router_training(self) -> TrainingConfig:

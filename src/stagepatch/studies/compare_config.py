@@ -3,10 +3,27 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stagepatch.core import check_numbers
+from stagepatch.core import UserError, as_user_error, check_numbers, check_values
+from stagepatch.diffusion import TimestepsConfig, WeightingConfig
 from stagepatch.evaluation.config import EvaluationConfig
+from stagepatch.methods import LoRAConfig, WaveletConfig
+from stagepatch.patch import PatchConfig
+from stagepatch.sampling import SamplingConfig
 from stagepatch.studies.launch_jobs import LaunchConfig
-from stagepatch.training import TrainingConfig
+from stagepatch.training import BalancingConfig, DDOConfig, TrainingConfig
+
+# Of an entry: its dictionaries, and what they are fields of.
+PARTS: dict[str, Any] = {
+    "patch": PatchConfig,
+    "lora": LoRAConfig,
+    "wavelet": WaveletConfig,
+    "weighting": WeightingConfig,
+    "timesteps": TimestepsConfig,
+    "balancing": BalancingConfig,
+    "ddo": DDOConfig,
+    "training": TrainingConfig,
+    "sampling": SamplingConfig,
+}
 
 
 @dataclass
@@ -57,6 +74,12 @@ class EntryConfig:
     control: str = ""
     model: str = ""
     schedule: str = ""
+
+    def __post_init__(self) -> None:
+        with as_user_error(f"Entry '{self.name}'", UserError):
+            check_numbers(self, num_stages=0)
+            for name, config_class in PARTS.items():
+                check_values(getattr(self, name), config_class, name)
 
 
 @dataclass

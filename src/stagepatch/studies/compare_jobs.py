@@ -18,17 +18,17 @@ import torch
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
 from stagepatch.core import UserError, as_json, as_user_error, locked, processes, read_json, write_json, write_tensors
 from stagepatch.data import BUNDLED, cache_directory, fit_to_model
-from stagepatch.diffusion import TimestepsConfig, WeightingConfig, make_timesteps, make_weighting
+from stagepatch.diffusion import make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
 from stagepatch.families import with_density
-from stagepatch.methods import LoRAConfig, WaveletConfig, load_learned, make_method, open_artifact, open_learned
-from stagepatch.patch import PatchConfig, with_condition
+from stagepatch.methods import load_learned, make_method, open_artifact, open_learned
+from stagepatch.patch import with_condition
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts, read_schedule
-from stagepatch.studies.compare_config import CompareConfig, EntryConfig
+from stagepatch.studies.compare_config import PARTS, CompareConfig, EntryConfig
 from stagepatch.studies.decouple_config import DecoupleConfig, StageTrainingConfig
 from stagepatch.studies.decouple_jobs import EXPERTS_NAME, Stage, plan_stages, write_experts
 from stagepatch.studies.job import Job
-from stagepatch.training import BOOKKEEPING, BalancingConfig, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
+from stagepatch.training import BOOKKEEPING, DDOConfig, Run, TrainConfig, read_log
 
 _WEIGHTS = (".", "weights", "patch", "transformer", "unet")  # 'weights' and 'patch' of method 'joint'
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
@@ -39,18 +39,6 @@ _DEFAULTS = SimpleNamespace(
     **{"dtype": "float32", "schedule": "", "start_from": "", "objective": "denoising"},
     **{"held_out": "held_out", "second_extractor": "", "num_stages": 0},
 )
-# Of an entry: its dictionaries, and what they are fields of.
-_PARTS: dict[str, Any] = {
-    "patch": PatchConfig,
-    "lora": LoRAConfig,
-    "wavelet": WaveletConfig,
-    "weighting": WeightingConfig,
-    "timesteps": TimestepsConfig,
-    "balancing": BalancingConfig,
-    "ddo": DDOConfig,
-    "training": TrainingConfig,
-    "sampling": SamplingConfig,
-}
 
 
 @dataclass
@@ -297,14 +285,14 @@ def _quick(config: CompareConfig) -> CompareConfig:
 
 
 def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
-    parts = {name: _fields(entry, name) for name in _PARTS}
+    parts: dict[str, dict[str, Any]] = {name: dict(getattr(entry, name)) for name in PARTS}
     training = replace(config.training, **parts.pop("training"), tensorboard=False)
     sampling = replace(config.sampling, **parts.pop("sampling"))
     if {"num_images", "seed"} & set(entry.sampling):
         raise UserError("sampling.num_images and sampling.seed are the same for all entries.")
     if "sampling" in parts["ddo"]:
         parts["ddo"]["sampling"] = replace(DDOConfig().sampling, **parts["ddo"]["sampling"])
-    own: dict[str, Any] = {name: _PARTS[name](**values) for name, values in parts.items()}
+    own: dict[str, Any] = {name: PARTS[name](**values) for name, values in parts.items()}
     shape = build_denoiser(config.model)
     own["patch"] = with_condition(own["patch"], shape)
     own["timesteps"] = with_density(own["timesteps"], shape)
@@ -363,16 +351,6 @@ def _fakes_name(config: DDOConfig) -> str:
     if config.sampling == DDOConfig().sampling:
         return "fakes"
     return "fakes-" + hashlib.sha256(str(as_json(vars(config.sampling))).encode()).hexdigest()[:8]
-
-
-def _fields(entry: EntryConfig, part: str) -> dict[str, Any]:
-    """What an entry says of one of its parts."""
-    values: dict[str, Any] = dict(getattr(entry, part))
-    names = {field.name for field in fields(_PARTS[part])}
-    unknown = sorted(set(values) - names)
-    if unknown:
-        raise UserError(f"{part} has no key '{unknown[0]}'. Keys: {', '.join(sorted(names))}.")
-    return values
 
 
 def _slug(name: str) -> str:
