@@ -27,6 +27,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import T5Gemma2EncoderConfig
+from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
@@ -293,6 +294,56 @@ def film_processor() -> Any:
     return picture_processor(sorted({*WORDS, *re.findall(r"[a-z]+", template)}))
 
 
+PLAIN_CHAT = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "{{ '<|begin_of_image|><|image|><|end_of_image|>' if part.type == 'image' else part.text }}"
+    "{% endfor %}{% endfor %}"
+)
+GLM_MARKS = {
+    "image_token": "<|image|>",
+    "grid_bos_token": "<sop>",
+    "grid_eos_token": "<eop>",
+    "bos_token": "<|begin_of_image|>",
+    "eos_token": "<|end_of_image|>",
+}
+
+
+class GlmProcessor(transformers.GlmImageProcessor):  # type: ignore[misc]
+    """GLM-Image's processor with a preview of one token, where 256 would be drawn before the image's own, and with an
+    image processor that does not need torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, **options: Any) -> None:
+        for name, token in GLM_MARKS.items():
+            setattr(tokenizer, name, token)
+        tokenizer.padding_side = "left"
+        super().__init__(image_processor, tokenizer, PLAIN_CHAT)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> None:
+        """Nothing is wanted of the one that needs torchvision."""
+
+    def _get_target_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        return height // 32, width // 32, 1, 1
+
+    def save_pretrained(self, directory: Any, **options: Any) -> None:
+        self.tokenizer.save_pretrained(directory)
+        self.image_processor.save_pretrained(directory)
+
+    @classmethod
+    def from_pretrained(cls, directory: Any, **options: Any) -> GlmProcessor:
+        tokenizer = transformers.Qwen2Tokenizer.from_pretrained(directory)
+        return cls(GlmImageImageProcessorPil.from_pretrained(directory), tokenizer)
+
+
+GlmProcessor.__module__, transformers.GlmProcessor = "transformers", GlmProcessor
+
+
+def glm_processor() -> Any:
+    """Of pictures of at least 512 and at most 2048 pixels a side, as GLM-Image's own; 16×16 pixels are a token."""
+    bounds = {"shortest_edge": 512 * 512, "longest_edge": 2048 * 2048}
+    pictures = GlmImageImageProcessorPil(patch_size=16, merge_size=1, temporal_patch_size=1, size=bounds)
+    return GlmProcessor(pictures, qwen_tokenizer(special=tuple(GLM_MARKS.values())))
+
+
 # Text encoders.
 
 
@@ -427,6 +478,29 @@ def byt5(tokenizer: Any) -> Any:
     return transformers.T5EncoderModel(transformers.T5Config(**widths, num_layers=1, num_heads=2))
 
 
+def glm_image_drawer() -> Any:
+    """Draws 16 tokens of images, and never the one that ends them."""
+    tokenizer = glm_processor().tokenizer
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    text = {**_SMALL, "vocab_size": len(tokenizer), "vision_vocab_size": 16, "rope_parameters": rope}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "image_size": 64}
+    begin, end, token = (
+        tokenizer.convert_tokens_to_ids(GLM_MARKS[name]) for name in ("bos_token", "eos_token", "image_token")
+    )
+    model = transformers.GlmImageForConditionalGeneration(
+        transformers.GlmImageConfig(
+            text_config={**text, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id},
+            vision_config={**vision, "initializer_range": 0.2},
+            vq_config={"embed_dim": 8, "num_embeddings": 16, "latent_channels": 16, "initializer_range": 0.2},
+            image_start_token_id=begin,
+            image_end_token_id=end,
+            image_token_id=token,
+        )
+    )
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
 def qwen_vl_text(tokenizer: Any) -> Any:
     config = qwen_vl(tokenizer).config.text_config
     return transformers.Qwen2_5_VLTextModel(config)
@@ -479,6 +553,13 @@ def kl(scaling_factor: float, shift_factor: float | None = None, levels: int = 3
     factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     quantized = dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), shift_factor is None)
     return diffusers.AutoencoderKL(**blocks, **sizes, **factors, **quantized, sample_size=32)
+
+
+def glm_image_vae() -> Any:
+    """Smaller by 8, with statistics of its latents; GLM-Image's pipeline does not ask for its scaling factor."""
+    vae = kl(0.5, 0.0, levels=4)
+    vae.register_to_config(latents_mean=[0.5, -0.3, 0.1, 0.8], latents_std=[0.7, 1.4, 0.9, 1.2])
+    return vae
 
 
 def flux2_vae() -> Any:
@@ -955,6 +1036,17 @@ PIPELINES: dict[str, Tiny] = {
         flow_match(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"),
         partial(kl, 1.0, 0.0, levels=4),  # the sizes of images are eight times those of latents
         [(gemma_tokenizer, glm)],
+        pixels=(64, 64),
+        other_pixels=(96, 64),
+        arguments=prompted(64),
+    ),
+    "GlmImageTransformer2DModel": Tiny(
+        diffusers.GlmImagePipeline,
+        flow_match(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75),
+        glm_image_vae,
+        [(partial(transformers.ByT5Tokenizer, model_max_length=64), byt5)],
+        changes={"text_embed_dim": 20},
+        made={"processor": glm_processor, "vision_language_encoder": glm_image_drawer},
         pixels=(64, 64),
         other_pixels=(96, 64),
         arguments=prompted(64),

@@ -30,7 +30,7 @@ PROMPTED = [
     for name, tiny in PIPELINES.items()
     if tiny.is_prompted
     and tiny.is_trained
-    and not name.startswith(("HiDream", "WanVACE", "UNet2DConditionModel of Kandinsky"))
+    and not name.startswith(("HiDream", "WanVACE", "UNet2DConditionModel of Kandinsky", "GlmImage"))
 ]
 
 

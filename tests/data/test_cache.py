@@ -80,6 +80,7 @@ OF_LATENTS = [
     name
     for name, tiny in PIPELINES.items()
     if tiny.is_prompted and tiny.is_trained and tiny.vae_name == "vae" and tiny.vae and not tiny.references
+    if name != "GlmImageTransformer2DModel"  # reads captions with their pictures: see its own tests
 ]
 
 

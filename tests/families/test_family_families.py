@@ -478,7 +478,7 @@ def test_lists_of_samples_are_patched_where_they_are_of_one_size_and_hold_one_im
         model([[image] for image in inputs["x"]], inputs["t"], [[text] for text in inputs["cap_feats"]])
 
 
-def test_glm_image_is_patched_without_images_to_edit_and_not_trained():
+def test_glm_image_is_patched_without_images_to_edit():
     family = FAMILIES["GlmImageTransformer2DModel"]
     model = family.model()
     caches = GlmImageKVCache(num_layers=2)
@@ -488,5 +488,3 @@ def test_glm_image_is_patched_without_images_to_edit_and_not_trained():
         caches.set_mode("write")
         with pytest.raises(UserError, match="images to edit"):
             family.call(model, kv_caches=caches)
-    with pytest.raises(UserError, match="cannot be trained on it yet"):
-        predict(model, torch.randn(2, 4, 8, 8), torch.tensor([900, 10]), {})

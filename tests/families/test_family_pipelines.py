@@ -125,7 +125,6 @@ def test_every_family_of_diffusers_has_a_pipeline_here():
     """But where there is none, or it is called with given text alone."""
     without = {
         "DiT",
-        "GlmImageTransformer2DModel",
         "QwenImageTransformer2DModel of layers",
         "UNet2DModel of Fourier features",
     }

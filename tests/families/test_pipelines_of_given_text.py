@@ -13,7 +13,7 @@ from stagepatch.families import predict
 from stagepatch.patch import Patch, PatchConfig
 from tests.families.test_family_families import drawn
 from tests.tiny import FAMILIES, TEXT, TEXT_CHANNELS
-from tests.tiny_pipelines import Unasked, hunyuanvideo_vae, kl, qwen_tokenizer, qwen_vae, qwen_vl
+from tests.tiny_pipelines import Unasked, hunyuanvideo_vae, qwen_tokenizer, qwen_vae, qwen_vl
 
 # Of the picture whose layers are made, which would be 640×640.
 pipeline_qwenimage_layered.calculate_dimensions = lambda area, ratio: (32, 32)
@@ -80,16 +80,6 @@ def layers() -> tuple[Any, dict[str, Any]]:
     return pipe, {"image": PICTURE, "prompt": "a cat", "layers": 2, "true_cfg_scale": 1.0, "output_type": "pt"}
 
 
-def glm_image() -> tuple[Any, dict[str, Any]]:
-    """With the tokens that its language model would draw."""
-    model = FAMILIES["GlmImageTransformer2DModel"].model()
-    names = ("tokenizer", "processor", "text_encoder", "vision_language_encoder")
-    parts = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "vae": kl(1.0)}
-    pipe = diffusers.GlmImagePipeline(transformer=model, **parts, **dict.fromkeys(names))
-    given = {"prompt_embeds": text(), "negative_prompt_embeds": text(), "prior_token_ids": torch.arange(24)[None] % 16}
-    return pipe, {**given, "height": 48, "width": 32}
-
-
 # Each with the grid of what it makes.
 MADE = {
     edit: (4, 4),
@@ -97,7 +87,6 @@ MADE = {
     kandinsky5: (3, 4, 6),
     cosmos: (2, 4, 6),
     layers: (3, 4, 4),
-    glm_image: (6, 4),
 }
 KINDS = {edit: " of edits", layers: " of layers"}
 

@@ -107,7 +107,10 @@ def load_vae(source: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     vae = _load_model(vae_directory(directory), dtype).requires_grad_(False)
     if type(vae).__name__ == "AutoencoderKLHunyuanVideo15":
         vae.enable_slicing()  # diffusers' mask for its attention fits one video alone
-    if _is_pixel_by_pixel(directory):
+    family = _family_of_pipeline(directory)
+    if family is not None and family.is_scaled_by_statistics:
+        vae.register_to_config(scaling_factor=1.0)
+    if family is not None and family.is_pixel_by_pixel:
         for statistics in (vae.bn.running_mean, vae.bn.running_var):
             statistics.copy_(statistics.view(4, -1).T.flatten())
     return vae
@@ -130,11 +133,12 @@ def temporal_factor(source: str | Path) -> int:
     return int(factor)
 
 
-def _is_pixel_by_pixel(directory: Path) -> bool:
+def _family_of_pipeline(directory: Path) -> Family | None:
+    """That of the transformer that a whole pipeline names."""
     index = directory / "model_index.json"
     _, class_name = (read_json(index) if index.exists() else {}).get("transformer") or ("", "")
     model_class = getattr(diffusers, class_name or "", None)
-    return model_class is not None and family_of(model_class).is_pixel_by_pixel
+    return None if model_class is None else family_of(model_class)
 
 
 def load_captioner(
@@ -142,19 +146,26 @@ def load_captioner(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     reads_references: bool = False,
+    reads_image: bool = False,
 ) -> Callable[..., dict[str, Tensor]]:
     """What makes the denoiser's condition of captions: the model's own tokenizers and text encoders.
 
     Args:
         reads_references: together with the pictures [R, 3, H, W] that each is about, the second argument.
+        reads_image: together with the picture [1, 3, H, W] that each is of, the second argument.
 
     Raises:
-        UserError: they cannot be loaded, or the family has no way to use them.
+        UserError: they cannot be loaded, the family has no way to use them, or reads the picture too and gets none.
     """
     directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
     family = _family(directory)
     if family.encode_captions is None:
         raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
+    if family.reads_image and not reads_image:
+        raise UserError(
+            f"{family.model_class} is told its captions together with what is read off the picture, and here there is "
+            f"a caption alone: sample with the whole pipeline (stagepatch sample), which draws that for itself."
+        )
     if (directory / "model_index.json").exists():
         if family.caption_parts:
             directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS, *family.caption_parts])

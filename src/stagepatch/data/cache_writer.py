@@ -28,7 +28,7 @@ PLAN_NAME, INDEX_NAME = "plan.json", "index.safetensors"
 
 # captions -> condition, each tensor a row per caption; or captions with the pictures that each is about; or pictures
 EncodeCaptions = Callable[..., dict[str, Tensor]]
-Reads = Literal["captions", "references", "image"]
+Reads = Literal["captions", "references", "image", "captions and image"]
 # A caption, and the item whose pictures it is read with; −1 where captions are read alone
 Text = tuple[str, int]
 
@@ -53,8 +53,9 @@ def build_cache(
             `load_captioner`: the model takes no captions.
         batch_size: images, or frames of videos, encoded at a time, but a video at least; captions by eights.
         has_blank_reference: a blank one is encoded before each image's own.
-        reads: what conditions are made of. Each caption may be encoded with the 'references' of its image, and so is
-            the empty one; or the 'image' is, in place of captions, and None in place of the empty one.
+        reads: what conditions are made of. Each caption may be encoded with the 'references' of its image, or with the
+            image itself ('captions and image'), and so is the empty one; or the 'image' is, in place of captions, and
+            None in place of the empty one.
 
     Raises:
         UserError: the directory holds the cache of something else.
@@ -73,7 +74,7 @@ def build_cache(
     image_files = [file for group in indices_by_size(images.sizes()) for file in _chunks(group, per_file)]
     of_items = _texts(images, reads)
     texts = list(dict.fromkeys(text for each in of_items for text in each))
-    if reads != "references":
+    if reads in ("captions", "image"):
         texts = [("", -1), *sorted({*texts} - {("", -1)})]
     text_files = _chunks(texts, CAPTIONS_PER_FILE) if load_captioner is not None else []
     with progress_bar(disable=not state.is_main_process) as progress:
@@ -199,7 +200,7 @@ def _encode_references(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def _texts(images: Images, reads: Reads) -> list[list[Text]]:
-    """Of each item; read with references, the empty one is the first of each."""
+    """Of each item; read with pictures, the empty one is the first of each."""
     if reads == "image":
         return [[("", index)] for index in range(len(images))]
     if reads == "captions":
@@ -217,6 +218,8 @@ def _encode_captions(
         given: list[list[Any]] = [captions]
         if reads == "references":
             given.append([images[index]["references"] for _, index in texts])
+        elif reads == "captions and image":
+            given.append([images[index]["image"][None] for _, index in texts])
         elif reads == "image":
             given = [[images[index]["image"] if index >= 0 else None for _, index in texts]]
         with torch.no_grad():

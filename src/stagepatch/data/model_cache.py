@@ -126,7 +126,7 @@ def make_cache(
     def load_reader() -> Any:
         if reads == "image":
             return load_image_embedder(model, device, text_dtype)
-        return load_captioner(model, device, text_dtype, reads == "references")
+        return load_captioner(model, device, text_dtype, reads == "references", reads == "captions and image")
 
     if data.tags.variants > 1:  # else as in caches of before there were any
         preprocessing["tags"] = asdict(data.tags)
@@ -156,7 +156,14 @@ def _what_is_read(model: str, source: Source, data: DataConfig) -> Reads:
             f"'{model}' is told embeddings of the pictures, which are made once, as they are: leave out "
             f"data.horizontal_flip."
         )
+    if family.reads_image and data.horizontal_flip:
+        raise UserError(
+            f"'{model}' is told captions together with what is read off the pictures, once, as they are: leave out "
+            f"data.horizontal_flip."
+        )
     if not source.references(0):
+        if family.reads_image:
+            return "captions and image"
         return "image" if takes_image_embeds(shape) else "captions"
     if not family.takes_references:
         raise UserError(

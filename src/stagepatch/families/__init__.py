@@ -10,6 +10,7 @@ from stagepatch.families import (
     ernie,
     flux,
     flux2,
+    glmimage,
     hidream,
     hunyuan,
     ideogram4,
@@ -24,6 +25,6 @@ from stagepatch.families.registry import add_families
 
 add_families([*dit.FAMILIES, *unet.FAMILIES, *table.FAMILIES, *flux.FAMILIES, *cogview.FAMILIES])
 add_families([*qwenimage.FAMILIES, *hunyuan.FAMILIES, *video.FAMILIES])
-add_families(each.FAMILY for each in (cogvideox, flux2, hidream, briafibo, zimage, krea2, ernie, ideogram4))
+add_families(each.FAMILY for each in (cogvideox, flux2, glmimage, hidream, briafibo, zimage, krea2, ernie, ideogram4))
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

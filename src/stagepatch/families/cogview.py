@@ -1,18 +1,14 @@
-"""CogView3-Plus, CogView4 and GLM-Image: a site before every joint block, of the image's tokens. They embed sizes."""
+"""CogView3-Plus and CogView4: a site before every joint block, of the image's tokens. They embed sizes."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from stagepatch.core import UserError
-from stagepatch.families.base import Extent
-from stagepatch.families.packing import SAMPLE_SIZE
 from stagepatch.families.registry import NUM_TIMESTEPS, Family, call_by_keywords, prompt_encoder
 from stagepatch.families.texts import pad_texts, unpad_texts
-from stagepatch.families.transformer import Blocks, Transformer, image_extent
+from stagepatch.families.transformer import Blocks, Transformer
 
-_DESCRIBE = Transformer(
+DESCRIBE = Transformer(
     (Blocks("transformer_blocks"),),
     "time_condition_embed.timestep_embedder",
     ("time_condition_embed.condition_embedder",),
@@ -30,11 +26,21 @@ def call_cogview3plus(model: Any, sample: Tensor, timesteps: Tensor, condition: 
     return call_by_keywords(model, sample, timesteps, {**condition, **sizes(sample)})
 
 
-def before_shift(model: Any, sample: Tensor, timesteps: Tensor) -> Tensor:
-    """What CogView4 is told at a noise level σ: T·t, where its pipeline's schedule has σ = m / (m + 1/t − 1), with
-    m = ¼ + ¾ √(tokens / 256). Other flows are told T·σ."""
+def schedule_shift(model: Any, sample: Tensor) -> float:
+    """m = ¼ + ¾ √(tokens / 256) of the schedules of CogView4 and GLM-Image."""
     height, width = (length // model.config.patch_size for length in sample.shape[2:])
     shift: float = 0.25 + 0.75 * (height * width / 256) ** 0.5
+    return shift
+
+
+def before_shift(timesteps: Tensor, shift: Tensor | float) -> Tensor:
+    """What CogView4 is told at a noise level σ: T·t, where its pipeline's schedule has σ = m / (m + 1/t − 1). Other
+    flows are told T·σ.
+
+    Args:
+        timesteps: T·σ, [B].
+        shift: m.
+    """
     level = timesteps / NUM_TIMESTEPS
     return NUM_TIMESTEPS * level / (shift * (1.0 - level) + level)
 
@@ -43,7 +49,7 @@ def call_cogview4(model: Any, sample: Tensor, timesteps: Tensor, condition: dict
     """See `Call`. Zeros fill short texts up to the batch's longest, and are attended to: the model adds its mask, of
     ones and zeros, to the attention's logits, which hides nothing (diffusers 0.42)."""
     text = pad_texts(unpad_texts(condition))["encoder_hidden_states"]
-    told = before_shift(model, sample, timesteps)
+    told = before_shift(timesteps, schedule_shift(model, sample))
     return call_by_keywords(model, sample, told, {"encoder_hidden_states": text, **sizes(sample)})
 
 
@@ -54,34 +60,7 @@ def encode_captions(pipe: Any, captions: list[str]) -> dict[str, Tensor]:
     return pad_texts([encode(pipe, [caption])["text"][0] for caption in captions])
 
 
-def glm_image_extent(model: Any, arguments: dict[str, Any]) -> Extent:
-    """See `image_extent`.
-
-    Raises:
-        UserError: images to edit, each of which is a forward of its own.
-    """
-    caches = arguments.get("kv_caches")
-    if caches is not None and caches[0].mode is not None:
-        raise UserError("GlmImageTransformer2DModel with images to edit cannot be patched yet: give a caption alone.")
-    return image_extent(model, arguments)
-
-
-def call_glm_image(model: Any, sample: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """Raises a UserError."""
-    raise UserError(
-        "GlmImageTransformer2DModel is told tokens that a language model draws for each caption and size, which is "
-        "not done here: a patch can be put on it, and cannot be trained on it yet."
-    )
-
-
 FAMILIES = [
-    Family("CogView3PlusTransformer2DModel", _DESCRIBE, call_cogview3plus, prompt_encoder("encoder_hidden_states")),
-    Family("CogView4Transformer2DModel", _DESCRIBE, call_cogview4, encode_captions),
-    Family(
-        "GlmImageTransformer2DModel",
-        replace(_DESCRIBE, sample_size=SAMPLE_SIZE, begin=glm_image_extent),
-        call_glm_image,
-        timestep_range=(-1.0, 999.0),
-        sample_size=SAMPLE_SIZE,
-    ),
+    Family("CogView3PlusTransformer2DModel", DESCRIBE, call_cogview3plus, prompt_encoder("encoder_hidden_states")),
+    Family("CogView4Transformer2DModel", DESCRIBE, call_cogview4, encode_captions),
 ]

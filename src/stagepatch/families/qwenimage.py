@@ -55,8 +55,9 @@ def call_qwenimage(model: Any, sample: Tensor, timesteps: Tensor, condition: dic
     """
     if model.config.use_layer3d_rope:
         raise UserError(
-            "This Qwen-Image makes the layers of a picture that it is given, which pictures alone cannot train. A "
-            "patch can be put on it; train another Qwen-Image."
+            "This Qwen-Image makes the layers of a picture that it is given, each with its transparency: it trains on "
+            "pictures with their layers, and data are whole, opaque pictures here. A patch can be put on it; train "
+            "another Qwen-Image."
         )
     batch, _, height, width = sample.shape
     images = 1 + len(split_references(condition)[0])

@@ -17,8 +17,9 @@ NUM_TIMESTEPS = 1000.0  # of schedulers
 Describe = Callable[[Any, Any], Backbone]
 # (model, sample [B, C, H, W], the model's timesteps [B], condition) -> output [B, C or 2C, H, W]; see `of_videos` too
 Call = Callable[[Any, Tensor, Tensor, dict[str, Tensor]], Tensor]
-# (pipeline without denoiser and VAE, captions) -> a denoiser's condition, each tensor a row per caption
-EncodeCaptions = Callable[[Any, list[str]], dict[str, Tensor]]
+# (pipeline without denoiser and VAE, captions) -> a denoiser's condition, each tensor a row per caption; of a family
+# that `reads_image` (…, captions, pictures), with the picture of each, [1, 3, H, W] from −1 to 1
+EncodeCaptions = Callable[..., dict[str, Tensor]]
 # The same with the pictures that each caption is about, [R, 3, H, W] from −1 to 1
 EncodeEdits = Callable[[Any, list[str], list[Tensor]], dict[str, Tensor]]
 
@@ -90,6 +91,8 @@ class Family:
         caption_parts: of the pipeline, which it cannot do without to encode captions, besides its text encoders.
         is_pixel_by_pixel: the cells' numbers, and the VAE's statistics of them, are in order of pixels and then of
             channels.
+        is_scaled_by_statistics: the VAE's `latents_mean` and `latents_std` alone scale its latents, whatever its
+            `scaling_factor`.
         timestep_argument: what the model's forward calls its `timestep`.
         logit_normal: mean and spread of the density of noise levels that its makers or diffusers' own script train it
             with, where that is logit-normal; None for another, or uniform.
@@ -97,6 +100,7 @@ class Family:
         takes_references: training can give it the latents of pictures to edit, [B, R, C, H, W], as `reference_latents`
             among its condition.
         has_blank_reference: a blank one comes first, and is there also where images are no edits.
+        reads_image: captions are encoded together with the picture that they are of, which training has.
         encode_edits: in place of `encode_captions`, where captions are read together with pictures to edit.
         recomputes: whether diffusers' gradient checkpointing computes what the model does without it.
     """
@@ -111,12 +115,14 @@ class Family:
     is_packed: bool = False
     caption_parts: tuple[str, ...] = ()
     is_pixel_by_pixel: bool = False
+    is_scaled_by_statistics: bool = False
     timestep_argument: str = "timestep"
     logit_normal: tuple[float, float] | None = None
     recomputes: bool = True
     embeds_text: bool = False
     takes_references: bool = False
     has_blank_reference: bool = False
+    reads_image: bool = False
     encode_edits: EncodeEdits | None = None
 
     def noise_level(self, timestep: Tensor) -> Tensor:

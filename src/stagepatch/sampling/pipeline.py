@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from stagepatch.families import find_denoiser
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.generation import balanced_labels, image_generator, in_batches
 
+# Draws the tokens of a whole batch by the first image's generator.
+_ONE_BY_ONE = ("GlmImagePipeline",)
 # Whose tensors are the model's own, from −1 to 1, which IF's safety checker has not seen.
 _OF_RAW_TENSORS = ("IFPipeline", "KandinskyV22Pipeline", "KandinskyV22CombinedPipeline")
 
@@ -55,6 +58,8 @@ def generate_with_pipeline(
         )
     output_type = "np" if type(pipe).__name__ in _OF_RAW_TENSORS else "pt"
     pipe.set_progress_bar_config(disable=True)
+    if type(pipe).__name__ in _ONE_BY_ONE:
+        config = replace(config, batch_size=1)
 
     def make(indices: list[int]) -> Tensor:
         options: dict[str, Any] = {"generator": [image_generator(config.seed, index) for index in indices]}
