@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stagepatch.analysis import task_vectors
+from stagepatch.analysis import analyze_task_vectors, task_vectors
 from stagepatch.checkpoints import add_projections, save_denoiser
-from stagepatch.core import TensorReader
+from stagepatch.core import TensorReader, write_json
 from stagepatch.core.errors import UserError
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.methods import LoRAConfig, MethodConfig, load_learned, make_method
@@ -123,6 +123,49 @@ def test_a_stage_that_did_not_move_has_no_direction(tmp_path):
     assert found.norms()[0] == 0
     assert found.cosine()[0].isnan().all()
     assert float(found.cosine()[1, 1]) == pytest.approx(1.0)
+
+
+def stage(directory, seed, first):
+    """A model as `stagepatch decouple` leaves it, of 500 timesteps from the first on."""
+    save(directory, seed)
+    write_json(directory / "stage.json", {"from": first, "to": first + 500, "training": {"seed": seed}})
+    return directory
+
+
+def test_a_range_that_was_trained_twice_stands_beside_different_ranges(tmp_path):
+    base, ranges = save(tmp_path / "base", 0), [0, 500, 0]
+    stages = {str(seed): stage(tmp_path / str(seed), seed, first) for seed, first in enumerate(ranges, 1)}
+    stages["neither"] = save(tmp_path / "neither", 4)
+    one, two, again = (flat_difference(TINY.model(seed), TINY.model(0)) for seed in (1, 2, 3))
+    shown = analyze_task_vectors(base, stages)
+    assert shown.numbers["ranges"] == [(0.0, 500.0), (500.0, 1000.0), (0.0, 500.0), None]
+    pairs = {name: cosines.tolist() for name, cosines in shown.numbers["pairs"].items()}
+    different = [cosine(one, two), cosine(two, again)]
+    assert pairs == {
+        "different_ranges": pytest.approx(different, abs=1e-6),
+        "same_range": pytest.approx([cosine(one, again)], abs=1e-6),
+    }
+    table = shown.summary[1]
+    assert [row[:2] for row in table.rows] == [
+        ["different ranges", "2"],
+        ["the same range, trained again", "1"],
+        ["0 to 499 and other ranges", "2"],
+        ["0 to 499, trained again", "1"],
+        ["500 to 999 and other ranges", "2"],
+    ]
+    assert table.rows[0][2:] == [f"{value:+.3f}" for value in (min(different), sum(different) / 2, max(different))]
+    assert "is the control" in table.note
+    del stages["3"]
+    (without,) = analyze_task_vectors(base, stages).summary[1:]
+    assert "there is no control" in without.note
+    assert len(analyze_task_vectors(base, {"1": base, "2": stages["neither"]}).summary) == 1
+
+
+def test_the_same_training_is_no_control(tmp_path):
+    base, one = save(tmp_path / "base", 0), stage(tmp_path / "one", 1, 0)
+    with pytest.raises(UserError, match=r"one range and one seed.*another --training\.seed"):
+        task_vectors(base, {"one": one, "copy": stage(tmp_path / "copy", 1, 0)})
+    task_vectors(base, {"one": one, "next": stage(tmp_path / "next", 1, 500)})
 
 
 def test_at_most_one_tensor_of_each_file_is_read_at_a_time(tmp_path, monkeypatch):

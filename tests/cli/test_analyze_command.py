@@ -1,6 +1,7 @@
 """`stagepatch analyze` from end to end: files, numbers, and a message for each mistake."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from stagepatch.checkpoints import load_denoiser
 from stagepatch.cli import main
+from stagepatch.core import write_json
 from tests.runs import make_model, make_objective, run
 from tests.search.searches import save_learned
 from tests.tiny_pipelines import PIPELINES
@@ -71,6 +73,20 @@ def test_only_what_was_asked_is_computed(trained, tmp_path):
         (["--gradients=false", "--losses=false", stages], "task_vectors"),
     ]:
         assert set(analysed(trained, tmp_path, *given)) == {part}
+
+
+def test_stages_of_two_trainings_are_named_by_theirs(trained, tmp_path, capsys):
+    for name in ("first", "second"):
+        for number in (0, 1):
+            copy = tmp_path / name / "stages" / str(number)
+            shutil.copytree(trained / "stages" / str(number if name == "first" else 1 - number), copy)
+            write_json(copy / "stage.json", {"from": 500 * number, "to": 500 * (number + 1)})
+    stages = f"--stages=['{tmp_path / 'first'}', '{tmp_path / 'second'}', 'base={trained / 'base'}']"
+    numbers = analysed(trained, tmp_path / "out", stages, "--gradients=false", "--losses=false")["task_vectors"]
+    assert numbers["stages"] == ["first/0", "first/1", "second/0", "second/1", "base"]
+    assert numbers["pairs"]["same_range"] == pytest.approx([numbers["cosine"][0][1]] * 2)
+    assert "the same range, trained again" in capsys.readouterr().out
+    assert "trained again" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_what_is_not_a_number_is_null(trained, tmp_path):

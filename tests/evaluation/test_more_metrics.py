@@ -29,8 +29,10 @@ from stagepatch.evaluation import (
     memorised,
     memorised_features,
     neighbours,
+    over_images,
     vendi,
 )
+from stagepatch.evaluation.halves import balanced_halves, without_by_halves
 from tests.evaluation.test_metrics import random_features
 
 
@@ -125,7 +127,7 @@ def test_fid_infinity_is_near_that_of_the_distributions():
     assert fid_infinity(drawn, other) == fid_infinity(drawn, other)
 
 
-OWN_TESTS = ("kid", "recall", "clip_score", "vendi")
+OWN_TESTS = ("kid", "recall", "coverage", "clip_score", "vendi")
 GROUPED = [key for key, metric in METRICS.items() if metric.without is not None and key not in OWN_TESTS]
 
 
@@ -150,7 +152,7 @@ def test_without_a_group_is_the_metric_of_the_others(key, monkeypatch):
         y = nn.functional.normalize(references[0], dim=1).double()
         constant = 1000 * float(torch.exp((y @ y.T - 1) / 100).mean())
     assert [value + constant for value in found] == pytest.approx(expected, rel=1e-6)
-    assert len({*found}) > 1 or key == "coverage"
+    assert len({*found}) > 1
 
 
 def test_scores_without_a_group_are_those_of_the_others():
@@ -173,13 +175,41 @@ def test_kid_without_a_group_is_that_of_all_pairs_of_the_others():
     assert kernels.kid_without(x, y, groups) == pytest.approx([of(x[groups != group]) for group in range(6)])
 
 
-def test_recall_without_a_group_keeps_the_others_radii():
-    x, y = random_features(60, 0).double(), random_features(50, 1, 0.5).double()
-    groups = torch.arange(60) % 6
-    radii = NearestNeighbors(n_neighbors=4).fit(x.numpy()).kneighbors(x.numpy())[0][:, 3]
-    reached = np.linalg.norm(y.numpy()[:, None] - x.numpy()[None], axis=2) <= radii
-    expected = [reached[:, groups.numpy() != group].any(axis=1).mean() for group in range(6)]
-    assert neighbours.recall_without(x, y, groups) == pytest.approx(expected)
+def test_halves_of_a_mean_give_it_without_each_group():
+    halves = balanced_halves()
+    assert halves.sum(dim=1).tolist() == [10] * 19
+    signs = 2.0 * halves.double() - 1.0
+    assert torch.equal(signs @ signs.T, 20.0 * torch.eye(19).double())
+    values, groups = torch.rand(60, generator=torch.Generator().manual_seed(0)).double(), torch.arange(60) % 20
+
+    def gaps(samples, reference, halves):
+        return torch.stack([samples[half].mean() - samples[~half].mean() for half in halves])
+
+    expected = [float(values[groups != group].mean() - values.mean()) for group in range(20)]
+    assert without_by_halves(gaps, values, torch.zeros(2), groups) == pytest.approx(expected)
+
+
+def share_near(key, samples, reference, places):
+    """Of some references, by scikit-learn: of recall, within a sample's radius among the samples; of coverage, with a
+    sample within the reference's own radius, of twice as many neighbours as among all."""
+    of, k = (samples, 3) if key == "recall" else (reference, 10)
+    radii = NearestNeighbors(n_neighbors=k + 1).fit(of).kneighbors(of)[0][:, k]
+    radii = radii[None] if key == "recall" else radii[places, None]
+    return (np.linalg.norm(reference[places, None] - samples[None], axis=2) <= radii).any(axis=1).mean()
+
+
+@pytest.mark.parametrize("key", ["recall", "coverage"])
+def test_errors_of_recall_and_coverage_are_those_of_their_halves(key, monkeypatch):
+    monkeypatch.setattr(neighbours, "_ROWS", 16)
+    x, y = random_features(63, 0).double().numpy(), random_features(51, 1, 0.5).double().numpy()
+    groups, squares = torch.arange(63) % 20, []
+    for place, half in enumerate(balanced_halves()[:, groups].numpy()):
+        one, other = (share_near(key, x[of], y, np.arange(place % 2, 51, 2)) for of in (half, ~half))
+        squares.append((one - other) ** 2)
+    without, x, y = METRICS[key].without, torch.from_numpy(x), torch.from_numpy(y)
+    assert over_images(0.5, without(x, y, groups)).error == pytest.approx(math.sqrt(sum(squares) / 19 / 4))
+    assert all(math.isnan(value) for few in (x[:19], x[:1]) for value in without(few, y, groups[: len(few)]))
+    assert all(math.isnan(value) for value in without(x, y[:1], groups))
 
 
 @pytest.mark.parametrize("function", [kid, cmmd])

@@ -21,7 +21,8 @@ class AnalyzeConfig:
         learned: directories of what methods learned on the model, or of whole models, each 'directory' or
             'name=directory'.
         stages: two or more of what was trained on from the model, to compare their task vectors: model directories,
-            LoRAs or weights, each 'directory' or 'name=directory'; or one directory that has them in 'stages/'.
+            LoRAs or weights, each 'directory' or 'name=directory'; or directories that have them in 'stages/': two of
+            these, of different training seeds, give the control, ranges that were trained twice.
         patch: directory of a patch, to show its gate and its effect, and to compare samples with it; with gate false,
             of what any method learned; empty for none.
         gate: activation of the patch's gate over timesteps and prompts, its temporal and spatial bias and its entropy

@@ -1,10 +1,12 @@
 """Cosines between task vectors, what training on from a base added to it (DeMe, arXiv 2410.06664, Fig. 1)."""
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,15 @@ from stagepatch.methods import FILE_NAME as LORA_FILE
 from stagepatch.methods import WEIGHTS_NAME, open_artifact
 from stagepatch.report import Table, similarity_heatmaps
 
+_WITH_CONTROL = (
+    "A range that was trained again, from other draws, is the control that the paper lacks. As far as its cosines are "
+    "low too, task vectors are orthogonal for the noise of their training, not since ranges are at odds."
+)
+_NO_CONTROL = (
+    "No range was trained twice, so there is no control: two trainings of one range may be as far from parallel. Give "
+    "the stages of a second `stagepatch decouple` too, of another --training.seed."
+)
+
 
 @dataclass
 class TaskVectors:
@@ -26,11 +37,13 @@ class TaskVectors:
         names: of the stages, [n].
         products: <τ_i, τ_j> of each block of the model, [n, n].
         sizes: weights of each block.
+        ranges: timesteps that each was trained on, as its stage.json says; None where it has none.
     """
 
     names: list[str]
     products: dict[str, Tensor]
     sizes: dict[str, int]
+    ranges: list[tuple[float, float] | None]
 
     def cosine(self, block: str | None = None) -> Tensor:
         """[n, n] of one block, or of all weights; NaN where a task vector is zero."""
@@ -40,6 +53,21 @@ class TaskVectors:
     def norms(self, block: str | None = None) -> Tensor:
         """|τ_i| of one block, or of all weights: [n]."""
         return self._products(block).diagonal().sqrt()
+
+    def pairs(self, same_range: bool, of: tuple[float, float] | None = None) -> Tensor:
+        """Cosines of the pairs of stages of one range, or of different ranges, as far as ranges are known: [pairs].
+
+        Args:
+            of: the pairs that one of this range is in; None for all.
+        """
+        cosine, known = self.cosine(), [place for place, own in enumerate(self.ranges) if own is not None]
+        found = [
+            cosine[one, two]
+            for one, two in itertools.combinations(known, 2)
+            if (self.ranges[one] == self.ranges[two]) == same_range
+            and of in (None, self.ranges[one], self.ranges[two])
+        ]
+        return torch.stack(found) if found else cosine.new_zeros(0)
 
     def _products(self, block: str | None) -> Tensor:
         return self.products[block] if block is not None else torch.stack(list(self.products.values())).sum(dim=0)
@@ -58,7 +86,8 @@ def task_vectors(
         on_tensor: called with the numbers done and to do after each tensor.
 
     Raises:
-        UserError: fewer than two stages, one that is not there or holds no weights, or is of another model.
+        UserError: fewer than two stages, one that is not there or holds no weights, or is of another model, or two of
+            one range and seed.
     """
     if len(stages) < 2:
         raise UserError(f"{len(stages)} stages make no pair of task vectors: give two or more.")
@@ -71,6 +100,7 @@ def task_vectors(
                 odd.append(f"holds '{name}' of shape {list(shape)}")
         if odd:
             raise UserError(f"The stage '{path}' is of another model than the base: it {odd[0]}.")
+    _check_control(stages, opened)
     names = [name for name, (_, dtype) in weights.shapes.items() if dtype.is_floating_point]
     products: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
@@ -82,7 +112,21 @@ def task_vectors(
         products[block] = products.get(block, 0.0) + inner
         sizes[block] = sizes.get(block, 0) + len(flat)
         on_tensor(done, len(names))
-    return TaskVectors(list(stages), products, sizes)
+    return TaskVectors(list(stages), products, sizes, [stage.range for stage in opened])
+
+
+def _check_control(stages: Mapping[str, Path], opened: Sequence["_Stage"]) -> None:
+    """That what is of one range is of two trainings."""
+    seen: dict[tuple[tuple[float, float], int], Path] = {}
+    for path, stage in zip(stages.values(), opened, strict=True):
+        if stage.range is None or stage.seed is None:
+            continue
+        other = seen.setdefault((stage.range, stage.seed), path)
+        if other is not path:
+            raise UserError(
+                f"'{other}' and '{path}' are of one range and one seed, and so of the same draws: for a control train "
+                f"the range again with another --training.seed."
+            )
 
 
 def _block_of(name: str) -> str:
@@ -94,8 +138,10 @@ def _block_of(name: str) -> str:
 class _Stage:
     """A model's weights, or those of them that were trained."""
 
-    def __init__(self, reader: TensorReader, is_whole: bool = False) -> None:
+    def __init__(self, reader: TensorReader, record: Mapping[str, Any], is_whole: bool = False) -> None:
         self.reader, self.is_whole = reader, is_whole
+        self.range = (float(record["from"]), float(record["to"])) if "from" in record else None
+        self.seed = record.get("training", {}).get("seed")
         self.shapes = {name: reader.shape(name) for name in reader.names()}
 
     def delta(self, name: str, base: Tensor) -> Tensor:
@@ -106,8 +152,8 @@ class _Stage:
 class _LoRA(_Stage):
     """B·A of every layer that has them; alpha equals the rank, so they are not scaled."""
 
-    def __init__(self, reader: TensorReader) -> None:
-        super().__init__(reader)
+    def __init__(self, reader: TensorReader, record: Mapping[str, Any]) -> None:
+        super().__init__(reader, record)
         found = [name.removesuffix(".lora_A.weight") for name in self.shapes if name.endswith(".lora_A.weight")]
         # The first part names the denoiser in its pipeline.
         self.layers = {f"{layer.split('.', 1)[1]}.weight": layer for layer in found}
@@ -131,10 +177,10 @@ def _open_stage(path: Path) -> _Stage:
             f"it as one of `learned`, to see where it changes the loss."
         )
     if artifact.require("model", "weights", "LoRA").kind == "model":
-        return _Stage(denoiser_reader(path), is_whole=True)
+        return _Stage(denoiser_reader(path), artifact.stage, is_whole=True)
     if artifact.kind == "LoRA":
-        return _LoRA(TensorReader([path / LORA_FILE]))
-    return _Stage(TensorReader([path / WEIGHTS_NAME]))
+        return _LoRA(TensorReader([path / LORA_FILE]), artifact.stage)
+    return _Stage(TensorReader([path / WEIGHTS_NAME]), artifact.stage)
 
 
 def analyze_task_vectors(
@@ -161,9 +207,36 @@ def analyze_task_vectors(
     return Analysis(
         "task_vectors",
         "Similarity of task vectors",
-        {"stages": names, "weights": total, "norms": norms, "cosine": cosine, "blocks": blocks},
+        {
+            "stages": names,
+            "ranges": found.ranges,
+            "weights": total,
+            "norms": norms,
+            "cosine": cosine,
+            "pairs": {"different_ranges": found.pairs(False), "same_range": found.pairs(True)},
+            "blocks": blocks,
+        },
         similarity_heatmaps({"cosine between task vectors": cosine}, names, "stage"),
         "Cosine between what training added to the base in each stage.",
-        [Table("Cosine between task vectors", ["stage", "norm", *names], rows, note)],
+        [Table("Cosine between task vectors", ["stage", "norm", *names], rows, note), *_table_of_pairs(found)],
         [Table("Task vectors by block", columns, by_block, "Cosine: mean over pairs of stages.")],
+    )
+
+
+def _table_of_pairs(found: TaskVectors) -> list[Table]:
+    """Those of one range beside those of different ranges; nothing where no range is known."""
+    again = "the same range, trained again"
+    cosines = {"different ranges": found.pairs(False), again: found.pairs(True)}
+    has_control = len(cosines[again]) > 0
+    for low, high in sorted({own for own in found.ranges if own is not None}) if has_control else ():
+        cosines[f"{low:g} to {high - 1:g} and other ranges"] = found.pairs(False, (low, high))
+        cosines[f"{low:g} to {high - 1:g}, trained again"] = found.pairs(True, (low, high))
+    rows = [
+        [name, str(len(of)), *(signed(float(value)) for value in (of.min(), of.mean(), of.max()))]
+        for name, of in cosines.items()
+        if len(of)
+    ]
+    note = _WITH_CONTROL if has_control else _NO_CONTROL
+    return [Table("Pairs of task vectors", ["pairs of", "pairs", "smallest", "mean", "largest"], rows, note)] * bool(
+        rows
     )

@@ -77,9 +77,14 @@ def _by_name(entries: Sequence[str], field: str) -> dict[str, Path]:
 
 
 def _analyze_stages(config: configs.AnalyzeConfig) -> Analysis:
-    stages = _by_name(config.stages, "stages")
-    if len(stages) == 1:
-        stages = {path.name: path for path in numbered_stages(next(iter(stages.values())))}
+    given, stages = _by_name(config.stages, "stages"), {}
+    for name, path in given.items():
+        if len(given) == 1:
+            stages = {stage.name: stage for stage in numbered_stages(path)}
+        elif (path / "stages").is_dir():
+            stages |= {f"{name}/{stage.name}": stage for stage in numbered_stages(path)}
+        else:
+            stages[name] = path
     with progress_bar(disable=not processes().is_main_process) as progress:
         task = progress.add_task("task vectors", total=None, status="")
         return analysis.analyze_task_vectors(

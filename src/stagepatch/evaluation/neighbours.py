@@ -3,13 +3,17 @@
 Of more than NEIGHBOURS samples or references, so many spread evenly over them stand for all in `precision`, `recall`,
 `density` and `coverage`: the distances grow with the product of the two, and the radii, so the values too, with how
 many there are.
+
+How sure `precision` and `density` are, means over the samples, is had by leaving some out; `recall` and `coverage`, of
+which any sample may decide, from halves of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from stagepatch.evaluation.halves import without_by_halves
 from stagepatch.sampling import spread
 
 NEIGHBOURS = 10_000
@@ -34,7 +38,10 @@ def density(features: Tensor, reference: Tensor, k: int = 5, rows: int = _ROWS) 
 
 def coverage(features: Tensor, reference: Tensor, k: int = 5, rows: int = _ROWS) -> float:
     """Share of references with a sample within their k-th-neighbour radius (arXiv 2002.09797, Eq. 5)."""
-    return float(_covered(features, reference, k, rows).any(dim=1).double().mean())
+    features, reference = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, reference).double()
+    radii, parts = _radii(reference, k, rows).split(rows), _distances(reference, features, rows)
+    covered = [(part <= own.unsqueeze(1)).any(dim=1) for part, own in zip(parts, radii, strict=True)]
+    return float(torch.cat(covered).double().mean())
 
 
 def precision_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
@@ -48,18 +55,15 @@ def density_without(features: Tensor, reference: Tensor, groups: Tensor) -> list
 
 
 def coverage_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
-    """`coverage` without each group of samples."""
-    return _shares_without(_covered(features, reference, 5, groups=groups))
+    """`coverage` without each group of samples, see `without_by_halves`."""
+    rows = (at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference), at_most(NEIGHBOURS, groups))
+    return without_by_halves(_coverage_of_halves, *rows)
 
 
 def recall_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
-    """`recall` without each group of samples, whose radii stay those among all samples."""
-    features, groups = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, groups)
-    radii = _radii(features, 3, _ROWS)
-    reached = [
-        _by_group(distances <= radii, groups) for distances in _distances(at_most(NEIGHBOURS, reference), features)
-    ]
-    return _shares_without(torch.cat(reached))
+    """`recall` without each group of samples, see `without_by_halves`."""
+    rows = (at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference), at_most(NEIGHBOURS, groups))
+    return without_by_halves(_recall_of_halves, *rows)
 
 
 def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Tensor:
@@ -118,7 +122,7 @@ def _radii(points: Tensor, k: int, rows: int) -> Tensor:
     return torch.cat([part.kthvalue(min(k + 1, len(points)), dim=1).values for part in parts])
 
 
-def _distances(points: Tensor, others: Tensor, rows: int = _ROWS) -> Iterator[Tensor]:
+def _distances(points: Tensor, others: Tensor, rows: int) -> Iterator[Tensor]:
     for part in points.split(rows):
         yield torch.cdist(part.double(), others)
 
@@ -130,21 +134,6 @@ def _balls_around(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS
     return torch.cat([(distances <= radii).sum(dim=1) for distances in _distances(features, reference, rows)])
 
 
-def _covered(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS, groups: Tensor | None = None) -> Tensor:
-    """Whether each reference has a sample of each group in its ball, [R, G]; without groups, all are one."""
-    groups = torch.zeros(len(features), dtype=torch.long) if groups is None else groups
-    features, groups = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, groups)
-    reference = at_most(NEIGHBOURS, reference).double()
-    radii, parts = _radii(reference, k, rows).split(rows), _distances(reference, features, rows)
-    return torch.cat([_by_group(part <= own.unsqueeze(1), groups) for part, own in zip(parts, radii, strict=True)])
-
-
-def _by_group(reached: Tensor, groups: Tensor) -> Tensor:
-    """Whether any of a group, [R, B] -> [R, G]."""
-    found = torch.zeros(len(reached), int(groups.max()) + 1)
-    return found.index_add_(1, groups, reached.float()) > 0
-
-
 def _means_without(values: Tensor, groups: Tensor) -> list[float]:
     """Means of values [B] without each group."""
     count = int(groups.max()) + 1
@@ -154,8 +143,46 @@ def _means_without(values: Tensor, groups: Tensor) -> list[float]:
     return means
 
 
-def _shares_without(reached: Tensor) -> list[float]:
-    """Shares of rows [R, G] that some group reaches, without each."""
-    by = reached.sum(dim=1, keepdim=True)
-    shares: list[float] = (by - reached.long() > 0).double().mean(dim=0).tolist()
-    return shares
+def _coverage_of_halves(features: Tensor, reference: Tensor, halves: Tensor) -> Tensor:
+    reference = reference.double()
+    radii = _radii(reference, 2 * 5, _ROWS)  # half as many samples are as near to it as all are to its 5th neighbour
+    return _gaps_of_halves(features.double(), reference, halves, lambda place, rows: radii[rows].unsqueeze(1))
+
+
+def _recall_of_halves(features: Tensor, reference: Tensor, halves: Tensor) -> Tensor:
+    radii = _radii_in_halves(features.double(), halves, 3)
+    return _gaps_of_halves(features.double(), reference, halves, lambda place, rows: radii[place])
+
+
+def _gaps_of_halves(
+    features: Tensor, reference: Tensor, halves: Tensor, radius: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """How many more of the references are near one half than near the other, as a share, [19].
+
+    Args:
+        radius: within which a sample is near, of a pair of halves and numbers of references: [R, B], or one of them 1.
+    """
+    gaps = torch.zeros(len(halves)).double()
+    for parity in (0, 1):
+        numbers = torch.arange(parity, len(reference), 2)
+        for rows in numbers.split(_ROWS):
+            distances = torch.cdist(reference[rows].double(), features)
+            for place in range(parity, len(halves), 2):
+                near, half = distances <= radius(place, rows), halves[place]
+                gap = near[:, half].any(dim=1).sum() - near[:, ~half].any(dim=1).sum()
+                gaps[place] += gap / len(numbers)
+    return gaps
+
+
+def _radii_in_halves(points: Tensor, halves: Tensor, k: int, most: int = 64) -> Tensor:
+    """`_radii` of each point within its own half of each two, [19, B].
+
+    Looked for among so many of all points: that less than 4 of the nearest 64 are of its half has a chance of 1e-15.
+    """
+    parts = []
+    for distances, own in zip(_distances(points, points, _ROWS), halves.split(_ROWS, dim=1), strict=True):
+        nearest, which = distances.topk(min(most, len(points)), largest=False)
+        is_closer = (halves[:, which] == own.unsqueeze(2)).cumsum(dim=2) <= k
+        place = is_closer.sum(dim=2).clamp(max=nearest.shape[1] - 1)
+        parts.append(nearest.gather(1, place.T).T)
+    return torch.cat(parts, dim=1)

@@ -14,10 +14,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from stagepatch.evaluation.halves import GROUPS
 from stagepatch.evaluation.metrics import Collected, Metric, Split, chosen, taken
 from stagepatch.evaluation.statistics import RunningStatistics
-
-GROUPS = 20
 
 
 @dataclass
