@@ -237,6 +237,5 @@ def _table_of_pairs(found: TaskVectors) -> list[Table]:
         if len(of)
     ]
     note = _WITH_CONTROL if has_control else _NO_CONTROL
-    return [Table("Pairs of task vectors", ["pairs of", "pairs", "smallest", "mean", "largest"], rows, note)] * bool(
-        rows
-    )
+    table = Table("Pairs of task vectors", ["pairs of", "pairs", "smallest", "mean", "largest"], rows, note)
+    return [table] if rows else []
