@@ -4,13 +4,13 @@
 # The same command again goes on where it stopped; names of tables, such as table4a-gate, take these alone.
 #   make papers-small       bash experiments/papers_small.sh [TABLE...]
 set -euo pipefail
-steps=${STEPS:-200} images=${IMAGES:-1000} out=runs/papers-small
+steps=${STEPS:-100} images=${IMAGES:-500} out=runs/papers-small
 shared="--data.source fashion --data.num_workers 0 --data.horizontal_flip true"
 
 stagepatch pretrain --config configs/fashion/pretrain.yaml --training.steps $((steps * 10)) --training.compile false \
   --training.snapshot_every 0 --training.label_dropout 0.1 --output_dir $out/dit
 stagepatch pretrain --model.sample_size 16 --model.in_channels 1 --model.conditioning none --model.learn_sigma false \
-  --model.block_out_channels '[32,64]' --objective.beta_schedule scaled_linear --objective.clip_sample true $shared \
+  --model.block_out_channels '[16,32]' --objective.beta_schedule scaled_linear --objective.clip_sample true $shared \
   --training.steps $((steps * 2)) --training.batch_size 64 --training.learning_rate 1e-3 --output_dir $out/unet
 
 table() { # by its config, on a base
@@ -42,7 +42,7 @@ for name in "$@"; do
     deme) # by the configs of CIFAR-10: Fig. 2's sweep of N with the control beside it, then Fig. 1's task vectors and gradients
       folder=configs/paper/deme-cifar10 training="--training.steps $steps --training.batch_size 64" few="--sampling.num_inference_steps 10"
       stagepatch pretrain --config configs/paper/pretrain/ddpm-cifar10.yaml --model.sample_size 16 --model.in_channels 1 \
-        --model.block_out_channels '[32,64]' $shared --training.steps $((steps * 2)) --training.batch_size 64 \
+        --model.block_out_channels '[16,32]' $shared --training.steps $((steps * 2)) --training.batch_size 64 \
         --training.learning_rate 1e-3 --training.warmup_steps 0 --training.ema_decay 0.99 --output_dir $out/ddpm
       python experiments/deme.py $folder --num_stages 2 4 --model $out/ddpm --output_dir $out/deme --all "$shared" \
         --decouple "$training --launch.workers 2" \
