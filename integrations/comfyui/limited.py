@@ -7,8 +7,7 @@ offloading and the order of nodes do not matter. What a LoRA adds is computed by
 (`comfy.lora.calculate_weight`), for all forms of LoRA that it reads.
 
 Written from ComfyUI's source (comfy/model_patcher.py at 08d0e51, comfy/lora.py at 17358c8, comfy/model_sampling.py at
-2fd2083, comfy/ops.py at 0271a46, comfy/patcher_extension.py at 06ce62d), and not run in it: the tests here know
-stand-ins of these calls alone.
+2fd2083, comfy/ops.py at 0271a46, comfy/patcher_extension.py at 06ce62d); README.md says what of it was run.
 """
 
 from pathlib import Path

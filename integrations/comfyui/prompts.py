@@ -2,8 +2,8 @@
 
 ComfyUI's Flux (comfy/ldm/flux/model.py at 040a324) has the embeddings and blocks of diffusers' under other names, and
 its single blocks take text and image as one sequence, the image last. So the patch's description is told those names,
-and stagepatch attaches it as it does in diffusers, for the length of one call of the model. Not run in ComfyUI: the
-tests know a stand-in of its calls.
+and stagepatch attaches it as it does in diffusers, for the length of one call of the model. README.md says what of it
+was run.
 """
 
 from dataclasses import replace

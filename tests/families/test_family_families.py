@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from stagepatch.core.errors import UserError
 from stagepatch.families import describe, predict, registry
+from stagepatch.families.packing import unpack
 from stagepatch.patch import Patch, PatchConfig
 from stagepatch.training.loop import _checkpoint_gradients
 from tests.tiny import FAMILIES, FRAMES, TEXT, TEXT_CHANNELS
@@ -184,6 +185,14 @@ def test_sites_are_where_the_hidden_states_have_the_described_shape(name, family
             assert shape[1] == site.num_tokens + BEHIND.get((name, site.module.split(".")[0]), more), site
 
 
+def test_taps_are_whole_embeddings(name, model):
+    """Not layers of them, of which some are as wide."""
+    backbone = describe(model, SIZES.get(name))
+    for tap in (backbone.time_tap, *backbone.condition_taps):
+        kind = type(model.get_submodule(tap)).__name__
+        assert any(part in kind for part in ("Embed", "Projection", "AttentionPool", "ChromaApproximator")), tap
+
+
 def test_the_image_lies_where_the_first_site_says(name, family, model):
     """Before the first block these tokens alone depend on the image."""
     patch = fresh(name, model)
@@ -231,6 +240,8 @@ def test_other_sizes_and_shapes_are_taken(name, family, model, size, shows):
         assert torch.equal(family.call(model, size=size), base)
         drawn(patch)
         output = family.call(model, size=size)
+        described = describe(model, [*SIZES.get(name, size)[:-2], *size])
+        assert described.begin is None or patch.extent.grid == described.grid  # not turned by 90°
     assert output.shape == base.shape
     assert not torch.allclose(output, base, atol=1e-3)
     shows("sizes", name)
@@ -369,6 +380,20 @@ def test_qwenimage_of_layers_is_prompted_at_all_layers_but_not_at_the_picture():
     assert not touched[:, 48:].any()
     with pytest.raises(UserError, match="layers of a picture"):
         predict(model, torch.zeros(2, 4, 8, 8), torch.ones(2), {})
+
+
+def test_nucleus_is_told_the_sides_of_its_image():
+    """Of one that is not square; it predicts x_start − noise."""
+    family = FAMILIES["NucleusMoEImageTransformer2DModel"]
+    model = family.model()
+    inputs = family.inputs(model, 2, 8, 12)
+    expected = -unpack(model(**inputs, return_dict=False)[0], 8, 12)
+    sample, timesteps = unpack(inputs.pop("hidden_states"), 8, 12), 1000 * inputs.pop("timestep")
+    assert inputs.pop("img_shapes") == [(1, 4, 6)] * 2
+    patch = fresh("NucleusMoEImageTransformer2DModel", model)
+    with patch.attach(model):
+        torch.testing.assert_close(predict(model, sample, timesteps, inputs), expected, rtol=1e-4, atol=1e-5)
+        assert patch.extent.grid == (4, 6)
 
 
 @pytest.mark.parametrize("mode", ["plain", "cached"])

@@ -1,4 +1,4 @@
-"""The ComfyUI nodes against stand-ins of the calls that they make; ComfyUI itself is not here (see limited.py)."""
+"""The ComfyUI nodes against stand-ins of the calls that they make; in ComfyUI itself: test_comfyui_itself.py."""
 
 import importlib.util
 import sys
