@@ -46,6 +46,7 @@ from stagepatch.patch import Patch, PatchConfig
 from stagepatch.sampling.experts_file import read_schedule
 from stagepatch.sampling.limited_loras import read_limited_loras
 from stagepatch.training import TrainConfig
+from stagepatch.training.checkpoint import TrainingState
 from tests.runs import make_model
 from tests.tiny_pipelines import PIPELINES
 
@@ -281,6 +282,21 @@ def test_checkpoints(place, model, bytes_, values, is_zip):
     for read in (lambda: DiT.from_original(path, num_attention_heads=1), lambda: Patch.from_released(path)):
         with bounded():
             read()
+
+
+@fuzz(byte_edits, st.none() | value_edits)
+def test_checkpoints_to_resume_from(place, bytes_, values):
+    weights = [torch.nn.Parameter(torch.ones(2, 3))]
+    optimizer, scaler = torch.optim.AdamW(weights), torch.amp.GradScaler("cpu")
+    weights[0].grad = torch.ones(2, 3)
+    optimizer.step()
+    path = place / "checkpoint.safetensors"
+    state = TrainingState(path, {"model": "digits", "training": {"steps": 5}}, weights, optimizer, None, scaler)
+    state.save(3)
+    content = path.read_bytes()
+    path.write_bytes(changed(content, bytes_) if values is None else edited_safetensors(content, values))
+    with bounded():
+        state.load()
 
 
 EXPERTS = [

@@ -136,6 +136,14 @@ def test_parts_of_ours_that_are_not_as_they_are_made_are_refused(saved, tensors)
         load_denoiser(saved)
 
 
+@pytest.mark.parametrize("boundary", ["x", -0.1, 1.5, [0.5], float("nan")])
+def test_a_boundary_that_is_no_noise_level_is_refused(saved, boundary):
+    (saved / "transformer_2").mkdir()
+    (saved / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
+    with pytest.raises(UserError, match=r"boundary_ratio=.*: expected a noise level from 0 to 1"):
+        load_denoiser(saved)
+
+
 @pytest.mark.parametrize("kept", [0, 50, -1])
 def test_truncated_weights_are_refused(saved, kept):
     path = saved / WEIGHTS

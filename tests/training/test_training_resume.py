@@ -266,6 +266,28 @@ def test_a_checkpoint_written_before_an_option_existed_is_gone_on_from(tmp_path)
         run(tmp_path, steps=2, ema_power=0.5)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"iteration": value} for value in ("x", "-3", "")),
+        *({"identity": value} for value in ("{", "5", "[1]", "[" * 9999)),
+        *({"optimizer": value} for value in ('{"groups": 1', "5", '{"groups.x.lr": 1}', '{"0": 1}')),
+        *({"scaler": value} for value in ("{", "5")),
+        {"scaler": None},
+    ],
+    ids=lambda odd: str(odd)[:30],
+)
+def test_a_checkpoint_whose_metadata_are_odd_is_refused(tmp_path, odd):
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    optimizer, scaler = torch.optim.AdamW(weights), torch.amp.GradScaler("cpu")
+    state = TrainingState(tmp_path / "checkpoint.safetensors", {"model": "digits"}, weights, optimizer, None, scaler)
+    state.save(3)
+    tensors, metadata = read_tensors(state.path)
+    write_tensors(state.path, tensors, {name: value for name, value in (metadata | odd).items() if value is not None})
+    with pytest.raises(UserError, match=r"checkpoint.safetensors' is not as it was written"):
+        state.load()
+
+
 def test_an_option_younger_than_a_checkpoint_had_its_default(tmp_path):
     weights = [torch.nn.Parameter(torch.ones(2))]
     optimizer, scaler = torch.optim.AdamW(weights), torch.amp.GradScaler(enabled=False)

@@ -66,6 +66,9 @@ def denoiser_ranges(source: str | Path) -> dict[str, tuple[float, float]]:
 
     Most have one, for all. Wan 2.2's of 14B have two: `transformer` where the noise level is at least the pipeline's
     `boundary_ratio`, `transformer_2` below.
+
+    Raises:
+        UserError: a boundary that is none.
     """
     directory = find_model(source)
     first = denoiser_directory(directory).name
@@ -73,6 +76,8 @@ def denoiser_ranges(source: str | Path) -> dict[str, tuple[float, float]]:
     boundary = read_json(index).get("boundary_ratio") if index.exists() else None
     if boundary is None or not (directory / SECOND).is_dir():
         return {first: (0.0, 1.0)}
+    if not isinstance(boundary, (int, float)) or not 0.0 <= boundary <= 1.0:
+        raise UserError(f"'{index}' says boundary_ratio={boundary!r}: expected a noise level from 0 to 1.")
     return {SECOND: (0.0, float(boundary)), first: (float(boundary), 1.0)}
 
 

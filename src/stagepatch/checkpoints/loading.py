@@ -136,8 +136,8 @@ def temporal_factor(source: str | Path) -> int:
 def _family_of_pipeline(directory: Path) -> Family | None:
     """That of the transformer that a whole pipeline names."""
     index = directory / "model_index.json"
-    _, class_name = (read_json(index) if index.exists() else {}).get("transformer") or ("", "")
-    model_class = getattr(diffusers, class_name or "", None)
+    named = (read_json(index) if index.exists() else {}).get("transformer")
+    model_class = getattr(diffusers, str(named[-1]), None) if isinstance(named, list) and named else None
     return None if model_class is None else family_of(model_class)
 
 

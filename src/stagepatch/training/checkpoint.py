@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stagepatch.core import UserError, as_json, check_unchanged, read_tensors, write_tensors
+from stagepatch.core import UserError, as_json, as_user_error, check_unchanged, read_tensors, write_tensors
 from stagepatch.training.config import BOOKKEEPING
 from stagepatch.training.optimizers import restore_state, state_of
 from stagepatch.training.posthoc_ema import PowerAverages
 from stagepatch.training.run_config import TrainConfig
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
+# What odd metadata raise.
+_ODD = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError)
 
 
 @dataclass
@@ -75,18 +77,25 @@ class TrainingState:
             raise UserError(
                 f"'{self.path}' is not a checkpoint of stagepatch: move it away, or choose another output_dir."
             )
+        broken = f"'{self.path}' is not as it was written: restore it, or choose another output_dir"
+        with as_user_error(broken, *_ODD):
+            iteration, ema_step = int(metadata["iteration"]), 0 if self.ema is None else int(metadata["ema_step"])
+            then, scaler = dict(json.loads(metadata["identity"])), json.loads(metadata["scaler"])
+            kept = dict(json.loads(metadata.get("optimizer", "{}")))  # checkpoints of 0.1.0 have tensors alone
+            if iteration < 0 or ema_step < 0:
+                raise ValueError(f"iteration {min(iteration, ema_step)}")
         found = f"'{self.path}' is the checkpoint of a run with other settings"
         way_out = "Go on with the former settings, or choose another output_dir."
-        check_unchanged(json.loads(metadata["identity"]), self.identity, found, way_out, TrainConfig(), BOOKKEEPING)
-        kept: dict[str, Any] = json.loads(metadata.get("optimizer", "{}"))  # checkpoints of 0.1.0 have tensors alone
+        check_unchanged(then, self.identity, found, way_out, TrainConfig(), BOOKKEEPING)
         for name in [name for name in tensors if name.startswith("optimizer.")]:
             kept[name.removeprefix("optimizer.")] = tensors.pop(name)
         self._fill(tensors)
-        restore_state(self.optimizer, kept)
-        self.scaler.load_state_dict(json.loads(metadata["scaler"]))
+        with as_user_error(broken, *_ODD):
+            restore_state(self.optimizer, kept)
+            self.scaler.load_state_dict(scaler)
         if self.ema is not None:
-            self.ema.optimization_step = int(metadata["ema_step"])
-        return int(metadata["iteration"])
+            self.ema.optimization_step = ema_step
+        return iteration
 
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         own = self._tensors()

@@ -180,11 +180,17 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor | float]:
 
 
 def restore_state(optimizer: torch.optim.Optimizer, values: dict[str, Any]) -> None:
-    """Put back what `state_of` gave, on an optimizer of the same parameters and options."""
+    """Put back what `state_of` gave, on an optimizer of the same parameters and options.
+
+    Raises:
+        ValueError: a name that it does not give; of other odd ones, what they come to.
+    """
     saved = optimizer.state_dict()
     state: dict[Any, Any] = {"groups": dict(enumerate(saved["param_groups"]))}
     for name, value in values.items():
         *path, last = [int(part) if part.isdecimal() else part for part in name.split(".")]
+        if not path:
+            raise ValueError(f"'{name}' is of no parameter")
         holder = state
         for part in path:
             holder = holder.setdefault(part, {})
