@@ -40,7 +40,8 @@ from stagepatch.data import (
 )
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.evaluation.statistics_file import is_statistics, read_statistics
-from stagepatch.methods import LoRA, LoRAConfig, open_artifact
+from stagepatch.methods import LoRA, LoRAConfig, WaveletConfig, open_artifact
+from stagepatch.methods.wavelet import Wavelet
 from stagepatch.models import DiT
 from stagepatch.patch import Patch, PatchConfig
 from stagepatch.sampling.experts_file import read_schedule
@@ -222,12 +223,15 @@ def files(model, place):
     lora = LoRA(LoRAConfig(rank=1, num_stages=2, stage_gate="learned"))
     lora.prepare(copy.deepcopy(model))
     lora.save(place / "lora")
+    wavelet = Wavelet(WaveletConfig(hidden_channels=2))
+    wavelet.prepare(copy.deepcopy(model))
+    wavelet.save(place / "wavelet")
     save_denoiser(model, make_scheduler(ObjectiveConfig(), True), place / "model")
     return {
         name: {
             path: path.read_bytes() for path in (place / name).rglob("*") if path.suffix in (".json", ".safetensors")
         }
-        for name in ("patch", "lora", "model")
+        for name in ("patch", "lora", "wavelet", "model")
     }
 
 
@@ -262,6 +266,12 @@ def test_patches(files, place, model, number, bytes_, values):
 def test_loras(files, place, model, number, bytes_, values):
     read = lambda: open_artifact(place / "lora").put_on(copy.deepcopy(model))  # noqa: E731
     try_directory(files["lora"], number, bytes_, values, read)
+
+
+@fuzz(*directory_edits)
+def test_wavelet_gates(files, place, model, number, bytes_, values):
+    read = lambda: open_artifact(place / "wavelet").put_on(copy.deepcopy(model))  # noqa: E731
+    try_directory(files["wavelet"], number, bytes_, values, read)
 
 
 @fuzz(*directory_edits)

@@ -13,7 +13,7 @@ from stagepatch.core import UserError, read_json, write_json
 from stagepatch.diffusion import ObjectiveConfig, make_scheduler
 from stagepatch.families import predict
 from stagepatch.methods import LoRA, LoRAConfig, load_learned
-from stagepatch.methods.lora import ADAPTER, CONFIG_NAME, FILE_NAME
+from stagepatch.methods.lora import ADAPTER, CONFIG_NAME, FILE_NAME, read_config
 from stagepatch.methods.lora_stages import GATES, Ranks, StageGate
 from stagepatch.sampling import SamplingConfig, generate
 from tests.runs import draw_weights, run
@@ -375,6 +375,24 @@ def test_embeddings_have_no_stages(tiny_dit):
     targets = ["y_embedder.embedding_table"]
     with pytest.raises(UserError, match="cannot be had on embeddings"):
         LoRA(LoRAConfig(num_stages=2, targets=targets)).prepare(tiny_dit())
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"rank": value} for value in ("8", 0, 2.5, True, None, 10**30)),
+        *({"targets": value} for value in (5, [5], "to_q", {})),
+        {"stage_gate": "cosine"},
+        {"scales": ["a"]},
+        {"gate_prior": "x"},
+        {"another": 1},
+    ],
+    ids=str,
+)
+def test_an_odd_config_is_refused(tmp_path, odd):
+    write_json(tmp_path / CONFIG_NAME, {**vars(LoRAConfig()), **odd})
+    with pytest.raises(UserError, match=rf"is not of a LoRA: lora.*{next(iter(odd))}"):
+        read_config(tmp_path)
 
 
 def test_files_that_do_not_fit_are_refused(tiny_dit, tmp_path):

@@ -127,6 +127,20 @@ def test_half_precision_stays():
     torch.testing.assert_close(half.float(), gates.enter(0, tokens), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"sites": 5}, {"sites": None}, {"wavelet": []}, {"wavelet": 3}]
+    + [{"wavelet": {name: value}} for name, value in (("hidden_channels", "x"), ("gate_input", 5), ("x", 1))],
+    ids=str,
+)
+def test_an_odd_config_is_refused(tmp_path, odd):
+    model = FAMILIES["UNet2DModel"].model()
+    gates_on(model).save(tmp_path)
+    write_json(tmp_path / CONFIG_NAME, read_json(tmp_path / CONFIG_NAME) | odd)
+    with pytest.raises(UserError, match=r"is not of wavelet gates|wavelet gates for UNet2DModel with 0 sites"):
+        load_learned(FAMILIES["UNet2DModel"].model(), tmp_path)
+
+
 def test_what_was_saved_comes_back_on_its_own_model_alone(tmp_path):
     family = FAMILIES["UNet2DModel"]
     model = family.model()

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from stagepatch.checkpoints import component_for, is_offloaded
-from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors, write_text
+from stagepatch.core import (
+    UserError,
+    as_user_error,
+    check_values,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from stagepatch.families import input_dtype
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import ROUTERS, LoRAConfig, MethodConfig
@@ -63,14 +72,8 @@ def read_config(directory: Path) -> LoRAConfig:
         UserError: no such file, or one with other keys or types of values.
     """
     values = read_json(directory / CONFIG_NAME)
-    for name, default in vars(LoRAConfig()).items():
-        kinds = {float: (int, float), type(None): (type(None), str, list)}.get(type(default), (type(default),))
-        value = values.get(name, default)
-        inner = int if name == "scales" else str
-        is_odd = isinstance(value, list) and not all(isinstance(each, inner) for each in value)
-        if isinstance(value, bool) or not isinstance(value, kinds) or is_odd:
-            raise UserError(f"'{directory / CONFIG_NAME}' is not of a LoRA: {name} is {value!r}.")
-    with as_user_error(f"'{directory / CONFIG_NAME}' is not of a LoRA", TypeError):
+    with as_user_error(f"'{directory / CONFIG_NAME}' is not of a LoRA", UserError):
+        check_values(values, LoRAConfig, "lora")
         return LoRAConfig(**values)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from stagepatch.core import UserError, as_user_error, read_json, read_tensors, write_json, write_tensors
+from stagepatch.core import UserError, as_user_error, check_values, read_json, read_tensors, write_json, write_tensors
 from stagepatch.families import Backbone, describe
 from stagepatch.methods.base import Method
 from stagepatch.methods.config import MethodConfig, WaveletConfig
@@ -56,19 +56,19 @@ class Wavelet(Method):
             UserError: files that are missing or foreign, or gates for other sites than the model's.
         """
         content = read_json(directory / CONFIG_NAME)
-        with as_user_error(f"'{directory / CONFIG_NAME}' is not of wavelet gates", KeyError, TypeError):
-            self.config, sites = WaveletConfig(**content["wavelet"]), content["sites"]
+        with as_user_error(f"'{directory / CONFIG_NAME}' is not of wavelet gates", LookupError, TypeError, ValueError):
+            check_values(dict(content["wavelet"]), WaveletConfig, "wavelet")
+            self.config, sites = WaveletConfig(**content["wavelet"]), list(content["sites"])
         with torch.device("meta"):  # no memory is taken for sizes that the tensors do not have
             self.gates = WaveletGates(self.config, _described(model))
-        if self._sites() == sites:
-            self._fill(directory, assign=True)
-        self._attach(model)
         if self._sites() != sites:
             self._detach()
             raise UserError(
                 f"'{directory}' holds wavelet gates for {content.get('model_class')} with {len(sites)} sites, which "
                 f"this model has not. Put them on the model that they were trained on."
             )
+        self._fill(directory, assign=True)
+        self._attach(model)
         self._fill(directory)
 
     def start_from(self, model: nn.Module, directory: Path) -> None:
