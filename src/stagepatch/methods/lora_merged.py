@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagepatch.checkpoints import is_offloaded
 from stagepatch.methods.lora_stages import MergedForward
 
 
@@ -22,6 +23,7 @@ class MergedWeights:
     """
 
     def __init__(self) -> None:
+        self._found: dict[nn.Module, list[MergedForward]] = {}
         self.turn_to(None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MergedWeights:
@@ -33,8 +35,7 @@ class MergedWeights:
         if model is not None and model is self._model:
             return
         self._model = model
-        found = [] if model is None else [vars(part).get("forward") for part in model.modules()]
-        self._layers = [each for each in found if isinstance(each, MergedForward) and each.ranks.weigh is None]
+        self._layers = [] if model is None else self._layers_of(model)
         self._drop()
 
     @contextmanager
@@ -52,6 +53,14 @@ class MergedWeights:
         finally:
             for layer in self._layers:
                 layer.kept = None
+
+    def _layers_of(self, model: nn.Module) -> list[MergedForward]:
+        if model not in self._found:
+            # Offloaded, a model computes elsewhere than its weights lie before.
+            parts = [] if is_offloaded(model) else [vars(part).get("forward") for part in model.modules()]
+            found = [part for part in parts if isinstance(part, MergedForward)]
+            self._found[model] = [layer for layer in found if layer.ranks.weigh is None]
+        return self._found[model]
 
     def _drop(self) -> None:
         self._weights: list[Tensor | None] = []

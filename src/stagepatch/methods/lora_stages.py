@@ -164,7 +164,8 @@ class Ranks:
     def merge(self, enabled: bool = True) -> None:
         """Whether a forward without gradients, its timesteps alike, is done with W + B·diag(w)·A in W's place.
 
-        That is made anew in each forward and stored nowhere: W stays what it is, and nothing can be out of date.
+        That is made anew in each forward and stored nowhere: W stays what it is, and nothing can be out of date. What
+        keeps it over several forwards is `MergedWeights`.
         """
         self.merges = enabled
         for layer in self._layers:
@@ -177,9 +178,11 @@ class Ranks:
         dtype = torch.promote_types(weight.dtype, up.dtype)
         if self.weights is not None:
             down, up = self._weighed(layer, down, up)
+        # Where autocast is on, what is told where to write is left in the dtype that it has.
+        merged = torch.empty_like(weight, dtype=dtype)
         scale = layer.scaling[self.adapter]
-        with torch.autocast(weight.device.type, enabled=False):
-            return torch.addmm(weight.to(dtype), up.to(dtype), down.to(dtype), alpha=scale).to(weight.dtype)
+        torch.addmm(weight.to(dtype), up.to(dtype), down.to(dtype), alpha=scale, out=merged)
+        return merged.to(weight.dtype)
 
     def _weighed(self, layer: Any, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """A [R, in] and B·diag(w) [out, R] of a layer, where w is one for all samples."""
