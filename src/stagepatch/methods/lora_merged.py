@@ -24,7 +24,9 @@ class MergedWeights:
 
     def __init__(self) -> None:
         self._found: dict[nn.Module, list[MergedForward]] = {}
-        self.turn_to(None)
+        self._model: nn.Module | None = None
+        self._layers: list[MergedForward] = []
+        self._drop()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MergedWeights:
         return MergedWeights()
@@ -32,7 +34,7 @@ class MergedWeights:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def turn_to(self, model: nn.Module | None) -> None:
         """Whose weights are kept from here on; another's are dropped."""
-        if model is not None and model is self._model:
+        if model is self._model:
             return
         self._model = model
         self._layers = [] if model is None else self._layers_of(model)
