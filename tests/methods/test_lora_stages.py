@@ -253,6 +253,17 @@ def test_merged_weights_follow_the_maps_however_they_change(tiny_dit, batch):
         assert torch.equal(after, predict(other, *same))
 
 
+def test_autocast_leaves_the_merge_in_its_own_dtype(tiny_dit):
+    model = tiny_dit()
+    method = lora_on(model, rank=2)
+    layer = model.blocks[0].attn.qkv
+    with torch.no_grad():
+        expected = layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
+        with torch.autocast("cpu", torch.bfloat16):
+            merged = method.ranks.merged_weight(layer)
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_a_layer_with_a_hook_or_another_adapter_is_left_to_peft(merges, tiny_dit, batch):
     import peft
 

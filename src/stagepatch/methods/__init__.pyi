@@ -19,5 +19,6 @@ from .finetune import Untrained as Untrained
 from .joint import Joint as Joint
 from .lora import FILE_NAME as FILE_NAME
 from .lora import LoRA as LoRA
+from .lora_merged import MergedWeights as MergedWeights
 from .table import make_method as make_method
 from .wavelet import Wavelet as Wavelet

@@ -164,29 +164,33 @@ class Ranks:
     def merge(self, enabled: bool = True) -> None:
         """Whether a forward without gradients, its timesteps alike, is done with W + B·diag(w)·A in W's place.
 
-        That is made anew in each forward and stored nowhere: W stays what it is, and nothing can be out of date.
+        That is made anew in each forward and stored nowhere: W stays what it is, and nothing can be out of date. What
+        keeps it over several forwards is `MergedWeights`.
         """
         self.merges = enabled
         for layer in self._layers:
             if enabled and "forward" not in vars(layer):
-                layer.forward = _MergedForward(self, layer)
+                layer.forward = MergedForward(self, layer)
 
     def merged_weight(self, layer: Any) -> Tensor:
         """W + B·diag(w)·A of an adapted linear layer, [out, in], in the finer of their dtypes and then as W is."""
-        weight, down, up = (part.weight for part in (layer.base_layer, *self._maps(layer)))
+        weight, down, up = (part.weight for part in (layer.base_layer, *self.maps(layer)))
         dtype = torch.promote_types(weight.dtype, up.dtype)
         if self.weights is not None:
             down, up = self._weighed(layer, down, up)
-        up = up * layer.scaling[self.adapter]
-        with torch.autocast(weight.device.type, enabled=False):
-            return torch.addmm(weight.to(dtype), up.to(dtype), down.to(dtype)).to(weight.dtype)
+        # Where autocast is on, what is told where to write is left in the dtype that it has.
+        merged = torch.empty_like(weight, dtype=dtype)
+        scale = layer.scaling[self.adapter]
+        torch.addmm(weight.to(dtype), up.to(dtype), down.to(dtype), alpha=scale, out=merged)
+        return merged.to(weight.dtype)
 
     def _weighed(self, layer: Any, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """A [R, in] and B·diag(w) [out, R] of a layer, where w is one for all samples."""
         assert self.weights is not None
         return down, up * self.weights[0].to(up.device)
 
-    def _maps(self, layer: Any) -> tuple[Any, Any]:
+    def maps(self, layer: Any) -> tuple[Any, Any]:
+        """A and B of an adapted layer."""
         return layer.lora_A[self.adapter], layer.lora_B[self.adapter]
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -228,30 +232,44 @@ def are_alike(rows: Tensor) -> bool:
     return len(rows) == 1 or bool((rows == rows[:1]).all())
 
 
-class _MergedForward:
+class MergedForward:
     """Stands in for an adapted layer's forward: as one linear layer where that can be, and costs less."""
 
     def __init__(self, ranks: Ranks, layer: Any) -> None:
         self.ranks = ranks
         self.layer = layer
+        self.kept: Tensor | None = None  # a merged weight that was made before; see `MergedWeights`
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not (self._is_wanted() and self._is_plain() and self._is_cheaper(x)):
+        if self.kept is not None and not (args or kwargs or torch.is_grad_enabled()):
+            return F.linear(x, self.kept, self.layer.base_layer.bias)
+        if args or kwargs or not (self.can_merge() and self._is_cheaper(x)):
             output: Tensor = type(self.layer).forward(self.layer, x, *args, **kwargs)
             return output
         return F.linear(x, self.ranks.merged_weight(self.layer), self.layer.base_layer.bias)
 
-    def _is_wanted(self) -> bool:
-        return self.ranks.merges and self.ranks.are_shared and not torch.is_grad_enabled()
-
-    def _is_plain(self) -> bool:
-        """A linear layer in memory, not quantised, without hooks, under this adapter alone."""
+    def can_merge(self) -> bool:
+        """In sampling: a linear layer in memory, not quantised, without hooks, under this adapter alone."""
+        if not (self.ranks.merges and self.ranks.are_shared) or torch.is_grad_enabled():
+            return False
         layer, base = self.layer, self.layer.base_layer
         if layer.active_adapters != [self.ranks.adapter] or layer.disable_adapters or layer.merged:
             return False
         if base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base) or type(base) is not nn.Linear:
             return False
         return type(base.weight) is nn.Parameter and base.weight.is_floating_point() and not base.weight.is_meta
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """Of the modules whose weights are merged."""
+        return [part._parameters for part in (self.layer.base_layer, *self.ranks.maps(self.layer))]
+
+    def state(self) -> tuple[Any, ...]:
+        """What else counts: the scale, adapters that are on, hooks. Asked before each forward, hence by dicts."""
+        own = vars(self.layer)
+        base = vars(own["_modules"]["base_layer"])
+        adapters = own["_active_adapter"], own["_disable_adapters"], len(own["merged_adapters"]), self.ranks.merges
+        hooks = len(base["_forward_hooks"]), len(base["_forward_pre_hooks"]), "forward" in base
+        return own["scaling"][self.ranks.adapter], adapters, hooks
 
     def _is_cheaper(self, x: Tensor) -> bool:
         """Rows · R · (in + out) multiplications through the maps, or in · out · R to merge them."""

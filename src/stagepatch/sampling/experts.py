@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stagepatch.core import UserError, as_user_error
 from stagepatch.families import find_denoiser, input_dtype, learns_sigma, num_classes
 from stagepatch.families.registry import family_of
+from stagepatch.methods import MergedWeights
 from stagepatch.sampling.config import SamplingConfig
 from stagepatch.sampling.fusion import SideBySide
 from stagepatch.sampling.stand_in import StandIn, check_free
@@ -149,6 +150,8 @@ class AttachedExperts(StandIn):
             list(dict.fromkeys(expert.denoiser or model for expert in here)) for _, here in experts.stretches
         ]
         self._side_by_side = [SideBySide(each) if len(each) > 1 else None for each in self._denoisers]
+        # Of LoRAs: those of the range that is sampled in are merged once, and dropped when another's turn comes.
+        self._merged = MergedWeights()
         super().__init__(model)
         self.experts = experts
         self._levels = family_of(type(model)).sample_levels
@@ -162,6 +165,8 @@ class AttachedExperts(StandIn):
             return self._forward(*args, **kwargs)
         chosen = self._choose(timestep)
         if len(set(chosen)) == 1:
+            here = self._denoisers[chosen[0]]
+            self._merged.turn_to(here[0] if len(here) == 1 else None)
             return self._call(chosen[0], self._forward, args, kwargs)
         outputs, order = [], []
         for number in sorted(set(chosen)):
@@ -178,7 +183,8 @@ class AttachedExperts(StandIn):
         levels = self._levels(torch.as_tensor(timestep).detach().cpu().double())
         # Rounded, since float32 loses some digits where a model takes timesteps divided by 1000.
         timesteps = (levels * 1000.0).round(decimals=3).tolist()
-        return [max(0, bisect.bisect_right(self._starts, value) - 1) for value in timesteps]
+        numbers = {value: max(0, bisect.bisect_right(self._starts, value) - 1) for value in set(timesteps)}
+        return [numbers[value] for value in timesteps]
 
     def _call(self, number: int, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answer of a range's denoiser, or of two together; `own` is how the model itself is called."""
@@ -194,7 +200,14 @@ class AttachedExperts(StandIn):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if tensors and next(denoiser.parameters()).device != tensors[0].device:
             denoiser.to(tensors[0].device)  # the model was moved, or is offloaded and computes elsewhere
-        return denoiser(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return denoiser(*args, **kwargs)
+        with self._merged.used_by(denoiser):
+            return denoiser(*args, **kwargs)
+
+    def detach(self) -> None:
+        self._merged.turn_to(None)
+        super().detach()
 
     def _call_model(self, *args: Any, **kwargs: Any) -> Any:
         """The model on a part of the batch, with its hooks, which have seen the whole batch."""

@@ -89,7 +89,7 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
             expert = _copy(model, shares_memory="weights" not in artifact.kind)
             method = artifact.put_on(expert)
             if isinstance(method, LoRA):
-                method.merge()  # in each forward, not for good: nothing is stored beside the base's weights
+                method.merge()  # not for good: experts that are attached keep the merged weights of one range
             return expert.eval()
     return None
 
