@@ -150,8 +150,9 @@ def _coverage_of_halves(features: Tensor, reference: Tensor, halves: Tensor) -> 
 
 
 def _recall_of_halves(features: Tensor, reference: Tensor, halves: Tensor) -> Tensor:
-    radii = _radii_in_halves(features.double(), halves, 3)
-    return _gaps_of_halves(features.double(), reference, halves, lambda place, rows: radii[place])
+    features = features.double()
+    radii = _radii_in_halves(features, halves, 3)
+    return _gaps_of_halves(features, reference, halves, lambda place, rows: radii[place])
 
 
 def _gaps_of_halves(
