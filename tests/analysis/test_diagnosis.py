@@ -9,7 +9,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
-from stagepatch.analysis import Change, DiagnoseConfig, change, diagnose, give_advice
+from stagepatch.analysis import Change, DiagnoseConfig, change, diagnose, diagnosis_in_words, give_advice
 from stagepatch.analysis.advice import BENCH, MEASURED, UNMEASURED
 from stagepatch.analysis.verdicts import RULE, decide, judge
 from stagepatch.cli import app
@@ -167,6 +167,10 @@ def test_trainings_that_raise_even_the_training_loss_tell_nothing_of_copies_eith
     assert (untold.converged, untold.converged_other_density) == ("unclear", "unclear")
     assert (untold.shares_too_little, untold.limited_by) == ("unclear", "unclear")
     assert judge(none, [rises], [rises], none, [falls], "unclear").limited_by == "capacity"
+    for trained, why in ((rises, "too few steps or too high a rate"), (none, "the intervals are too wide")):
+        unclear = replace(one_map, verdicts=untold, longer=[rises], longer_trained=[trained], rates=[1e-3])
+        assert f"{why} (more" in (line := diagnosis_in_words(unclear)[1])
+        assert "averaged steps: +1.00 % (+0.80 to +1.20) at 0.001." in line
     keys = {each.key: each for each in give_advice(DiagnoseConfig(), replace(one_map, verdicts=untold))}
     assert keys["copies_by_range"].evidence == BENCH
     assert "no_stages" not in keys

@@ -81,7 +81,7 @@ def test_intervals_of_gaussians_hold_93_to_97_times_in_100():
 
 @pytest.mark.parametrize("key", ["recall", "coverage"])
 def test_errors_of_recall_and_coverage_are_those_that_are_seen(key):
-    """Leaving out groups instead makes recall's 1.4 times, of a difference 1.6 times what is seen."""
+    """Leaving out groups instead makes those of recall 1.8 times what is seen, of coverage 1.4 and 1.6 times."""
     generator, metric = torch.Generator().manual_seed(0), METRICS[key]
     reference, groups, values, squares = torch.randn(200, SIZE, generator=generator), groups_of(200), [], []
     for _ in range(60):

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from stagepatch.analysis.advice import Advice
 from stagepatch.analysis.changes import Change
 from stagepatch.analysis.diagnosis import Diagnosis, curve
-from stagepatch.analysis.verdicts import LIMITS, RULE, STAGES
+from stagepatch.analysis.verdicts import LIMITS, RULE, STAGES, were_too_short
 from stagepatch.report import Code, Picture, Prose, Section, Table, similarity_heatmaps
 
 _CONVERGED = {
     "yes": "Converged, for this budget: no training lowers the held-out loss.",
     "no": "Not converged: training on lowers the held-out loss.",
-    "unclear": "Whether it is converged cannot be told: intervals are too wide, or trainings too short.",
+    "unclear": "Whether it is converged cannot be told:",
 }
 _OTHER_DENSITY = {
     "yes": "With another density of timesteps it is converged too, for the loss weighted so.",
@@ -29,11 +29,20 @@ _OVER_FITTED = {
     "unclear": "Whether it is over-fitted cannot be told.",
 }
 
+_TOO_SHORT = (
+    "each training raises even the loss on training images, so it had too few steps or too high a rate (more minutes, "
+    "lower rates)."
+)
+_TOO_WIDE = "the intervals are too wide (more images)."
+
 
 def diagnosis_in_words(found: Diagnosis) -> list[str]:
     """The verdicts, each with its numbers."""
     verdicts, rates = found.verdicts, zip(found.rates, found.longer, strict=True)
-    each = "; ".join(f"{rate:g}: {change}" for rate, change in rates)
+    each = "; ".join(f"{change} at {rate:g}" for rate, change in rates)
+    converged = _CONVERGED[verdicts.converged]
+    if verdicts.converged == "unclear":
+        converged += f" {_TOO_SHORT if were_too_short(found.longer_trained) else _TOO_WIDE}"
     far = (
         ""
         if math.isnan(found.far.mean)
@@ -41,9 +50,9 @@ def diagnosis_in_words(found: Diagnosis) -> list[str]:
     )
     return [
         LIMITS[verdicts.limited_by],
-        f"{_CONVERGED[verdicts.converged]} {found.steps} averaged steps, by rate: {each}.",
-        f"{_OTHER_DENSITY[verdicts.converged_other_density]} {found.density}.",
-        f"{_OVER_FITTED[verdicts.over_fitted]} Gap: {found.gap}.",
+        f"{converged} Held-out loss after {found.steps} averaged steps: {each}.",
+        f"{_OTHER_DENSITY[verdicts.converged_other_density]} That loss after as many steps: {found.density}.",
+        f"{_OVER_FITTED[verdicts.over_fitted]} Held-out against training images: {found.gap}.",
         f"{STAGES[verdicts.stages]}{far}",
     ]
 
@@ -158,9 +167,9 @@ def _rooms(found: Diagnosis) -> Table:
 def _methods(found: Diagnosis) -> Table:
     rows = []
     for each in found.prospects:
-        time = "–" if math.isnan(each.seconds) else f"{1000.0 * each.seconds:.3g} ms"
+        time = "–" if math.isnan(each.seconds) else _duration(each.seconds)
         memory = "–" if math.isnan(each.memory_gib) else f"{each.memory_gib:.2f} GiB"
-        samples = f"{each.sample_seconds:.3g} s" if each.sample_seconds else ""
+        samples = _duration(each.sample_seconds) if each.sample_seconds else ""
         rows.append([each.label, f"{each.parameters:,}", time, memory, samples, each.gain, each.refused])
     columns = [
         "method",
@@ -178,6 +187,10 @@ def _methods(found: Diagnosis) -> Table:
         "costs fine-tuning's time and memory a step, four times its weights on disk, and gave −14.2 ± 0.5 % there."
     )
     return Table("What each method costs", columns, rows, note)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1.0 else f"{1000.0 * seconds:.3g} ms"
 
 
 def _free(found: Diagnosis) -> Table:

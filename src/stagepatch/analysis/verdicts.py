@@ -60,13 +60,18 @@ def judge(
         copies: by copies for ranges of the timesteps, to the least that one model has.
     """
     found = [any_below(list(changes), -LEAST_CHANGE) for changes in (longer, copies, [density])]
-    if min(each.mean for each in longer_trained) > LEAST_CHANGE:  # then a "no" says nothing
+    if were_too_short(longer_trained):  # then a "no" says nothing
         found = ["unclear" if answer == "no" else answer for answer in found]
     lowers, too_little, other_lowers = found
     over_fitted = gap.is_above(LEAST_GAP)
     room = max(-each.mean for each in longer)
     limit = decide(lowers, room, over_fitted, gap.mean, too_little)
     return Verdicts(_OTHER[lowers], _OTHER[other_lowers], over_fitted, too_little, limit, stages)
+
+
+def were_too_short(longer_trained: Sequence[Change]) -> bool:
+    """Whether each training raised even the loss on training images: its steps too few, or its rate too high."""
+    return min(each.mean for each in longer_trained) > LEAST_CHANGE
 
 
 def decide(lowers: Answer, room: float, over_fitted: Answer, gap: float, too_little: Answer) -> Limit:

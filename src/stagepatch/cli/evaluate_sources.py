@@ -287,7 +287,7 @@ def _measure(
     found_intervals = {key: estimate(measured, key).interval for key in measured.metrics[0]}
     intervals = {key: [*ends] for key, ends in found_intervals.items() if not math.isnan(ends[0])}
     if intervals:
-        over = f"{len(ones)} sampling seeds (Student's t)" if len(ones) > 1 else "A's images (jackknife of 20 groups)"
+        over = f"{len(ones)} sampling seeds (Student's t)" if len(ones) > 1 else "A's images (20 groups of them)"
         notes.insert(0, f"In brackets 95% intervals over {over}; B's images are taken as they are.")
     directory = Path(config.output_dir)
     result: dict[str, Any] = {

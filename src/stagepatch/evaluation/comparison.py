@@ -67,7 +67,7 @@ def comparison_note(base: Measured, is_compared: bool = True) -> str:
     if seeds > 1:
         over, paired = f"{seeds} sampling seeds (Student's t)", "seed"
     elif base.without:
-        over, paired = "the images of one sampling seed (jackknife of 20 groups)", "image"
+        over, paired = "the images of one sampling seed (20 groups of them)", "image"
     else:
         return "One sampling seed: no interval, and so no difference. Give several seeds."
     note = f"In brackets 95% intervals over {over}; the reference images are taken as they are."

@@ -56,14 +56,14 @@ def density_without(features: Tensor, reference: Tensor, groups: Tensor) -> list
 
 def coverage_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
     """`coverage` without each group of samples, see `without_by_halves`."""
-    rows = (at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference), at_most(NEIGHBOURS, groups))
-    return without_by_halves(_coverage_of_halves, *rows)
+    rows = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, reference).double()
+    return without_by_halves(_coverage_of_halves, *rows, at_most(NEIGHBOURS, groups))
 
 
 def recall_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
     """`recall` without each group of samples, see `without_by_halves`."""
-    rows = (at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference), at_most(NEIGHBOURS, groups))
-    return without_by_halves(_recall_of_halves, *rows)
+    rows = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, reference)
+    return without_by_halves(_recall_of_halves, *rows, at_most(NEIGHBOURS, groups))
 
 
 def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Tensor:
@@ -144,14 +144,13 @@ def _means_without(values: Tensor, groups: Tensor) -> list[float]:
 
 
 def _coverage_of_halves(features: Tensor, reference: Tensor, halves: Tensor) -> Tensor:
-    reference = reference.double()
     radii = _radii(reference, 2 * 5, _ROWS)  # half as many samples are as near to it as all are to its 5th neighbour
-    return _gaps_of_halves(features.double(), reference, halves, lambda place, rows: radii[rows].unsqueeze(1))
+    return _gaps_of_halves(features, reference, halves, lambda place, rows: radii[rows].unsqueeze(1))
 
 
 def _recall_of_halves(features: Tensor, reference: Tensor, halves: Tensor) -> Tensor:
-    radii = _radii_in_halves(features.double(), halves, 3)
-    return _gaps_of_halves(features.double(), reference, halves, lambda place, rows: radii[place])
+    radii = _radii_in_halves(features, halves, 3)
+    return _gaps_of_halves(features, reference, halves, lambda place, rows: radii[place])
 
 
 def _gaps_of_halves(
