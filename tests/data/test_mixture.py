@@ -137,13 +137,14 @@ def test_names_of_classes_go_across_formats(two, tmp_path):
 
 def test_what_cannot_be_is_refused(two):
     for choices, message in (
-        ({"sources": [SourceConfig(str(two[0]), 0)]}, "repeats=0 must be at least 1"),
         ({"sources": [SourceConfig("", 1)]}, "each names a source"),
         ({"sources": [SourceConfig("A")], "source": "B"}, "in place of data.source"),
         ({"sources": [SourceConfig("A")], "masks": "B"}, "data.masks and data.references"),
     ):
         with pytest.raises(UserError, match=message):
             DataConfig(**choices)
+    with pytest.raises(UserError, match="repeats=0 must be at least 1"):
+        SourceConfig(str(two[0]), 0)
     with pytest.raises(UserError, match="The bundled 'fashion' is trained on alone"):
         load_dataset(mixed((two[0], 1), ("fashion", 1)))
 

@@ -290,9 +290,8 @@ def test_a_comparison_has_balanced_entries(tmp_path):
     assert balanced.config.balancing == BalancingConfig("uncertainty", "timestep", 4, "a.json")
     assert balanced.identity()["balancing"] == BalancingConfig("uncertainty", "timestep", 4)  # wherever its files are
     assert "balancing" not in plain.identity()
-    entries[1].balancing["intervals"] = 3
     with pytest.raises(UserError, match="balancing has no key 'intervals'"):
-        plan_jobs(CompareConfig(output_dir=str(tmp_path), entries=entries))
+        EntryConfig("balanced", "dmp", balancing={"name": "uncertainty", "intervals": 3})
 
 
 def test_off_leaves_a_run_as_it_was(tmp_path):
