@@ -68,7 +68,7 @@ assets: .venv/installed
 		cp -r runs/$$data-dit/transformer runs/$$data-dit/scheduler src/stagepatch/assets/$$data-dit/ || exit 1; \
 	done
 
-# Every table of the papers, small: from pretraining to table, some 40 minutes on two cores.
+# Every table of the papers, small: from pretraining to table, an hour and a half on two cores beside other work.
 papers-small: .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/papers_small.sh
 
