@@ -61,7 +61,8 @@ class DataConfig:
         sources: several data sets in place of `source`, such as [{source: A, repeats: 10}, {source: B}]; all else here
             is for each of them.
         image_size: height and width [pixels] to which images are resized and centre-cropped; with crop 'buckets',
-            an image has at most that square's area. 0 is the model's own size in pixels, and 256 for any other.
+            an image has at most that square's area. 0 is the model's own size where it works in pixels, and 256 where
+            it has a VAE.
         num_frames: above 1, `source` is a folder of videos, to train a model of videos on clips of so many frames, as
             many as its VAE takes: of Wan, CogVideoX and HunyuanVideo 4·k + 1, of Mochi 6·k + 1, of LTX 8·k + 1.
         fps: frames of a clip a second, by the video's own clock; 0 takes every frame.
