@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from stagepatch.checkpoints import add_projections, find_model, load_denoiser, model_fingerprint, weights_fingerprint
 from stagepatch.checkpoints.projection import PROJECTION
 from stagepatch.core import TensorReader, UserError, processes
+from stagepatch.data import fit_to_model
 from stagepatch.evaluation import Evaluator
 from stagepatch.merging import MergeMethod, Snapshots, Stages, combine, combine_loras
 from stagepatch.merging.config import SUM
@@ -139,7 +141,8 @@ def search_weights(config: MergeConfig, stages: Stages | Snapshots) -> dict[str,
     identity = {
         "base": model_fingerprint(find_model(stages.base)),
         "stages": [fingerprint(stage) for stage in stages.directories],
-        **{name: getattr(config, name) for name in ("ties_keep", "extractor", "sampling", "data")},
+        **{name: getattr(config, name) for name in ("ties_keep", "extractor", "sampling")},
+        "data": replace(config.data, image_size=fit_to_model(config.data, stages.base).image_size),
         **({"dare": [config.method.kind, config.dare_drop, config.seed]} if config.dare_drop else {}),
         **{name: getattr(options, name) for name in ("metric", "low", "high")},
     }
