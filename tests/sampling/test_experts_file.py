@@ -83,6 +83,37 @@ def test_what_a_patch_and_a_lora_stand_on_is_the_base_s_memory(stages, tmp_path)
     assert not memory["finetune"] & own
 
 
+@pytest.mark.parametrize("name", ["patch", "lora", "finetune"])
+def test_what_was_learned_goes_on_a_model(stages, tmp_path, batch, name):
+    save_denoiser(copy.deepcopy(stages["base"]), SCHEDULER, tmp_path / "copy")
+    expected = answer(stages[name], batch, 700)
+    both = ranges((0, 1000), model="copy", learned=name)
+    for experts in (
+        load(tmp_path, stages["other"], experts=both),
+        load_experts(
+            write(tmp_path / "a.yaml", experts=ranges((0, 1000), model="copy")),
+            stages["other"],
+            SCHEDULER,
+            f"{tmp_path / name}",
+        ),
+    ):
+        (expert,) = experts.ranges
+        torch.testing.assert_close(answer(expert.denoiser, batch, 700), expected)
+        if name == "lora":
+            assert not any("lora" in each for each, _ in expert.denoiser.named_modules())  # at the model's own cost
+
+
+def test_commands_put_a_patch_on_each_expert(stages, tmp_path):
+    path = write(tmp_path / "experts.yaml", experts=ranges((0, 500), model="other") + ranges((500, 1000)))
+    given = ["--sampling.num_images=12", "--sampling.num_inference_steps=5"]
+    bare = sampled(tmp_path / "base", tmp_path / "bare", f"--schedule={path}", *given)
+    save_denoiser(stages["base"], SCHEDULER, tmp_path / "other")
+    images = sampled(tmp_path / "base", tmp_path / "out", f"--schedule={path}", f"--patch={tmp_path / 'lora'}", *given)
+    expected = sampled(tmp_path / "base", tmp_path / "plain", f"--patch={tmp_path / 'lora'}", *given)
+    torch.testing.assert_close(images, expected)
+    assert not torch.allclose(images, bare)
+
+
 def test_a_directory_named_twice_is_loaded_once(stages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
@@ -128,7 +159,7 @@ STEPS = [{"timestep": 3, "expert": "a"}]
         ({"experts": ranges((0, 10**400))}, "`to` must be finite, and fit in 64 bits"),
         ({"experts": ranges((0, 1000), model=3)}, "`model` is 3"),
         ({"experts": ranges((0, 1000), model="")}, "`model` is ''"),
-        ({"experts": ranges((0, 1000), model="digits", learned="x")}, "give one of them"),
+        ({"experts": ranges((0, 1000), model="digits", learned="x")}, "The expert 'digits with x'"),
         ({"experts": ranges((0, 400), (500, 1000))}, "No expert is there for timesteps 400 to 500"),
         ({"experts": ranges((100, 1000))}, "No expert is there for timesteps 0 to 100"),
         ({"experts": ranges((0, 400), (300, 1000))}, "Two experts are there for timesteps 300 to 400"),
@@ -215,8 +246,6 @@ def test_commands_sample_and_evaluate_a_schedule(stages, tmp_path, capsys):
     assert "schedule" in capsys.readouterr().out
     given.append(f"--output_dir={tmp_path / 'no'}")
     for command in ("sample", "evaluate"):
-        assert main([command, *given, f"--schedule={path}", f"--patch={tmp_path / 'patch'}"]) == 2
-        assert "Give --patch or --schedule" in capsys.readouterr().err
         assert main([command, *given, "--schedule=nowhere.yaml"]) == 2
         assert "No such schedule: 'nowhere.yaml'" in capsys.readouterr().err
 

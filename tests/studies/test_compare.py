@@ -25,6 +25,7 @@ from stagepatch.studies.compare_jobs import CompareJob, plan_jobs
 from stagepatch.studies.compare_page import COLUMNS, JUDGED, note, short
 from stagepatch.studies.compare_results import SIGNIFICANCE
 from stagepatch.training import TrainConfig, TrainingConfig
+from tests.sampling.test_experts import drawn_method
 from tests.studies.conftest import study, write_config
 
 ENTRIES = [
@@ -186,7 +187,8 @@ def entry(method="dmp", **more):
         ({"model": "nowhere"}, "No model at 'nowhere'"),
         (entry("none", model="gone-{seed}"), "No model at 'gone-0'"),
         (entry("none", schedule="gone.yaml"), "gone.yaml"),
-        (entry(schedule="x.yaml"), "a schedule is sampled as it is"),
+        (entry("none", learned="gone"), "No patch at 'gone'"),
+        (entry(schedule="x.yaml"), "schedule and learned are sampled as they are"),
         ({"metric": "fiddle"}, "metric='fiddle' is none of"),
         ({"launch": {"executor": "debug", "workers": 0}}, "launch.workers=0"),
     ],
@@ -230,18 +232,22 @@ def test_entries_start_from_models_and_schedules_of_their_own_seed(tmp_path):
         save_denoiser(model, scheduler, tmp_path / f"other-{seed}")
         experts = f"experts: [{{from: 0, to: 500}}, {{from: 500, to: 1000, model: other-{seed}}}]"
         (tmp_path / f"experts-{seed}.yaml").write_text(experts)
-    other, schedule = (str(tmp_path / name) for name in ("other-{seed}", "experts-{seed}.yaml"))
+        drawn_method("lora", model, rank=1 + seed).save(tmp_path / f"lora-{seed}")
+    other, schedule, lora = (str(tmp_path / name) for name in ("other-{seed}", "experts-{seed}.yaml", "lora-{seed}"))
     entries = [
         {"name": "base", "method": "none"},
         {"name": "other", "method": "none", "model": other},
         {"name": "experts", "method": "none", "schedule": schedule},
+        {"name": "lora", "method": "none", "learned": lora},
+        {"name": "lora on experts", "method": "none", "schedule": schedule, "learned": lora},
         {"name": "DMP on other", "method": "dmp", "model": other},
     ]
     assert compare(tmp_path, entries=entries, training_seeds=[0, 1], evaluate_every=0) == 0
     values = results_of(tmp_path)
     metrics = {path.parent.name: read_json(path) for path in tmp_path.glob("out/jobs/*/metrics.json")}
-    assert set(metrics) == {"base", *(f"{n}-{s}" for n in ("other", "experts", "dmp-on-other") for s in (0, 1))}
-    assert len({json.dumps(list(each.values())[-1]) for each in metrics.values()}) == 7
+    rows = ("other", "experts", "lora", "lora-on-experts", "dmp-on-other")
+    assert set(metrics) == {"base", *(f"{row}-{seed}" for row in rows for seed in (0, 1))}
+    assert len({json.dumps(list(each.values())[-1]) for each in metrics.values()}) == 11
     assert values["base"]["is_base"]
     assert values["base"]["differences"] == {}
     assert set(values["experts"]["differences"]) == {"4"}

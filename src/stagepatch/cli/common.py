@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from stagepatch.checkpoints import MemoryConfig, load_denoiser, on_device
+from stagepatch.cli.config import EvaluateConfig, SampleConfig
 from stagepatch.core import UserError, processes, progress_bar, read_yaml
 from stagepatch.diffusion import make_sampler, pin_timesteps
 from stagepatch.families import find_denoiser
@@ -62,15 +63,31 @@ def put_on(directory: str, scale: float, target: Any, component: str = "") -> No
             method.fuse()
 
 
+def check_scale(config: SampleConfig | EvaluateConfig) -> None:
+    """See that what is put on a schedule's experts is so as it was learned.
+
+    Raises:
+        UserError: it is scaled.
+    """
+    if config.schedule and config.patch_scale != 1.0:
+        raise UserError(f"patch_scale={config.patch_scale} scales a patch on one model: leave it out with --schedule.")
+
+
 def put_experts_on(
-    schedule: str, target: Any, scheduler: Any, sampling: SamplingConfig, component: str = ""
+    schedule: str, target: Any, scheduler: Any, sampling: SamplingConfig, component: str = "", learned: str = ""
 ) -> SamplingConfig:
-    """A file's experts, or its LoRAs by range, on a denoiser or on a pipeline's; returns how it is to be sampled."""
+    """A file's experts, or its LoRAs by range, on a denoiser or on a pipeline's; returns how it is to be sampled.
+
+    Args:
+        learned: directory of what is put on each expert.
+    """
     content = read_yaml(Path(schedule), "schedule")
     if isinstance(content, dict) and "loras" in content:
+        if learned:
+            raise UserError(f"'{schedule}' has LoRAs on the model itself: give them, or '{learned}'.")
         load_limited_loras(schedule, target, component)
         return sampling
-    experts = load_experts(schedule, find_denoiser(target), scheduler or target.scheduler)
+    experts = load_experts(schedule, find_denoiser(target), scheduler or target.scheduler, learned)
     experts.attach(target)
     if scheduler is None and experts.timesteps is not None:
         if experts.scheduler:

@@ -59,7 +59,8 @@ class SampleConfig:
         patch: directory of a patch, or of what another method learned; empty for the base model.
         component: name of the denoiser that a patch of one goes on, in a pipeline that has several.
         patch_scale: factor on the patch's prompts; 1 as trained.
-        schedule: YAML file of experts, or of LoRAs, by range of timesteps, in place of a patch; see docs/experts.md.
+        schedule: YAML file of experts, or of LoRAs, by range of timesteps; see docs/experts.md. A patch beside it is
+            put on each expert.
         call: further arguments of the pipeline's call, such as {height: 512, width: 768, num_frames: 1}.
         sampling: sampler, guidance, count and seed.
     """
@@ -127,7 +128,8 @@ class EvaluateConfig(EvaluationConfig):
         patch: directory of a patch, or of what another method learned; with one, base and patched model are compared
             from the same noise.
         patch_scale: factor on the patch's prompts; 1 as trained.
-        schedule: YAML file of experts by range of timesteps, which then are compared with the base.
+        schedule: YAML file of experts by range of timesteps, which then are compared with the base. A patch beside it
+            is put on each of them.
         seeds: sampling seeds; the spread and the paired difference are over these. The other side, where it is a
             model, has the seed after their highest.
         data: training images; with `against`, how images are read: at their own size without image_size.

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import RUN_CONFIG, bar_over, load_on_device, own_share, put_on, write_run_config
+from stagepatch.cli.common import (
+    RUN_CONFIG,
+    bar_over,
+    check_scale,
+    load_on_device,
+    own_share,
+    put_on,
+    write_run_config,
+)
 from stagepatch.cli.evaluate_sources import (
     evaluate_sources,
     learned_fingerprint,
@@ -45,8 +53,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     """A model against its training images; with a patch or a schedule, base and patched (or scheduled) from the same
     noise.
     """
-    if config.patch and config.schedule:
-        raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
+    check_scale(config)
     _check_is_model(config.model)
     directory = Path(config.output_dir)
     cache = Path(config.cache or directory / "cache")
@@ -55,7 +62,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
         config.model, config.data, config.extractor, cache, config.held_out, "", dtype, config.metrics
     )
     model, scheduler = load_on_device(config.model, dtype, config.memory)
-    experts = load_experts(config.schedule, model, scheduler) if config.schedule else None
+    experts = load_experts(config.schedule, model, scheduler, config.patch) if config.schedule else None
     if config.patch:
         open_learned(Path(config.patch))  # refused before anything is sampled
     attach_guide(model, scheduler, config.sampling)
@@ -63,7 +70,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
     settings = {
         "config": config,
         "weights": weights_fingerprint(config.model),
-        "learned": learned_fingerprint(config.patch or config.schedule),
+        "learned": "".join(learned_fingerprint(each) for each in (config.patch, config.schedule) if each),
         "extractor": evaluator.extractor.fingerprint,
     }
     begin_shards(kept, settings, ignored=("output_dir", "cache"))
@@ -92,7 +99,7 @@ def _evaluate_model(config: configs.EvaluateConfig, resolved: str) -> None:
             with experts.attach(model):
                 collect("schedule", experts.sampling(config.sampling))
         collect("base", config.sampling)
-        if config.patch:
+        if config.patch and experts is None:
             put_on(config.patch, config.patch_scale, model)
             collect("patched", config.sampling)
     processes().wait_for_everyone()

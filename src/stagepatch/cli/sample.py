@@ -7,8 +7,16 @@ import torch
 
 from stagepatch.checkpoints import is_pipeline, load_pipeline
 from stagepatch.cli import config as configs
-from stagepatch.cli.common import bar_over, load_on_device, own_share, put_experts_on, put_on, write_run_config
-from stagepatch.core import UserError, alone_in, processes, write_tensors
+from stagepatch.cli.common import (
+    bar_over,
+    check_scale,
+    load_on_device,
+    own_share,
+    put_experts_on,
+    put_on,
+    write_run_config,
+)
+from stagepatch.core import alone_in, processes, write_tensors
 from stagepatch.report import image_grid, write_picture
 from stagepatch.sampling import (
     SamplingConfig,
@@ -22,8 +30,7 @@ from stagepatch.sampling import (
 
 def sample(config: configs.SampleConfig, resolved: str) -> None:
     """Generate images, and write them as tensors and as a grid."""
-    if config.patch and config.schedule:
-        raise UserError("Give --patch or --schedule: a schedule can name patches itself.")
+    check_scale(config)
     directory = Path(config.output_dir)
     dtype = getattr(torch, config.dtype)
     if is_pipeline(config.model):
@@ -33,8 +40,8 @@ def sample(config: configs.SampleConfig, resolved: str) -> None:
     attach_guide(model, scheduler or model.scheduler, config.sampling)
     sampling = config.sampling
     if config.schedule:
-        sampling = put_experts_on(config.schedule, model, scheduler, sampling, config.component)
-    if config.patch:
+        sampling = put_experts_on(config.schedule, model, scheduler, sampling, config.component, config.patch)
+    elif config.patch:
         put_on(config.patch, config.patch_scale, model, config.component)
     with alone_in(directory):
         _sample(config, resolved, model, scheduler, sampling)

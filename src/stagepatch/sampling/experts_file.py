@@ -31,7 +31,7 @@ class ExpertSource:
 
     Args:
         name: for messages.
-        learned: directory of a patch, a LoRA or weights, on top of the base.
+        learned: directory of a patch, a LoRA or weights, on top of the base, or of `model`.
         model: a model directory, a Hub id, 'digits' or 'fashion'.
     """
 
@@ -40,7 +40,7 @@ class ExpertSource:
     model: str = ""
 
 
-def load_experts(path: str | Path, model: nn.Module, scheduler: Any) -> Experts:
+def load_experts(path: str | Path, model: nn.Module, scheduler: Any, learned: str = "") -> Experts:
     """The experts of a file, on a model's device and in its dtype, to be attached to it.
 
     A patch or a LoRA shares the model's memory. A directory that is named twice is loaded once.
@@ -49,11 +49,12 @@ def load_experts(path: str | Path, model: nn.Module, scheduler: Any) -> Experts:
         path: YAML; see docs/experts.md.
         model: the base.
         scheduler: the one that the base was trained with.
+        learned: directory of a patch, a LoRA or weights, to be put on each expert.
 
     Raises:
         UserError: no such file, a mistake in it, or an expert that does not fit the base.
     """
-    experts = read_schedule(Path(path), scheduler.config.num_train_timesteps)
+    experts = read_schedule(Path(path), scheduler.config.num_train_timesteps, learned)
     loaded: dict[tuple[str, str], nn.Module | None] = {}
 
     def load(source: ExpertSource) -> nn.Module | None:
@@ -77,21 +78,23 @@ def load_expert(source: ExpertSource, model: nn.Module, scheduler: Any) -> nn.Mo
     Raises:
         UserError: it cannot be loaded, or was trained on another noise schedule or target than the base.
     """
+    expert: nn.Module | None = None
     with as_user_error(f"The expert '{source.name}'", UserError):
         if source.model:
             expert, own_scheduler = load_denoiser(source.model, input_dtype(model))
             check_trained_alike(own_scheduler, scheduler)
             expert = expert.to(next(model.parameters()).device)
             check_fits(model, expert)
-            return expert  # type: ignore[no-any-return]
         if source.learned:
             artifact = open_learned(Path(source.learned))
-            expert = _copy(model, shares_memory="weights" not in artifact.kind)
+            if expert is None:
+                expert = _copy(model, shares_memory="weights" not in artifact.kind)
             method = artifact.put_on(expert)
             if isinstance(method, LoRA):
-                method.merge()  # not for good: experts that are attached keep the merged weights of one range
-            return expert.eval()
-    return None
+                # On the base not for good: experts that are attached keep the merged weights of one range.
+                method.fuse() if source.model else method.merge()
+            expert.eval()
+    return expert
 
 
 def _copy(model: nn.Module, shares_memory: bool) -> nn.Module:
@@ -127,18 +130,28 @@ def check_trained_alike(scheduler: Any, base: Any) -> None:
         raise UserError("it was trained on another noise schedule than the base.")
 
 
-def read_schedule(path: Path, total: float) -> Experts:
+def read_schedule(path: Path, total: float, learned: str = "") -> Experts:
     """A file of experts, which are not loaded: each range has an `ExpertSource` as its denoiser.
 
     Args:
         total: T, where the ranges must end.
+        learned: see `load_experts`.
 
     Raises:
         UserError: no such file, no YAML, or what the mistake is.
     """
     content = read_yaml(path, "schedule")
     with as_user_error(f"'{path}'", UserError):
-        return _parse(content, path.parent, total)
+        experts = _parse(content, path.parent, total)
+        return (
+            replace(experts, ranges=[_with_learned(each, learned) for each in experts.ranges]) if learned else experts
+        )
+
+
+def _with_learned(expert: ExpertRange, learned: str) -> ExpertRange:
+    if expert.denoiser.learned:
+        raise UserError(f"the expert '{expert.name}' has '{expert.denoiser.learned}' on it, so '{learned}' cannot be.")
+    return replace(expert, denoiser=replace(expert.denoiser, learned=learned))
 
 
 def _parse(content: Any, directory: Path, total: float) -> Experts:
@@ -205,11 +218,7 @@ def check_keys(entry: Any, keys: dict[str, str], where: str, *required: str) -> 
 def _source(entry: dict[str, Any], directory: Path, number: int) -> ExpertSource:
     """A path is the file's neighbour where there is such a directory."""
     learned, model = entry.get("learned", ""), entry.get("model", "")
-    if learned and model:
-        raise UserError(
-            f"expert {number} has `learned` and `model`: what was learned goes on the base; give one of them."
-        )
-    name = entry.get("name") or learned or model or BASE
+    name = entry.get("name") or " with ".join(filter(None, (model, learned))) or BASE
     return ExpertSource(name, whole_path(learned, directory), whole_path(model, directory))
 
 

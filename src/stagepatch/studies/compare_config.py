@@ -55,6 +55,8 @@ class EntryConfig:
             seed, as in 'runs/merged-{seed}'.
         schedule: experts by timestep (see docs/experts.md) that are sampled in place of the model alone; '{seed}' as
             above. Only with method 'none'.
+        learned: directory of what was learned before and is not trained on, put on the model, or on each expert of
+            `schedule`; '{seed}' as above. Only with method 'none'.
     """
 
     name: str
@@ -74,6 +76,7 @@ class EntryConfig:
     control: str = ""
     model: str = ""
     schedule: str = ""
+    learned: str = ""
 
     def __post_init__(self) -> None:
         with as_user_error(f"Entry '{self.name}'", UserError):

@@ -36,7 +36,7 @@ _RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", 
 _NOT_TRAINING = ("held_out", "second_extractor", "num_stages")  # what a run need not share, nor knows the defaults of
 # Of jobs that are older than these options.
 _DEFAULTS = SimpleNamespace(
-    **{"dtype": "float32", "schedule": "", "start_from": "", "objective": "denoising"},
+    **{"dtype": "float32", "schedule": "", "learned": "", "start_from": "", "objective": "denoising"},
     **{"held_out": "held_out", "second_extractor": "", "num_stages": 0},
 )
 
@@ -50,6 +50,7 @@ class CompareJob(Job):
         name: the entry's.
         checkpoints: steps after which it is measured.
         schedule: file of experts by timestep, sampled in place of the model alone.
+        learned: directory of what is put on the model, or on each expert, untrained.
         is_base: the comparison's own model, untrained, which the others are compared with.
         held_out: which of the held-out images it is measured against.
         second_extractor: of a second FID.
@@ -66,6 +67,7 @@ class CompareJob(Job):
     extractor: str
     checkpoints: list[int]
     schedule: str = ""
+    learned: str = ""
     is_base: bool = False
     held_out: Literal["held_out", "tune"] = "held_out"
     second_extractor: str = ""
@@ -113,9 +115,11 @@ class CompareJob(Job):
         model.to(processes().device)
         attach_guide(model, scheduler, sampling)
         if schedule:
-            experts = load_experts(schedule, model, scheduler)
+            experts = load_experts(schedule, model, scheduler, self.learned)
             experts.attach(model)
             sampling = experts.sampling(sampling)
+        elif self.learned:
+            load_learned(model, Path(self.learned))
         cache, second = Path(self.config.cache), self.second_extractor
         evaluator = Evaluator.load(
             self.config.model, self.config.data, self.extractor, cache, self.held_out, second, dtype
@@ -186,8 +190,11 @@ class CompareJob(Job):
         if self.config.start_from and open_learned(Path(self.config.start_from)).kind != method.kind:
             raise UserError(f"start_from='{self.config.start_from}' is of another method than '{self.config.method}'.")
         groups = method.prepare(model)
+        if self.learned:
+            open_learned(Path(self.learned))
         if self.schedule:
-            read_schedule(Path(self.schedule), load_scheduler(self.config.model).config.num_train_timesteps)
+            timesteps = load_scheduler(self.config.model).config.num_train_timesteps
+            read_schedule(Path(self.schedule), timesteps, self.learned)
         trained = sum(parameter.numel() for group in groups for parameter in group["params"])
         return trained * max(1, len(self.stages())), total
 
@@ -231,7 +238,8 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
     for entry in config.entries:
         with as_user_error(f"Entry '{entry.name}'", UserError):
             own = _jobs_of(entry, config)
-            for job in {(job.config.model, job.schedule, job.config.start_from): job for job in own}.values():
+            given = {(job.config.model, job.schedule, job.learned, job.config.start_from): job for job in own}
+            for job in given.values():
                 job.trainable_parameters()
         jobs += own
     _train_once(jobs, refuses_equal=not config.quick)
@@ -300,9 +308,9 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
         own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])
     make_timesteps(own["timesteps"], torch.linspace(0.0, 1.0, 1000))
-    if entry.schedule and entry.method != "none":
-        raise UserError(f"a schedule is sampled as it is: set method='{entry.method}' to none.")
     is_trained = entry.method != "none"
+    if (entry.schedule or entry.learned) and is_trained:
+        raise UserError(f"schedule and learned are sampled as they are: set method='{entry.method}' to none.")
     if entry.num_stages and not (is_trained and entry.num_stages > 1):
         raise UserError(
             f"num_stages={entry.num_stages} are ranges, each trained apart: give 2 or more, and a method, or none."
@@ -313,8 +321,8 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
         raise UserError("ddo is of objectives 'ddo' and 'samples': set one, or leave ddo out.")
     if not is_trained and (entry.objective != "denoising" or entry.start_from):
         raise UserError("method='none' trains nothing: leave out objective and start_from.")
-    is_base = not is_trained and not (entry.model or entry.schedule or entry.sampling)
-    is_one = not is_trained and "{seed}" not in entry.model + entry.schedule + sampling.guide
+    is_base = not is_trained and not (entry.model or entry.schedule or entry.learned or entry.sampling)
+    is_one = not is_trained and "{seed}" not in entry.model + entry.schedule + entry.learned + sampling.guide
     every = config.evaluate_every or training.steps
     checkpoints = sorted({*range(every, training.steps + 1, every), training.steps})
     if not is_trained:
@@ -340,9 +348,9 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
         if sampled.guide:
             open_artifact(sampled.guide)
         measuring = (sampled, config.sampling_seeds, config.extractor, checkpoints)
-        schedule = entry.schedule.replace("{seed}", str(seed))
+        schedule, learned = (each.replace("{seed}", str(seed)) for each in (entry.schedule, entry.learned))
         further = (config.held_out, config.second_extractor, entry.control, entry.num_stages)
-        jobs.append(CompareJob(directory, run, entry.name, *measuring, schedule, is_base, *further))
+        jobs.append(CompareJob(directory, run, entry.name, *measuring, schedule, learned, is_base, *further))
     return jobs
 
 
