@@ -198,16 +198,33 @@ def share_near(key, samples, reference, places):
     return (np.linalg.norm(reference[places, None] - samples[None], axis=2) <= radii).any(axis=1).mean()
 
 
+def variance_of_coverage(samples, reference):
+    """By sets of samples in each ball: all pairs of balls that hold the same, by how many they hold."""
+    near = NearestNeighbors(n_neighbors=6).fit(reference)
+    radii, apart = near.kneighbors(reference)[0][:, 5], np.linalg.norm(reference[:, None] - samples[None], axis=2)
+    held = [frozenset(np.flatnonzero(row <= radius)) for row, radius in zip(apart, radii, strict=True)]
+    weights = [sum(math.comb(7, n) for n in range(c, 8)) / 2**7 * (1 if c % 2 else -1) for c in range(9)]
+    pairs = sum(weights[min(len(a), 8)] for a in held for b in held if a and a == b)
+    return (pairs - sum(len(a) == 1 for a in held) ** 2 / len(samples)) / len(reference) ** 2
+
+
 @pytest.mark.parametrize("key", ["recall", "coverage"])
 def test_errors_of_recall_and_coverage_are_those_of_their_halves(key, monkeypatch):
     monkeypatch.setattr(neighbours, "_ROWS", 16)
     x, y = random_features(63, 0).double().numpy(), random_features(51, 1, 0.5).double().numpy()
-    groups, squares = torch.arange(63) % 20, []
-    for place, half in enumerate(balanced_halves()[:, groups].numpy()):
+    groups, halves, gaps = torch.arange(63) % 20, balanced_halves(), []
+    for place, half in enumerate(halves[:, groups].numpy()):
         one, other = (share_near(key, x[of], y, np.arange(place % 2, 51, 2)) for of in (half, ~half))
-        squares.append((one - other) ** 2)
+        gaps.append(one - other)
+    expected = torch.tensor(gaps) @ (0.5 - halves.double()) / 19
+    error = math.sqrt(sum(gap**2 for gap in gaps) / 19 / 4)
+    if key == "coverage":
+        expected *= math.sqrt(variance_of_coverage(x, y)) / error
+        error = math.sqrt(variance_of_coverage(x, y))
     without, x, y = METRICS[key].without, torch.from_numpy(x), torch.from_numpy(y)
-    assert over_images(0.5, without(x, y, groups)).error == pytest.approx(math.sqrt(sum(squares) / 19 / 4))
+    found = torch.tensor(without(x, y, groups)).double()
+    torch.testing.assert_close(found - found.mean(), expected - expected.mean(), atol=1e-7, rtol=1e-5)
+    assert over_images(0.5, found.tolist()).error == pytest.approx(error)
     assert all(math.isnan(value) for few in (x[:19], x[:1]) for value in without(few, y, groups[: len(few)]))
     assert all(math.isnan(value) for value in without(x, y[:1], groups))
 

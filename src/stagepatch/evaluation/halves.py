@@ -41,6 +41,19 @@ def without_by_halves(
     return without
 
 
+def spread_by(variance: float, without: list[float]) -> list[float]:
+    """Values without each group, so far from their mean that the jackknife gives a variance; where that is not above 0
+    the same ones.
+    """
+    values = torch.tensor(without).double()
+    around = values - values.mean()
+    own = float((around**2).sum()) * (len(without) - 1) / len(without)
+    if not (own > 0.0 and variance > 0.0):
+        return without
+    spread: list[float] = (values.mean() + around * math.sqrt(variance / own)).tolist()
+    return spread
+
+
 def balanced_halves() -> Tensor:
     """Whether each group is in the first half, [19, 20]: Paley's Hadamard matrix, by squares modulo 19."""
     numbers = torch.arange(GROUPS - 1)

@@ -11,14 +11,16 @@ which any sample may decide, from halves of them.
 from collections.abc import Callable, Iterator
 
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
-from stagepatch.evaluation.halves import without_by_halves
+from stagepatch.evaluation.halves import spread_by, without_by_halves
 from stagepatch.sampling import spread
 
 NEIGHBOURS = 10_000
 MEMORISED = 0.05
 _ROWS = 256
+_TAPER = 7
 
 
 def precision(features: Tensor, reference: Tensor, k: int = 3, rows: int = _ROWS) -> float:
@@ -55,15 +57,40 @@ def density_without(features: Tensor, reference: Tensor, groups: Tensor) -> list
 
 
 def coverage_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
-    """`coverage` without each group of samples, see `without_by_halves`."""
+    """`coverage` without each group of samples: their signs from halves, their size by `variance_of_coverage`."""
     rows = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, reference).double()
-    return without_by_halves(_coverage_of_halves, *rows, at_most(NEIGHBOURS, groups))
+    without = without_by_halves(_coverage_of_halves, *rows, at_most(NEIGHBOURS, groups))
+    return spread_by(variance_of_coverage(*rows), without)
 
 
 def recall_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
     """`recall` without each group of samples, see `without_by_halves`."""
     rows = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, reference)
     return without_by_halves(_recall_of_halves, *rows, at_most(NEIGHBOURS, groups))
+
+
+def variance_of_coverage(features: Tensor, reference: Tensor, k: int = 5) -> float:
+    """Variance of `coverage` over sets of as many samples [B, F], from one of them; the reference [R, F] is given.
+
+    Of Poisson counts, P(two balls are empty) − P(one is) P(other is) is the mean of −(−1)^c where both hold the same
+    c ≥ 1 samples, and of 0 elsewhere; a ball with itself is such a pair. The alternating sum is cut off gently, as in
+    Efron & Thisted, "Estimating the number of unseen species" (1976). That the samples are B takes off what all balls
+    have in common, to first order.
+    """
+    generator = torch.Generator().manual_seed(0)
+    names = torch.randint(2**62, (len(features),), generator=generator)  # and a set's name is the sum of its samples'
+    counts, sets = [], []
+    radii = _radii(reference, k, _ROWS).split(_ROWS)
+    for part, own in zip(_distances(reference, features, _ROWS), radii, strict=True):
+        near = part <= own.unsqueeze(1)
+        counts.append(near.sum(dim=1))
+        sets.append((near * names).sum(dim=1))
+    count = torch.cat(counts)
+    _, which, alike = torch.unique(torch.cat(sets), return_inverse=True, return_counts=True)
+    signs = torch.tensor([0.0, *(-((-1) ** c) * binom.sf(c - 1, _TAPER, 0.5) for c in range(1, _TAPER + 2))]).double()
+    pairs = (signs[count.clamp(max=_TAPER + 1)] * alike[which]).sum()
+    common = (count == 1).sum().double() ** 2 / len(features)
+    return float(pairs - common) / len(reference) ** 2
 
 
 def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Tensor:
