@@ -19,7 +19,6 @@ guide() { # a LoRA by this preset or method, of a training seed
 }
 
 compare room "$@"
-compare capacity "$@"
 compare weighting "$@"
 compare proof "$@"
 compare recommended "$@"
