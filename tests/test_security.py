@@ -14,7 +14,7 @@ import yaml
 
 from stagepatch.checkpoints import hub as layout
 from stagepatch.checkpoints import load_denoiser, load_lora, load_pipeline
-from stagepatch.checkpoints.loading import _load_clip
+from stagepatch.checkpoints.captions import _load_clip
 from stagepatch.cli import main
 from stagepatch.core import UserError
 from stagepatch.data import ArraySource, DataConfig, WebDatasetSource, load_dataset

@@ -1,3 +1,7 @@
+from .captions import load_captioner as load_captioner
+from .captions import projection_width as projection_width
+from .captions import takes_captions as takes_captions
+from .captions import token_width as token_width
 from .fingerprint import files_fingerprint as files_fingerprint
 from .fingerprint import model_fingerprint as model_fingerprint
 from .fingerprint import module_fingerprint as module_fingerprint
@@ -27,17 +31,13 @@ from .layout import is_pipeline as is_pipeline
 from .layout import lay_out_encoders as lay_out_encoders
 from .layout import sign_of_distillation as sign_of_distillation
 from .loading import build_denoiser as build_denoiser
-from .loading import load_captioner as load_captioner
 from .loading import load_denoiser as load_denoiser
 from .loading import load_pipeline as load_pipeline
 from .loading import load_scheduler as load_scheduler
 from .loading import load_vae as load_vae
-from .loading import projection_width as projection_width
 from .loading import save_config as save_config
 from .loading import save_denoiser as save_denoiser
-from .loading import takes_captions as takes_captions
 from .loading import temporal_factor as temporal_factor
-from .loading import token_width as token_width
 from .memory import check_available as check_available
 from .memory import has_plain_weights as has_plain_weights
 from .memory import is_offloaded as is_offloaded

@@ -1,11 +1,9 @@
 """A model's parts out of a directory laid out as diffusers lays out a pipeline, or out of the Hub."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Lock
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -19,7 +17,6 @@ from stagepatch.checkpoints.hub import pinned
 from stagepatch.checkpoints.layout import (
     DENOISERS,
     SECOND,
-    TEXT_PARTS,
     VAES,
     component_for,
     denoiser_directory,
@@ -32,20 +29,15 @@ from stagepatch.checkpoints.memory_config import MemoryConfig
 from stagepatch.checkpoints.projection import PROJECTION, add_projections
 from stagepatch.checkpoints.routing import WINDOWS, attach_routing
 from stagepatch.core import TensorReader, UserError, as_user_error, read_json, read_tensors, write_tensors, write_text
-from stagepatch.families import takes_text
 from stagepatch.families.registry import Family, family_of
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What libraries raise on files that they cannot load.
-_UNLOADABLE: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError)
-_UNLOADABLE += (LookupError, UnpicklingError, SafetensorError)
+UNLOADABLE: tuple[type[Exception], ...] = (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError)
+UNLOADABLE += (LookupError, UnpicklingError, SafetensorError)
 _MOST = {"layers": 1000, "num_train_timesteps": 10**6}  # in a config: what makes more is not built
 # While it loads, diffusers replaces how torch makes parameters, for all threads: two at once would leave it so.
 _ONE_AT_A_TIME = Lock()
-# What a pipeline does without to encode captions; the last four rewrite prompts.
-_HEAVY = {"transformer", "transformer_2", "unconditional_transformer", "unet", "vae", "audio_vae", "vocoder"}
-_HEAVY |= {"duration_head", "image_encoder", "feature_extractor", "safety_checker"}
-_HEAVY |= {"text_processor", "pe", "prompt_enhancer", "prompt_enhancer_head"}
 
 
 def load_denoiser(
@@ -92,7 +84,7 @@ def load_scheduler(source: str | Path) -> Any:
     if not is_scheduler:
         raise UserError(f"'{directory}' names the scheduler '{config.get('_class_name')}', which diffusers lacks.")
     _check_most(directory / "scheduler_config.json", config)
-    with as_user_error(f"'{directory}' describes no {scheduler_class.__name__}", *_UNLOADABLE, ArithmeticError):
+    with as_user_error(f"'{directory}' describes no {scheduler_class.__name__}", *UNLOADABLE, ArithmeticError):
         return scheduler_class.from_config(config)
 
 
@@ -123,7 +115,7 @@ def temporal_factor(source: str | Path) -> int:
         UserError: its config does not say, as that of a VAE of images.
     """
     directory = vae_directory(find_model(source, VAES))
-    vae_class: Any = _class_of(directory)
+    vae_class: Any = class_of(directory)
     with torch.device("meta"):
         vae = vae_class.from_config(read_json(directory / "config.json"))
     names = ("scale_factor_temporal", "temporal_compression_ratio")
@@ -139,60 +131,6 @@ def _family_of_pipeline(directory: Path) -> Family | None:
     named = (read_json(index) if index.exists() else {}).get("transformer")
     model_class = getattr(diffusers, str(named[-1]), None) if isinstance(named, list) and named else None
     return None if model_class is None else family_of(model_class)
-
-
-def load_captioner(
-    source: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    reads_references: bool = False,
-    reads_image: bool = False,
-) -> Callable[..., dict[str, Tensor]]:
-    """What makes the denoiser's condition of captions: the model's own tokenizers and text encoders.
-
-    Args:
-        reads_references: together with the pictures [R, 3, H, W] that each is about, the second argument.
-        reads_image: together with the picture [1, 3, H, W] that each is of, the second argument.
-
-    Raises:
-        UserError: they cannot be loaded, the family has no way to use them, or reads the picture too and gets none.
-    """
-    directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
-    family = _family(directory)
-    if family.encode_captions is None:
-        raise UserError(f"Captions cannot be encoded for '{source}': its family is registered without a way to.")
-    if family.reads_image and not reads_image:
-        raise UserError(
-            f"{family.model_class} is told its captions together with what is read off the picture, and here there is "
-            f"a caption alone: sample with the whole pipeline (stagepatch sample), which draws that for itself."
-        )
-    if (directory / "model_index.json").exists():
-        if family.caption_parts:
-            directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS, *family.caption_parts])
-        heavy = _HEAVY - set(family.caption_parts)
-        absent = {name: None for name in read_json(directory / "model_index.json") if name in heavy}
-        pipe: Any = load_pipeline(directory, torch_dtype=dtype, **absent).to(device)
-    elif _class_of(denoiser_directory(directory)) is models.DiT:
-        pipe = _load_clip(directory, "CLIPTextModelWithProjection", dtype, device)
-    elif _class_of(denoiser_directory(directory)) is diffusers.UNet2DConditionModel:
-        clip = _load_clip(directory, "CLIPTextModel", dtype, device)
-        pipe = diffusers.StableDiffusionPipeline(
-            None, clip.text_encoder, clip.tokenizer, None, None, None, None, requires_safety_checker=False
-        )
-    else:
-        raise UserError(f"'{directory}' is no whole pipeline: it has no model_index.json.")
-    encode: Any = family.encode_edits if reads_references else family.encode_captions
-    return partial(encode, pipe)
-
-
-def _load_clip(directory: Path, name: str, dtype: torch.dtype, device: torch.device | str) -> SimpleNamespace:
-    """`tokenizer/` and `text_encoder/` of a model directory of ours: CLIP, of that class."""
-    import transformers
-
-    with as_user_error(f"The text encoder in '{directory}' cannot be loaded", *_UNLOADABLE):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "tokenizer", trust_remote_code=False)
-        encoder: Any = getattr(transformers, name).from_pretrained(directory / "text_encoder")
-    return SimpleNamespace(tokenizer=tokenizer, text_encoder=encoder.to(device, dtype).eval(), device=device)
 
 
 def load_pipeline(source: str | Path, memory: MemoryConfig | None = None, **options: Any) -> Any:
@@ -215,7 +153,7 @@ def load_pipeline(source: str | Path, memory: MemoryConfig | None = None, **opti
     for name in denoisers:
         if name not in options and (memory != MemoryConfig() or _holds_own_parts(directory / name)):
             options[name] = _load_model(directory / name, options.get("torch_dtype") or torch.float32, memory)
-    with _ONE_AT_A_TIME, as_user_error(f"The pipeline in '{directory}' cannot be loaded", *_UNLOADABLE):
+    with _ONE_AT_A_TIME, as_user_error(f"The pipeline in '{directory}' cannot be loaded", *UNLOADABLE):
         return diffusers.DiffusionPipeline.from_pretrained(directory, **options)
 
 
@@ -234,53 +172,6 @@ def _check_runs_no_code(directory: Path) -> None:
                 f"The pipeline in '{directory}' wants to run code of its own, '{folder / module}.py', which is never "
                 f"done here. Load it yourself, if you trust it, and give `Patch.attach` the pipeline."
             )
-
-
-def takes_captions(source: str | Path) -> bool:
-    """Whether the model's condition is made of captions.
-
-    Raises:
-        UserError: it is, but nothing is there to make it with.
-    """
-    directory = find_model(source, [*DENOISERS, "scheduler", *TEXT_PARTS])
-    if not takes_text(build_denoiser(directory)):
-        return False
-    tokenizers = [*directory.glob("tokenizer*"), *directory.glob("processor*")]
-    has_encoder = _family(directory).embeds_text or any(directory.glob("text_encoder*"))
-    if not has_encoder or not tokenizers:
-        raise UserError(
-            f"The model in '{directory}' takes text, but has no tokenizer/ and text_encoder/ beside it: put those "
-            f"there that it was trained with."
-        )
-    return True
-
-
-def projection_width(source: str | Path) -> int:
-    """Width of the pooled and projected text of the CLIP in `text_encoder/`.
-
-    Raises:
-        UserError: none there, or one without its projection.
-    """
-    what = "a DiT of text needs CLIPTextModelWithProjection, whose output is pooled and projected"
-    return int(_clip_config(source, "CLIPTextModelWithProjection", what)["projection_dim"])
-
-
-def token_width(source: str | Path) -> int:
-    """Width of the tokens that the CLIP in `text_encoder/` puts out.
-
-    Raises:
-        UserError: none there, or one that puts out pooled text.
-    """
-    what = "a U-Net of text needs CLIPTextModel, to whose tokens it attends"
-    return int(_clip_config(source, "CLIPTextModel", what)["hidden_size"])
-
-
-def _clip_config(source: str | Path, name: str, what: str) -> dict[str, Any]:
-    path = find_model(source, TEXT_PARTS) / "text_encoder" / "config.json"
-    config = read_json(path)
-    if config.get("architectures") != [name]:
-        raise UserError(f"'{path.parent}' is {config.get('architectures')}: {what}.")
-    return config
 
 
 def save_config(model: Any, directory: Path) -> None:
@@ -302,7 +193,7 @@ def _write_config(part: Any, directory: Path) -> None:
     write_text(directory / part.config_name, part.to_json_string())
 
 
-def _class_of(directory: Path) -> type:
+def class_of(directory: Path) -> type:
     name = str(read_json(directory / "config.json").get("_class_name"))
     model_class: Any = getattr(models, name, None) or getattr(diffusers, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, ModelMixin)):
@@ -310,14 +201,14 @@ def _class_of(directory: Path) -> type:
     return model_class
 
 
-def _family(directory: Path) -> Family:
-    return family_of(_class_of(denoiser_directory(directory)))
+def family_in(directory: Path) -> Family:
+    return family_of(class_of(denoiser_directory(directory)))
 
 
 def _load_model(directory: Path, dtype: torch.dtype = torch.float32, memory: MemoryConfig | None = None) -> Any:
     memory = memory or MemoryConfig()
     check_available(memory)
-    model_class: Any = _class_of(directory)
+    model_class: Any = class_of(directory)
     if memory.gguf:
         with _ONE_AT_A_TIME:
             return load_gguf(model_class, directory, Path(memory.gguf), dtype)
@@ -346,14 +237,14 @@ def _load_model(directory: Path, dtype: torch.dtype = torch.float32, memory: Mem
     # Several files, or a variant or format that diffusers knows.
     variants = {path.name.split(".")[1] for path in directory.glob("diffusion_pytorch_model.*.safetensors")}
     variant = next((name for name in ("fp16", "bf16") if name in variants), None)
-    with _ONE_AT_A_TIME, as_user_error(f"The weights in '{directory}' cannot be loaded", *_UNLOADABLE):
+    with _ONE_AT_A_TIME, as_user_error(f"The weights in '{directory}' cannot be loaded", *UNLOADABLE):
         model = model_class.from_pretrained(directory, variant=variant, torch_dtype=dtype, **options)
     return hold(model.eval(), memory, dtype)
 
 
 def _shape(directory: Path) -> Any:
     """A model of a config on the meta device: its shape without its weights."""
-    model_class: Any = _class_of(directory)
+    model_class: Any = class_of(directory)
     with torch.device("meta"):
         return _from_config(model_class, directory)
 
@@ -362,7 +253,7 @@ def _from_config(model_class: Any, directory: Path) -> Any:
     path = directory / "config.json"
     config = read_json(path)
     _check_most(path, config)
-    with as_user_error(f"'{path}' describes no {model_class.__name__}", *_UNLOADABLE, ArithmeticError):
+    with as_user_error(f"'{path}' describes no {model_class.__name__}", *UNLOADABLE, ArithmeticError):
         return model_class.from_config(config)
 
 
@@ -377,7 +268,7 @@ def _check_most(path: Path, config: Mapping[str, Any]) -> None:
 def _with_own_parts(model_class: Any, directory: Path, tensors: Mapping[str, Tensor]) -> Any:
     """A model of a config with the projections and the routing of tensors, of which diffusers does not know."""
     model = _from_config(model_class, directory)
-    with as_user_error(f"'{directory / _WEIGHTS}' holds projections that its model has no place for", *_UNLOADABLE):
+    with as_user_error(f"'{directory / _WEIGHTS}' holds projections that its model has no place for", *UNLOADABLE):
         projected = [int(name.split(".")[-1]) for name in tensors if name.startswith(f"{PROJECTION}.")]
         if projected:
             add_projections(model, projected)
