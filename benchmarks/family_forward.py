@@ -95,7 +95,7 @@ CASES = {
     ),
     "SDXL, transformers cut to 1, 1 and 2 layers": Case(
         lambda: diffusers.UNet2DConditionModel(
-            sample_size=64,
+            sample_size=32,
             block_out_channels=(320, 640, 1280),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -107,21 +107,21 @@ CASES = {
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         ),
-        (1, 4, 64, 64),
+        (1, 4, 32, 32),
         text(2048, 1280, name="text_embeds"),
     ),
     "PixArt-Sigma, 4 blocks": Case(
         lambda: diffusers.PixArtTransformer2DModel(
-            sample_size=64, num_layers=4, caption_channels=4096, use_additional_conditions=False
+            sample_size=32, num_layers=4, caption_channels=4096, use_additional_conditions=False
         ),
-        (1, 4, 64, 64),
+        (1, 4, 32, 32),
         text(4096),
     ),
     "SD3-medium, 4 blocks": Case(
         lambda: diffusers.SD3Transformer2DModel(
-            sample_size=64, num_layers=4, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
+            sample_size=32, num_layers=4, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
         ),
-        (1, 16, 64, 64),
+        (1, 16, 32, 32),
         text(4096, 2048),
     ),
     "FLUX.1, 1 double and 1 single block": Case(
@@ -267,7 +267,7 @@ CASES = {
     ),
     "ADM of ImageNet 64": Case(
         lambda: diffusers.UNet2DModel(
-            sample_size=64,
+            sample_size=32,
             out_channels=6,
             block_out_channels=(192, 384, 576, 768),
             down_block_types=("ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 3),
@@ -276,7 +276,7 @@ CASES = {
             num_class_embeds=1000,
             resnet_time_scale_shift="scale_shift",
         ),
-        (1, 3, 64, 64),
+        (1, 3, 32, 32),
         lambda: {"class_labels": torch.tensor([3])},
     ),
     "Kandinsky 2.2": Case(
@@ -297,7 +297,7 @@ CASES = {
     ),
     "DeepFloyd IF-M": Case(
         lambda: diffusers.UNet2DConditionModel(
-            sample_size=64,
+            sample_size=32,
             in_channels=3,
             out_channels=6,
             block_out_channels=(192, 384, 576, 768),
@@ -310,7 +310,7 @@ CASES = {
             encoder_hid_dim_type="text_proj",
             **SIMPLE,
         ),
-        (1, 3, 64, 64),
+        (1, 3, 32, 32),
         text(4096),
     ),
     "Qwen-Image 2.1, 2 blocks": Case(

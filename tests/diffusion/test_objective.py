@@ -222,7 +222,8 @@ def test_weighting_leaves_the_bound_alone():
     [
         (DDPMScheduler(prediction_type="score"), False, "'score' is none of epsilon, v_prediction, sample, flow"),
         (FlowMatchEulerDiscreteScheduler(), True, "no posterior variance"),
-        (diffusers.EDMEulerScheduler(), False, "Cannot train with EDM.*DDPMScheduler.*FlowMatch"),
+        (diffusers.EDMEulerScheduler(), True, "no posterior variance"),
+        (diffusers.ScoreSdeVeScheduler(), False, "Cannot train with ScoreSdeVe.*DDPMScheduler.*FlowMatch.*EDM"),
     ],
 )
 def test_refuses_schedulers_that_it_cannot_train_with(scheduler, learn_sigma, message):
@@ -244,3 +245,40 @@ def test_solver_of_a_flow_trains_on_the_sigmas_that_it_samples_with(solver):
     # The timesteps as the model takes them.
     times = objective.model_timesteps(torch.arange(1000))
     assert (times - sigmas * 1000).abs().max() < 1e-2
+
+
+EDM = [
+    scheduler(prediction_type=kind, sigma_data=data)
+    for scheduler in (diffusers.EDMEulerScheduler, diffusers.EDMDPMSolverMultistepScheduler)
+    for kind, data in (("epsilon", 0.5), ("v_prediction", 1.0))
+]
+
+
+@pytest.mark.parametrize("scheduler", EDM)
+def test_edm_is_preconditioned_as_diffusers_does(scheduler):
+    objective = Objective(scheduler)
+    told = objective.model_timesteps(TIMESTEPS)
+    sigma = (4.0 * told.double()).exp()
+    assert (sigma[0], sigma[-1]) == pytest.approx((scheduler.config.sigma_min, scheduler.config.sigma_max))
+    torch.testing.assert_close(told, scheduler.precondition_noise(sigma).float())
+    sigma, clean, noise = sigma.view(-1, 1, 1, 1), X_START.double(), NOISE.double()
+    noisy, target = clean + sigma * noise, objective.target(clean, noise, TIMESTEPS)
+    x_t = objective.add_noise(clean, noise, TIMESTEPS)
+    torch.testing.assert_close(x_t, scheduler.precondition_inputs(noisy, sigma), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scheduler.precondition_outputs(noisy, target, sigma), clean, atol=1e-5, rtol=1e-5)
+    answer = draw(6, 2, 4, 4, seed=2).double()
+    denoised = scheduler.precondition_outputs(noisy, answer, sigma)
+    torch.testing.assert_close(objective.predict_x_start(answer, x_t, TIMESTEPS), denoised, atol=1e-5, rtol=1e-5)
+    # The loss is λ(σ)·(D − x_start)², λ = (σ² + σ_data²) / (σ·σ_data)² (arXiv 2206.00364, Table 1).
+    data = scheduler.config.sigma_data
+    weighed = (sigma**2 + data**2) / (sigma * data) ** 2 * (denoised - clean) ** 2
+    loss = objective.loss(answer, clean, noise, TIMESTEPS)
+    torch.testing.assert_close(loss.double(), weighed.mean(dim=(1, 2, 3)), atol=1e-4, rtol=1e-4)
+
+
+def test_edm_draws_log_sigma_as_its_paper():
+    objective = Objective(diffusers.EDMEulerScheduler())
+    timesteps = objective.draw_timesteps(50_000, torch.Generator().manual_seed(0))
+    log_sigma = 4.0 * objective.model_timesteps(timesteps)
+    assert (log_sigma.mean(), log_sigma.std()) == pytest.approx((-1.2, 1.2), abs=0.03)
+    assert objective.levels[timesteps].max() <= 1.0

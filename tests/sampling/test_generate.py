@@ -1,6 +1,7 @@
 """Samples: every diffusers sampler, guidance, and image i from (seed, i) alone."""
 
 import inspect
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,8 +17,8 @@ from stagepatch.core import UserError, read_tensors
 from stagepatch.diffusion import ObjectiveConfig, make_sampler, make_scheduler
 from stagepatch.families import predict
 from stagepatch.models import DiT
-from stagepatch.sampling import SamplingConfig, balanced_labels, generate
-from stagepatch.sampling.generation import in_batches
+from stagepatch.sampling import SamplingConfig, balanced_labels, generate, load_experts
+from stagepatch.sampling.generation import in_batches, sampled_as_trained
 from tests.tiny import FAMILIES
 
 SCHEDULER = make_scheduler(ObjectiveConfig())
@@ -104,6 +105,34 @@ def test_learned_variance_is_used_by_ddpm_and_dropped_by_others(tiny_dit, varian
         with torch.no_grad():  # the variance's half changes the images
             model.final_layer.linear.bias[1::2].add_(5.0)
         assert not torch.allclose(generate(model, scheduler, config(scheduler="ddpm")), images)
+
+
+@pytest.mark.parametrize("kind", ["EDMEuler", "EDMDPMSolverMultistep"])
+def test_models_of_edm_are_sampled_and_guided_as_by_diffusers(tiny_dit, kind, tmp_path):
+    """They are told ¼ ln σ, below 0 at little noise: no level of 0 to 1."""
+    model = tiny_dit(learn_sigma=False)
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(sigma_data=0.5)
+    labels, none = torch.tensor([4, 7]), torch.full((2,), 10)
+    choice = config(scheduler=f"{kind}Scheduler", num_images=2, num_inference_steps=4, guidance_scale=2.0)
+
+    def output(sample, timesteps):
+        own, without = (model(sample, timesteps, each).sample for each in (labels, none))
+        return without + 2.0 * (own - without)
+
+    images = generate(model, scheduler, choice, labels)
+    torch.testing.assert_close(images, by_hand(sampler_of(kind, scheduler, 4), output, 2), atol=1e-4, rtol=1e-4)
+    assert sampled_as_trained(config(), scheduler).scheduler == f"{kind}Scheduler"
+    with pytest.raises(UserError, match=f"'ddim' does not fit a model trained with {kind}Scheduler"):
+        generate(model, scheduler, config())
+    with pytest.raises(UserError, match="'EDMEulerScheduler' does not fit a model trained with DDPM"):
+        generate(model, SCHEDULER, config(scheduler="EDMEulerScheduler"))
+    limited = replace(choice, guidance_interval=[0.0, 0.5])
+    with pytest.raises(UserError, match=r"guidance_interval is by the timestep.*is told ¼ ln σ"):
+        generate(model, scheduler, limited, labels)
+    path = tmp_path / "experts.yaml"
+    path.write_text("experts: [{from: 0, to: 1000}]")
+    with pytest.raises(UserError, match=r"experts\.yaml' is by the timestep"):
+        load_experts(path, model, scheduler)
 
 
 def test_guidance_of_all_and_of_the_first_channels(tiny_dit):

@@ -189,3 +189,28 @@ def test_classes_and_variances_of_adm_are_trained_on_in_pixels(tmp_path, shows):
     patch = Patch.from_pretrained(tmp_path / "run")
     assert patch.backbone.condition_taps == ("class_embedding",)
     shows("training", "UNet2DModel of ADM")
+
+
+def test_a_model_of_edm_is_trained_by_its_own_scheduler(tmp_path, monkeypatch, capsys):
+    """As Playground 2.5 and CosXL are: an SDXL that is told ¼ ln σ."""
+    tiny = PIPELINES["UNet2DConditionModel of SDXL"]
+    pipe = tiny.build()
+    pipe.scheduler = diffusers.EDMEulerScheduler(sigma_data=0.5)
+    pipe.save_pretrained(tmp_path / "model")
+    draw_images(tmp_path / "images", size=tiny.pixels)
+    told, forward = [], diffusers.UNet2DConditionModel.forward
+
+    def watched(model, sample, timestep, *args, **kwargs):
+        told.extend(torch.as_tensor(timestep).flatten().tolist())
+        return forward(model, sample, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "forward", watched)
+    assert train(tmp_path, "--patch.initialization=normal", size=tiny.pixels[0]) == 0
+    assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in read_log(tmp_path / "run"))
+    assert all(math.log(0.002) / 4 <= each <= math.log(80.0) / 4 and each % 1 for each in told)
+    base = tiny.call(pipe)
+    with Patch.from_pretrained(tmp_path / "run").attach(pipe):
+        assert not torch.allclose(tiny.call(pipe), base, atol=1e-4)
+    stages = ["--method=lora", "--lora.num_stages=2"]
+    assert train(tmp_path, *stages, output="stages", size=tiny.pixels[0]) == 2
+    assert "is by the timestep, 0 to 1000, that the model is told" in capsys.readouterr().err

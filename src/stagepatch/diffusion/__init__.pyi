@@ -5,6 +5,8 @@ from .clustering import timestep_distances as timestep_distances
 from .config import ObjectiveConfig as ObjectiveConfig
 from .config import TimestepsConfig as TimestepsConfig
 from .config import WeightingConfig as WeightingConfig
+from .noise_schedule import check_tells_timesteps as check_tells_timesteps
+from .noise_schedule import is_edm as is_edm
 from .noise_schedule import is_flow as is_flow
 from .noise_schedule import make_scheduler as make_scheduler
 from .objective import Objective as Objective

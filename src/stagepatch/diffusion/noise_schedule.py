@@ -1,5 +1,6 @@
 """Noise schedules: diffusers' schedulers, made from a config or read from a model's directory."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from stagepatch.core import UserError
 from stagepatch.diffusion.config import ObjectiveConfig
 
 
@@ -26,6 +28,32 @@ def make_scheduler(config: ObjectiveConfig, learn_sigma: bool = False) -> Any:
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler is of rectified flow, rather than of diffusion."""
     return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def is_edm(scheduler: Any) -> bool:
+    """Whether a scheduler is of EDM (arXiv 2206.00364): what the model is given and gives is scaled, and it is told
+    ¼ ln σ in place of a timestep."""
+    return hasattr(scheduler, "precondition_outputs")
+
+
+def edm_sigmas(scheduler: Any) -> Tensor:
+    """EDM's training noise levels, even in ln σ, from low to high: [T], float64."""
+    config = scheduler.config
+    low, high = math.log(config.sigma_min), math.log(config.sigma_max)
+    return torch.linspace(low, high, config.num_train_timesteps, dtype=torch.float64).exp()
+
+
+def check_tells_timesteps(scheduler: Any, what: str) -> None:
+    """See that a model is told timesteps, of which ranges are.
+
+    Raises:
+        UserError: it is told something else.
+    """
+    if is_edm(scheduler):
+        raise UserError(
+            f"{what} is by the timestep, 0 to 1000, that the model is told; one of {type(scheduler).__name__} is told "
+            f"¼ ln σ. Leave it out."
+        )
 
 
 def in_thousandths(scheduler: Any) -> Any:

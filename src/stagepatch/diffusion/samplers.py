@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stagepatch.core import UserError, as_user_error
-from stagepatch.diffusion.noise_schedule import in_thousandths
+from stagepatch.diffusion.noise_schedule import in_thousandths, is_edm
 
 _NAMES = {
     "ddpm": "DDPMScheduler",
@@ -39,7 +39,8 @@ def make_sampler(name: str, trained_with: Any) -> Any:
             f"{', '.join(_NAMES)}."
         )
     is_flow = "FlowMatch" in class_name
-    if is_flow != ("FlowMatch" in type(trained_with).__name__):
+    is_of_edm = is_edm(scheduler_class) != is_edm(trained_with)
+    if is_of_edm or is_flow != ("FlowMatch" in type(trained_with).__name__):
         raise UserError(f"'{name}' does not fit a model trained with {type(trained_with).__name__}.")
     config = dict(in_thousandths(trained_with).config)
     config.pop("invert_sigmas", None)  # Mochi's, from image to noise; its family tells the model so

@@ -12,6 +12,7 @@ from torch import nn
 
 from stagepatch.checkpoints import BUNDLED, is_offloaded, is_plain, load_denoiser
 from stagepatch.core import UserError, as_user_error, read_yaml, write_text
+from stagepatch.diffusion import check_tells_timesteps
 from stagepatch.families import input_dtype
 from stagepatch.methods import LoRA, open_learned
 from stagepatch.patch import patches_on
@@ -54,6 +55,7 @@ def load_experts(path: str | Path, model: nn.Module, scheduler: Any, learned: st
     Raises:
         UserError: no such file, a mistake in it, or an expert that does not fit the base.
     """
+    check_tells_timesteps(scheduler, f"'{path}'")
     experts = read_schedule(Path(path), scheduler.config.num_train_timesteps, learned)
     loaded: dict[tuple[str, str], nn.Module | None] = {}
 

@@ -15,7 +15,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Generator, Tensor, nn
 
 from stagepatch.core import UserError, generator_for, processes
-from stagepatch.diffusion import is_flow, make_sampler, pin_timesteps, set_steps
+from stagepatch.diffusion import check_tells_timesteps, is_edm, is_flow, make_sampler, pin_timesteps, set_steps
 from stagepatch.families import (
     find_denoiser,
     input_dtype,
@@ -76,9 +76,9 @@ def spread(total: int, count: int) -> Tensor:
 
 
 def sampled_as_trained(config: SamplingConfig, scheduler: Any) -> SamplingConfig:
-    """A config whose sampler is the model's own scheduler's, for a flow that it has left at the default, DDIM."""
-    is_open = config.scheduler == SamplingConfig.scheduler
-    return replace(config, scheduler=type(scheduler).__name__) if is_open and is_flow(scheduler) else config
+    """A config whose sampler is the scheduler of a flow, or of EDM, where it was left at the default, DDIM."""
+    is_other = config.scheduler == SamplingConfig.scheduler and (is_flow(scheduler) or is_edm(scheduler))
+    return replace(config, scheduler=type(scheduler).__name__) if is_other else config
 
 
 @torch.no_grad()
@@ -115,6 +115,9 @@ def generate(
     if config.guidance_scale != 1.0 and null_label(model) is None and captions is None:
         raise UserError(f"guidance_scale={config.guidance_scale} needs a model with a label for no class; use 1.")
     check_interval(config.guidance_interval)
+    is_limited = config.guidance_interval != SamplingConfig().guidance_interval
+    if is_limited:
+        check_tells_timesteps(scheduler, "sampling.guidance_interval")
     if config.guide and guide_on(find_denoiser(model)) is None:
         raise UserError(f"The guide '{config.guide}' is not on the model: `attach_guide` puts it there.")
     unguided = replace(config, guidance_scale=1.0)
@@ -140,7 +143,7 @@ def generate(
         for timestep in sampler.timesteps:
             scaled = sampler.scale_model_input(sample, timestep) if hasattr(sampler, "scale_model_input") else sample
             level = float(timestep) / scheduler.config.num_train_timesteps
-            is_guided = config.guidance_interval[0] <= level <= config.guidance_interval[1]
+            is_guided = not is_limited or config.guidance_interval[0] <= level <= config.guidance_interval[1]
             here = config if is_guided else unguided
             output = guided(model, scaled, timestep.to(device), batch_conditions, here).float()
             if learns_sigma(model) and not keeps_variance:

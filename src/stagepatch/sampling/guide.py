@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stagepatch.diffusion import check_tells_timesteps
 from stagepatch.families import find_denoiser, learns_sigma, sample_shape
 from stagepatch.families.registry import family_of
 from stagepatch.methods import open_artifact
@@ -54,6 +55,8 @@ class Guide(StandIn):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _acts_at(self, timestep: Any) -> bool:
+        if self.interval == (0.0, 1.0):
+            return True
         level = float(self._levels(torch.as_tensor(timestep).double()).max())
         return self.interval[0] <= level <= self.interval[1]
 
@@ -90,4 +93,6 @@ def attach_guide(target: Any, scheduler: Any, config: SamplingConfig) -> Guide |
     worse = load_expert(ExpertSource("guide", **place), model, scheduler)
     assert worse is not None
     low, high = config.guidance_interval
+    if (low, high) != (0.0, 1.0):
+        check_tells_timesteps(scheduler, "sampling.guidance_interval")
     return Guide(model, worse, config.guide_scale, (low, high))

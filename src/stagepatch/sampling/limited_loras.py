@@ -15,6 +15,7 @@ from torch import nn
 
 from stagepatch.checkpoints import is_hub_id, load_lora
 from stagepatch.core import UserError, as_user_error, read_yaml, write_text
+from stagepatch.diffusion import check_tells_timesteps
 from stagepatch.families import find_denoiser
 from stagepatch.families.registry import NUM_TIMESTEPS, family_of
 from stagepatch.sampling.experts_file import NUMBER, TEXT, check_keys
@@ -161,6 +162,7 @@ def load_limited_loras(path: str | Path, pipe: Any, component: str = "") -> Limi
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise UserError(f"'{path}' is of LoRAs for a pipeline that loads them: {type(pipe).__name__} does not.")
+    check_tells_timesteps(pipe.scheduler, f"'{path}'")
     named = []
     for number, lora in enumerate(read_limited_loras(Path(path))):
         name = f"stage_{number}"

@@ -16,6 +16,7 @@ from stagepatch.diffusion import (
     Objective,
     TimestepSampler,
     between_levels,
+    check_tells_timesteps,
     equal_in_log_snr,
     equal_in_t,
     make_weighting,
@@ -158,6 +159,7 @@ def plan_stages(config: DecoupleConfig) -> list[Stage]:
     """
     config = replace(config, data=fit_to_model(config.data, config.model))
     scheduler = checkpoints.load_scheduler(config.model)
+    check_tells_timesteps(scheduler, "A copy for each range")
     model = checkpoints.build_denoiser(config.model)
     config = replace(config, patch=with_condition(config.patch, model))
     make_method(config).prepare(model)

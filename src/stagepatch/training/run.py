@@ -26,7 +26,7 @@ from stagepatch.checkpoints import (
 )
 from stagepatch.core import UserError, alone_in, processes, write_text
 from stagepatch.data import check_channels, fit_to_model, load_held_out, load_training_data
-from stagepatch.diffusion import Objective, TimestepsConfig, make_timesteps, make_weighting
+from stagepatch.diffusion import Objective, TimestepsConfig, check_tells_timesteps, make_timesteps, make_weighting
 from stagepatch.families import learns_sigma, with_density
 from stagepatch.methods import Finetune, Method, load_learned, make_method, open_learned
 from stagepatch.patch import with_condition
@@ -143,6 +143,8 @@ class Run:
             check_channels(self.dataset, int(model.config["in_channels"]), config.data)
         self.model, self.scheduler = model, scheduler
         self.assistant = self._load_assistant(named)
+        if config.method == "lora" and config.lora.is_weighed:
+            check_tells_timesteps(scheduler, "A LoRA whose maps or ranks are weighed")
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
         self.objective.timesteps = make_timesteps(self.timesteps, self.objective.levels)
         if config.balancing.name != "none":
