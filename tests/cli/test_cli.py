@@ -196,7 +196,14 @@ def test_what_is_misspelt_or_missing_is_named(capsys, tmp_path, command, expecte
     fails(capsys, command.replace("HERE", str(tmp_path)).split(), *expected)
 
 
-@pytest.mark.parametrize(("text", "named"), [("patch:\n  gaet: none\n", "gaet"), ("training: {steps: 3\n", "c.yaml")])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("patch:\n  gaet: none\n", "gaet"),
+        ("training: {steps: 3\n", "c.yaml"),
+        ('patch: "\\0"\n', "null byte"),  # a text that is looked for as a file
+    ],
+)
 def test_mistakes_of_a_config_file_are_named(capsys, tmp_path, text, named):
     (tmp_path / "c.yaml").write_text(text)
     fails(capsys, ["train", f"--config={tmp_path / 'c.yaml'}"], named)

@@ -147,7 +147,9 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
             given = [argument for argument in arguments if not argument.startswith("--print_config")]
             parser.set_defaults(preset_values(parser.parse_args(given).preset))
         namespace = parser.parse_args(arguments)
-    except ArgumentError as error:
+    except UserError:
+        raise
+    except (ArgumentError, ValueError) as error:  # ValueError: a text with a NUL, which is looked for as a file
         raise UserError(f"{error}\nstagepatch {command} --help explains every key.") from error
     for name, kind in keys.items():
         if is_dataclass(kind) and not isinstance(value := namespace.get(name), Namespace):
