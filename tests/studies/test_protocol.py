@@ -5,7 +5,9 @@ import math
 
 import pytest
 import yaml
+from diffusers import EDMEulerScheduler
 
+from stagepatch.checkpoints import save_denoiser
 from stagepatch.core import UserError
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies import protocol
@@ -184,3 +186,14 @@ def test_seconds_are_measured(tmp_path):
     assert 1e-5 < per_step < 10.0
     assert 1e-6 < per_image < 10.0
     assert not (tmp_path / "learned").exists()
+
+
+def test_rows_by_timestep_are_left_out_for_a_model_that_is_told_none(tmp_path, capsys, small, tiny_dit):
+    save_denoiser(tiny_dit(learn_sigma=False), EDMEulerScheduler(), tmp_path / "model")
+    config = CompareConfig(output_dir=str(tmp_path), model=str(tmp_path / "model"), hours=1.0)
+    config.sampling.scheduler = "EDMEulerScheduler"
+    rows = {entry.name for entry in with_plan(config).entries}
+    assert {"recommended", "DMP as in the paper", "base"} <= rows
+    assert not rows & {"stage LoRA", "LoRAs by range", "copies by range", "free: dpmsolver++"}
+    out = capsys.readouterr().out
+    assert all(f"Left out: {row}. " in out for row in ("stage LoRA", "LoRAs by range", "copies by range"))

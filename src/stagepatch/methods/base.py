@@ -17,6 +17,7 @@ class Method(ABC):
         kind: of what it saves, as `open_artifact` calls it.
         marker: a file that only a directory of that kind has.
         starts_at_base: whether the model, once prepared, still says what it did.
+        goes_by_timestep: whether what it learns reads a noise level off the timestep that the model is told.
         progress: share of training that is done, which the loop says before each step.
         x_start: the clean images or latents of the last forward, which the loss says.
     """
@@ -25,6 +26,7 @@ class Method(ABC):
     kind: ClassVar[str] = ""
     marker: ClassVar[str] = ""
     starts_at_base: bool = True
+    goes_by_timestep: bool = False
     progress: float = 0.0
     x_start: Tensor | None = None
 

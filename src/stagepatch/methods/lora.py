@@ -95,6 +95,7 @@ class LoRA(Method):
         self.config = config or LoRAConfig()
         self.facts = facts or {}
         _check(self.config)
+        self.goes_by_timestep = self.config.is_weighed
         self.model: nn.Module | None = None
         self.ranks: Ranks | None = None
         self.gate: StageGate | TableGate | Router | None = None

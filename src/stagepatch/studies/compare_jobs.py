@@ -18,7 +18,7 @@ import torch
 from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler
 from stagepatch.core import UserError, as_json, as_user_error, locked, processes, read_json, write_json, write_tensors
 from stagepatch.data import BUNDLED, cache_directory, fit_to_model
-from stagepatch.diffusion import make_timesteps, make_weighting
+from stagepatch.diffusion import check_tells_timesteps, make_timesteps, make_weighting
 from stagepatch.evaluation import METRICS, Evaluator
 from stagepatch.families import with_density
 from stagepatch.methods import load_learned, make_method, open_artifact, open_learned
@@ -189,6 +189,8 @@ class CompareJob(Job):
         method.check_start(self.config.start_from)
         if self.config.start_from and open_learned(Path(self.config.start_from)).kind != method.kind:
             raise UserError(f"start_from='{self.config.start_from}' is of another method than '{self.config.method}'.")
+        if method.goes_by_timestep:
+            check_tells_timesteps(load_scheduler(self.config.model), "A LoRA whose maps or ranks are weighed")
         groups = method.prepare(model)
         if self.learned:
             open_learned(Path(self.learned))

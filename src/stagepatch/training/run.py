@@ -143,7 +143,7 @@ class Run:
             check_channels(self.dataset, int(model.config["in_channels"]), config.data)
         self.model, self.scheduler = model, scheduler
         self.assistant = self._load_assistant(named)
-        if config.method == "lora" and config.lora.is_weighed:
+        if self.method.goes_by_timestep:
             check_tells_timesteps(scheduler, "A LoRA whose maps or ranks are weighed")
         self.objective = Objective(scheduler, learns_sigma(model), make_weighting(config.weighting))
         self.objective.timesteps = make_timesteps(self.timesteps, self.objective.levels)
