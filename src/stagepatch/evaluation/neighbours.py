@@ -1,4 +1,5 @@
-"""Metrics of which image lies near which: distances by rows, so that no matrix of all pairs is ever held.
+"""Metrics of which image lies near which: distances by rows, so that no matrix of all pairs is ever held, and to a
+block of the others at a time, which `torch.cdist` copies several times.
 
 Of more than NEIGHBOURS samples or references, so many spread evenly over them stand for all in `precision`, `recall`,
 `density` and `coverage`: the distances grow with the product of the two, and the radii, so the values too, with how
@@ -20,6 +21,7 @@ from stagepatch.sampling import spread
 NEIGHBOURS = 10_000
 MEMORISED = 0.05
 _ROWS = 256
+_BLOCK = 512
 _TAPER = 7
 
 
@@ -40,7 +42,7 @@ def density(features: Tensor, reference: Tensor, k: int = 5, rows: int = _ROWS) 
 
 def coverage(features: Tensor, reference: Tensor, k: int = 5, rows: int = _ROWS) -> float:
     """Share of references with a sample within their k-th-neighbour radius (arXiv 2002.09797, Eq. 5)."""
-    features, reference = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, reference).double()
+    features, reference = at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference)
     radii, parts = _radii(reference, k, rows).split(rows), _distances(reference, features, rows)
     covered = [(part <= own.unsqueeze(1)).any(dim=1) for part, own in zip(parts, radii, strict=True)]
     return float(torch.cat(covered).double().mean())
@@ -58,14 +60,14 @@ def density_without(features: Tensor, reference: Tensor, groups: Tensor) -> list
 
 def coverage_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
     """`coverage` without each group of samples: their signs from halves, their size by `variance_of_coverage`."""
-    rows = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, reference).double()
+    rows = at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference)
     without = without_by_halves(_coverage_of_halves, *rows, at_most(NEIGHBOURS, groups))
     return spread_by(variance_of_coverage(*rows), without)
 
 
 def recall_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
     """`recall` without each group of samples, see `without_by_halves`."""
-    rows = at_most(NEIGHBOURS, features).double(), at_most(NEIGHBOURS, reference)
+    rows = at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference)
     return without_by_halves(_recall_of_halves, *rows, at_most(NEIGHBOURS, groups))
 
 
@@ -95,8 +97,10 @@ def variance_of_coverage(features: Tensor, reference: Tensor, k: int = 5) -> flo
 
 def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Tensor:
     """Euclidean distance of each row [B, ...], image or features, to the nearest of the reference [R, ...]: [B]."""
-    flat = reference.flatten(1)
-    return torch.cat([torch.cdist(part.flatten(1), flat).amin(dim=1) for part in images.split(rows)])
+    blocks, nearest = reference.flatten(1).split(_BLOCK), []
+    for part in images.flatten(1).split(rows):
+        nearest.append(torch.stack([torch.cdist(part, block).amin(dim=1) for block in blocks]).amin(dim=0))
+    return torch.cat(nearest)
 
 
 def median(values: Tensor) -> float:
@@ -145,18 +149,20 @@ def at_most(count: int, rows: Tensor) -> Tensor:
 
 def _radii(points: Tensor, k: int, rows: int) -> Tensor:
     """Distance of each point to its k-th neighbour, [R]; of fewer points, to the last. The nearest is itself."""
-    parts = (torch.cdist(part, points) for part in points.split(rows))
+    parts = _distances(points, points, rows)
     return torch.cat([part.kthvalue(min(k + 1, len(points)), dim=1).values for part in parts])
 
 
 def _distances(points: Tensor, others: Tensor, rows: int) -> Iterator[Tensor]:
+    """Of so many points at a time to all others, [rows, O], in float64."""
     for part in points.split(rows):
-        yield torch.cdist(part.double(), others)
+        blocks = (torch.cdist(part.double(), block.double()) for block in others.split(_BLOCK))
+        yield torch.cat(list(blocks), dim=1)
 
 
 def _balls_around(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS) -> Tensor:
     """In how many references' balls each sample lies, [B]."""
-    features, reference = at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference).double()
+    features, reference = at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference)
     radii = _radii(reference, k, rows)
     return torch.cat([(distances <= radii).sum(dim=1) for distances in _distances(features, reference, rows)])
 
@@ -191,8 +197,7 @@ def _gaps_of_halves(
     gaps = torch.zeros(len(halves)).double()
     for parity in (0, 1):
         numbers = torch.arange(parity, len(reference), 2)
-        for rows in numbers.split(_ROWS):
-            distances = torch.cdist(reference[rows].double(), features)
+        for rows, distances in zip(numbers.split(_ROWS), _distances(reference[numbers], features, _ROWS), strict=True):
             for place in range(parity, len(halves), 2):
                 near, half = distances <= radius(place, rows), halves[place]
                 gap = near[:, half].any(dim=1).sum() - near[:, ~half].any(dim=1).sum()
