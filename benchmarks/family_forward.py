@@ -416,6 +416,37 @@ CASES = {
         FILM,
         FILM_GRID,
     ),
+    "LTX-2, 1 block": Case(
+        lambda: diffusers.LTX2VideoTransformer3DModel(num_layers=1),
+        (1, 128, 3, 16, 16),
+        masked(3840),
+        [3, 16, 16],
+        FILM_GRID,
+    ),
+    "Motif-Video, 1 double and 1 single block": Case(
+        lambda: diffusers.MotifVideoTransformer3DModel(num_layers=1, num_single_layers=1),
+        (1, 16, 3, 32, 32),
+        masked(4096),
+        FILM,
+        FILM_GRID,
+    ),
+    "Nucleus-Image, 2 dense blocks": Case(
+        lambda: diffusers.NucleusMoEImageTransformer2DModel(num_layers=2),
+        (1, 16, 32, 32),
+        given(encoder_hidden_states=(77, 3584), encoder_hidden_states_mask=(77,)),
+        [32, 32],
+    ),
+    "GLM-Image, 2 blocks": Case(
+        lambda: diffusers.GlmImageTransformer2DModel(num_layers=2),
+        (1, 16, 32, 32),
+        lambda: {
+            **given(encoder_hidden_states=(16, 1472), encoder_attention_mask=(16,))(),
+            "prior_token_id": torch.zeros(1, 256, dtype=torch.long),
+            "is_dropped": torch.zeros(1, 1, dtype=torch.bool),
+            "is_exponential": torch.ones(1, 1, dtype=torch.bool),
+        },
+        [32, 32],
+    ),
     "Sana-Video, 4 blocks": Case(
         lambda: diffusers.SanaVideoTransformer3DModel(num_layers=4), (1, 16, 3, 32, 32), masked(2304), FILM, FILM_GRID
     ),
