@@ -4,7 +4,7 @@
 
 A and B alternate in one process; each figure is the median of the rounds' ratios, with its 95 % interval by the order
 of the ratios. Rounds go on until that is within ±0.02, or there were too many. Two patches a family: one prompt per
-token, and a grid of at most 8×8 (of 16×16 tokens or more).
+token, and a grid of at most 8×8 (of 16×16 tokens; of films 2×4×4, of 3×8×8).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def given(**shapes: tuple[int, ...]) -> Callable[[], dict[str, Any]]:
     return make
 
 
-FILM, FILM_GRID = [3, 32, 32], (2, 8, 8)
+FILM, FILM_GRID = [3, 16, 16], (2, 4, 4)
 # Text, or an image's embedding, is among the keys of self-attention.
 SIMPLE = {
     "down_block_types": ("ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * 3),
@@ -160,7 +160,7 @@ CASES = {
     ),
     "Wan2.1-1.3B, 4 blocks": Case(
         lambda: diffusers.WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=4),
-        (1, 16, 3, 32, 32),
+        (1, 16, 3, 16, 16),
         text(4096),
         FILM,
         FILM_GRID,
@@ -329,28 +329,28 @@ CASES = {
         lambda: diffusers.CogVideoXTransformer3DModel(
             num_attention_heads=48, num_layers=1, use_rotary_positional_embeddings=True
         ),
-        (1, 16, 3, 32, 32),
+        (1, 16, 3, 16, 16),
         text(4096, tokens=226),
         FILM,
         FILM_GRID,
     ),
     "HunyuanVideo, 1 double and 1 single block": Case(
         lambda: diffusers.HunyuanVideoTransformer3DModel(num_layers=1, num_single_layers=1),
-        (1, 16, 3, 32, 32),
+        (1, 16, 3, 16, 16),
         given(encoder_hidden_states=(77, 4096), encoder_attention_mask=(77,), pooled_projections=(768,)),
         FILM,
         FILM_GRID,
     ),
     "HunyuanVideo 1.5, 2 blocks": Case(
         lambda: diffusers.HunyuanVideo15Transformer3DModel(num_layers=2, task_type="t2v"),
-        (1, 32, 3, 16, 16),
+        (1, 32, 3, 8, 8),
         given(
             encoder_hidden_states=(77, 3584),
             encoder_attention_mask=(77,),
             encoder_hidden_states_2=(77, 1472),
             encoder_attention_mask_2=(77,),
         ),
-        [3, 16, 16],
+        [3, 8, 8],
         FILM_GRID,
     ),
     "HunyuanImage 2.1, 1 double and 1 single block": Case(
@@ -366,23 +366,23 @@ CASES = {
     ),
     "LTX-Video, 4 blocks": Case(
         lambda: diffusers.LTXVideoTransformer3DModel(num_layers=4),
-        (1, 128, 3, 16, 16),
+        (1, 128, 3, 8, 8),
         masked(4096),
-        [3, 16, 16],
+        [3, 8, 8],
         FILM_GRID,
     ),
     "Cosmos-Predict2, 2 blocks": Case(
         lambda: diffusers.CosmosTransformer3DModel(
             num_attention_heads=16, num_layers=2, concat_padding_mask=False, extra_pos_embed_type=None
         ),
-        (1, 16, 3, 32, 32),
+        (1, 16, 3, 16, 16),
         text(1024),
         FILM,
         FILM_GRID,
     ),
     "SkyReels-V2-1.3B, 4 blocks": Case(
         lambda: diffusers.SkyReelsV2Transformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=4),
-        (1, 16, 3, 32, 32),
+        (1, 16, 3, 16, 16),
         text(4096),
         FILM,
         FILM_GRID,
@@ -391,13 +391,13 @@ CASES = {
         lambda: diffusers.WanVACETransformer3DModel(
             num_attention_heads=12, ffn_dim=8960, num_layers=2, vace_layers=[0]
         ),
-        (1, 16, 3, 32, 32),
-        given(encoder_hidden_states=(77, 4096), reference_latents=(1, 16, 3, 32, 32)),
+        (1, 16, 3, 16, 16),
+        given(encoder_hidden_states=(77, 4096), reference_latents=(1, 16, 3, 16, 16)),
         FILM,
         FILM_GRID,
     ),
     "Mochi, 1 block": Case(
-        lambda: diffusers.MochiTransformer3DModel(num_layers=1), (1, 12, 3, 32, 32), masked(4096), FILM, FILM_GRID
+        lambda: diffusers.MochiTransformer3DModel(num_layers=1), (1, 12, 3, 16, 16), masked(4096), FILM, FILM_GRID
     ),
     "Kandinsky 5 lite, 4 blocks": Case(
         lambda: diffusers.Kandinsky5Transformer3DModel(
@@ -408,7 +408,7 @@ CASES = {
             num_visual_blocks=4,
             axes_dims=(16, 24, 24),
         ),
-        (1, 16, 3, 32, 32),
+        (1, 16, 3, 16, 16),
         lambda: {
             **given(encoder_hidden_states=(77, 3584), encoder_attention_mask=(77,), pooled_projections=(768,))(),
             "of_pictures": torch.zeros(1, 1, dtype=torch.bool),
@@ -418,14 +418,14 @@ CASES = {
     ),
     "LTX-2, 1 block": Case(
         lambda: diffusers.LTX2VideoTransformer3DModel(num_layers=1),
-        (1, 128, 3, 16, 16),
+        (1, 128, 3, 8, 8),
         masked(3840),
-        [3, 16, 16],
+        [3, 8, 8],
         FILM_GRID,
     ),
     "Motif-Video, 1 double and 1 single block": Case(
         lambda: diffusers.MotifVideoTransformer3DModel(num_layers=1, num_single_layers=1),
-        (1, 16, 3, 32, 32),
+        (1, 16, 3, 16, 16),
         masked(4096),
         FILM,
         FILM_GRID,
@@ -448,7 +448,7 @@ CASES = {
         [32, 32],
     ),
     "Sana-Video, 4 blocks": Case(
-        lambda: diffusers.SanaVideoTransformer3DModel(num_layers=4), (1, 16, 3, 32, 32), masked(2304), FILM, FILM_GRID
+        lambda: diffusers.SanaVideoTransformer3DModel(num_layers=4), (1, 16, 3, 16, 16), masked(2304), FILM, FILM_GRID
     ),
 }
 

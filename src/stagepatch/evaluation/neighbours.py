@@ -44,8 +44,8 @@ def coverage(features: Tensor, reference: Tensor, k: int = 5, rows: int = _ROWS)
     """Share of references with a sample within their k-th-neighbour radius (arXiv 2002.09797, Eq. 5)."""
     features, reference = at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference)
     radii, parts = _radii(reference, k, rows).split(rows), _distances(reference, features, rows)
-    covered = [(part <= own.unsqueeze(1)).any(dim=1) for part, own in zip(parts, radii, strict=True)]
-    return float(torch.cat(covered).double().mean())
+    covered = [int((part <= own.unsqueeze(1)).any(dim=1).sum()) for part, own in zip(parts, radii, strict=True)]
+    return sum(covered) / len(reference)
 
 
 def precision_without(features: Tensor, reference: Tensor, groups: Tensor) -> list[float]:
@@ -81,14 +81,12 @@ def variance_of_coverage(features: Tensor, reference: Tensor, k: int = 5) -> flo
     """
     generator = torch.Generator().manual_seed(0)
     names = torch.randint(2**62, (len(features),), generator=generator)  # and a set's name is the sum of its samples'
-    counts, sets = [], []
-    radii = _radii(reference, k, _ROWS).split(_ROWS)
-    for part, own in zip(_distances(reference, features, _ROWS), radii, strict=True):
-        near = part <= own.unsqueeze(1)
-        counts.append(near.sum(dim=1))
-        sets.append((near * names).sum(dim=1))
-    count = torch.cat(counts)
-    _, which, alike = torch.unique(torch.cat(sets), return_inverse=True, return_counts=True)
+    count, sets = torch.empty(2, len(reference), dtype=torch.long)
+    places, radii = torch.arange(len(reference)).split(_ROWS), _radii(reference, k, _ROWS)
+    for rows, part in zip(places, _distances(reference, features, _ROWS), strict=True):
+        near = part <= radii[rows].unsqueeze(1)
+        count[rows], sets[rows] = near.sum(dim=1), (near * names).sum(dim=1)
+    _, which, alike = torch.unique(sets, return_inverse=True, return_counts=True)
     signs = torch.tensor([0.0, *(-((-1) ** c) * binom.sf(c - 1, _TAPER, 0.5) for c in range(1, _TAPER + 2))]).double()
     pairs = (signs[count.clamp(max=_TAPER + 1)] * alike[which]).sum()
     common = (count == 1).sum().double() ** 2 / len(features)
@@ -97,10 +95,11 @@ def variance_of_coverage(features: Tensor, reference: Tensor, k: int = 5) -> flo
 
 def nearest_distance(images: Tensor, reference: Tensor, rows: int = 1024) -> Tensor:
     """Euclidean distance of each row [B, ...], image or features, to the nearest of the reference [R, ...]: [B]."""
-    blocks, nearest = reference.flatten(1).split(_BLOCK), []
-    for part in images.flatten(1).split(rows):
-        nearest.append(torch.stack([torch.cdist(part, block).amin(dim=1) for block in blocks]).amin(dim=0))
-    return torch.cat(nearest)
+    flat, blocks = images.flatten(1), reference.flatten(1).split(_BLOCK)
+    nearest = flat.new_empty(len(flat))
+    for own, part in zip(nearest.split(rows), flat.split(rows), strict=True):
+        own.copy_(torch.stack([torch.cdist(part, block).amin(dim=1) for block in blocks]).amin(dim=0))
+    return nearest
 
 
 def median(values: Tensor) -> float:
@@ -149,12 +148,17 @@ def at_most(count: int, rows: Tensor) -> Tensor:
 
 def _radii(points: Tensor, k: int, rows: int) -> Tensor:
     """Distance of each point to its k-th neighbour, [R]; of fewer points, to the last. The nearest is itself."""
-    parts = _distances(points, points, rows)
-    return torch.cat([part.kthvalue(min(k + 1, len(points)), dim=1).values for part in parts])
+    radii = torch.empty(len(points), dtype=torch.float64, device=points.device)  # kept apart, see `_distances`
+    for own, part in zip(radii.split(rows), _distances(points, points, rows), strict=True):
+        own.copy_(part.kthvalue(min(k + 1, len(points)), dim=1).values)
+    return radii
 
 
 def _distances(points: Tensor, others: Tensor, rows: int) -> Iterator[Tensor]:
-    """Of so many points at a time to all others, [rows, O], in float64."""
+    """Of so many points at a time to all others, [rows, O], in float64.
+
+    What is made of each belongs in one tensor that was there before: small ones among large ones pin memory.
+    """
     for part in points.split(rows):
         blocks = (torch.cdist(part.double(), block.double()) for block in others.split(_BLOCK))
         yield torch.cat(list(blocks), dim=1)
@@ -164,7 +168,10 @@ def _balls_around(features: Tensor, reference: Tensor, k: int, rows: int = _ROWS
     """In how many references' balls each sample lies, [B]."""
     features, reference = at_most(NEIGHBOURS, features), at_most(NEIGHBOURS, reference)
     radii = _radii(reference, k, rows)
-    return torch.cat([(distances <= radii).sum(dim=1) for distances in _distances(features, reference, rows)])
+    counts = torch.empty(len(features), dtype=torch.long, device=features.device)
+    for own, distances in zip(counts.split(rows), _distances(features, reference, rows), strict=True):
+        own.copy_((distances <= radii).sum(dim=1))
+    return counts
 
 
 def _means_without(values: Tensor, groups: Tensor) -> list[float]:
@@ -210,10 +217,11 @@ def _radii_in_halves(points: Tensor, halves: Tensor, k: int, most: int = 64) -> 
 
     Looked for among so many of all points: that less than 4 of the nearest 64 are of its half has a chance of 1e-15.
     """
-    parts = []
-    for distances, own in zip(_distances(points, points, _ROWS), halves.split(_ROWS, dim=1), strict=True):
+    radii = torch.empty(halves.shape, dtype=torch.float64)
+    places = torch.arange(len(points)).split(_ROWS)
+    for rows, distances in zip(places, _distances(points, points, _ROWS), strict=True):
         nearest, which = distances.topk(min(most, len(points)), largest=False)
-        is_closer = (halves[:, which] == own.unsqueeze(2)).cumsum(dim=2) <= k
+        is_closer = (halves[:, which] == halves[:, rows].unsqueeze(2)).cumsum(dim=2) <= k
         place = is_closer.sum(dim=2).clamp(max=nearest.shape[1] - 1)
-        parts.append(nearest.gather(1, place.T).T)
-    return torch.cat(parts, dim=1)
+        radii[:, rows] = nearest.gather(1, place.T).T
+    return radii
