@@ -39,8 +39,7 @@ def make_sampler(name: str, trained_with: Any) -> Any:
             f"{', '.join(_NAMES)}."
         )
     is_flow = "FlowMatch" in class_name
-    is_of_edm = is_edm(scheduler_class) != is_edm(trained_with)
-    if is_of_edm or is_flow != ("FlowMatch" in type(trained_with).__name__):
+    if is_edm(scheduler_class) != is_edm(trained_with) or is_flow != ("FlowMatch" in type(trained_with).__name__):
         raise UserError(f"'{name}' does not fit a model trained with {type(trained_with).__name__}.")
     config = dict(in_thousandths(trained_with).config)
     config.pop("invert_sigmas", None)  # Mochi's, from image to noise; its family tells the model so

@@ -6,7 +6,7 @@ Of more than NEIGHBOURS samples or references, so many spread evenly over them s
 many there are.
 
 How sure `precision` and `density` are, means over the samples, is had by leaving some out; `recall` and `coverage`, of
-which any sample may decide, from halves of them.
+which any sample may decide, from halves of them; `coverage`'s size from which samples its balls hold in common.
 """
 
 from collections.abc import Callable, Iterator
