@@ -165,7 +165,7 @@ def own_times(method: str, processes: int) -> list[list[float]]:
     started = []
     for rank in range(processes):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} if processes > 1 else {}
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", **ranks}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **ranks}
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
     printed = [process.communicate()[0] for process in started]
     return [json.loads(text.splitlines()[-1]) for text in printed]
@@ -178,16 +178,14 @@ def measured(arguments: argparse.Namespace) -> None:
             for processes, times in found.items():
                 each = own_times(method, processes)
                 times.append((max(cpu for cpu, _ in each), max(wall for _, wall in each)))
-        speeds = {}
+        speeds: dict[int, list[float]] = {}
         for processes, times in found.items():
             cpu, wall = (statistics.median(column) for column in zip(*times, strict=True))
-            speeds[processes] = arguments.batch / cpu
-            print(
-                f"{method}, {processes} process(es): {arguments.batch / cpu:.1f} images a second of processor time "
-                f"({arguments.batch / wall:.1f} of the wall)",
-                flush=True,
-            )
-        print(f"{method}: {speeds[arguments.processes] / speeds[1]:.2f} times as many", flush=True)
+            own = speeds[processes] = [arguments.batch / cpu, arguments.batch / wall]
+            of_both = f"{own[0]:.1f} images a second of processor time ({own[1]:.1f} of the wall)"
+            print(f"{method}, {processes} process(es): {of_both}", flush=True)
+        of_cpu, of_wall = (many / one for many, one in zip(speeds[arguments.processes], speeds[1], strict=True))
+        print(f"{method}: {of_cpu:.2f} times as many ({of_wall:.2f} of the wall)", flush=True)
 
 
 def main() -> None:
