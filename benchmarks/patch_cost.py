@@ -1,7 +1,7 @@
 """What a patch costs: forward, training step and peak memory, as ratios against the plain model.
 
     python benchmarks/patch_cost.py [--models DiT-S/2 DiT-B/2] [--what forward step memory] [--rounds 9]
-        [--layers 0] [--batch 8] [--profile] [--device cpu]
+        [--layers 0] [--batch 8] [--compile] [--profile] [--device cpu]
 
 A and B alternate in one process, see paired.py. `--layers` is of models cut to so many blocks. `--profile` shows where
 a training step goes, of fine-tuning and of DMP. Peak memory is of one process per method: on a CPU its resident set,
@@ -44,7 +44,9 @@ def inputs(batch: int, device: str) -> tuple[torch.Tensor, ...]:
     return tuple(value.to(device) for value in (sample, noise, timesteps, labels))
 
 
-def make_step(name: str, method: str, batch: int, device: str, layers: int = 0) -> Callable[[], None]:
+def make_step(
+    name: str, method: str, batch: int, device: str, layers: int = 0, compiled: bool = False
+) -> Callable[[], None]:
     """One training step, optimizer included, of 'dmp' or 'finetune'."""
     model = build(name, device, layers)
     objective = Objective(make_scheduler(ObjectiveConfig(), True), True)
@@ -56,6 +58,8 @@ def make_step(name: str, method: str, batch: int, device: str, layers: int = 0) 
     else:
         patch = None
         parameters = list(model.parameters())
+    if compiled:
+        model.compile()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
     sample, noise, timesteps, labels = inputs(batch, device)
 
@@ -87,9 +91,9 @@ def forward_ratio(name: str, batch: int, rounds: int, device: str, layers: int) 
     return paired(lambda: run(True), lambda: run(False), rounds)
 
 
-def show_profile(name: str, method: str, batch: int, device: str, layers: int) -> None:
+def show_profile(name: str, method: str, batch: int, device: str, layers: int, compiled: bool) -> None:
     """Where a training step goes, by operation, of its own time."""
-    step = make_step(name, method, batch, device, layers)
+    step = make_step(name, method, batch, device, layers, compiled)
     step()
     with profile() as profiler:
         for _ in range(3):
@@ -134,6 +138,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--layers", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="training steps, as training.compile does")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak", choices=["dmp", "finetune"])
@@ -146,12 +151,13 @@ def main() -> None:
     for name in arguments.models:
         if arguments.profile:
             for method in ("finetune", "dmp"):
-                show_profile(name, method, batch, device, layers)
+                show_profile(name, method, batch, device, layers, arguments.compile)
             continue
         if "forward" in arguments.what:
             print(f"{name}: patched / plain forward {forward_ratio(name, batch, rounds, device, layers)}", flush=True)
         if "step" in arguments.what:
-            steps = [make_step(name, method, batch, device, layers) for method in ("dmp", "finetune")]
+            methods = ("dmp", "finetune")
+            steps = [make_step(name, method, batch, device, layers, arguments.compile) for method in methods]
             print(f"{name}: DMP / fine-tuning step {paired(*steps, rounds)}", flush=True)
             del steps
         if "memory" in arguments.what:
