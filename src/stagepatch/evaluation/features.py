@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from stagepatch.checkpoints import from_hub, is_hub_id, module_fingerprint, split_revision
 from stagepatch.core import UserError, as_user_error, processes
@@ -81,10 +82,9 @@ class InceptionFeatures:
 
     def __init__(self, path: str = "", is_legacy: bool = False, size: int = 0) -> None:
         self.name = "Inception-v3, legacy resize" if is_legacy else "Inception-v3"
-        device = processes().device
-        layout = torch.channels_last if device.type == "cpu" else torch.preserve_format  # a fifth less time there
-        self.network = load_inception(path).to(device, memory_format=layout)
-        self.is_legacy, self.size = is_legacy, size
+        self.network, self.is_legacy, self.size = load_inception(path).to(processes().device), is_legacy, size
+        if processes().device.type == "cpu":  # a quarter less time (benchmarks/RESULTS.md)
+            convert_conv2d_weight_memory_format(self.network, torch.channels_last)
         legacy = f"quantised to 8 bits, resized to {SIZE}×{SIZE} as by TensorFlow 1 (bilinear, not antialiased)"
         self.preprocessing = legacy if is_legacy else _CLEAN.format(size=SIZE)
         if size:
