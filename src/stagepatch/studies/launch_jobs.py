@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stagepatch.core import UserError, check_numbers
+from stagepatch.core import Interrupted, UserError, check_numbers
+from stagepatch.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from stagepatch.studies.job import Job
+
+_POLL_SECONDS = 0.05
 
 
 @dataclass
@@ -59,6 +63,7 @@ def launch(jobs: Sequence[Job], config: LaunchConfig, logs: Path, noun: str = "j
 
     Raises:
         UserError: a job failed; the others were finished first, and its log is named.
+        Interrupted: SIGINT or SIGTERM came; the jobs that ran were stopped, a training with its checkpoint.
     """
     import torch
 
@@ -108,19 +113,54 @@ def _results(jobs: Sequence[Job], config: LaunchConfig, logs: Path) -> Iterator[
         **({"slurm_partition": config.partition} if config.partition else {}),
     )
 
-    def submit_and_wait(job: Job) -> None:
-        submitted = executor.submit(_run_in_process, job, config.tasks, config.threads)
+    waiting = list(jobs)
+    running: dict[Any, Job] = {}
+    with StopSignals() as signals:
         try:
-            submitted.results()
-        except Exception as error:  # whatever the job raised, and submitit's own for a job that died
-            last = [line for line in str(error).splitlines() if line.strip()][-1:]
-            raise UserError(f"{' '.join(last)} (log: '{submitted.paths.stderr}')") from error
+            while waiting or running:
+                while waiting and len(running) < config.workers:
+                    job = waiting.pop(0)
+                    running[_submit(executor, job, config)] = job
+                for submitted in [submitted for submitted in running if submitted.done()]:
+                    yield running.pop(submitted), _error_of(_wait_for, submitted)
+                if signals.received:
+                    names = ", ".join(str(job) for job in running.values())
+                    raise Interrupted(
+                        signals.received, f"Stopped: {names}. Give the same command again to go on with what is left."
+                    )
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for submitted in running:
+                _stop(submitted, config)
+            for submitted in running:
+                submitted.wait()
 
-    # submitit starts and watches the processes; the threads only hold back more than `workers` of them.
-    with ThreadPoolExecutor(config.workers) as pool:
-        waiting = {pool.submit(_error_of, submit_and_wait, job): job for job in jobs}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
+
+def _submit(executor: Any, job: Job, config: LaunchConfig) -> Any:
+    """Ctrl-C in a terminal goes to every process in the foreground: it is kept from submitit's own, which would kill
+    the job after a second; `_stop` tells it.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return executor.submit(_run_in_process, job, config)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _stop(submitted: Any, config: LaunchConfig) -> None:
+    """With SIGTERM, at which a training writes its checkpoint."""
+    if config.executor != "local":
+        submitted.cancel()
+    elif not submitted.done():
+        os.kill(int(submitted.job_id), signal.SIGTERM)  # submitit's process, which passes it on
+
+
+def _wait_for(submitted: Any) -> None:
+    try:
+        submitted.results()
+    except Exception as error:  # whatever the job raised, and submitit's own for a job that died
+        last = [line for line in str(error).splitlines() if line.strip()][-1:]
+        raise UserError(f"{' '.join(last)} (log: '{submitted.paths.stderr}')") from error
 
 
 def _error_of(run: Callable[..., None], *arguments: Any) -> UserError | None:
@@ -131,13 +171,15 @@ def _error_of(run: Callable[..., None], *arguments: Any) -> UserError | None:
     return None
 
 
-def _run_in_process(job: Job, tasks: int, threads: int) -> None:
+def _run_in_process(job: Job, config: LaunchConfig) -> None:
     """In the job's own process, or one of them."""
     import torch
 
-    if threads:
-        torch.set_num_threads(threads)
-    if tasks > 1:
+    if config.executor == "local":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit's handler lets it pass
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.tasks > 1:
         from submitit.helpers import TorchDistributedEnvironment
 
         TorchDistributedEnvironment().export()
