@@ -34,7 +34,7 @@ def test_the_job_that_runs_writes_its_checkpoint_and_no_other_begins(tmp_path, s
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + signum
-    assert "Stopped: 'DMP' (seed 0). Give the same command again" in said
+    assert "Stopped; 2 of 2 jobs are left. Give the same command again" in said
     assert (learned / "checkpoint.safetensors").exists()
     [log] = [path.read_text() for path in (tmp_path / "out" / "logs").glob("*/*.err")]
     assert "Stopped at iteration" in log

@@ -83,7 +83,7 @@ class InceptionFeatures:
     def __init__(self, path: str = "", is_legacy: bool = False, size: int = 0) -> None:
         self.name = "Inception-v3, legacy resize" if is_legacy else "Inception-v3"
         self.network, self.is_legacy, self.size = load_inception(path).to(processes().device), is_legacy, size
-        if processes().device.type == "cpu":  # a quarter less time (benchmarks/RESULTS.md)
+        if processes().device.type == "cpu":  # a fifth less time (benchmarks/RESULTS.md)
             convert_conv2d_weight_memory_format(self.network, torch.channels_last)
         legacy = f"quantised to 8 bits, resized to {SIZE}×{SIZE} as by TensorFlow 1 (bilinear, not antialiased)"
         self.preprocessing = legacy if is_legacy else _CLEAN.format(size=SIZE)

@@ -16,7 +16,7 @@ from stagepatch.training.signals import StopSignals
 if TYPE_CHECKING:
     from stagepatch.studies.job import Job
 
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.1
 
 
 @dataclass
@@ -113,21 +113,27 @@ def _results(jobs: Sequence[Job], config: LaunchConfig, logs: Path) -> Iterator[
         **({"slurm_partition": config.partition} if config.partition else {}),
     )
 
+    yield from _in_processes(executor, jobs, config)
+
+
+def _in_processes(executor: Any, jobs: Sequence[Job], config: LaunchConfig) -> Iterator[tuple[Job, UserError | None]]:
     waiting = list(jobs)
     running: dict[Any, Job] = {}
     with StopSignals() as signals:
         try:
             while waiting or running:
+                if signals.received:
+                    print("Stopping: a job that trains writes its checkpoint. Ctrl-C again does not wait.")
+                    raise Interrupted(
+                        signals.received,
+                        f"Stopped; {len(waiting) + len(running)} of {len(jobs)} jobs are left. Give the same command "
+                        "again to go on with them.",
+                    )
                 while waiting and len(running) < config.workers:
                     job = waiting.pop(0)
                     running[_submit(executor, job, config)] = job
                 for submitted in [submitted for submitted in running if submitted.done()]:
                     yield running.pop(submitted), _error_of(_wait_for, submitted)
-                if signals.received:
-                    names = ", ".join(str(job) for job in running.values())
-                    raise Interrupted(
-                        signals.received, f"Stopped: {names}. Give the same command again to go on with what is left."
-                    )
                 time.sleep(_POLL_SECONDS)
         finally:
             for submitted in running:
