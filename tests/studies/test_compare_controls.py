@@ -301,6 +301,13 @@ def test_the_note_says_what_is_sampled_otherwise(tmp_path, changes, expected):
     assert f"(20 steps of ddim), the same noise for all. Sampled otherwise: free ({expected}." in note(jobs, "recall")
 
 
+def test_the_note_names_all_that_is_sampled_otherwise_in_one_sentence(tmp_path):
+    more = [{"name": f"{steps}", "method": "none", "sampling": {"num_inference_steps": steps}} for steps in (40, 80)]
+    text = note(plan(tmp_path, *more, ENTRIES[0]), "recall")
+    assert "Sampled otherwise: 40 (40 steps of ddim); 80 (80 steps of ddim). Differences" in text
+    assert "Sampled otherwise" not in note(plan(tmp_path, ENTRIES[0]), "recall")
+
+
 @pytest.mark.usefixtures("unpictured")
 def test_a_guide_of_each_training_seed(tmp_path, capsys):
     samples = {"method": "lora", "objective": "samples", "ddo": DDO["ddo"]}

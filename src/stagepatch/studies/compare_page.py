@@ -113,7 +113,8 @@ def note(jobs: Sequence[CompareJob], metric: str) -> str:
     seeds = max(Counter(job.name for job in jobs).values())
     sampling = next((job for job in jobs if job.is_base), jobs[0]).sampling
     others = {job.name: job.sampling for job in jobs if job.sampling != sampling}
-    otherwise = "".join(f" Sampled otherwise: {name} ({_sampler(own)})." for name, own in others.items())
+    named = "; ".join(f"{name} ({_sampler(own)})" for name, own in others.items())
+    otherwise = f" Sampled otherwise: {named}." if others else ""
     unit = (
         "training run (of what is not trained, a sampling seed)" if seeds > 1 else "sampling seed, of one training run"
     )
