@@ -246,3 +246,25 @@ EXCLUSIVE = [
 def test_options_that_exclude_each_other(command, arguments):
     with pytest.raises(UserError):
         app._parse(command, arguments)
+
+
+# What leaves other keys of its part to follow from it.
+FOLLOWED = [
+    ("patch", {"preset": "released"}),
+    ("patch", {"position": "prepend"}),
+    ("patch", {"num_experts": 2}),
+    ("weighting", {"name": "min_snr"}),
+]
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+@pytest.mark.parametrize(("part", "given"), FOLLOWED, ids=str)
+def test_what_is_not_given_follows_from_what_is_as_in_python(part, given, is_file, tmp_path):
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump({part: given}))
+    arguments = [f"--{part}.{name}={value}" for name, value in given.items()]
+    config, resolved = app._parse("train", ["--config", str(tmp_path / "given.yaml")] if is_file else arguments)
+    expected = get_type_hints(type(config))[part](**given)
+    assert getattr(config, part) == expected
+    (tmp_path / "run.yaml").write_text(resolved)
+    assert yaml.safe_load(resolved)[part].items() <= dataclasses.asdict(expected).items()
+    assert app._parse("train", ["--config", str(tmp_path / "run.yaml")])[0] == config

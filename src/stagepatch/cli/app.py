@@ -127,6 +127,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
     """The command's config object, and the same as YAML."""
     from argparse import ArgumentError
     from dataclasses import fields, is_dataclass
+    from operator import attrgetter
 
     from jsonargparse import Namespace
 
@@ -154,14 +155,15 @@ def _parse(command: str, arguments: list[str]) -> tuple[object, str]:
     for name, kind in keys.items():
         if is_dataclass(kind) and not isinstance(value := namespace.get(name), Namespace):
             raise UserError(f"{name} is {value!r}, and takes keys of its own, such as {name}.{fields(kind)[0].name}.")
-    resolved = parser.dump(namespace)
-    namespace = parser.instantiate_classes(namespace)
     names = _keys(config_class)
-    values = {name: value for name, value in vars(namespace).items() if name in names}
+    built = vars(parser.instantiate_classes(namespace))
     try:
-        return config_class(**values), resolved
+        config = config_class(**{name: value for name, value in built.items() if name in names})
     except TypeError as error:
         raise UserError(str(error)) from error
+    for name in _left_open(config_class):
+        namespace[name] = attrgetter(name)(config)
+    return config, parser.dump(namespace)
 
 
 def _make_parser(command: str, config_class: type) -> Any:
@@ -176,6 +178,8 @@ def _make_parser(command: str, config_class: type) -> Any:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(config_class)
+    # A part's own default has settled these by its other defaults, whatever is given for those.
+    parser.set_defaults(dict.fromkeys(_left_open(config_class)))
     if command == "train":
         from stagepatch.training.presets import PRESET_HELP, PRESETS
 
@@ -193,6 +197,22 @@ def _keys(config_class: type, prefix: str = "") -> dict[str, object]:
         keys[prefix + name] = kind
         if isinstance(kind, type) and is_dataclass(kind):
             keys |= _keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _left_open(config_class: type, prefix: str = "") -> list[str]:
+    """Dotted keys of a config's parts that have no default of their own: it follows from the part's other keys."""
+    from dataclasses import fields, is_dataclass
+    from typing import get_type_hints
+
+    keys = []
+    kinds = get_type_hints(config_class)
+    for part in fields(config_class):
+        kind = kinds[part.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            keys += _left_open(kind, f"{prefix}{part.name}.")
+        elif prefix and part.default is None:
+            keys.append(prefix + part.name)
     return keys
 
 

@@ -25,7 +25,7 @@ class LaunchConfig:
 
     Args:
         executor: 'local', this machine; 'slurm', a cluster; 'debug', one after the other in this process.
-        workers: jobs at a time; they share the machine's cores.
+        workers: jobs at a time; they share the machine's cores, each with at most OMP_NUM_THREADS threads.
         processes: of a job, which share its batches; on a machine with GPUs one to each.
         gpus: of a job; at least as many processes are started.
         partition: of a cluster.
@@ -184,7 +184,7 @@ def _run_in_process(job: Job, config: LaunchConfig) -> None:
     if config.executor == "local":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit's handler lets it pass
     if config.threads:
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(min(config.threads, torch.get_num_threads()))  # OMP_NUM_THREADS may ask for fewer
     if config.tasks > 1:
         from submitit.helpers import TorchDistributedEnvironment
 
