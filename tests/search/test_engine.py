@@ -227,7 +227,8 @@ def lines(directory, what):
 
 def study_of(directory):
     """The study in a journal, as another process has it."""
-    backend = optuna.storages.journal.JournalFileBackend(str(directory / "journal"))
+    path = directory / "journal"
+    backend = optuna.storages.journal.JournalFileBackend(str(path), storages._JournalLock(path))
     return optuna.load_study(study_name="merge tpe", storage=optuna.storages.JournalStorage(backend))
 
 
