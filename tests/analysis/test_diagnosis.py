@@ -147,7 +147,7 @@ def test_one_map_for_all_noise_levels_is_limited_by_capacity_and_its_stages_conf
     assert verdicts.converged == "yes"
     assert (verdicts.limited_by, verdicts.stages) == ("capacity", "conflict")
     assert found.far.mean == pytest.approx(-1.0, abs=0.1)
-    assert advised(found)[:2] == ["copies_by_range", "loras_by_range"]
+    assert advised(found)[:2] == ["copies_by_range", "stage_lora"]
     levels = torch.linspace(0, 1, 1000)
     slope, offset = Affine().knots.detach()[:, 0]
     best, _, least = optimum(levels)

@@ -54,6 +54,16 @@ def test_guide_is_what_the_rows_of_the_evidence_were_trained_by(capsys):
         assert yaml.safe_load(given) == guide["training"][name] or float(given) == guide["training"][name]
 
 
+def test_stages_is_what_the_rows_of_the_evidence_were_trained_by(capsys):
+    stages = resolved(capsys, "--preset=stages")
+    told = yaml.safe_load(Path("configs/fashion/loras_proof.yaml").read_text())
+    (row,) = [row for row in told["entries"] if row["name"] == "stage LoRA, r = 8, K = 4"]
+    assert {name: stages["lora"][name] for name in row["lora"]} == row["lora"]
+    assert (stages["method"], stages["objective"]) == (row["method"], "denoising")
+    for name, value in {**told["training"], **row["training"]}.items():
+        assert name in ("compile", "log_every") or stages["training"][name] == value, name
+
+
 def test_a_resolved_config_gives_the_same_run_again(capsys, tmp_path):
     whole = resolved(capsys, "--preset=recommended", "--training.steps=7")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(whole))
@@ -65,5 +75,5 @@ def test_an_unknown_preset_is_refused(capsys):
     assert "recommended" in capsys.readouterr().err
     assert main(["train", "--presett=paper"]) == 2
     assert "Did you mean --preset?" in capsys.readouterr().err
-    with pytest.raises(UserError, match="paper, recommended, guide"):
+    with pytest.raises(UserError, match="paper, recommended, stages, guide"):
         apply_preset(TrainConfig(), "best")
