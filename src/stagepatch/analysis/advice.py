@@ -97,7 +97,7 @@ def _cure(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
         copies = f"{_experts(data)} --training.learning_rate={rate:g}"
         maps = f"stagepatch train --preset=stages {data} --training.learning_rate={3 * rate:g}"
         one_file = (
-            "Four maps of rank 8 a layer, in one file and at the model's own cost: FID −10.7 ± 0.8 % after 8,000 "
+            "Four maps of rank 8 a layer, in one file and at the model's own calls: FID −10.7 ± 0.8 % after 8,000 "
             "steps of 128, where one LoRA of as many parameters gained nothing."
         )
         return [
