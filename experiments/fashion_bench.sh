@@ -4,9 +4,9 @@
 #   make bench       bash experiments/fashion_bench.sh             into runs/
 #   make bench-quick bash experiments/fashion_bench.sh --quick     into runs/quick/: to see that it works; its figures say nothing
 set -euo pipefail
-configs=$PWD/configs/fashion out=. guide="--training.steps 1000 --training.compile"
+configs=$PWD/configs/fashion out=. seeds="3 4 5" guide="--training.steps 1000 --training.compile"
 if [ "${1:-}" = --quick ]; then
-  out=runs/quick guide="--training.steps 25 --ddo.sampling.num_images 500"
+  out=runs/quick seeds=3 guide="--training.steps 25 --ddo.sampling.num_images 500"
 elif [ $# -gt 0 ]; then
   echo "What is '$1'? The only option is --quick." >&2
   exit 2
@@ -27,7 +27,7 @@ compare recommended "$@"
 compare experts_proof "$@"
 compare loras_proof "$@"
 compare stage_lora_ddo_proof "$@"
-for seed in 3 4 5; do
+for seed in $seeds; do
   guide $seed --preset guide --ddo.fakes runs/fashion-guide-fakes --output_dir runs/fashion-guide-$seed
   guide $seed --method lora --training.batch_size 128 --training.learning_rate 3e-3 --training.lr_scheduler linear \
     --training.ema_decay 0.998 --output_dir runs/fashion-guide-of-images-$seed

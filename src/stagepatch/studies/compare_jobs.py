@@ -286,7 +286,7 @@ def _quick(config: CompareConfig) -> CompareConfig:
     return replace(
         config,
         training=replace(config.training, steps=max(1, config.training.steps // 40), warmup_steps=0, compile=False),
-        sampling=replace(config.sampling, num_images=min(config.sampling.num_images, 200)),
+        sampling=replace(config.sampling, num_images=min(config.sampling.num_images, 100)),
         entries=entries,
         training_seeds=config.training_seeds[:1],
         evaluate_every=0,
