@@ -12,9 +12,6 @@ elif [ $# -gt 0 ]; then
   exit 2
 fi
 mkdir -p $out && cd $out
-if [ $out != . ]; then # whose stage LoRA DDO is trained on from: the quick form has a directory of its own
-  mkdir -p runs && ln -sfn fashion-loras-proof-quick runs/fashion-loras-proof
-fi
 
 compare() { stagepatch compare --config "$configs/$1.yaml" "${@:2}"; }
 guide() { # a LoRA by this preset or method, of a training seed
@@ -26,7 +23,6 @@ compare weighting "$@"
 compare recommended "$@"
 compare experts_proof "$@"
 compare loras_proof "$@"
-compare stage_lora_ddo_proof "$@"
 for seed in $seeds; do
   guide $seed --preset guide --ddo.fakes runs/fashion-guide-fakes --output_dir runs/fashion-guide-$seed
   guide $seed --method lora --training.batch_size 128 --training.learning_rate 3e-3 --training.lr_scheduler linear \

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from stagepatch.checkpoints import load_denoiser
-from stagepatch.core import read_json
+from stagepatch.core import UserError, as_json, read_json, write_json
 from stagepatch.data import DataConfig, in_memory, load_digits, load_training_data
 from stagepatch.evaluation import (
     Evaluator,
@@ -28,7 +28,7 @@ from stagepatch.studies import compare_jobs
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.studies.compare_page import note
-from stagepatch.training import Run
+from stagepatch.training import Run, TrainingConfig
 from tests.studies.conftest import study
 
 DDO = {"method": "lora", "objective": "ddo", "ddo": {"sampling": {"num_images": 20, "num_inference_steps": 2}}}
@@ -175,6 +175,44 @@ def test_entry_goes_on_from_what_a_run_of_its_seed_learned(tmp_path):
     assert read_json(jobs[1] / "job.json")["start_from"].endswith("a-1/learned")
 
 
+@pytest.mark.usefixtures("unpictured")
+def test_entry_goes_on_from_what_an_entry_above_learned_with_its_seed(tmp_path):
+    still = {"method": "lora", "after": "a, again", "training": {"learning_rate": 0.0}}
+    entries = [
+        {"name": "a", "method": "lora"},
+        {"name": "a, again", "method": "lora", "sampling": {"num_inference_steps": 3}},  # of the training of 'a'
+        {"name": "b", **still},
+        {"name": "c", **still, "after": "b", "training": {"learning_rate": 0.01}},
+    ]
+    config = CompareConfig(output_dir=str(tmp_path / "out"), entries=[EntryConfig(**each) for each in entries])
+    config.training_seeds, config.launch.executor = [0, 1], "debug"
+    config.training, config.sampling = TrainingConfig(**SMALL["training"]), SamplingConfig(**SMALL["sampling"])
+    jobs = {(job.name, job.config.training.seed): job for job in plan_jobs(config)}
+    jobs["b", 1].run()  # whatever its turn, what it goes on from is trained first
+    assert not jobs["a", 1].is_done()
+    assert compare(tmp_path, entries=entries, training_seeds=[0, 1]) == 0
+    for seed in (0, 1):
+        folders = [tmp_path / "out" / "jobs" / f"{name}-{seed}" for name in "abc"]
+        a, b, c = (load_file(folder / "learned" / "pytorch_lora_weights.safetensors") for folder in folders)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert not any(torch.equal(a[name], c[name]) for name in a if "lora_" in name)
+        assert values_of(tmp_path, f"a-{seed}", 2) == values_of(tmp_path, f"b-{seed}", 2)
+    assert values_of(tmp_path, "b-0", 2) != values_of(tmp_path, "b-1", 2)
+
+
+def test_entry_that_went_on_from_another_row_is_another_job(tmp_path):
+    rows = [{"name": name, "method": "lora", "lora": {"rank": 2}} for name in "ab"]
+    rows[1]["training"] = {"learning_rate": 0.1}
+    last = {"name": "c", "method": "lora", "lora": {"rank": 2}}
+    config = CompareConfig(output_dir=str(tmp_path / "out"))
+    config.entries = [EntryConfig(**each) for each in (*rows, {**last, "after": "a"})]
+    *_, job = plan_jobs(config)
+    write_json(job.directory / "job.json", as_json(job.identity()))
+    config.entries[-1] = EntryConfig(**last, after="b")
+    with pytest.raises(UserError, match=r"after was a, is b"):
+        plan_jobs(config)
+
+
 YOUNG = ("held_out", "second_extractor", "start_from", "objective", "num_stages")
 
 
@@ -237,6 +275,11 @@ def entry(method="dmp", **more):
     return {"entries": [{"name": "a", "method": method, **more}]}
 
 
+def after(name, above):
+    rows = [{"name": "base", "method": "none"}, {"name": "a", **above}, {"name": "b", "method": "lora", "after": name}]
+    return {"entries": [row for row in rows if "method" in row]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -248,6 +291,13 @@ def entry(method="dmp", **more):
         (entry("none", objective="ddo"), "method='none' trains nothing"),
         (entry("none", start_from="x"), "method='none' trains nothing"),
         (entry(start_from="gone"), "gone"),
+        (entry("none", after="x"), "method='none' trains nothing"),
+        (entry(after="x", start_from="y"), "start_from and after both say"),
+        (after("a", {}), "Entry 'b': after='a' is no entry above this one: 'base'."),
+        (after("base", {}), "after='base' leaves no training to go on from"),
+        (after("a", {"method": "lora", "num_stages": 2}), "after='a' leaves no training to go on from"),
+        (after("a", {"method": "bitfit"}), "after='a' needs the same method here as there: bitfit, not lora."),
+        (after("a", {"method": "lora", "lora": {"rank": 2}}), "after='a' needs the same lora here as there"),
         ({"metric": "fid_second"}, "metric='fid_second' is in the features of second_extractor"),
         ({"second_extractor": "digits"}, "is the extractor itself"),
         ({"data": {"source": "gone"}}, "No images of 'gone' are held out"),

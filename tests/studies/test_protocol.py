@@ -62,11 +62,13 @@ def test_work_counts_trained_rows_by_seed_and_dearer_samplers():
         EntryConfig("fine-tuning", "finetune"),
         EntryConfig("DDO", "lora", objective="ddo"),
         EntryConfig("DDO, more steps", "lora", objective="ddo", sampling={"num_inference_steps": 40}),
+        EntryConfig("LoRA", "lora"),
+        EntryConfig("LoRA, then DDO", "lora", objective="ddo", after="LoRA"),
     ]
     work = work_of(entries, config)
-    assert math.isclose(work.steps, 1 + 8 / 3)  # the last two are of one training
-    assert math.isclose(work.images, 3 * (1 + 1 + 2))
+    assert math.isclose(work.steps, 2 + 2 * 8 / 3)  # of DDO, two rows are of one training
     fakes = protocol.FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / 20
+    assert math.isclose(work.images, 3 * (3 + 1 + 2) + fakes)  # what goes on from a LoRA has samples of its own
     assert math.isclose(work.images_once, 3 * (1 + 4 + 2) + fakes)
 
 
@@ -87,15 +89,20 @@ def test_rows_are_base_free_wins_controls_and_methods_of_the_same_steps():
     assert methods == [
         *("DMP as in the paper", "stage LoRA"),
         *by_range,
-        *("recommended", "recommended, 2 times the steps"),
+        *("recommended", "stage LoRA, then recommended"),
+        *("stage LoRA, 2 times the steps", "recommended, 2 times the steps"),
+        "stage LoRA, then recommended, 2 times the steps",
     ]
     assert [entries[name].num_stages * entries[name].training["steps"] for name in by_range] == [1000, 1000]
     recipe, won = PRESETS["recommended"], entries["recommended"]
     assert (won.method, won.objective, won.lora) == (recipe["method"], recipe["objective"], recipe["lora"])
     assert won.training["steps"] == min(1000, recipe["training"]["steps"])
     assert won.ddo["sampling"]["num_images"] == 6000
+    both = entries["stage LoRA, then recommended"]
+    assert (both.after, both.training, both.ddo) == ("stage LoRA", won.training, won.ddo)
     counts = {job.name: job.trainable_parameters()[0] for job in plan_jobs(_with(config, entries.values()))}
-    assert counts["stage LoRA"] == counts["recommended"] == counts[f"LoRA, rank {protocol.RANK}"]
+    assert counts["recommended"] == counts[f"LoRA, rank {protocol.RANK}"]
+    assert counts["stage LoRA"] == counts["LoRAs by range"] == counts["LoRA, rank 32, all layers"]
     assert entries["DMP as in the paper"].training == {"learning_rate": 1e-4}
 
 
@@ -195,5 +202,6 @@ def test_rows_by_timestep_are_left_out_for_a_model_that_is_told_none(tmp_path, c
     rows = {entry.name for entry in with_plan(config).entries}
     assert {"recommended", "DMP as in the paper", "base"} <= rows
     assert not rows & {"stage LoRA", "LoRAs by range", "copies by range", "free: dpmsolver++"}
+    assert not rows & {"stage LoRA, then recommended", "stage LoRA, 2 times the steps"}
     out = capsys.readouterr().out
     assert all(f"Left out: {row}. " in out for row in ("stage LoRA", "LoRAs by range", "copies by range"))

@@ -48,6 +48,7 @@ class EntryConfig:
             seed. An untrained entry with some is what anyone has without training. '{seed}' in its guide stands for
             the training seed.
         start_from: directory of what the same method learned before, to train on from; '{seed}' as in `model`.
+        after: name of an entry above, whose result of the same training seed is trained on from.
         num_stages: ranges of timesteps, each with a copy, a LoRA or else of its own, which is trained on it alone for
             all of `training`'s steps, and used in it alone, as by `decouple --preset experts`; 0: one for all.
         control: why a method must beat this row, such as 'steps', 'parameters' or 'free'; empty for a method.
@@ -72,6 +73,7 @@ class EntryConfig:
     training: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     start_from: str = ""
+    after: str = ""
     num_stages: int = 0
     control: str = ""
     model: str = ""

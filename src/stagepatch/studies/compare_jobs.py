@@ -33,11 +33,12 @@ from stagepatch.training import BOOKKEEPING, DDOConfig, Run, TrainConfig, read_l
 _WEIGHTS = (".", "weights", "patch", "transformer", "unet")  # 'weights' and 'patch' of method 'joint'
 METRICS_NAME, COST_NAME, SAMPLES_NAME = "metrics.json", "cost.json", "samples.safetensors"
 _RUN = ("model", "method", "dtype", "patch", "lora", "start_from", "weighting", "timesteps", "data", "training")
-_NOT_TRAINING = ("held_out", "second_extractor", "num_stages")  # what a run need not share, nor knows the defaults of
+# What a run need not share, nor knows the defaults of.
+_NOT_TRAINING = ("held_out", "second_extractor", "num_stages", "after")
 # Of jobs that are older than these options.
 _DEFAULTS = SimpleNamespace(
     **{"dtype": "float32", "schedule": "", "learned": "", "start_from": "", "objective": "denoising"},
-    **{"held_out": "held_out", "second_extractor": "", "num_stages": 0},
+    **{"held_out": "held_out", "second_extractor": "", "num_stages": 0, "after": ""},
 )
 
 
@@ -57,6 +58,7 @@ class CompareJob(Job):
         control: see `EntryConfig`.
         num_stages: ranges of timesteps, each with what it learned alone; 0 for one training of all.
         trained_by: the job that trains the same, in its directory, where another does.
+        after: the job whose result it trains on from.
     """
 
     directory: Path
@@ -74,6 +76,7 @@ class CompareJob(Job):
     control: str = ""
     num_stages: int = 0
     trained_by: "CompareJob | None" = None
+    after: "CompareJob | None" = None
     record = "job.json"
     noun = "job"
 
@@ -81,8 +84,9 @@ class CompareJob(Job):
         return f"'{self.name}' (seed {self.config.training.seed})"
 
     def identity(self) -> dict[str, Any]:
-        elsewhere = ("directory", "config", "is_base", "control", "trained_by")
+        elsewhere = ("directory", "config", "is_base", "control", "trained_by", "after")
         own = {name: value for name, value in vars(self).items() if name not in elsewhere}
+        own["after"] = self.after.name if self.after else ""
         own |= {name: getattr(self.config, name) for name in _RUN}
         return own | self.config.learns_by()
 
@@ -99,12 +103,10 @@ class CompareJob(Job):
         if is_main:
             write_json(self.directory / self.record, as_json(self.identity()))
         learned, schedule, method = Path(self.config.output_dir), self.schedule, None
-        if self.trained_by is not None:  # which is waited for, where another process is at it
-            with locked(self.trained_by.directory / "lock") if is_main else contextlib.nullcontext():
-                processes().wait_for_everyone()
-                self.trained_by.train()
-                if is_main:  # kept here too, for when the other row is left out
-                    write_json(self.directory / COST_NAME, read_json(self.trained_by.directory / COST_NAME))
+        if self.trained_by is not None:
+            self.trained_by.train_or_wait()
+            if is_main:  # kept here too, for when the other row is left out
+                write_json(self.directory / COST_NAME, read_json(self.trained_by.directory / COST_NAME))
         elif self.config.method != "none":
             self.train()
         if self.num_stages:
@@ -136,6 +138,12 @@ class CompareJob(Job):
                 write_tensors(self.directory / SAMPLES_NAME, {"images": measured.images[:100]})
                 write_json(self.directory / METRICS_NAME, {str(key): value for key, value in sorted(done.items())})
 
+    def train_or_wait(self) -> None:
+        """From another job: `train`, unless another process is at it, which is waited for."""
+        with locked(self.directory / "lock") if processes().is_main_process else contextlib.nullcontext():
+            processes().wait_for_everyone()
+            self.train()
+
     def train(self) -> None:
         """Train, or what is left of it, and say what it took."""
         if (self.directory / COST_NAME).exists() and Path(self.config.output_dir).exists():
@@ -163,7 +171,12 @@ class CompareJob(Job):
         return plan_stages(DecoupleConfig(**values, preset="experts", num_stages=self.num_stages))
 
     def _train_one(self) -> None:
-        run = Run(self.config, identity={k: v for k, v in self.identity().items() if k not in _NOT_TRAINING})
+        config = self.config
+        if self.after is not None:
+            before = self.after.trained_by or self.after
+            before.train_or_wait()
+            config = replace(config, start_from=before.config.output_dir)
+        run = Run(config, identity={k: v for k, v in self.identity().items() if k not in _NOT_TRAINING})
         if self.config.objective != "denoising" and self.config.ddo.fakes:  # one job makes them, the others wait
             path = Path(self.config.ddo.fakes) / "lock"
             with locked(path) if processes().is_main_process else contextlib.nullcontext():
@@ -186,7 +199,7 @@ class CompareJob(Job):
         model = build_denoiser(self.config.model)
         total = sum(parameter.numel() for parameter in model.parameters())
         method = make_method(self.config)
-        method.check_start(self.config.start_from)
+        method.check_start(self.after.config.output_dir if self.after else self.config.start_from)
         if self.config.start_from and open_learned(Path(self.config.start_from)).kind != method.kind:
             raise UserError(f"start_from='{self.config.start_from}' is of another method than '{self.config.method}'.")
         if method.goes_by_timestep:
@@ -240,6 +253,8 @@ def plan_jobs(config: CompareConfig) -> list[CompareJob]:
     for entry in config.entries:
         with as_user_error(f"Entry '{entry.name}'", UserError):
             own = _jobs_of(entry, config)
+            if entry.after:
+                _follow(own, entry.after, jobs)
             given = {(job.config.model, job.schedule, job.learned, job.config.start_from): job for job in own}
             for job in given.values():
                 job.trainable_parameters()
@@ -260,8 +275,8 @@ def _train_once(jobs: list[CompareJob], refuses_equal: bool) -> None:
     first: dict[str, CompareJob] = {}
     for job in jobs:
         if job.config.method != "none":
-            identity = job.identity()
-            own = {name: identity[name] for name in (*_RUN, *job.config.learns_by(), "num_stages", "checkpoints")}
+            identity, further = job.identity(), ("num_stages", "checkpoints", "after")
+            own = {name: identity[name] for name in (*_RUN, *job.config.learns_by(), *further)}
             trains = first.setdefault(json.dumps([as_json(own), job.config.ddo.fakes]), job)
             if refuses_equal and trains is not job and trains.sampling == job.sampling:
                 raise UserError(
@@ -269,6 +284,26 @@ def _train_once(jobs: list[CompareJob], refuses_equal: bool) -> None:
                 )
             if trains is not job and not Path(job.config.output_dir).exists():
                 job.trained_by, job.config.output_dir = trains, trains.config.output_dir
+
+
+def _follow(own: list[CompareJob], name: str, above: list[CompareJob]) -> None:
+    """Let an entry's jobs train on from those of an entry above.
+
+    Raises:
+        UserError: no entry above of that name, or what it learns cannot be trained on from.
+    """
+    found = {job.config.training.seed: job for job in above if job.name == name}
+    if not found:
+        names = ", ".join(f"'{each}'" for each in dict.fromkeys(job.name for job in above)) or "none"
+        raise UserError(f"after='{name}' is no entry above this one: {names}.")
+    if any(job.config.method == "none" or job.num_stages for job in found.values()):
+        raise UserError(f"after='{name}' leaves no training to go on from: it trains nothing, or a range at a time.")
+    for job in own:
+        job.after = before = found[job.config.training.seed]
+        for part in ("method", "model", "patch", "lora", "wavelet"):
+            then, now = (as_json(getattr(each.config, part)) for each in (before, job))
+            if then != now:
+                raise UserError(f"after='{name}' needs the same {part} here as there: {then}, not {now}.")
 
 
 def _quick(config: CompareConfig) -> CompareConfig:
@@ -306,7 +341,7 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     shape = build_denoiser(config.model)
     own["patch"] = with_condition(own["patch"], shape)
     own["timesteps"] = with_density(own["timesteps"], shape)
-    if not own["ddo"].fakes and not (entry.model or entry.start_from):
+    if not own["ddo"].fakes and not (entry.model or entry.start_from or entry.after):
         own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])
     make_timesteps(own["timesteps"], torch.linspace(0.0, 1.0, 1000))
@@ -317,12 +352,14 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
         raise UserError(
             f"num_stages={entry.num_stages} are ranges, each trained apart: give 2 or more, and a method, or none."
         )
-    if entry.num_stages and (entry.start_from or entry.timesteps or config.evaluate_every):
-        raise UserError("num_stages goes without start_from, timesteps and evaluate_every: leave them out.")
+    if entry.num_stages and (entry.start_from or entry.after or entry.timesteps or config.evaluate_every):
+        raise UserError("num_stages goes without start_from, after, timesteps and evaluate_every: leave them out.")
+    if entry.start_from and entry.after:
+        raise UserError("start_from and after both say what is trained on from: leave one out.")
     if entry.ddo and entry.objective == "denoising":
         raise UserError("ddo is of objectives 'ddo' and 'samples': set one, or leave ddo out.")
-    if not is_trained and (entry.objective != "denoising" or entry.start_from):
-        raise UserError("method='none' trains nothing: leave out objective and start_from.")
+    if not is_trained and (entry.objective != "denoising" or entry.start_from or entry.after):
+        raise UserError("method='none' trains nothing: leave out objective, start_from and after.")
     is_base = not is_trained and not (entry.model or entry.schedule or entry.learned or entry.sampling)
     is_one = not is_trained and "{seed}" not in entry.model + entry.schedule + entry.learned + sampling.guide
     every = config.evaluate_every or training.steps

@@ -24,7 +24,10 @@ from stagepatch.training import PRESETS, DDOConfig, Run, TrainConfig, read_log
 PLAN_NAME = "plan.yaml"
 RECIPE = PRESETS["recommended"]
 RANK = int(RECIPE.get("lora", {}).get("rank", 8))
-STAGES = 4
+MAPS = PRESETS["stages"]["lora"]
+STAGES = int(MAPS["num_stages"])
+# Without stages, of as many parameters.
+ONE_MAP = {"rank": MAPS["rank"] * STAGES, "targets": MAPS["targets"]}
 # Of a rate that falls to zero, weights averaged: what any further training may gain.
 AVERAGED = {"lr_scheduler": "linear", "ema_decay": RECIPE["training"].get("ema_decay", 0.998)}
 FINETUNE_RATES = (1e-5, 3e-5, 1e-4)
@@ -107,9 +110,10 @@ def work_of(entries: Sequence[EntryConfig], config: CompareConfig) -> Work:
         if training not in trainings:
             trainings.append(training)
             steps += _DDO_STEP if entry.objective == "ddo" else 1.0
-    fakes = [entry for entry in entries if entry.objective == "ddo"]
-    if fakes:  # one set for all
-        once += FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / config.sampling.num_inference_steps
+    fakes = FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / config.sampling.num_inference_steps
+    by_ddo = [entry for entry in trainings if entry.objective == "ddo"]
+    once += fakes * any(not entry.after for entry in by_ddo)  # one set for all
+    images += fakes * sum(bool(entry.after) for entry in by_ddo)  # of the model that each goes on from
     return Work(steps, images, once)
 
 
@@ -138,13 +142,20 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
     entries += [
         EntryConfig(f"LoRA, rank {RANK}", "lora", lora={"rank": RANK}, training=lora, control="parameters"),
         EntryConfig(
+            f"LoRA, rank {ONE_MAP['rank']}, all layers", "lora", lora=ONE_MAP, training=lora, control="parameters"
+        ),
+        EntryConfig(
             "prompt tuning", "prompt_tuning", patch={"matched_step": True}, training=prompts, control="parameters"
         ),
         EntryConfig("DMP as in the paper", "dmp", training={"learning_rate": PAPER_RATE}),
-        EntryConfig("stage LoRA", "lora", lora={"rank": max(1, RANK // STAGES), "num_stages": STAGES}, training=lora),
+        EntryConfig("stage LoRA", "lora", lora=MAPS, training=lora),
         # Of as many steps in all as the others.
         EntryConfig(
-            "LoRAs by range", "lora", lora={"rank": RANK}, training={**lora, **_share(steps)}, num_stages=STAGES
+            "LoRAs by range",
+            "lora",
+            lora={"rank": MAPS["rank"], "targets": MAPS["targets"]},
+            training={**lora, **_share(steps)},
+            num_stages=STAGES,
         ),
         EntryConfig(
             "copies by range",
@@ -154,9 +165,12 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
         ),
         _recommended(config, steps, num_images, _fits("ddim", trained_with)),
     ]
+    entries.append(replace(entries[-1], name="stage LoRA, then recommended", lora=MAPS, after="stage LoRA"))
     doubled = {"num_inference_steps": 2 * config.sampling.num_inference_steps}
-    if doubled in [entry.sampling for entry in entries]:  # does it bear more steps, and add to them?
-        entries.append(replace(entries[-1], name="recommended, 2 times the steps", sampling=doubled))
+    if doubled in [entry.sampling for entry in entries]:  # do they bear more steps, and add to them?
+        best = ("stage LoRA", "recommended", "stage LoRA, then recommended")
+        more = [entry for entry in entries if entry.name in best]
+        entries += [replace(entry, name=f"{entry.name}, 2 times the steps", sampling=doubled) for entry in more]
     return entries
 
 
@@ -274,7 +288,8 @@ def _possible(entries: list[EntryConfig], config: CompareConfig) -> tuple[list[E
     taken, left_out = entries[:1], {}
     for entry in entries[1:]:
         try:
-            plan_jobs(replace(config, entries=[entry]))
+            before = [each for each in taken if each.name == entry.after]
+            plan_jobs(replace(config, entries=[*before, entry]))
             taken.append(entry)
         except UserError as error:
             left_out[entry.name] = str(error)
