@@ -292,6 +292,8 @@ def after(name, above):
         (entry("none", start_from="x"), "method='none' trains nothing"),
         (entry(start_from="gone"), "gone"),
         (entry("none", after="x"), "method='none' trains nothing"),
+        (entry("none", sampling={"guide": "{learned}"}), "sampling.guide='{learned}' is what an entry learns"),
+        (entry("lora", num_stages=2, sampling={"guide": "{learned}"}), "is what an entry learns in one training"),
         (entry(after="x", start_from="y"), "start_from and after both say"),
         (after("a", {}), "Entry 'b': after='a' is no entry above this one: 'base'."),
         (after("base", {}), "after='base' leaves no training to go on from"),
@@ -368,6 +370,12 @@ def test_a_guide_of_each_training_seed(tmp_path, capsys):
     assert compare(tmp_path, entries=[*entries, guided], training_seeds=[0, 1]) == 0
     found = [values_of(tmp_path, f"guided-{seed}", 2) for seed in (0, 1)]
     assert found[0] != found[1]
+    itself = {**entries[1], "name": "itself", "sampling": {"guide": "{learned}", "guide_scale": 3.0}}
+    assert compare(tmp_path, "--evaluate_every=1", entries=[ENTRIES[0], itself], training_seeds=[0, 1]) == 0
+    assert [values_of(tmp_path, f"itself-{seed}", 2) for seed in (0, 1)] == found
+    assert values_of(tmp_path, "itself-0", 1) != found[0]
+    assert "guided by what it learned, 3" in (tmp_path / "out" / "table.md").read_text()
+    assert compare(tmp_path, entries=[*entries, guided], training_seeds=[0, 1]) == 0
     assert found[0] != values_of(tmp_path, "base", 0)
     table = (tmp_path / "out" / "table.md").read_text()
     assert "guided by" in table

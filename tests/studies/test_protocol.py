@@ -64,11 +64,12 @@ def test_work_counts_trained_rows_by_seed_and_dearer_samplers():
         EntryConfig("DDO, more steps", "lora", objective="ddo", sampling={"num_inference_steps": 40}),
         EntryConfig("LoRA", "lora"),
         EntryConfig("LoRA, then DDO", "lora", objective="ddo", after="LoRA"),
+        EntryConfig("guide", "lora", objective="samples", sampling={"guide": "{learned}"}),
     ]
     work = work_of(entries, config)
-    assert math.isclose(work.steps, 2 + 2 * 8 / 3)  # of DDO, two rows are of one training
+    assert math.isclose(work.steps, 3 + 2 * 8 / 3)  # of DDO, two rows are of one training
     fakes = protocol.FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / 20
-    assert math.isclose(work.images, 3 * (3 + 1 + 2) + fakes)  # what goes on from a LoRA has samples of its own
+    assert math.isclose(work.images, 3 * (3 + 1 + 2 + 2) + fakes)  # what goes on from a LoRA has samples of its own
     assert math.isclose(work.images_once, 3 * (1 + 4 + 2) + fakes)
 
 
@@ -89,7 +90,7 @@ def test_rows_are_base_free_wins_controls_and_methods_of_the_same_steps():
     assert methods == [
         *("DMP as in the paper", "stage LoRA"),
         *by_range,
-        *("recommended", "stage LoRA, then recommended"),
+        *("recommended", "stage LoRA, then recommended", "guide, twice the calls"),
         *("stage LoRA, 2 times the steps", "recommended, 2 times the steps"),
         "stage LoRA, then recommended, 2 times the steps",
     ]
@@ -98,6 +99,8 @@ def test_rows_are_base_free_wins_controls_and_methods_of_the_same_steps():
     assert (won.method, won.objective, won.lora) == (recipe["method"], recipe["objective"], recipe["lora"])
     assert won.training["steps"] == min(1000, recipe["training"]["steps"])
     assert won.ddo["sampling"]["num_images"] == 6000
+    guide = entries["guide, twice the calls"]
+    assert (guide.objective, guide.ddo, guide.lora) == ("samples", won.ddo, PRESETS["guide"]["lora"])
     both = entries["stage LoRA, then recommended"]
     assert (both.after, both.training, both.ddo) == ("stage LoRA", won.training, won.ddo)
     counts = {job.name: job.trainable_parameters()[0] for job in plan_jobs(_with(config, entries.values()))}

@@ -24,6 +24,7 @@ PARTS: dict[str, Any] = {
     "training": TrainingConfig,
     "sampling": SamplingConfig,
 }
+ITSELF = "{learned}"  # as a guide: what the entry learns
 
 
 @dataclass
@@ -46,7 +47,8 @@ class EntryConfig:
         training: fields of the training config that differ from the common one.
         sampling: fields of the sampling config that differ, such as more steps; not the number of images, nor the
             seed. An untrained entry with some is what anyone has without training. '{seed}' in its guide stands for
-            the training seed.
+            the training seed; the guide '{learned}' is what the entry itself learns, which then is not put on the
+            model.
         start_from: directory of what the same method learned before, to train on from; '{seed}' as in `model`.
         after: name of an entry above, whose result of the same training seed is trained on from.
         num_stages: ranges of timesteps, each with a copy, a LoRA or else of its own, which is trained on it alone for

@@ -24,7 +24,7 @@ from stagepatch.families import with_density
 from stagepatch.methods import load_learned, make_method, open_artifact, open_learned
 from stagepatch.patch import with_condition
 from stagepatch.sampling import SamplingConfig, attach_guide, load_experts, read_schedule
-from stagepatch.studies.compare_config import PARTS, CompareConfig, EntryConfig
+from stagepatch.studies.compare_config import ITSELF, PARTS, CompareConfig, EntryConfig
 from stagepatch.studies.decouple_config import DecoupleConfig, StageTrainingConfig
 from stagepatch.studies.decouple_jobs import EXPERTS_NAME, Stage, plan_stages, write_experts
 from stagepatch.studies.job import Job
@@ -115,7 +115,8 @@ class CompareJob(Job):
         dtype = getattr(torch, self.config.dtype)
         model, scheduler = load_denoiser(self.config.model, dtype)
         model.to(processes().device)
-        attach_guide(model, scheduler, sampling)
+        if sampling.guide != ITSELF:
+            attach_guide(model, scheduler, sampling)
         if schedule:
             experts = load_experts(schedule, model, scheduler, self.learned)
             experts.attach(model)
@@ -128,11 +129,17 @@ class CompareJob(Job):
         )
         for step in sorted(set(self.checkpoints) - set(done)):
             saved = learned if step == self.config.training.steps else learned / "snapshots" / f"{step:07d}"
-            if method is not None:
+            guide = None
+            if self.sampling.guide == ITSELF:
+                sampling = replace(self.sampling, guide=str(saved))
+                guide = attach_guide(model, scheduler, sampling)
+            elif method is not None:
                 method.load(model, saved)
             elif self.config.method != "none" and not self.num_stages:
                 method = load_learned(model, saved)
             measured = evaluator.measure(model, scheduler, sampling, self.sampling_seeds)
+            if guide is not None:  # of this checkpoint
+                guide.detach()
             done[step] = measured.metrics
             if is_main:
                 write_tensors(self.directory / SAMPLES_NAME, {"images": measured.images[:100]})
@@ -333,8 +340,6 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
     parts: dict[str, dict[str, Any]] = {name: dict(getattr(entry, name)) for name in PARTS}
     training = replace(config.training, **parts.pop("training"), tensorboard=False)
     sampling = replace(config.sampling, **parts.pop("sampling"))
-    if {"num_images", "seed"} & set(entry.sampling):
-        raise UserError("sampling.num_images and sampling.seed are the same for all entries.")
     if "sampling" in parts["ddo"]:
         parts["ddo"]["sampling"] = replace(DDOConfig().sampling, **parts["ddo"]["sampling"])
     own: dict[str, Any] = {name: PARTS[name](**values) for name, values in parts.items()}
@@ -345,21 +350,8 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
         own["ddo"].fakes = str(Path(config.output_dir) / _fakes_name(own["ddo"]))
     make_weighting(own["weighting"])
     make_timesteps(own["timesteps"], torch.linspace(0.0, 1.0, 1000))
+    _check_entry(entry, config, sampling)
     is_trained = entry.method != "none"
-    if (entry.schedule or entry.learned) and is_trained:
-        raise UserError(f"schedule and learned are sampled as they are: set method='{entry.method}' to none.")
-    if entry.num_stages and not (is_trained and entry.num_stages > 1):
-        raise UserError(
-            f"num_stages={entry.num_stages} are ranges, each trained apart: give 2 or more, and a method, or none."
-        )
-    if entry.num_stages and (entry.start_from or entry.after or entry.timesteps or config.evaluate_every):
-        raise UserError("num_stages goes without start_from, after, timesteps and evaluate_every: leave them out.")
-    if entry.start_from and entry.after:
-        raise UserError("start_from and after both say what is trained on from: leave one out.")
-    if entry.ddo and entry.objective == "denoising":
-        raise UserError("ddo is of objectives 'ddo' and 'samples': set one, or leave ddo out.")
-    if not is_trained and (entry.objective != "denoising" or entry.start_from or entry.after):
-        raise UserError("method='none' trains nothing: leave out objective, start_from and after.")
     is_base = not is_trained and not (entry.model or entry.schedule or entry.learned or entry.sampling)
     is_one = not is_trained and "{seed}" not in entry.model + entry.schedule + entry.learned + sampling.guide
     every = config.evaluate_every or training.steps
@@ -384,13 +376,40 @@ def _jobs_of(entry: EntryConfig, config: CompareConfig) -> list[CompareJob]:
             **own,
         )
         sampled = replace(sampling, guide=sampling.guide.replace("{seed}", str(seed)))
-        if sampled.guide:
+        if sampled.guide not in ("", ITSELF):
             open_artifact(sampled.guide)
         measuring = (sampled, config.sampling_seeds, config.extractor, checkpoints)
         schedule, learned = (each.replace("{seed}", str(seed)) for each in (entry.schedule, entry.learned))
         further = (config.held_out, config.second_extractor, entry.control, entry.num_stages)
         jobs.append(CompareJob(directory, run, entry.name, *measuring, schedule, learned, is_base, *further))
     return jobs
+
+
+def _check_entry(entry: EntryConfig, config: CompareConfig, sampling: SamplingConfig) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        UserError: it does not.
+    """
+    is_trained = entry.method != "none"
+    if {"num_images", "seed"} & set(entry.sampling):
+        raise UserError("sampling.num_images and sampling.seed are the same for all entries.")
+    if (entry.schedule or entry.learned) and is_trained:
+        raise UserError(f"schedule and learned are sampled as they are: set method='{entry.method}' to none.")
+    if entry.num_stages and not (is_trained and entry.num_stages > 1):
+        raise UserError(
+            f"num_stages={entry.num_stages} are ranges, each trained apart: give 2 or more, and a method, or none."
+        )
+    if entry.num_stages and (entry.start_from or entry.after or entry.timesteps or config.evaluate_every):
+        raise UserError("num_stages goes without start_from, after, timesteps and evaluate_every: leave them out.")
+    if entry.start_from and entry.after:
+        raise UserError("start_from and after both say what is trained on from: leave one out.")
+    if entry.ddo and entry.objective == "denoising":
+        raise UserError("ddo is of objectives 'ddo' and 'samples': set one, or leave ddo out.")
+    if not is_trained and (entry.objective != "denoising" or entry.start_from or entry.after):
+        raise UserError("method='none' trains nothing: leave out objective, start_from and after.")
+    if sampling.guide == ITSELF and (entry.num_stages or not is_trained):
+        raise UserError(f"sampling.guide='{ITSELF}' is what an entry learns in one training: give it a method alone.")
 
 
 def _fakes_name(config: DDOConfig) -> str:

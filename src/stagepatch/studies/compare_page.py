@@ -15,6 +15,7 @@ from stagepatch import report
 from stagepatch.core import read_tensors, write_text
 from stagepatch.evaluation import METRICS, Difference, direction_note, metric_names
 from stagepatch.sampling import SamplingConfig
+from stagepatch.studies.compare_config import ITSELF
 from stagepatch.studies.compare_jobs import SAMPLES_NAME, CompareJob
 from stagepatch.studies.compare_results import SIGNIFICANCE, Row
 from stagepatch.studies.verdict import verdict
@@ -129,7 +130,8 @@ def note(jobs: Sequence[CompareJob], metric: str) -> str:
 
 def _sampler(sampling: SamplingConfig) -> str:
     guidance = f", guidance {sampling.guidance_scale:g}" if sampling.guidance_scale != 1.0 else ""
-    guidance += f", guided by '{sampling.guide}' {sampling.guide_scale:g}" if sampling.guide else ""
+    guide = "what it learned" if sampling.guide == ITSELF else f"'{sampling.guide}'"
+    guidance += f", guided by {guide}, {sampling.guide_scale:g}" if sampling.guide else ""
     if guidance and sampling.guidance_interval != [0.0, 1.0]:
         guidance += " from {:g} to {:g}".format(*sampling.guidance_interval)
     return f"{sampling.num_inference_steps} steps of {sampling.scheduler}{guidance}"

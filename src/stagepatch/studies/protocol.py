@@ -17,7 +17,8 @@ from stagepatch.data import BUNDLED, cache_directory
 from stagepatch.diffusion import make_sampler
 from stagepatch.evaluation import Evaluator
 from stagepatch.families import null_label
-from stagepatch.studies.compare_config import CompareConfig, EntryConfig
+from stagepatch.sampling import SamplingConfig
+from stagepatch.studies.compare_config import ITSELF, CompareConfig, EntryConfig
 from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.training import PRESETS, DDOConfig, Run, TrainConfig, read_log
 
@@ -32,6 +33,7 @@ ONE_MAP = {"rank": MAPS["rank"] * STAGES, "targets": MAPS["targets"]}
 AVERAGED = {"lr_scheduler": "linear", "ema_decay": RECIPE["training"].get("ema_decay", 0.998)}
 FINETUNE_RATES = (1e-5, 3e-5, 1e-4)
 LORA_RATE, PROMPT_RATE, PAPER_RATE = 1e-4, 1e-2, 1e-4
+GUIDE_SCALE = 2.0
 FAKES_PER_IMAGE = 3  # samples that DDO learns from, for each that is measured
 LEAST, MOST = (int(RECIPE["training"]["steps"]), 1000), (5000, 10_000)  # steps, images
 _SEEDS = 3
@@ -111,17 +113,21 @@ def work_of(entries: Sequence[EntryConfig], config: CompareConfig) -> Work:
             trainings.append(training)
             steps += _DDO_STEP if entry.objective == "ddo" else 1.0
     fakes = FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / config.sampling.num_inference_steps
-    by_ddo = [entry for entry in trainings if entry.objective == "ddo"]
-    once += fakes * any(not entry.after for entry in by_ddo)  # one set for all
-    images += fakes * sum(bool(entry.after) for entry in by_ddo)  # of the model that each goes on from
+    of_samples = [entry for entry in trainings if entry.objective != "denoising"]
+    once += fakes * any(not entry.after for entry in of_samples)  # one set for all
+    images += fakes * sum(bool(entry.after) for entry in of_samples)  # of the model that each goes on from
     return Work(steps, images, once)
 
 
 def _sampling_cost(changes: dict[str, Any], config: CompareConfig) -> float:
     """Of an image, in the base's."""
     own = replace(config.sampling, **changes)
-    forwards = [each.num_inference_steps * (1 if each.guidance_scale == 1.0 else 2) for each in (own, config.sampling)]
-    return forwards[0] / forwards[1]
+
+    def forwards(sampling: SamplingConfig) -> int:
+        by_class, by_guide = (2 if on else 1 for on in (sampling.guidance_scale != 1.0, sampling.guide))
+        return sampling.num_inference_steps * by_class * by_guide
+
+    return forwards(own) / forwards(config.sampling)
 
 
 def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[EntryConfig]:
@@ -165,7 +171,18 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
         ),
         _recommended(config, steps, num_images, _fits("ddim", trained_with)),
     ]
-    entries.append(replace(entries[-1], name="stage LoRA, then recommended", lora=MAPS, after="stage LoRA"))
+    recommended = entries[-1]
+    entries.append(replace(recommended, name="stage LoRA, then recommended", lora=MAPS, after="stage LoRA"))
+    entries.append(
+        replace(
+            recommended,
+            name="guide, twice the calls",
+            objective="samples",
+            lora=PRESETS["guide"]["lora"],
+            training=lora,
+            sampling={"guide": ITSELF, "guide_scale": GUIDE_SCALE},
+        )
+    )
     doubled = {"num_inference_steps": 2 * config.sampling.num_inference_steps}
     if doubled in [entry.sampling for entry in entries]:  # do they bear more steps, and add to them?
         best = ("stage LoRA", "recommended", "stage LoRA, then recommended")
@@ -205,7 +222,7 @@ def _recommended(config: CompareConfig, steps: int, num_images: int, has_ddim: b
     ddo["sampling"] |= {"batch_size": config.sampling.batch_size}
     if not has_ddim:
         ddo["sampling"] |= {"scheduler": config.sampling.scheduler}
-    return EntryConfig("recommended", **own, training=training, ddo=ddo if own.get("objective") == "ddo" else {})
+    return EntryConfig("recommended", **own, training=training, ddo=ddo)
 
 
 def _fits(sampler: str, trained_with: Any) -> bool:
