@@ -85,9 +85,10 @@ def _average(config: configs.MergeConfig, resolved: str) -> None:
     with alone_in(output):
         difference = merge_posthoc(Path(config.run), config.posthoc_ema, output)
         write_run_config(output, resolved)
+    way_out = ": more snapshots come nearer" if difference > 0.001 else ""
     print(
         f"The average with sigma_rel {config.posthoc_ema:g} is in '{config.output_dir}'. The steps' weights in it "
-        f"are {difference:.2%} off: more snapshots come nearer."
+        f"are {difference:.2%} off{way_out}."
     )
 
 
