@@ -21,8 +21,9 @@ from stagepatch.core import read_json, read_tensors
 from stagepatch.evaluation import difference
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
-from stagepatch.studies.compare_jobs import CompareJob, plan_jobs
+from stagepatch.studies.compare_jobs import CompareJob
 from stagepatch.studies.compare_page import COLUMNS, JUDGED, note, short
+from stagepatch.studies.compare_plan import plan_jobs
 from stagepatch.studies.compare_results import SIGNIFICANCE
 from stagepatch.training import TrainConfig, TrainingConfig
 from tests.sampling.test_experts import drawn_method

@@ -26,8 +26,8 @@ from stagepatch.evaluation import (
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies import compare_jobs
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
-from stagepatch.studies.compare_jobs import plan_jobs
 from stagepatch.studies.compare_page import note
+from stagepatch.studies.compare_plan import plan_jobs
 from stagepatch.training import Run, TrainingConfig
 from tests.studies.conftest import study
 

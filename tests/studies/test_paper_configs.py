@@ -14,7 +14,7 @@ from stagepatch.cli.app import _parse
 from stagepatch.cli.config import CompareConfig
 from stagepatch.data import CachedLatents
 from stagepatch.models import DiT
-from stagepatch.studies.compare_jobs import plan_jobs
+from stagepatch.studies.compare_plan import plan_jobs
 from stagepatch.training import read_log
 from tests.data.test_captions import write_coco
 from tests.tiny_pipelines import PIPELINES, clip, clip_tokenizer

@@ -12,7 +12,7 @@ from stagepatch.core import UserError
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies import protocol
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
-from stagepatch.studies.compare_jobs import plan_jobs
+from stagepatch.studies.compare_plan import plan_jobs
 from stagepatch.studies.protocol import LEAST, MOST, Work, default_entries, plan_budget, with_plan, work_of
 from stagepatch.training import PRESETS, DDOConfig
 from tests.studies.conftest import study

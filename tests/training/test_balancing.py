@@ -18,7 +18,7 @@ from stagepatch.core.tensors import read_tensors
 from stagepatch.diffusion import IntervalSampler
 from stagepatch.methods import DMP, Finetune
 from stagepatch.studies import CompareConfig, EntryConfig
-from stagepatch.studies.compare_jobs import plan_jobs
+from stagepatch.studies.compare_plan import plan_jobs
 from stagepatch.training import BalancingConfig, Run, TrainConfig, read_log
 from stagepatch.training.backward import backward_apart
 from stagepatch.training.balancing import bargained, make_intervals, project_conflicts, uncertainty_weighted

@@ -5,11 +5,11 @@ from .assemble_jobs import write_schedules as write_schedules
 from .compare_config import CompareConfig as CompareConfig
 from .compare_config import EntryConfig as EntryConfig
 from .compare_jobs import CompareJob as CompareJob
-from .compare_jobs import plan_jobs as plan_jobs
 from .compare_page import note as note
 from .compare_page import short as short
 from .compare_page import table as table
 from .compare_page import write_results as write_results
+from .compare_plan import plan_jobs as plan_jobs
 from .compare_results import collect as collect
 from .decouple_config import DecoupleConfig as DecoupleConfig
 from .decouple_config import StageTrainingConfig as StageTrainingConfig

@@ -19,7 +19,7 @@ from stagepatch.evaluation import Evaluator
 from stagepatch.families import null_label
 from stagepatch.sampling import SamplingConfig
 from stagepatch.studies.compare_config import ITSELF, CompareConfig, EntryConfig
-from stagepatch.studies.compare_jobs import plan_jobs
+from stagepatch.studies.compare_plan import plan_jobs
 from stagepatch.training import PRESETS, DDOConfig, Run, TrainConfig, read_log
 
 PLAN_NAME = "plan.yaml"
@@ -145,6 +145,7 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
         training = {**warm, "learning_rate": rate}
         entries.append(EntryConfig(f"fine-tuning, averaged, {rate:g}", "finetune", training=training, control="steps"))
     lora, prompts = {**warm, "learning_rate": LORA_RATE}, {**warm, "learning_rate": PROMPT_RATE}
+    recommended = _recommended(config, steps, num_images, _fits("ddim", trained_with))
     entries += [
         EntryConfig(f"LoRA, rank {RANK}", "lora", lora={"rank": RANK}, training=lora, control="parameters"),
         EntryConfig(
@@ -169,11 +170,8 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
             training={**warm, **_share(steps), "learning_rate": FINETUNE_RATES[-1]},
             num_stages=STAGES,
         ),
-        _recommended(config, steps, num_images, _fits("ddim", trained_with)),
-    ]
-    recommended = entries[-1]
-    entries.append(replace(recommended, name="stage LoRA, then recommended", lora=MAPS, after="stage LoRA"))
-    entries.append(
+        recommended,
+        replace(recommended, name="stage LoRA, then recommended", lora=MAPS, after="stage LoRA"),
         replace(
             recommended,
             name="guide, twice the calls",
@@ -181,8 +179,8 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
             lora=PRESETS["guide"]["lora"],
             training=lora,
             sampling={"guide": ITSELF, "guide_scale": GUIDE_SCALE},
-        )
-    )
+        ),
+    ]
     doubled = {"num_inference_steps": 2 * config.sampling.num_inference_steps}
     if doubled in [entry.sampling for entry in entries]:  # do they bear more steps, and add to them?
         best = ("stage LoRA", "recommended", "stage LoRA, then recommended")
