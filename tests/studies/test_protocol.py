@@ -10,10 +10,11 @@ from diffusers import EDMEulerScheduler
 from stagepatch.checkpoints import save_denoiser
 from stagepatch.core import UserError
 from stagepatch.sampling import SamplingConfig
-from stagepatch.studies import protocol
+from stagepatch.studies import protocol, protocol_rows
 from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.compare_plan import plan_jobs
-from stagepatch.studies.protocol import LEAST, MOST, Work, default_entries, plan_budget, with_plan, work_of
+from stagepatch.studies.protocol import LEAST, MOST, Work, plan_budget, with_plan, work_of
+from stagepatch.studies.protocol_rows import default_entries
 from stagepatch.training import PRESETS, DDOConfig
 from tests.studies.conftest import study
 
@@ -68,7 +69,7 @@ def test_work_counts_trained_rows_by_seed_and_dearer_samplers():
     ]
     work = work_of(entries, config)
     assert math.isclose(work.steps, 3 + 2 * 8 / 3)  # of DDO, two rows are of one training
-    fakes = protocol.FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / 20
+    fakes = protocol_rows.FAKES_PER_IMAGE * DDOConfig().sampling.num_inference_steps / 20
     assert math.isclose(work.images, 3 * (3 + 1 + 2 + 2) + fakes)  # what goes on from a LoRA has samples of its own
     assert math.isclose(work.images_once, 3 * (1 + 4 + 2) + fakes)
 
@@ -84,7 +85,7 @@ def test_rows_are_base_free_wins_controls_and_methods_of_the_same_steps():
         "free: dpmsolver++",
         "free: guidance 1.5",
     ]
-    assert sum(kind == "steps" for kind in kinds.values()) == len(protocol.FINETUNE_RATES)
+    assert sum(kind == "steps" for kind in kinds.values()) == len(protocol_rows.FINETUNE_SHARES)
     methods = [name for name, kind in kinds.items() if not kind and name != "base"]
     by_range = ["LoRAs by range", "copies by range"]
     assert methods == [
@@ -104,9 +105,22 @@ def test_rows_are_base_free_wins_controls_and_methods_of_the_same_steps():
     both = entries["stage LoRA, then recommended"]
     assert (both.after, both.training, both.ddo) == ("stage LoRA", won.training, won.ddo)
     counts = {job.name: job.trainable_parameters()[0] for job in plan_jobs(_with(config, entries.values()))}
-    assert counts["recommended"] == counts[f"LoRA, rank {protocol.RANK}"]
+    assert counts["recommended"] == counts[f"LoRA, rank {protocol_rows.RANK}"]
     assert counts["stage LoRA"] == counts["LoRAs by range"] == counts["LoRA, rank 32, all layers"]
     assert entries["DMP as in the paper"].training == {"learning_rate": 1e-4}
+
+
+def test_rates_are_shares_of_the_models_own():
+    config = CompareConfig(model="digits")
+    config.training.learning_rate = 2e-3
+    rates = {entry.name: entry.training.get("learning_rate") for entry in default_entries(config, 1000, 2000)}
+    assert {name for name in rates if name.startswith("fine-tuning")} == {
+        f"fine-tuning, averaged, {rate}" for rate in ("0.0002", "0.0006", "0.002")
+    }
+    assert rates["copies by range"] == 1e-3  # half, as in configs/fashion/experts.yaml
+    of_loras = {"stage LoRA", "LoRAs by range", "guide, twice the calls", "LoRA, rank 8", "LoRA, rank 32, all layers"}
+    assert {rates[name] for name in of_loras} == {PRESETS["stages"]["training"]["learning_rate"]}
+    assert (rates["recommended"], rates["DMP as in the paper"]) == (6e-5, 1e-4)
 
 
 def _with(config, entries):
@@ -129,7 +143,7 @@ SMALL = {
 
 
 def test_hours_alone_make_a_table_with_controls(tmp_path, capsys, small, monkeypatch):
-    monkeypatch.setattr(protocol, "FINETUNE_RATES", (1e-4,))
+    monkeypatch.setattr(protocol_rows, "FINETUNE_SHARES", (1.0,))
     assert study("compare", tmp_path, "--hours=0.03", **SMALL) == 0
     plan = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
     assert plan["training_seeds"] == [0]
@@ -138,16 +152,20 @@ def test_hours_alone_make_a_table_with_controls(tmp_path, capsys, small, monkeyp
     assert list(rows) == [entry["name"] for entry in plan["entries"]]
     assert set(rows["recommended"]["against"]) == {name for name, row in rows.items() if row["control"]}
     assert "# plan.yaml: training_seeds:" in (tmp_path / "out" / "run.yaml").read_text()
+    plan["of"].pop("learning_rate")  # as of plans of before
+    (tmp_path / "out" / "plan.yaml").write_text(yaml.safe_dump(plan))
     # Whatever the timing says then, the plan is the same; and the jobs are done.
     monkeypatch.setattr(protocol, "measure_seconds", None)
     monkeypatch.setattr("stagepatch.studies.compare_jobs.Run", None)
     assert study("compare", tmp_path, "--hours=0.03", **SMALL) == 0
     assert study("compare", tmp_path, "--hours=0.04", **SMALL) == 2
     assert "(hours was 0.03, is 0.04)" in capsys.readouterr().err
+    training = {**SMALL["training"], "learning_rate": 1e-3}
+    assert study("compare", tmp_path, "--hours=0.03", **{**SMALL, "training": training}) == 2
+    assert "(learning_rate was 0.0001, is 0.001)" in capsys.readouterr().err
 
 
 def test_what_the_model_cannot_take_is_left_out_and_named(tmp_path, capsys, small, monkeypatch):
-    monkeypatch.setattr(protocol, "FINETUNE_RATES", ())
     rows = [EntryConfig("base", "none"), EntryConfig("odd", "lora", lora={"targets": ["nowhere"]})]
     monkeypatch.setattr(protocol, "default_entries", lambda *_: [*rows, EntryConfig("bias", "bitfit")])
     config = with_plan(CompareConfig(output_dir=str(tmp_path), hours=1.0))

@@ -25,7 +25,7 @@ from .launch_jobs import launch as launch
 from .protocol import PLAN_NAME as PLAN_NAME
 from .protocol import Budget as Budget
 from .protocol import Work as Work
-from .protocol import default_entries as default_entries
 from .protocol import plan_budget as plan_budget
 from .protocol import with_plan as with_plan
+from .protocol_rows import default_entries as default_entries
 from .verdict import verdict as verdict

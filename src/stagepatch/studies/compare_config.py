@@ -109,7 +109,8 @@ class CompareConfig(EvaluationConfig):
         second_extractor: FID against held-out images is measured in these features too, on the same samples.
         dtype: of frozen models' weights, in training and sampling.
         cache_batch_size: images, or frames of videos, encoded at a time for the cache.
-        training: common to all entries; its seed and snapshot_every are set by the comparison.
+        training: common to all entries; its seed and snapshot_every are set by the comparison. With `hours`, its
+            learning_rate is the one that the model was trained with, and the rows' are shares of it.
         sampling: common to all; its seed is set by the comparison.
         launch: where jobs run.
         quick: a fortieth of the steps, one training seed, few samples: to see that it works.

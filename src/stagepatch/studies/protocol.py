@@ -4,38 +4,25 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from stagepatch.checkpoints import build_denoiser, load_denoiser, load_scheduler, takes_captions
+from stagepatch.checkpoints import load_denoiser
 from stagepatch.core import UserError, as_user_error, check_unchanged, processes, read_yaml, write_text
 from stagepatch.data import BUNDLED, cache_directory
-from stagepatch.diffusion import make_sampler
 from stagepatch.evaluation import Evaluator
-from stagepatch.families import null_label
 from stagepatch.sampling import SamplingConfig
-from stagepatch.studies.compare_config import ITSELF, CompareConfig, EntryConfig
+from stagepatch.studies.compare_config import CompareConfig, EntryConfig
 from stagepatch.studies.compare_plan import plan_jobs
-from stagepatch.training import PRESETS, DDOConfig, Run, TrainConfig, read_log
+from stagepatch.studies.protocol_rows import FAKES_PER_IMAGE, default_entries
+from stagepatch.training import PRESETS, DDOConfig, Run, TrainConfig, TrainingConfig, read_log
 
 PLAN_NAME = "plan.yaml"
-RECIPE = PRESETS["recommended"]
-RANK = int(RECIPE.get("lora", {}).get("rank", 8))
-MAPS = PRESETS["stages"]["lora"]
-STAGES = int(MAPS["num_stages"])
-# Without stages, of as many parameters.
-ONE_MAP = {"rank": MAPS["rank"] * STAGES, "targets": MAPS["targets"]}
-# Of a rate that falls to zero, weights averaged: what any further training may gain.
-AVERAGED = {"lr_scheduler": "linear", "ema_decay": RECIPE["training"].get("ema_decay", 0.998)}
-FINETUNE_RATES = (1e-5, 3e-5, 1e-4)
-LORA_RATE, PROMPT_RATE, PAPER_RATE = 1e-4, 1e-2, 1e-4
-GUIDE_SCALE = 2.0
-FAKES_PER_IMAGE = 3  # samples that DDO learns from, for each that is measured
-LEAST, MOST = (int(RECIPE["training"]["steps"]), 1000), (5000, 10_000)  # steps, images
+LEAST, MOST = (int(PRESETS["recommended"]["training"]["steps"]), 1000), (5000, 10_000)  # steps, images
 _SEEDS = 3
 _FILL = 0.8  # of the hours; the rest is for starting processes, features and the page
 # A step forward and backward is 3 forwards; DDO's is of twice as many images, each also seen by the model as it was.
@@ -130,107 +117,6 @@ def _sampling_cost(changes: dict[str, Any], config: CompareConfig) -> float:
     return forwards(own) / forwards(config.sampling)
 
 
-def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[EntryConfig]:
-    """The rows: base, free wins, controls, methods.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    trained_with = load_scheduler(config.model)
-    warm = {**AVERAGED, "warmup_steps": steps // 20}
-    entries = [EntryConfig("base", "none")]
-    for name, changes in _free_wins(config, trained_with).items():
-        entries.append(EntryConfig(f"free: {name}", "none", sampling=changes, control="free"))
-    for rate in FINETUNE_RATES:
-        training = {**warm, "learning_rate": rate}
-        entries.append(EntryConfig(f"fine-tuning, averaged, {rate:g}", "finetune", training=training, control="steps"))
-    lora, prompts = {**warm, "learning_rate": LORA_RATE}, {**warm, "learning_rate": PROMPT_RATE}
-    recommended = _recommended(config, steps, num_images, _fits("ddim", trained_with))
-    entries += [
-        EntryConfig(f"LoRA, rank {RANK}", "lora", lora={"rank": RANK}, training=lora, control="parameters"),
-        EntryConfig(
-            f"LoRA, rank {ONE_MAP['rank']}, all layers", "lora", lora=ONE_MAP, training=lora, control="parameters"
-        ),
-        EntryConfig(
-            "prompt tuning", "prompt_tuning", patch={"matched_step": True}, training=prompts, control="parameters"
-        ),
-        EntryConfig("DMP as in the paper", "dmp", training={"learning_rate": PAPER_RATE}),
-        EntryConfig("stage LoRA", "lora", lora=MAPS, training=lora),
-        # Of as many steps in all as the others.
-        EntryConfig(
-            "LoRAs by range",
-            "lora",
-            lora={"rank": MAPS["rank"], "targets": MAPS["targets"]},
-            training={**lora, **_share(steps)},
-            num_stages=STAGES,
-        ),
-        EntryConfig(
-            "copies by range",
-            "finetune",
-            training={**warm, **_share(steps), "learning_rate": FINETUNE_RATES[-1]},
-            num_stages=STAGES,
-        ),
-        recommended,
-        replace(recommended, name="stage LoRA, then recommended", lora=MAPS, after="stage LoRA"),
-        replace(
-            recommended,
-            name="guide, twice the calls",
-            objective="samples",
-            lora=PRESETS["guide"]["lora"],
-            training=lora,
-            sampling={"guide": ITSELF, "guide_scale": GUIDE_SCALE},
-        ),
-    ]
-    doubled = {"num_inference_steps": 2 * config.sampling.num_inference_steps}
-    if doubled in [entry.sampling for entry in entries]:  # do they bear more steps, and add to them?
-        best = ("stage LoRA", "recommended", "stage LoRA, then recommended")
-        more = [entry for entry in entries if entry.name in best]
-        entries += [replace(entry, name=f"{entry.name}, 2 times the steps", sampling=doubled) for entry in more]
-    return entries
-
-
-def _share(steps: int) -> dict[str, int]:
-    """Of a stage."""
-    own = max(1, steps // STAGES)
-    return {"steps": own, "warmup_steps": own // 20}
-
-
-def _free_wins(config: CompareConfig, trained_with: Any) -> dict[str, dict[str, Any]]:
-    base = config.sampling
-    wins: dict[str, dict[str, Any]] = {}
-    for factor in (2, 4):
-        if factor * base.num_inference_steps <= trained_with.config.num_train_timesteps:
-            wins[f"{factor} times the steps"] = {"num_inference_steps": factor * base.num_inference_steps}
-    solver = "dpmsolver++" if base.scheduler != "dpmsolver++" else "ddim"
-    if _fits(solver, trained_with):
-        wins[solver] = {"scheduler": solver}
-    takes_guidance = null_label(build_denoiser(config.model)) is not None or takes_captions(config.model)
-    if takes_guidance and base.guidance_scale != 1.5:
-        wins["guidance 1.5"] = {"guidance_scale": 1.5}
-    return wins
-
-
-def _recommended(config: CompareConfig, steps: int, num_images: int, has_ddim: bool) -> EntryConfig:
-    """The recipe, for its own number of steps or the budget's; at the comparison's batch size."""
-    known = {field.name for field in fields(EntryConfig)} - {"training", "ddo"}
-    own = {name: value for name, value in RECIPE.items() if name in known}
-    training = {name: value for name, value in RECIPE["training"].items() if name != "batch_size"}
-    training["steps"] = min(steps, training["steps"])
-    ddo = {**RECIPE.get("ddo", {}), "sampling": {"num_images": FAKES_PER_IMAGE * num_images}}
-    ddo["sampling"] |= {"batch_size": config.sampling.batch_size}
-    if not has_ddim:
-        ddo["sampling"] |= {"scheduler": config.sampling.scheduler}
-    return EntryConfig("recommended", **own, training=training, ddo=ddo)
-
-
-def _fits(sampler: str, trained_with: Any) -> bool:
-    try:
-        make_sampler(sampler, trained_with)
-    except UserError:
-        return False
-    return True
-
-
 def with_plan(config: CompareConfig) -> CompareConfig:
     """A config without entries, but with hours, gets its rows and its budget: from plan.yaml of its directory, or by a
     timing, which is then written there. Any other config is given back as it is.
@@ -250,7 +136,7 @@ def with_plan(config: CompareConfig) -> CompareConfig:
         print(f"No images of '{config.data.source}' are held out: the metric is fid_train.")
         config = replace(config, metric="fid_train")
     path, of = Path(config.output_dir) / PLAN_NAME, {name: getattr(config, name) for name in ("model", "hours")}
-    of["source"] = config.data.source
+    of |= {"source": config.data.source, "learning_rate": config.training.learning_rate}
     if not path.exists():
         if (path.parent / "jobs").exists():
             raise UserError(f"'{path.parent}' holds a comparison of entries: give another output_dir.")
@@ -258,13 +144,14 @@ def with_plan(config: CompareConfig) -> CompareConfig:
     plan = read_yaml(path, "plan")
     with as_user_error(f"'{path}' is no plan of this command: delete it", KeyError, TypeError, AttributeError):
         way_out = "Give another output_dir, or delete that file and the jobs beside it."
-        check_unchanged(plan["of"], of, f"'{path}' is of another comparison", way_out)
+        check_unchanged(plan["of"], of, f"'{path}' is of another comparison", way_out, TrainingConfig())
         seeds, steps, num_images = (plan[name] for name in _BUDGET)
         entries = [EntryConfig(**entry) for entry in plan["entries"]]
         left_out = dict(plan["left_out"])
     for name, reason in left_out.items():
         print(f"Left out: {name}. {reason}")
     print(f"Plan: {steps} steps, {len(seeds)} training seed(s), {num_images} images ('{path}').")
+    print(f"Rates are shares of the model's own: training.learning_rate={config.training.learning_rate:g}.")
     if len(seeds) < _SEEDS:
         print(f"The hours are enough for {len(seeds)} training seed(s); {_SEEDS} would say more of another run.")
     return replace(
