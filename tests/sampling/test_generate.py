@@ -269,3 +269,39 @@ def test_ddpm_takes_the_timesteps_of_improved_diffusion(count):
     kept = make_sampler("DDPMScheduler", SCHEDULER)
     kept.set_timesteps(250)
     assert int(kept.timesteps[0]) == 996
+
+
+# arXiv 2305.08891, Table 2: T = 1000 in 10 steps, timesteps from 1 there, from 0 here
+SPACINGS = {
+    "leading": [901, 801, 701, 601, 501, 401, 301, 201, 101, 1],
+    "trailing": [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100],
+    "linspace": [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1],
+}
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_steps_lie_where_the_spacing_has_them(name, spacing, tiny_dit):
+    model = tiny_dit(learn_sigma=False)
+    asked = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: asked.append(int(kwargs.get("timestep", args[-1])[0])), with_kwargs=True
+    )
+    choice = config(scheduler=name, num_inference_steps=10, timestep_spacing=spacing)
+    images = generate(model, SCHEDULER, choice)
+    assert asked == [timestep - 1 for timestep in SPACINGS[spacing]]
+    own = getattr(diffusers, SAMPLERS[name] + "Scheduler").from_config(SCHEDULER.config, timestep_spacing=spacing)
+    own.set_timesteps(10)
+    labels = balanced_labels(model, 5)
+    shape = tuple(images.shape[1:])
+    expected = by_hand(
+        own, lambda sample, timestep: predict(model, sample, timestep, {"class_labels": labels}), 5, 0, shape
+    )
+    torch.testing.assert_close(images, expected)
+
+
+def test_a_sampler_without_spacings_refuses_one(capsys):
+    with pytest.raises(UserError, match="'flow_euler' knows no timestep_spacing: leave 'trailing' out"):
+        make_sampler("flow_euler", FlowMatchEulerDiscreteScheduler(), "trailing")
+    assert main(["sample", "--sampling.timestep_spacing=trailling"]) == 2
+    assert "trailing" in capsys.readouterr().err

@@ -83,6 +83,8 @@ def test_rows_are_base_free_wins_controls_and_methods_of_the_same_steps():
         "free: 2 times the steps",
         "free: 4 times the steps",
         "free: dpmsolver++",
+        "free: trailing timesteps",
+        "free: ddpm, 4 times the steps",
         "free: guidance 1.5",
     ]
     assert sum(kind == "steps" for kind in kinds.values()) == len(protocol_rows.FINETUNE_SHARES)
@@ -223,6 +225,7 @@ def test_rows_by_timestep_are_left_out_for_a_model_that_is_told_none(tmp_path, c
     rows = {entry.name for entry in with_plan(config).entries}
     assert {"recommended", "DMP as in the paper", "base"} <= rows
     assert not rows & {"stage LoRA", "LoRAs by range", "copies by range", "free: dpmsolver++"}
+    assert not rows & {"free: trailing timesteps", "free: ddpm, 4 times the steps"}
     assert not rows & {"stage LoRA, then recommended", "stage LoRA, 2 times the steps"}
     out = capsys.readouterr().out
     assert all(f"Left out: {row}. " in out for row in ("stage LoRA", "LoRAs by range", "copies by range"))

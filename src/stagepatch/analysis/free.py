@@ -16,7 +16,7 @@ from stagepatch.analysis.samples import Samples
 from stagepatch.analysis.snapshots import find_snapshots
 from stagepatch.core import UserError
 from stagepatch.data import DataConfig
-from stagepatch.diffusion import Objective
+from stagepatch.diffusion import Objective, sampler_fits
 from stagepatch.evaluation import Evaluator, of_units
 from stagepatch.families import num_classes
 from stagepatch.methods import open_artifact
@@ -45,8 +45,12 @@ class FreeWin:
     options: str
 
 
-def ways_to_sample(has_classes: bool) -> dict[str, tuple[SamplingConfig, float, str]]:
-    """Samplers by name, with the calls of the model that a sample takes, and the options that ask for each."""
+def ways_to_sample(has_classes: bool, scheduler: Any) -> dict[str, tuple[SamplingConfig, float, str]]:
+    """Samplers by name, with the calls of the model that a sample takes, and the options that ask for each.
+
+    Args:
+        scheduler: the one that the model was trained with; what does not fit it is left out.
+    """
     base = SamplingConfig(num_inference_steps=STEPS)
     steps = f"--sampling.num_inference_steps {STEPS}"
     ways = {
@@ -62,13 +66,27 @@ def ways_to_sample(has_classes: bool) -> dict[str, tuple[SamplingConfig, float, 
             f"--sampling.scheduler dpmsolver++ {steps}",
         ),
     }
+    spaced = getattr(scheduler.config, "timestep_spacing", "trailing")
+    if spaced != "trailing":
+        trailing = replace(base, timestep_spacing="trailing")
+        ways[f"{STEPS} steps, trailing"] = (trailing, float(STEPS), f"--sampling.timestep_spacing trailing {steps}")
+    ways[f"DDPM, {2 * STEPS} steps"] = (
+        replace(base, scheduler="ddpm", num_inference_steps=2 * STEPS),
+        2.0 * STEPS,
+        f"--sampling.scheduler ddpm --sampling.num_inference_steps {2 * STEPS}",
+    )
     if has_classes:
         for scale, (low, high) in ((1.2, (0.0, 1.0)), (1.3, (0.0, 0.5))):
             interval = [low, high]
             guided = replace(base, guidance_scale=scale, guidance_interval=interval)
             options = f"{steps} --sampling.guidance_scale {scale:g} --sampling.guidance_interval '[{low:g}, {high:g}]'"
             ways[f"guidance {scale:g}, noise {low:g} to {high:g}"] = (guided, STEPS * (1.0 + high - low), options)
-    return ways
+    fitting = {}
+    for label, (sampling, calls, options) in ways.items():
+        own = sampled_as_trained(sampling, scheduler)
+        if sampler_fits(own.scheduler, scheduler, own.timestep_spacing):
+            fitting[label] = (own, calls, options)
+    return fitting
 
 
 def measure_free(
@@ -89,10 +107,8 @@ def measure_free(
     evaluator = Evaluator.load(name, data, data.source, cache, held_out, metrics=[_FID])
     found: list[FreeWin] = []
     base: list[float] = []
-    for label, (sampling, calls, options) in ways_to_sample(bool(num_classes(model))).items():
+    for label, (sampling, calls, options) in ways_to_sample(bool(num_classes(model)), scheduler).items():
         on_way(label)
-        if "DPM" not in label:
-            sampling = sampled_as_trained(sampling, scheduler)
         sampling = replace(sampling, num_images=images, batch_size=min(images, sampling.batch_size))
         fids = evaluator.measure(model, scheduler, sampling, _SEEDS).values(_FID)
         base = base or fids

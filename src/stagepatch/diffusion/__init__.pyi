@@ -12,6 +12,7 @@ from .noise_schedule import make_scheduler as make_scheduler
 from .objective import Objective as Objective
 from .samplers import make_sampler as make_sampler
 from .samplers import pin_timesteps as pin_timesteps
+from .samplers import sampler_fits as sampler_fits
 from .samplers import set_steps as set_steps
 from .samplers import takes_timesteps as takes_timesteps
 from .timesteps import DensitySampler as DensitySampler

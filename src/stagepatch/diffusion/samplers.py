@@ -22,14 +22,17 @@ _NAMES = {
 }
 
 
-def make_sampler(name: str, trained_with: Any) -> Any:
+def make_sampler(name: str, trained_with: Any, timestep_spacing: str = "") -> Any:
     """A sampler with the betas and the prediction type of the scheduler that a model was trained with.
 
     'ddpm' has the timesteps of the papers' code (improved diffusion's respacing, arXiv 2102.09672): evenly from T − 1
     to 0, both of them among it. Its class's name, 'DDPMScheduler', keeps the spacing of the model's scheduler.
 
+    Args:
+        timestep_spacing: diffusers' name of one, in place of these.
+
     Raises:
-        UserError: no such scheduler, or one for another kind of model (flow against diffusion).
+        UserError: no such scheduler, one for another kind of model (flow against diffusion), or one without spacings.
     """
     class_name = _NAMES.get(name.lower(), name)
     scheduler_class = getattr(diffusers, class_name, None)
@@ -46,8 +49,21 @@ def make_sampler(name: str, trained_with: Any) -> Any:
     if class_name != "DDPMScheduler":
         # The variance is split off before the sampler; some samplers would split off three channels themselves.
         config.pop("variance_type", None)
-    spacing = {"timestep_spacing": "linspace"} if name.lower() == "ddpm" else {}
-    return scheduler_class.from_config(config, **spacing)
+    if timestep_spacing and "timestep_spacing" not in inspect.signature(scheduler_class.__init__).parameters:
+        raise UserError(
+            f"'{name}' knows no timestep_spacing: leave '{timestep_spacing}' out, or use 'ddim' or 'ddpm'."
+        )
+    spacing = timestep_spacing or ("linspace" if name.lower() == "ddpm" else "")
+    return scheduler_class.from_config(config, **({"timestep_spacing": spacing} if spacing else {}))
+
+
+def sampler_fits(name: str, trained_with: Any, timestep_spacing: str = "") -> bool:
+    """Whether `make_sampler` makes it."""
+    try:
+        make_sampler(name, trained_with, timestep_spacing)
+    except UserError:
+        return False
+    return True
 
 
 def set_steps(sampler: Any, count: int, name: str) -> None:

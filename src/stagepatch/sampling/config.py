@@ -1,6 +1,7 @@
 """The choices of sampling."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from stagepatch.core import UserError, check_numbers
 
@@ -13,6 +14,9 @@ class SamplingConfig:
         scheduler: 'ddpm' (with the learned variance where the model has one), 'ddim', 'pndm', 'dpmsolver++', or the
             class name of any diffusers scheduler.
         num_inference_steps: denoising steps (DMP: 250 of DDPM; digits: 20 of DDIM).
+        timestep_spacing: where the steps lie: 'leading' ends at 0 and starts below T − 1, 'trailing' starts at T − 1,
+            where all is noise, and 'linspace' has both ends (arXiv 2305.08891, Table 2). Empty: as the model's
+            scheduler says; 'ddpm' has linspace's.
         guidance_scale: classifier-free guidance; 1 is none (DMP: 1.5 for ImageNet and COCO).
         guidance_channels: channels that guidance acts on, 0 for all; the authors' DiT code guides the first 3.
         guidance_interval: least and most noise level t/T at which guidance acts (arXiv 2404.07724); elsewhere a step
@@ -28,6 +32,7 @@ class SamplingConfig:
 
     scheduler: str = "ddim"
     num_inference_steps: int = 20
+    timestep_spacing: Literal["", "leading", "trailing", "linspace"] = ""
     guidance_scale: float = 1.0
     guidance_channels: int = 0
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])

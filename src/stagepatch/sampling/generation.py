@@ -130,7 +130,7 @@ def generate(
     def denoise(indices: list[int]) -> Tensor:
         generators = [image_generator(config.seed, index) for index in indices]
         batch_conditions = conditions(model, labels, captions, indices)
-        sampler = make_sampler(config.scheduler, scheduler)
+        sampler = make_sampler(config.scheduler, scheduler, config.timestep_spacing)
         experts = experts_on(find_denoiser(model))
         if experts is not None and experts.timesteps is not None:
             pin_timesteps(sampler, experts.timesteps)

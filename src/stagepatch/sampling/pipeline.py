@@ -36,7 +36,7 @@ def generate_with_pipeline(
 
     Args:
         classes: labels in turn, of a pipeline that takes them; all by default.
-        config: its scheduler, guidance_channels and guidance_interval do not apply here.
+        config: its scheduler, timestep_spacing, guidance_channels and guidance_interval do not apply here.
         on_batch: called with the number of images done after each batch.
         call: further arguments of the pipeline's call.
 

@@ -227,7 +227,7 @@ class Zoo:
 def _timesteps(config: ScheduleConfig, scheduler: Any) -> list[float]:
     """The steps to choose among: those that the sampler takes by itself."""
     name, count = config.sampling.scheduler, config.sampling.num_inference_steps
-    sampler = make_sampler(name, scheduler)
+    sampler = make_sampler(name, scheduler, config.sampling.timestep_spacing)
     if config.drop_steps and not takes_timesteps(sampler):
         raise UserError(
             f"'{name}' takes no timesteps, so that none can be left out: use 'dpmsolver++', 'euler' or 'ddpm', or set "

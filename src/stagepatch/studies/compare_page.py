@@ -134,7 +134,8 @@ def _sampler(sampling: SamplingConfig) -> str:
     guidance += f", guided by {guide}, {sampling.guide_scale:g}" if sampling.guide else ""
     if guidance and sampling.guidance_interval != [0.0, 1.0]:
         guidance += " from {:g} to {:g}".format(*sampling.guidance_interval)
-    return f"{sampling.num_inference_steps} steps of {sampling.scheduler}{guidance}"
+    spacing = f" ({sampling.timestep_spacing})" if sampling.timestep_spacing else ""
+    return f"{sampling.num_inference_steps} steps of {sampling.scheduler}{spacing}{guidance}"
 
 
 def write_results(

@@ -4,8 +4,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from stagepatch.checkpoints import build_denoiser, load_scheduler, takes_captions
-from stagepatch.core import UserError
-from stagepatch.diffusion import make_sampler
+from stagepatch.diffusion import sampler_fits
 from stagepatch.families import null_label
 from stagepatch.studies.compare_config import ITSELF, CompareConfig, EntryConfig
 from stagepatch.training import PRESETS
@@ -42,7 +41,7 @@ def default_entries(config: CompareConfig, steps: int, num_images: int) -> list[
         training = {**warm, "learning_rate": rate}
         entries.append(EntryConfig(f"fine-tuning, averaged, {rate:g}", "finetune", training=training, control="steps"))
     lora, prompts = {**warm, "learning_rate": lora_rate}, {**warm, "learning_rate": PROMPT_RATE}
-    recommended = _recommended(config, steps, num_images, _fits("ddim", trained_with))
+    recommended = _recommended(config, steps, num_images, sampler_fits("ddim", trained_with))
     entries += [
         EntryConfig(f"LoRA, rank {RANK}", "lora", lora={"rank": RANK}, training=lora, control="parameters"),
         EntryConfig(
@@ -104,8 +103,13 @@ def _free_wins(config: CompareConfig, trained_with: Any) -> dict[str, dict[str, 
         if factor * base.num_inference_steps <= trained_with.config.num_train_timesteps:
             wins[f"{factor} times the steps"] = {"num_inference_steps": factor * base.num_inference_steps}
     solver = "dpmsolver++" if base.scheduler != "dpmsolver++" else "ddim"
-    if _fits(solver, trained_with):
+    if sampler_fits(solver, trained_with):
         wins[solver] = {"scheduler": solver}
+    spacing = base.timestep_spacing or getattr(trained_with.config, "timestep_spacing", "trailing")
+    if spacing != "trailing" and sampler_fits(base.scheduler, trained_with, "trailing"):
+        wins["trailing timesteps"] = {"timestep_spacing": "trailing"}
+    if base.scheduler != "ddpm" and "4 times the steps" in wins and sampler_fits("ddpm", trained_with):
+        wins["ddpm, 4 times the steps"] = {**wins["4 times the steps"], "scheduler": "ddpm"}
     takes_guidance = null_label(build_denoiser(config.model)) is not None or takes_captions(config.model)
     if takes_guidance and base.guidance_scale != 1.5:
         wins["guidance 1.5"] = {"guidance_scale": 1.5}
@@ -123,11 +127,3 @@ def _recommended(config: CompareConfig, steps: int, num_images: int, has_ddim: b
     if not has_ddim:
         ddo["sampling"] |= {"scheduler": config.sampling.scheduler}
     return EntryConfig("recommended", **own, training=training, ddo=ddo)
-
-
-def _fits(sampler: str, trained_with: Any) -> bool:
-    try:
-        make_sampler(sampler, trained_with)
-    except UserError:
-        return False
-    return True
