@@ -72,7 +72,7 @@ assets: .venv/installed
 papers-small: .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/papers_small.sh
 
-# The fashion bench, its main tables: some two and a half hours on two idle cores; and its short form: ten to thirteen minutes.
+# The fashion bench, its main tables: some two and a half hours on two idle cores; and its short form: six minutes.
 bench bench-quick: .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash experiments/fashion_bench.sh $(if $(findstring quick,$@),--quick)
 
