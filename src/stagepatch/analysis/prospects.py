@@ -53,7 +53,7 @@ _GAINS = {
     "lora": "+0.6 ± 1.3 %",
     "stage_lora": "−0.6 % (one seed)",
     "dmp": "−0.1 ± 0.1 %",
-    "ddo": "−12.0 ± 0.8 %; −16.1 ± 0.7 % in 50 steps",
+    "ddo": "−12.0 ± 0.8 %; −16.1 ± 0.7 % in 50 steps (by DDPM: −2 %, one seed)",
 }
 _LABELS = {
     "finetune": "fine-tuning, all weights",

@@ -1,9 +1,10 @@
 """Recipes by name: what `stagepatch train --preset NAME` takes for all that is not given; `apply_preset` in Python.
 
-`recommended` is what won on the bench of docs/evidence.md at the model's own cost, in minutes; `stages` gained as much
-there by the denoising loss alone, in twenty times the steps, and its gain stays at more sampling steps; `guide` trains
-what a model is sampled away from, which gained more at twice the cost of a sample; `paper` is DMP as it was published
-(arXiv 2405.17825), the defaults of the configs.
+`recommended` is what won on the bench of docs/evidence.md at the model's own cost, in minutes, for samplers that draw
+no noise at each step; `stages` gained as much there by the denoising loss alone, in twenty times the steps, and its
+gain stays at more sampling steps and under samplers that draw noise; `guide` trains what a model is sampled away from,
+which gained more at twice the cost of a sample; `paper` is DMP as it was published (arXiv 2405.17825), the defaults of
+the configs.
 """
 
 from dataclasses import fields
