@@ -11,6 +11,7 @@ from torch import nn
 
 from stagepatch.analysis import Change, DiagnoseConfig, change, diagnose, diagnosis_in_words, give_advice
 from stagepatch.analysis.advice import BENCH, MEASURED, UNMEASURED
+from stagepatch.analysis.free import FreeWin
 from stagepatch.analysis.verdicts import RULE, decide, judge
 from stagepatch.cli import app
 from stagepatch.core import UserError
@@ -239,3 +240,16 @@ def test_advice_is_commands_that_there_are(one_map, limit):
             assert program == "stagepatch"
             if command:
                 app._parse(command, arguments)
+
+
+def test_ways_to_sample_that_gain_are_advised_the_best_first_and_noise_at_what_it_costs():
+    found = diagnosed(Affine(knots=25), steps=2)
+    found.free = [
+        FreeWin("25 steps", 25.0, 2.0, Change(0.0, 0.0, 0.0), ""),
+        FreeWin("25 steps, trailing", 25.0, 1.8, Change(-0.1, -0.12, -0.08), "--trailing"),
+        FreeWin("DDPM, 50 steps", 50.0, 1.5, Change(-0.25, -0.3, -0.2), "--ddpm"),
+        FreeWin("50 steps", 50.0, 1.9, Change(-0.05, -0.2, 0.1), "--more"),
+    ]
+    advice = [each for each in give_advice(DiagnoseConfig(), found) if each.key == "sampling"]
+    assert [each.command.split()[-1] for each in advice] == ["--ddpm", "--trailing"]
+    assert ["recall" in each.why for each in advice] == [True, False]

@@ -134,6 +134,8 @@ def _measured_free(config: DiagnoseConfig, found: Diagnosis) -> list[Advice]:
                 f"calls of the model a sample in place of {found.free[0].calls:g}; one of {len(found.free) - 1} ways "
                 f"that were compared."
             )
+            if "DDPM" in win.label:
+                why += " Noise at each of few steps costs recall, which was not measured."
             command = f"stagepatch sample --model {shlex.quote(config.model)} {win.options}"
             advice.append(Advice("sampling", f"Sample with {win.label}", why, MEASURED, command))
     if found.average is not None and found.average.is_below(0.0) == "yes":
