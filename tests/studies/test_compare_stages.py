@@ -40,6 +40,7 @@ def test_a_row_of_stages_is_what_decouple_trains_and_the_schedule_samples(tmp_pa
     rows = rows_of(tmp_path / "then")
     assert rows["staged"]["trainable"] == 2 * rows["one"]["trainable"]
     assert rows["staged"]["file_size"] == pytest.approx(2 * rows["one"]["file_size"], rel=0.01)
+    assert rows["by hand"]["holm"] == rows["staged"]["holm"] <= 1.0  # learned elsewhere, and a method all the same
 
 
 def test_rows_of_other_sampling_train_once(tmp_path):

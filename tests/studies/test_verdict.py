@@ -41,10 +41,10 @@ def test_no_method_gains():
 
 
 def test_a_guide_is_a_method_though_nothing_trains_the_model_itself():
-    guided = row("guided", -0.4, method="none", corrected=0.01, is_guided=True)
+    guided = row("guided", -0.4, method="none", corrected=0.01, is_of_learned=True)
     assert verdict([BASE, guided], "fid_held_out").startswith("guided gains: fid_held_out changes by -20.0 %")
     assert verdict([BASE, FREE], "fid_held_out").startswith("No verdict")
-    assert not row("control", method="none", control="parameters", is_guided=True).is_method
+    assert not row("control", method="none", control="parameters", is_of_learned=True).is_method
 
 
 def test_a_method_gains_though_another_of_more_noise_looks_better():

@@ -25,7 +25,7 @@ class Row:
         changes: of every metric, difference to the base at the last checkpoint.
         against: difference of the comparison's metric to each control, by the control's name.
         runs: training runs that it is the mean of.
-        is_guided: whether it is sampled with a guide, which was trained.
+        is_of_learned: whether what is sampled was learned elsewhere: a guide, a patch, experts, or a model of its own.
         holm: p-value of the difference to the base, corrected for the number of methods (Holm); NaN for what is none.
     """
 
@@ -45,12 +45,12 @@ class Row:
     against: dict[str, Difference] = field(default_factory=dict)
     runs: int = 1
     holm: float = math.nan
-    is_guided: bool = False
+    is_of_learned: bool = False
 
     @property
     def is_method(self) -> bool:
         """Whether something was trained to make it better than the base, and it is no control."""
-        return (self.method != "none" or self.is_guided) and not self.control
+        return (self.method != "none" or self.is_of_learned) and not self.control
 
     @property
     def last(self) -> int:
@@ -63,8 +63,11 @@ def collect(jobs: Sequence[CompareJob], metric: str) -> list[Row]:
     by_name: dict[str, list[CompareJob]] = {}
     for job in jobs:
         by_name.setdefault(job.name, []).append(job)
-    base = next((job.metrics()[0] for job in jobs if job.is_base), None)
+    base_job = next((job for job in jobs if job.is_base), None)
+    base = None if base_job is None else base_job.metrics()[0]
     rows = [_row(same, base, metric) for same in by_name.values()]
+    for row in rows:
+        row.is_of_learned = _is_of_learned(by_name[row.name][0], base_job)
     last = {name: _last(same, metric) for name, same in by_name.items()}
     for row in rows:
         if row.is_method:
@@ -75,6 +78,11 @@ def collect(jobs: Sequence[CompareJob], metric: str) -> list[Row]:
     for row, p_value in zip(methods, corrected, strict=True):
         row.holm = p_value
     return rows
+
+
+def _is_of_learned(job: CompareJob, base: CompareJob | None) -> bool:
+    has_model = base is not None and job.config.model != base.config.model
+    return has_model or any((job.sampling.guide, job.schedule, job.learned))
 
 
 def _last(jobs: list[CompareJob], metric: str) -> list[list[float]]:
@@ -113,7 +121,6 @@ def _row(jobs: list[CompareJob], base: list[dict[str, float]] | None, metric: st
         jobs[0].control,
         {} if base is None or is_base else {name: _change(jobs, base, name) for name in last[0]},
         runs=len(jobs),
-        is_guided=bool(jobs[0].sampling.guide),
     )
 
 
