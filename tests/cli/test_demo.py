@@ -72,6 +72,7 @@ def test_the_guide_is_what_a_user_samples_with(run):
 def test_report_shows_the_measured_numbers(run):
     data, directory = run
     page = (directory / "report.html").read_text()
+    assert page.count(" --sampling.timestep_spacing trailing ") == 2 * (data == "fashion")  # in its commands
     metrics = json.loads((directory / "metrics.json").read_text())
     assert len(metrics["base"]) == len(demo.SEEDS) == 3
     mean = sum(value["fid_held_out"] for value in metrics["base"]) / 3
