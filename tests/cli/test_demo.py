@@ -31,7 +31,7 @@ def run(request, tmp_path_factory):
     plan.train.ddo.max_denoising_change = 0.0
     if plan.guide:
         plan.guide.training, plan.guide.ddo = plan.train.training, replace(plan.train.ddo)
-    plan.sampling = SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60)
+    plan.sampling = replace(plan.sampling, num_inference_steps=3, num_images=60, batch_size=60)
     plan.more_steps = 4 if plan.more_steps else 0
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(demo, "demo_plan", lambda data, quick: plan)
@@ -61,7 +61,9 @@ def test_the_guide_is_what_a_user_samples_with(run):
     if data == "digits":
         return
     model, scheduler = load_denoiser(data)
-    chosen = SamplingConfig(num_inference_steps=3, num_images=60, batch_size=60, seed=demo.SEEDS[0])
+    chosen = SamplingConfig(
+        num_inference_steps=3, timestep_spacing="trailing", num_images=60, batch_size=60, seed=demo.SEEDS[0]
+    )
     attach_guide(model, scheduler, replace(chosen, guide=str(directory / "guide")))
     samples = load_file(directory / "samples.safetensors")
     evaluator = Evaluator.load(data, DataConfig(source=data), data, directory)
