@@ -1,4 +1,4 @@
-"""The bench's tables: each is planned, row by row, on the bundled model, but for rows of what other commands make first."""
+"""The bench's tables: each is planned on the bundled model, but for rows of what other commands make first."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
